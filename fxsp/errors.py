@@ -1,0 +1,51 @@
+"""Errors and warnings of fxsp. Every message says where, what was found, why it is refused, and what helps."""
+
+from __future__ import annotations
+
+__all__ = [
+    "FxspError",
+    "FxspWarning",
+    "ImplicitGatherWarning",
+    "OptionError",
+    "PlanError",
+    "StrictError",
+    "UnshardedWarning",
+    "UnsupportedError",
+    "VerificationError",
+]
+
+
+class FxspError(Exception):
+    """Base of all errors that fxsp raises on purpose."""
+
+
+class PlanError(FxspError, ValueError):
+    """A sequence-parallel plan names something that does not exist, or contradicts itself."""
+
+
+class OptionError(FxspError, ValueError):
+    """An unknown option, a bad value, or degrees that do not match the process group."""
+
+
+class UnsupportedError(FxspError, NotImplementedError):
+    """The program contains something that cannot be partitioned without changing its meaning."""
+
+
+class StrictError(FxspError):
+    """``strict=True`` and the program needs an implicit gather."""
+
+
+class VerificationError(FxspError, AssertionError):
+    """A pass broke the contract of the intermediate representation, or two programs disagree."""
+
+
+class FxspWarning(UserWarning):
+    """Base of the warnings of fxsp."""
+
+
+class ImplicitGatherWarning(FxspWarning):
+    """A sharded value had to be made whole because an operator needs all its tokens."""
+
+
+class UnshardedWarning(FxspWarning):
+    """A graph (or a part of it) runs whole on every rank: right, but not split."""

@@ -1,0 +1,81 @@
+"""What the compiler did, as data: plan entries, attentions, collectives, implicit gathers.
+
+One :class:`Report` belongs to one compiled graph.  Passes append records; printing lives in ``fxsp.inspection``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "PlanRecord", "Report"]
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """One plan entry: whether it applied to this graph, and if not, why."""
+
+    entry: str
+    applied: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class GatherRecord:
+    """A sharded value that was made whole because an operator needs all its tokens."""
+
+    op: str
+    module: str
+    source: str
+    reason: str
+    #: Bytes that each rank receives.
+    bytes: Any
+    #: ``"implicit"`` (an operator needs it), or ``"output"`` (a graph output has its global shape).
+    kind: str = "implicit"
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        at = f" ({self.source})" if self.source else ""
+        return f"{self.op}{where}{at}: {self.reason}; {self.bytes} bytes per rank"
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """One attention: the method chosen, and the methods rejected with the reason."""
+
+    module: str
+    source: str
+    method: str
+    #: Bytes that each rank sends, forward.
+    bytes: Any
+    rejected: tuple[tuple[str, str], ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class CollectiveRecord:
+    """One collective of the partitioned forward program."""
+
+    kind: str
+    value: str
+    module: str
+    #: Bytes that each rank sends.
+    bytes: Any
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """All that is known about one partitioned graph."""
+
+    plan: list[PlanRecord] = field(default_factory=list)
+    implicit_gathers: list[GatherRecord] = field(default_factory=list)
+    attentions: list[AttentionRecord] = field(default_factory=list)
+    collectives: list[CollectiveRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    #: Name of a stage -> the graph after it, printed; filled only for the stages that were asked for.
+    stages: dict[str, str] = field(default_factory=dict)
+    #: Name of a stage -> seconds it took.
+    timings: dict[str, float] = field(default_factory=dict)
+    #: Why the graph runs whole on every rank, if it does.
+    unsharded: str = ""

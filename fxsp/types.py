@@ -1,0 +1,270 @@
+"""The sharding types: how a value of the global program lies on the ranks.
+
+Notation (what ``str`` prints and :func:`parse` reads)::
+
+    R                      Replicate: every rank has the whole value, and its whole gradient
+    U                      Used: a replicated value that is used with shards; its gradient is a summand
+    P                      Partial: every rank has a summand of the value; its gradient is whole
+    S(1, [512|4096])       Shard: dimension 1 holds the tokens of two segments, each split over the ranks
+    S(1, [512 whole|4096]) the first segment is whole on every rank, the second is split
+    S(0, 2*[4096]*3)       the tokens are an inner factor of dimension 0, of size 2*4096*3
+
+The four kinds are the replicate/varying/partial states of spmd_types and the sharding types of GSPMD and Shardy,
+specialised to one axis.  A length is an ``int`` or a sympy expression, always global, counted in tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sympy
+import torch
+
+__all__ = [
+    "Length",
+    "Partial",
+    "Ranks",
+    "Replicate",
+    "Segment",
+    "Sequence",
+    "Shard",
+    "Type",
+    "Used",
+    "as_length",
+    "ceil_div",
+    "parse",
+    "product",
+    "same_length",
+]
+
+Length = int | sympy.Expr
+Layout = Literal["contiguous", "head_tail"]
+
+
+def as_length(size: Any) -> Length:
+    """The length of a dimension: an ``int``, or the sympy expression behind a ``SymInt``."""
+    if isinstance(size, torch.SymInt):
+        expr = size.node.expr
+        return int(expr) if expr.is_Integer else expr
+    if isinstance(size, sympy.Expr):
+        return int(size) if size.is_Integer else size
+    return int(size)
+
+
+def same_length(a: Length, b: Length) -> bool:
+    """Whether two lengths are certainly equal (structurally; never adds a guard)."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a == b or sympy.expand(a - b) == 0
+
+
+def ceil_div(length: Length, size: int) -> Length:
+    """``ceil(length / size)``, the local length of a segment split over ``size`` ranks."""
+    if isinstance(length, int):
+        return -(-length // size)
+    from torch.utils._sympy.functions import FloorDiv
+
+    return as_length(FloorDiv(length + size - 1, size))
+
+
+def product(lengths: Any) -> Length:
+    """The product of lengths (1 for none)."""
+    result: Length = 1
+    for length in lengths:
+        result = result * length
+    return as_length(result)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that a program is split over: this process's ``rank`` of ``size`` in process group ``group``."""
+
+    rank: int
+    size: int
+    group: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} is not in 0..{self.size - 1}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``length`` consecutive tokens of a sequence, split over the ranks or (``sharded=False``) whole on each."""
+
+    length: Length
+    sharded: bool = True
+
+    def local_length(self, size: int) -> Length:
+        """Tokens per rank, the pads at the tail included: ``ceil(length / size)``."""
+        return ceil_div(self.length, size) if self.sharded else self.length
+
+    def __str__(self) -> str:
+        return str(self.length) if self.sharded else f"{self.length} whole"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The tokens along one dimension: segments in global order; a rank holds its part of each, one after the other.
+
+    ``layout`` says which tokens of a sharded segment a rank holds: ``contiguous`` rows ``r*L .. (r+1)*L`` of ``L =
+    ceil(n/P)``; ``head_tail`` is reserved for balanced causal rings.
+    """
+
+    segments: tuple[Segment, ...]
+    layout: Layout = "contiguous"
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise ValueError("a sequence has at least one segment")
+        if not any(s.sharded for s in self.segments):
+            raise ValueError("a sequence has at least one sharded segment; without one the value is Replicate")
+
+    @staticmethod
+    def of(*lengths: Length) -> Sequence:
+        """A sequence of sharded segments of these lengths."""
+        return Sequence(tuple(Segment(as_length(n)) for n in lengths))
+
+    @property
+    def length(self) -> Length:
+        """Global number of tokens."""
+        return as_length(sum((s.length for s in self.segments), start=0))
+
+    @property
+    def lengths(self) -> tuple[Length, ...]:
+        return tuple(s.length for s in self.segments)
+
+    @property
+    def whole(self) -> tuple[bool, ...]:
+        """Per segment: is it whole on every rank?"""
+        return tuple(not s.sharded for s in self.segments)
+
+    def local_length(self, size: int) -> Length:
+        """Rows per rank, pads included."""
+        return as_length(sum((s.local_length(size) for s in self.segments), start=0))
+
+    def has_pads(self, size: int) -> bool:
+        """Whether some rank may hold pad rows (a symbolic length may)."""
+        return any(s.sharded and not (isinstance(s.length, int) and s.length % size == 0) for s in self.segments)
+
+    def same_as(self, other: Sequence) -> bool:
+        """Whether both describe the same placement of tokens."""
+        return (
+            self.layout == other.layout
+            and self.whole == other.whole
+            and all(same_length(a, b) for a, b in zip(self.lengths, other.lengths, strict=True))
+        )
+
+    def __str__(self) -> str:
+        body = "|".join(str(s) for s in self.segments)
+        return f"[{body}]" if self.layout == "contiguous" else f"[{body}; {self.layout}]"
+
+
+@dataclass(frozen=True)
+class _Base:
+    #: Why the value has this type: the plan line, or the rule and edge it came by.  No part of equality.
+    origin: str = field(default="", compare=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Replicate(_Base):
+    """Every rank has the whole value and, in the backward pass, its whole gradient."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True)
+class Used(_Base):
+    """A replicated value as it is used with shards: the same data, but the gradient is a summand on each rank."""
+
+    def __str__(self) -> str:
+        return "U"
+
+
+@dataclass(frozen=True)
+class Partial(_Base):
+    """Every rank has a summand; the value is their sum.  The gradient is whole on every rank."""
+
+    def __str__(self) -> str:
+        return "P"
+
+
+@dataclass(frozen=True)
+class Shard(_Base):
+    """Dimension ``dim`` is ``outer * sequence * inner``, and the tokens of ``sequence`` are split over the ranks.
+
+    The gradient is sharded the same way; on a segment that is whole on each rank it is a summand, on pads zero.
+    """
+
+    dim: int = 0
+    sequence: Sequence = None  # type: ignore[assignment]
+    outer: Length = 1
+    inner: Length = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sequence, Sequence):
+            raise TypeError("Shard needs a Sequence")
+        if self.dim < 0:
+            raise ValueError("Shard.dim is counted from the front: it is not negative")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the sequence is the whole dimension."""
+        return same_length(self.outer, 1) and same_length(self.inner, 1)
+
+    def global_size(self) -> Length:
+        return product((self.outer, self.sequence.length, self.inner))
+
+    def local_size(self, size: int) -> Length:
+        """Size of dimension ``dim`` on each rank."""
+        return product((self.outer, self.sequence.local_length(size), self.inner))
+
+    def same_as(self, other: Type) -> bool:
+        return (
+            isinstance(other, Shard)
+            and self.dim == other.dim
+            and same_length(self.outer, other.outer)
+            and same_length(self.inner, other.inner)
+            and self.sequence.same_as(other.sequence)
+        )
+
+    def __str__(self) -> str:
+        body = str(self.sequence)
+        if not self.plain:
+            body = f"{self.outer}*{body}*{self.inner}"
+        return f"S({self.dim}, {body})"
+
+
+Type = Replicate | Used | Partial | Shard
+
+_SHARD = re.compile(r"^S\((\d+), (?:([^\[\]]*)\*)?\[([^\]]*)\](?:\*([^\[\]]*))?\)$")
+
+
+def parse(text: str) -> Type:
+    """The inverse of ``str``: ``parse(str(t)) == t``.  Raises ``ValueError`` for anything else."""
+    simple = {"R": Replicate, "U": Used, "P": Partial}.get(text)
+    if simple is not None:
+        return simple()
+    match = _SHARD.match(text)
+    if match is None:
+        raise ValueError(f"not a sharding type: {text!r}; write R, U, P or S(dim, [n|m whole])")
+    dim, outer, body, inner = match.groups()
+    body, _, layout = body.partition("; ")
+    segments = []
+    for part in body.split("|"):
+        whole = part.endswith(" whole")
+        segments.append(Segment(_parse_length(part.removesuffix(" whole")), not whole))
+    sequence = Sequence(tuple(segments), layout or "contiguous")  # type: ignore[arg-type]
+    return Shard(int(dim), sequence, _parse_length(outer or "1"), _parse_length(inner or "1"))
+
+
+def _parse_length(text: str) -> Length:
+    from torch.utils._sympy.functions import CeilDiv, FloorDiv, Mod
+
+    names: dict[str, Any] = {"FloorDiv": FloorDiv, "CeilDiv": CeilDiv, "Mod": Mod}
+    for name in re.findall(r"\b[a-z]\w*\b", text):
+        names[name] = sympy.Symbol(name, positive=True, integer=True)
+    return as_length(sympy.sympify(text, locals=names))
