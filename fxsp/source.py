@@ -1,0 +1,71 @@
+"""Where a graph node comes from, in the user's words: a source line and a module path."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+__all__ = ["clean_module_path", "module_path", "node_source"]
+
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
+#: The root object of a Dynamo source: a local, a global, or the innermost argument of nested ``getattr`` calls.
+_ROOT = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
+_GETATTR = re.compile(r"^getattr\((?P<base>.*), (?P<quote>['\"])(?P<name>.*)(?P=quote)\)$")
+_PART = re.compile(r"\.?(?P<name>\w+)|\[(?P<quote>['\"]?)(?P<key>.*?)(?P=quote)\]")
+#: How a source reaches a submodule, and wrappers that add a level the user did not write.
+_NOISE = frozenset(
+    {"__dict__", "_modules", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "cell_contents"}
+)
+
+
+def node_source(node: torch.fx.Node, *, full: bool = False) -> str:
+    """``"file.py:123"``: the innermost line outside torch in ``node.meta["stack_trace"]``; ``""`` if there is none.
+
+    ``full=True`` keeps the directory of the file.
+    """
+    trace = node.meta.get("stack_trace")
+    if not isinstance(trace, str):
+        return ""
+    frames = [(m["file"], m["line"]) for m in _FRAME.finditer(trace)]
+    outside = [frame for frame in frames if not os.path.abspath(frame[0]).startswith(_TORCH)]
+    if not outside:
+        return ""
+    file, line = outside[-1]
+    return f"{file if full else os.path.basename(file)}:{line}"
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """The path of the module that the node was traced in, ``"blocks.0.attn"``; ``""`` in the root or when unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    innermost = list(stack.values())[-1]
+    return clean_module_path(innermost[0] if isinstance(innermost, tuple) else str(innermost))
+
+
+def clean_module_path(source: str) -> str:
+    """A Dynamo source as a module path as ``get_submodule`` reads it.
+
+    ``L['self'].__dict__['_modules']['blocks'].0.attn`` and ``L['self']._modules['blocks']._modules['0'].attn`` are both
+    ``blocks.0.attn``.  The variable that holds the root (``L['self']``, ``G['model']``) and wrappers are dropped.
+    """
+    trailing: list[str] = []
+    while (match := _GETATTR.match(source)) is not None:
+        source = match["base"]
+        trailing.insert(0, match["name"])
+    source = _ROOT.sub("", source, count=1)
+    parts: list[str] = []
+    skip_key = False
+    for match in _PART.finditer(source):
+        name = match["name"] if match["name"] is not None else match["key"]
+        if skip_key and match["name"] is None:
+            skip_key = False
+            continue
+        skip_key = name == "__closure__"
+        if not skip_key and name not in _NOISE:
+            parts.append(name)
+    parts += [name for name in trailing if name not in _NOISE]
+    return ".".join(parts)
