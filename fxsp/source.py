@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 __all__ = ["clean_module_path", "module_path", "node_source"]
 
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_TORCH = Path(torch.__file__).resolve().parent
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 #: The root object of a Dynamo source: a local, a global, or the innermost argument of nested ``getattr`` calls.
 _ROOT = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
@@ -30,11 +31,16 @@ def node_source(node: torch.fx.Node, *, full: bool = False) -> str:
     if not isinstance(trace, str):
         return ""
     frames = [(m["file"], m["line"]) for m in _FRAME.finditer(trace)]
-    outside = [frame for frame in frames if not os.path.abspath(frame[0]).startswith(_TORCH)]
+    outside = [frame for frame in frames if not _in_torch(frame[0])]
     if not outside:
         return ""
     file, line = outside[-1]
-    return f"{file if full else os.path.basename(file)}:{line}"
+    return f"{file if full else Path(file).name}:{line}"
+
+
+@lru_cache(maxsize=4096)
+def _in_torch(file: str) -> bool:
+    return Path(file).resolve().is_relative_to(_TORCH)
 
 
 def module_path(node: torch.fx.Node) -> str:

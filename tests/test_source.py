@@ -73,7 +73,8 @@ def test_dynamo_writes_what_is_read() -> None:
     seen: list[tuple[str, str]] = []
 
     def look(gm: torch.fx.GraphModule, inputs: object) -> object:
-        seen.extend((module_path(n), node_source(n)) for n in gm.graph.nodes if n.op in ("call_function", "call_method"))
+        calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+        seen.extend((module_path(n), node_source(n)) for n in calls)
         return gm.forward
 
     torch.compile(Model(), backend=look)(torch.randn(2, 4))
