@@ -1,0 +1,65 @@
+"""The five collectives on plain tensors, visible to a compiler as ``_c10d_functional`` ops.
+
+Each takes any strides, and returns a contiguous tensor.  Bools travel as bytes.  Sums of fp16 and bf16 values travel and
+accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Registers the shapes of the ops.
+import torch.distributed._functional_collectives  # noqa: F401  isort: skip
+
+__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
+
+_c10d = torch.ops._c10d_functional
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _wire(x: Tensor) -> Tensor:
+    """``x`` as it is moved: contiguous, bools as bytes."""
+    x = x.contiguous()
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def _moved(y: Tensor, like: Tensor) -> Tensor:
+    y = _c10d.wait_tensor.default(y)
+    return y.view(torch.bool) if like.dtype == torch.bool else y
+
+
+def _summand(x: Tensor) -> Tensor:
+    """``x`` as it is summed: bools count, halves accumulate in fp32."""
+    if x.dtype in _HALF:
+        x = x.to(torch.float32)
+    elif x.dtype == torch.bool:
+        x = x.to(torch.int32)
+    return x.contiguous()
+
+
+def _summed(y: Tensor, like: Tensor) -> Tensor:
+    y = _c10d.wait_tensor.default(y)
+    return y if y.dtype == like.dtype else y.to(like.dtype)
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over ranks (of bools: whether any is true)."""
+    return _summed(_c10d.all_reduce.default(_summand(x), "sum", group), x)
+
+
+def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """The rank-th of ``size`` blocks of rows of the sum over ranks."""
+    return _summed(_c10d.reduce_scatter_tensor.default(_summand(x), "sum", size, group), x)
+
+
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """The rows of all ranks, rank after rank."""
+    return _moved(_c10d.all_gather_into_tensor.default(_wire(x), size, group), x)
+
+
+def all_to_all(x: Tensor, group: str) -> Tensor:
+    """``x`` is ``[P, ...]``: row j goes to rank j, and row i of the result comes from rank i."""
+    ones = [1] * int(x.shape[0])
+    return _moved(_c10d.all_to_all_single.default(_wire(x), ones, ones, group), x)

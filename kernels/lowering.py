@@ -1,0 +1,275 @@
+"""What each fxsp op means, in ATen and ``_c10d_functional`` ops: one function per op.
+
+The same functions are the eager implementation (``kernels.ops``), the shape of the result (its fake implementation runs
+them on fake tensors) and what *emit* writes into the graph in place of the op, so the three cannot disagree.
+
+Every function returns a dense tensor, and may return its argument or a view of it: the op, which may not, copies then.
+A length may be a ``SymInt``: then no formula here compares lengths, so that one graph serves dividing lengths and
+others.  Where lengths are ints, a rank that has no pads gets a plain narrow instead of index arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsp.kernels import collectives
+from fxsp.types import as_length, product, same_length
+
+__all__ = ["LOWERINGS", "known_dense", "local_length"]
+
+Size = int | torch.SymInt
+
+
+def local_length(length: Size, whole: bool, size: int) -> Size:
+    """Rows of one segment on each rank, pads included."""
+    return length if whole else (length + (size - 1)) // size
+
+
+def known_dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` certainly fill their memory, each its own place; adds no guard."""
+    left = [
+        (as_length(n), as_length(s)) for n, s in zip(x.shape, x.stride(), strict=True) if not same_length(as_length(n), 1)
+    ]
+    expected = product(())
+    while left:
+        inner = next((i for i, (_, stride) in enumerate(left) if same_length(stride, expected)), None)
+        if inner is None:
+            return any(n == 0 for n, _ in left)
+        expected = product((expected, left.pop(inner)[0]))
+    return True
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x``, or a copy of it without gaps between its elements (its dimensions stay in the same order in memory)."""
+    return x if known_dense(x) else x.clone()
+
+
+def _shape_along(x: Tensor, dim: int) -> list[int]:
+    return [-1 if i == dim else 1 for i in range(x.dim())]
+
+
+def _cat(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _rows_from(length: Size, rank: int, size: int, device: torch.device) -> Tensor:
+    """Global indices of a split segment's local rows; the index of a pad is not below ``length``."""
+    rows = local_length(length, False, size)
+    return torch.arange(rows, device=device) + rank * rows
+
+
+def annotate(x: Tensor, kind: str, dim: int, text_len: Size, entry: str) -> Tensor:
+    return x
+
+
+def use(x: Tensor, group: str) -> Tensor:
+    return x
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    return collectives.all_reduce(x, group) if group else x
+
+
+def all_to_all(x: Tensor, group: str) -> Tensor:
+    size = x.shape[0]
+    return collectives.all_to_all(x, group) if group and size != 1 else x
+
+
+def _own_rows(x: Tensor, dim: int, start: Size, length: Size, zero_pads: bool, rank: int, size: int) -> Tensor:
+    """This rank's rows of the segment ``start .. start + length`` along ``dim``, pads at the tail."""
+    if isinstance(length, int):
+        rows = local_length(length, False, size)
+        real = min(max(length - rank * rows, 0), rows)
+        mine = x.narrow(dim, start + min(rank * rows, length), real)
+        if real == rows:
+            return mine
+        shape = list(x.shape)
+        shape[dim] = rows - real
+        pads = x.new_zeros(shape) if zero_pads else x.narrow(dim, start + length - 1, 1).expand(shape)
+        return torch.cat([mine, pads], dim) if real else pads
+    index = _rows_from(length, rank, size, x.device)
+    mine = x.index_select(dim, index.clamp(max=length - 1) + start)
+    return mine.masked_fill((index >= length).view(_shape_along(x, dim)), 0) if zero_pads else mine
+
+
+def shard(
+    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], zero_pads: bool, rank: int, size: int, group: str
+) -> Tensor:
+    pieces, start = [], 0
+    for length, entire in zip(lengths, whole, strict=True):
+        if entire or size == 1:
+            pieces.append(x.narrow(dim, start, length))
+        else:
+            pieces.append(_own_rows(x, dim, start, length, zero_pads, rank, size))
+        start = start + length
+    return dense(_cat(pieces, dim))
+
+
+def _gathered(
+    x: Tensor,
+    dim: int,
+    lengths: Sequence[Size],
+    whole: Sequence[bool],
+    size: int,
+    group: str,
+    whole_rows: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The global rows from everyone's local ones: one all-gather for all split segments together.
+
+    The gather wants the tokens outermost; the result is a view with the tokens outermost in memory.
+    """
+    if size == 1 and not any(whole):
+        return dense(x)
+    local = x.movedim(dim, 0)
+    counts = [local_length(length, entire, size) for length, entire in zip(lengths, whole, strict=True)]
+    own, start = [], 0
+    for count in counts:
+        own.append(local if len(counts) == 1 else local.narrow(0, start, count))
+        start = start + count
+    split = [piece for piece, entire in zip(own, whole, strict=True) if not entire]
+    send = local if len(split) == len(own) else (_cat(split, 0) if split else None)
+    blocks = None
+    if send is not None:
+        blocks = collectives.all_gather(send, size, group) if size > 1 else send.contiguous()
+        if len(split) > 1:
+            blocks = blocks.view([size, sum(counts_of(counts, whole)), *send.shape[1:]])
+    pieces, start = [], 0
+    for piece, length, count, entire in zip(own, lengths, counts, whole, strict=True):
+        if entire:
+            pieces.append(whole_rows(piece))
+            continue
+        assert blocks is not None
+        rows = blocks
+        if len(split) > 1:
+            rows = blocks.narrow(1, start, count).reshape([size * count, *send.shape[1:]])
+            start = start + count
+        if not (isinstance(length, int) and size * count == length):
+            rows = rows.narrow(0, 0, length)
+        pieces.append(rows)
+    return dense(_cat(pieces, 0)).movedim(0, dim)
+
+
+def counts_of(counts: Sequence[Size], whole: Sequence[bool]) -> list[Size]:
+    """The counts of the split segments."""
+    return [count for count, entire in zip(counts, whole, strict=True) if not entire]
+
+
+def gather(
+    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
+) -> Tensor:
+    return _gathered(x, dim, lengths, whole, size, group, lambda rows: rows)
+
+
+def gather_sum(
+    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
+) -> Tensor:
+    return _gathered(x, dim, lengths, whole, size, group, lambda rows: all_reduce(rows, group if size > 1 else ""))
+
+
+def reduce_scatter(
+    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
+) -> Tensor:
+    if size == 1:
+        return dense(x)
+    rows = x.movedim(dim, 0)
+    own, blocks, counts, start = [], [], [], 0
+    for length, entire in zip(lengths, whole, strict=True):
+        piece = rows if len(lengths) == 1 else rows.narrow(0, start, length)
+        start = start + length
+        own.append(piece)
+        if entire:
+            continue
+        count = local_length(length, False, size)
+        counts.append(count)
+        if not (isinstance(length, int) and size * count == length):
+            piece = torch.constant_pad_nd(piece, [0, 0] * (x.dim() - 1) + [0, size * count - length])
+        blocks.append(piece)
+    if not blocks:
+        return dense(x)
+    if len(blocks) == 1:
+        send = blocks[0]
+    else:
+        parts = [b.unflatten(0, [size, c]) for b, c in zip(blocks, counts, strict=True)]
+        send = torch.cat(parts, 1).flatten(0, 1)
+    summed = collectives.reduce_scatter(send, size, group)
+    pieces, start, counts = [], 0, counts[::-1]
+    for piece, entire in zip(own, whole, strict=True):
+        if entire:
+            pieces.append(piece)
+            continue
+        count = counts.pop()
+        pieces.append(summed if len(blocks) == 1 else summed.narrow(0, start, count))
+        start = start + count
+    return dense(_cat(pieces, 0)).movedim(0, dim)
+
+
+def mask_pads(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int) -> Tensor:
+    keep, all_kept = [], True
+    for length, entire in zip(lengths, whole, strict=True):
+        if entire:
+            keep.append(torch.full([length], rank == 0, dtype=torch.bool, device=x.device))
+            all_kept = all_kept and rank == 0
+        else:
+            keep.append(_rows_from(length, rank, size, x.device) < length)
+            rows = local_length(length, False, size)
+            all_kept = all_kept and isinstance(length, int) and (rank + 1) * rows <= length
+    if all_kept or size == 1:
+        return dense(x)
+    return x.masked_fill(~_cat(keep, 0).view(_shape_along(x, dim)), 0)
+
+
+def scale_whole(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], size: int) -> Tensor:
+    pieces, start = [], 0
+    for length, entire in zip(lengths, whole, strict=True):
+        count = local_length(length, entire, size)
+        piece = x.narrow(dim, start, count)
+        pieces.append(piece / size if entire else piece)
+        start = start + count
+    return dense(_cat(pieces, dim))
+
+
+def positions(lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, device: torch.device) -> Tensor:
+    pieces, start = [], 0
+    for length, entire in zip(lengths, whole, strict=True):
+        if entire:
+            rows = torch.arange(length, device=device)
+        else:
+            rows = _rows_from(length, rank, size, device).clamp(max=length - 1)
+        pieces.append(rows + start)
+        start = start + length
+    return _cat(pieces, 0)
+
+
+def take(x: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    block = x.shape[dim] // size
+    return dense(x.narrow(dim, rank * block, block))
+
+
+def put(x: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    block = x.shape[dim]
+    pads = [0, 0] * (x.dim() - 1 - dim) + [rank * block, (size - 1 - rank) * block]
+    return torch.constant_pad_nd(x, pads) if size > 1 else x
+
+
+#: Name of an fxsp op -> its meaning.
+LOWERINGS: dict[str, Callable[..., Any]] = {
+    "annotate": annotate,
+    "shard": shard,
+    "gather": gather,
+    "gather_used": gather,
+    "gather_sum": gather_sum,
+    "reduce_scatter": reduce_scatter,
+    "all_reduce": all_reduce,
+    "reduce_grad": all_reduce,
+    "use": use,
+    "all_to_all": all_to_all,
+    "mask_pads": mask_pads,
+    "scale_whole": scale_whole,
+    "positions": positions,
+    "take": take,
+    "put": put,
+}

@@ -1,0 +1,152 @@
+"""The fxsp ops: what *partition* writes into a graph, differentiable, and opaque until *emit*.
+
+``lengths`` and ``whole`` describe a :class:`fxsp.types.Sequence`: global lengths per segment, and whether a segment is
+entire on every rank.  A split segment of ``n`` rows has ``L = ceil(n / size)`` rows on each rank; rank ``r`` holds rows
+``r*L .. (r+1)*L``, and those from ``n`` on are pads.  Rank, size and group are plain arguments: what differs by rank must
+be part of the graph, or a cached artifact of one rank would be loaded by another.
+
+Adjoints, in the notation of ``fxsp.types`` (``S+`` is a shard whose pads are zero and whose whole segments hold
+summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P``, and the other way round::
+
+    op              forward    backward
+    shard           R -> S     gather_sum
+    gather          S -> R     shard(zero_pads=True), whole segments divided by size (scale_whole)
+    gather_used     S -> U     reduce_scatter
+    reduce_scatter  P -> S+    gather_used
+    gather_sum      S+ -> R    shard(zero_pads=True)
+    all_reduce      P -> R     use
+    use             R -> U     reduce_grad
+    reduce_grad     P -> R     use          (all_reduce of a gradient: emit may put several into one bucket)
+    all_to_all      S -> S     all_to_all
+    mask_pads       S -> S+    mask_pads
+    scale_whole     S -> S+    scale_whole
+    take            U -> S     put
+    put             S -> P     take
+
+With ``size == 1`` (or ``group == ""`` where an op has no size) no process group is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsp.kernels.lowering import LOWERINGS
+
+__all__ = ["INTERNAL", "OPS"]
+
+_SEQ = "int dim, SymInt[] lengths, bool[] whole"
+
+#: Name of an op -> its arguments.
+OPS: dict[str, str] = {
+    "annotate": "Tensor x, str kind, int dim, SymInt text_len, str entry",
+    "shard": f"Tensor x, {_SEQ}, bool zero_pads, int rank, int size, str group",
+    "gather": f"Tensor x, {_SEQ}, int rank, int size, str group",
+    "gather_used": f"Tensor x, {_SEQ}, int rank, int size, str group",
+    "reduce_scatter": f"Tensor x, {_SEQ}, int rank, int size, str group",
+    "all_reduce": "Tensor x, str group",
+    "use": "Tensor x, str group",
+    "all_to_all": "Tensor x, str group",
+    "mask_pads": f"Tensor x, {_SEQ}, int rank, int size",
+    "positions": "SymInt[] lengths, bool[] whole, int rank, int size, Device device",
+    "take": "Tensor x, int dim, int rank, int size",
+}
+
+#: Ops that only backward graphs contain.
+INTERNAL: dict[str, str] = {
+    "gather_sum": f"Tensor x, {_SEQ}, int rank, int size, str group",
+    "scale_whole": f"Tensor x, {_SEQ}, int size",
+    "reduce_grad": "Tensor x, str group",
+    "put": "Tensor x, int dim, int rank, int size",
+}
+
+#: Ops whose result is their argument, whatever its strides.
+_IDENTITIES = ("annotate", "use")
+
+_library = torch.library.Library("fxsp", "DEF")
+_fxsp = torch.ops.fxsp
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy with the very strides of ``x``, expanded dimensions included."""
+    if x.numel() == 0:
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((span,), (1,)).clone().as_strided(x.size(), x.stride(), 0)
+
+
+def _real(name: str) -> Callable[..., Tensor]:
+    lowering = LOWERINGS[name]
+    if name == "positions":
+        return lowering
+
+    def run(x: Tensor, *args: Any) -> Tensor:
+        y = lowering(x, *args)
+        aliases = y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        return _copy(y) if aliases else y
+
+    return run
+
+
+def _fake(name: str) -> Callable[..., Tensor]:
+    lowering = LOWERINGS[name]
+
+    def run(*args: Any) -> Tensor:
+        y = lowering(*args)
+        # Not the lowering's result itself: it may be a view of the argument.
+        return torch.empty_strided(y.size(), y.stride(), dtype=y.dtype, device=y.device)
+
+    return run
+
+
+def _args_of(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.args = inputs[1:]
+
+
+def _grad_gather(g: Tensor, dim: int, lengths: Any, whole: Any, rank: int, size: int, group: str) -> Tensor:
+    g = _fxsp.shard(g, dim, lengths, whole, True, rank, size, group)
+    return _fxsp.scale_whole(g, dim, lengths, whole, size) if size > 1 and any(whole) else g
+
+
+#: Name of an op -> (gradient of its result, its other arguments) -> gradient of its first argument.
+_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "annotate": lambda g, *_: g,
+    "shard": lambda g, dim, lengths, whole, zero_pads, *at: _fxsp.gather_sum(g, dim, lengths, whole, *at),
+    "gather": _grad_gather,
+    "gather_used": lambda g, *args: _fxsp.reduce_scatter(g, *args),
+    "reduce_scatter": lambda g, *args: _fxsp.gather_used(g, *args),
+    "gather_sum": lambda g, dim, lengths, whole, *at: _fxsp.shard(g, dim, lengths, whole, True, *at),
+    "all_reduce": lambda g, group: _fxsp.use(g, group),
+    "reduce_grad": lambda g, group: _fxsp.use(g, group),
+    "use": lambda g, group: _fxsp.reduce_grad(g, group) if group else g,
+    "all_to_all": lambda g, group: _fxsp.all_to_all(g, group),
+    "mask_pads": lambda g, *args: _fxsp.mask_pads(g, *args),
+    "scale_whole": lambda g, *args: _fxsp.scale_whole(g, *args),
+    "take": lambda g, *args: _fxsp.put(g, *args),
+    "put": lambda g, *args: _fxsp.take(g, *args),
+}
+
+
+def _backward(name: str) -> Callable[..., tuple[Any, ...]]:
+    formula = _BACKWARD[name]
+
+    def run(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return (formula(grad, *ctx.args), *(None for _ in ctx.args))
+
+    return run
+
+
+def _register(name: str, arguments: str) -> None:
+    qualified = f"fxsp::{name}"
+    _library.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, _real(name), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, _fake(name), lib=_library)
+    if name in _BACKWARD:
+        torch.library.register_autograd(qualified, _backward(name), setup_context=_args_of, lib=_library)
+
+
+for _name, _arguments in {**OPS, **INTERNAL}.items():
+    _register(_name, _arguments)
