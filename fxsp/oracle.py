@@ -1,0 +1,294 @@
+"""What each fxsp operator means, on a list with one tensor per rank.
+
+This is the reference that the operators and everything made of them are tested against.  It is written apart from
+``fxsp.kernels``, for clarity and not for speed, and must stay so: a mistake in one has to show against the other.
+
+Rows of a split segment of ``n`` tokens: ``L = ceil(n / P)`` per rank, rank ``r`` has rows ``r*L .. (r+1)*L``; a row
+``>= n`` is a pad.  A whole segment lies entire on every rank.  Segments follow each other along the dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxsp.errors import UnsupportedError, VerificationError
+
+__all__ = ["Call", "Lanes", "bind", "gather", "shard", "total"]
+
+
+class Lanes(list[torch.Tensor]):
+    """One tensor per rank."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """An fxsp operator with its operands."""
+
+    name: str
+    function: Callable[..., Lanes]
+    arguments: dict[str, Any]
+
+    def run(self, *, poison_pads: bool = False) -> Lanes:
+        """Execute it; ``poison_pads`` overwrites the pads it makes, unless they are promised to be zero."""
+        result = self.function(**self.arguments)
+        if poison_pads and self.name == "shard" and not self.arguments["zero_pads"]:
+            return _poison(result, **self.arguments)
+        return result
+
+
+def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Call:
+    """The call of operator ``name``; tensor operands are :class:`Lanes`.  The rank and the group are dropped.
+
+    Raises ``VerificationError`` if the call is for another number of ranks, ``UnsupportedError`` if the operator is
+    unknown.
+    """
+    function = _OPERATORS.get(name)
+    if function is None:
+        raise UnsupportedError(f"the simulator does not know fxsp::{name}; it knows {', '.join(sorted(_OPERATORS))}")
+    arguments = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    if arguments.get("size", size) != size:
+        raise VerificationError(f"fxsp::{name} is for {arguments['size']} ranks, the simulation has {size}")
+    arguments["size"] = size
+    return Call(name, function, arguments)
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One segment: where it starts in the global and in the local dimension, and how long it is in each."""
+
+    start: int
+    length: int
+    local_start: int
+    local_length: int
+    whole: bool
+
+    def rows(self, rank: int) -> torch.Tensor:
+        """Index within the segment of each local row; pads run past the end."""
+        first = 0 if self.whole else rank * self.local_length
+        return torch.arange(first, first + self.local_length)
+
+
+def _pieces(lengths: Sequence[int], whole: Sequence[bool], size: int) -> Iterator[_Piece]:
+    start = local_start = 0
+    for n, is_whole in zip(lengths, whole, strict=True):
+        n = int(n)
+        local = n if is_whole else -(-n // size)
+        yield _Piece(start, n, local_start, local, bool(is_whole))
+        start += n
+        local_start += local
+
+
+def _rows_are_zeroed(x: torch.Tensor, dim: int, row_is_zero: torch.Tensor) -> torch.Tensor:
+    """``x`` with zeros (never a product with zero) where ``row_is_zero`` along ``dim``."""
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return x.masked_fill(row_is_zero.to(x.device).view(shape), 0)
+
+
+def total(lanes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum over ranks: half precision is accumulated in float32, bool is "any"."""
+    dtype = lanes[0].dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.int64 if dtype == torch.bool else dtype
+    result = lanes[0].to(wide, copy=True)
+    for lane in lanes[1:]:
+        result = result + lane.to(wide)
+    return result.to(dtype)
+
+
+def _fresh(x: Lanes) -> Lanes:
+    """Copies, as an operator never returns its operand; one tensor for all ranks stays one."""
+    copies = {id(lane): lane.clone() for lane in x}
+    return Lanes([copies[id(lane)] for lane in x])
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def annotate(x: Lanes, kind: str, dim: int, text_len: int, entry: str, size: int = 0) -> Lanes:
+    """Identity: a plan entry waiting to be carried out."""
+    return _fresh(x)
+
+
+def shard(
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    zero_pads: bool,
+    rank: int = 0,
+    size: int = 1,
+    group: str = "",
+) -> Lanes:
+    """Each rank's own rows of a value that every rank has; a pad is a copy of the segment's last row, or zero."""
+    result = Lanes()
+    for r, lane in enumerate(x):
+        if lane.shape[dim] != sum(lengths):
+            raise VerificationError(f"fxsp::shard of {list(lane.shape)} along {dim} as segments of {list(lengths)}")
+        parts = []
+        for piece in _pieces(lengths, whole, size):
+            segment = lane.narrow(dim, piece.start, piece.length)
+            rows = piece.rows(r)
+            part = segment.index_select(dim, rows.clamp(max=piece.length - 1).to(lane.device))
+            parts.append(_rows_are_zeroed(part, dim, rows >= piece.length) if zero_pads else part)
+        result.append(torch.cat(parts, dim))
+    return result
+
+
+def gather(
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    rank: int = 0,
+    size: int = 1,
+    group: str = "",
+) -> Lanes:
+    """The global value on every rank: shards in order without their pads; a whole segment is the rank's own."""
+    _check_local("gather", x, dim, lengths, whole, size)
+
+    def rows_of(piece: _Piece, r: int) -> torch.Tensor:
+        if piece.whole:
+            return x[r].narrow(dim, piece.local_start, piece.local_length)
+        blocks = [lane.narrow(dim, piece.local_start, piece.local_length) for lane in x]
+        return torch.cat(blocks, dim).narrow(dim, 0, piece.length)
+
+    pieces = list(_pieces(lengths, whole, size))
+    own = any(piece.whole for piece in pieces)
+    values = [torch.cat([rows_of(piece, r) for piece in pieces], dim) for r in range(size if own else 1)]
+    return Lanes(values if own else values * size)
+
+
+def reduce_scatter(
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    rank: int = 0,
+    size: int = 1,
+    group: str = "",
+) -> Lanes:
+    """Each rank's own rows of the sum of summands, zero in pads; rows of a whole segment stay the rank's summand."""
+    mine = shard(Lanes([total(x)] * size), dim, lengths, whole, True, size=size)
+    kept = shard(x, dim, lengths, whole, True, size=size)
+    result = Lanes()
+    for summed, own in zip(mine, kept, strict=True):
+        parts = [
+            (own if piece.whole else summed).narrow(dim, piece.local_start, piece.local_length)
+            for piece in _pieces(lengths, whole, size)
+        ]
+        result.append(torch.cat(parts, dim))
+    return result
+
+
+def all_reduce(x: Lanes, group: str = "", size: int = 1) -> Lanes:
+    """The sum of the ranks' summands."""
+    return Lanes([total(x)] * size)
+
+
+def use(x: Lanes, group: str = "", size: int = 1) -> Lanes:
+    """Identity (its adjoint is the all-reduce)."""
+    return _fresh(x)
+
+
+def all_to_all(x: Lanes, group: str = "", size: int = 1) -> Lanes:
+    """Block ``j`` of rank ``i`` becomes block ``i`` of rank ``j``."""
+    if any(lane.shape[0] != size for lane in x):
+        raise VerificationError(f"fxsp::all_to_all of {list(x[0].shape)} on {size} ranks: the first size is no {size}")
+    return Lanes([torch.stack([sender[r] for sender in x]) for r in range(size)])
+
+
+def mask_pads(
+    x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], rank: int = 0, size: int = 1
+) -> Lanes:
+    """Zero in pad rows; zero in rows of whole segments except on rank 0, so that a sum over ranks is the global sum."""
+    _check_local("mask_pads", x, dim, lengths, whole, size)
+    result = Lanes()
+    for r, lane in enumerate(x):
+        drop = [
+            torch.full((piece.length,), r != 0) if piece.whole else piece.rows(r) >= piece.length
+            for piece in _pieces(lengths, whole, size)
+        ]
+        result.append(_rows_are_zeroed(lane, dim, torch.cat(drop)))
+    return result
+
+
+def positions(
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    rank: int = 0,
+    size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Lanes:
+    """The global index of each local row, int64; a pad has that of its segment's last row."""
+    result = Lanes()
+    for r in range(size):
+        parts = [
+            piece.start + piece.rows(r).clamp(max=piece.length - 1) for piece in _pieces(lengths, whole, size)
+        ]
+        result.append(torch.cat(parts).to(device))
+    return result
+
+
+def take(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:
+    """The rank-th of ``size`` equal blocks along ``dim``."""
+    if any(lane.shape[dim] % size for lane in x):
+        raise VerificationError(f"fxsp::take of {list(x[0].shape)}: {size} ranks do not divide dimension {dim}")
+    block = x[0].shape[dim] // size
+    return Lanes([lane.narrow(dim, r * block, block).clone() for r, lane in enumerate(x)])
+
+
+_OPERATORS: dict[str, Callable[..., Lanes]] = {
+    "all_reduce": all_reduce,
+    "all_to_all": all_to_all,
+    "annotate": annotate,
+    "gather": gather,
+    "gather_used": gather,
+    "mask_pads": mask_pads,
+    "positions": positions,
+    "reduce_scatter": reduce_scatter,
+    "shard": shard,
+    "take": take,
+    "use": use,
+}
+
+
+def _check_local(
+    name: str, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int
+) -> None:
+    expected = sum(piece.local_length for piece in _pieces(lengths, whole, size))
+    for lane in x:
+        if lane.shape[dim] != expected:
+            raise VerificationError(
+                f"fxsp::{name} of {list(lane.shape)} along {dim}: segments of {list(lengths)} have {expected} local rows"
+            )
+
+
+def _poison(
+    result: Lanes, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int, **_: Any
+) -> Lanes:
+    """Other values in the pad rows: NaN, the negation of a bool, the segment's first row of integers."""
+    poisoned = Lanes()
+    for r, lane in enumerate(result):
+        lane = lane.clone()
+        for piece in _pieces(lengths, whole, size):
+            pads = (piece.rows(r) >= piece.length).nonzero().flatten()
+            if piece.whole or not pads.numel():
+                continue
+            rows = piece.local_start + pads.to(lane.device)
+            if lane.dtype.is_floating_point or lane.dtype.is_complex:
+                lane.index_fill_(dim, rows, float("nan"))
+            elif lane.dtype == torch.bool:
+                lane.index_copy_(dim, rows, ~lane.index_select(dim, rows))
+            else:
+                first = x[r].narrow(dim, piece.start, 1)
+                lane.index_copy_(dim, rows, first.repeat_interleave(rows.numel(), dim))
+        poisoned.append(lane)
+    return poisoned
