@@ -1,0 +1,198 @@
+"""Rules of operators that contract or normalize dimensions: matrix products, reductions, norms, softmax, scans."""
+
+from __future__ import annotations
+
+from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules_elementwise import broadcast
+from fxsp.types import Length
+
+__all__ = ["MEANS", "SUMS", "reduced_dims"]
+
+SUMS = overloads("sum", "sum.dim_IntList")
+MEANS = overloads("mean", "mean.dim")
+#: Reductions whose summands do not add up: the reduced dimensions must be whole.
+OTHER_REDUCTIONS = overloads(
+    "prod", "prod.dim_int", "amax", "amin", "max.dim", "min.dim", "max", "min", "all", "all.dim", "all.dims", "any",
+    "any.dim", "any.dims", "argmax", "argmin", "logsumexp", "var", "var.dim", "var.correction", "std", "std.dim",
+    "std.correction", "var_mean.dim", "var_mean.correction", "linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar",
+    "nansum", "median.dim", "mode", "aminmax", "norm.ScalarOpt_dim_dtype", "std_mean.correction",
+    "count_nonzero.dim_IntList", "count_nonzero", "kthvalue",
+)  # fmt: skip
+
+
+def _rows(prefix: str, shape: tuple[Length, ...]) -> tuple[list[tuple[str, ...]], dict[str, Length]]:
+    return [(f"{prefix}{i}",) for i in range(len(shape))], {f"{prefix}{i}": n for i, n in enumerate(shape)}
+
+
+@rule(overloads("linear"))
+def linear(call: Call) -> OpRule | None:
+    """``([d0, d1, i], [o, i], [o]) -> ([d0, d1, o]) reduction={i}``."""
+    x, w = call.shape("input"), call.shape("weight")
+    if len(w) != 2:
+        return None
+    lead, sizes = _rows("d", x[:-1])
+    sizes |= {"i": x[-1], "o": w[0]}
+    operands: list[Dims] = [(*lead, ("i",)), (("o",), ("i",))]
+    if len(call.operands) > 2:
+        operands.append((("o",),))
+    # The bias would be added once per rank: the contraction must stay whole where there is one.
+    kind = "whole" if len(operands) > 2 else "reduction"
+    return OpRule(tuple(operands), ((*lead, ("o",)),), sizes, **{kind: frozenset("i")})  # type: ignore[arg-type]
+
+
+@rule(overloads("mm", "bmm", "matmul", "dot", "mv", "outer", "linalg_matmul"))
+def matmul(call: Call) -> OpRule | None:
+    """``matmul``: ``([b0, m, k], [b0, k, n]) -> ([b0, m, n]) reduction={k}``, batch dimensions broadcast."""
+    a, b = call.operand_shapes()
+    if call.op in overloads("outer"):
+        return OpRule(((("m",),), (("n",),)), ((("m",), ("n",)),), {"m": a[0], "n": b[0]})
+    sizes: dict[str, Length] = {"k": a[-1]}
+    left: list[tuple[str, ...]] = [("k",)]
+    right: list[tuple[str, ...]] = [("k",)]
+    out: list[tuple[str, ...]] = []
+    if len(a) > 1:
+        left.insert(0, ("m",))
+        sizes["m"] = a[-2]
+        out.append(("m",))
+    if len(b) > 1:
+        right.append(("n",))
+        sizes["n"] = b[-1]
+        out.append(("n",))
+    (result,) = call.result_shapes()
+    batch = result[: len(result) - len(out)]
+    (batch_a, batch_b), lead, lead_sizes = broadcast([a[:-2], b[:-2]], batch, "b")
+    return OpRule(
+        ((*batch_a, *left), (*batch_b, *right)), ((*lead, *out),), {**lead_sizes, **sizes}, reduction=frozenset("k")
+    )
+
+
+@rule(overloads("addmm", "baddbmm"))
+def addmm(call: Call) -> OpRule | None:
+    """``([m, n], [m, k], [k, n]) -> ([m, n]) whole={k}``."""
+    bias, a, _ = call.operand_shapes()
+    (result,) = call.result_shapes()
+    (bias_dims,), out, sizes = broadcast([bias], result)
+    *lead, m, n = out
+    return OpRule((bias_dims, (*lead, m, ("k",)), (*lead, ("k",), n)), (out,), sizes | {"k": a[-1]}, whole=frozenset("k"))
+
+
+@rule(overloads("einsum"))
+def einsum(call: Call) -> OpRule | None:
+    """The equation is the rule: ``"bsc,bsd->bcd"``: ``([b, s, c], [b, s, d]) -> ([b, c, d]) reduction={s}``."""
+    equation = str(call["equation"]).replace(" ", "")
+    if "." in equation or "->" not in equation:
+        return None
+    left, right = equation.split("->")
+    terms = left.split(",")
+    shapes = call.operand_shapes()
+    sizes: dict[str, Length] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        if len(set(term)) != len(term):
+            return None
+        for letter, n in zip(term, shape, strict=True):
+            if sizes.get(letter, 1) == 1:
+                sizes[letter] = n
+    operands = tuple(
+        tuple((c,) if n == sizes[c] else () for c, n in zip(t, s, strict=True)) for t, s in zip(terms, shapes, strict=True)
+    )
+    used = {f for dims in operands for dim in dims for f in dim}
+    result = tuple((c,) for c in right)
+    return OpRule(operands, (result,), sizes, reduction=frozenset(c for c in used if c not in right))
+
+
+def reduced_dims(call: Call, rank: int) -> list[int]:
+    """The dimensions that a reduction reduces."""
+    dims = call.get("dim", call.get("dims"))
+    if dims is None or dims == []:
+        return list(range(rank))
+    return sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)}) if rank else []
+
+
+def _reduction(call: Call, kind: str) -> OpRule | None:
+    shape = call.operand_shapes()[0]
+    if len(call.operands) != 1:
+        return None
+    dims, sizes = _rows("d", shape)
+    reduced = reduced_dims(call, len(shape))
+    keep = bool(call.get("keepdim", False))
+    out = [() if i in reduced else d for i, d in enumerate(dims) if keep or i not in reduced]
+    factors = frozenset(f"d{i}" for i in reduced)
+    results = tuple(tuple(out) for _ in call.result_shapes())
+    return OpRule((tuple(dims),), results, sizes, **{kind: factors})  # type: ignore[arg-type]
+
+
+@rule([*SUMS, *MEANS])
+def total(call: Call) -> OpRule | None:
+    """``sum(1)``: ``([d0, d1, d2]) -> ([d0, d2]) reduction={d1}``."""
+    return _reduction(call, "reduction")
+
+
+@rule(OTHER_REDUCTIONS)
+def reduction(call: Call) -> OpRule | None:
+    """``amax(1)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
+    if call.get("dim", ()) is None and "dim" in call.arguments and call.op in overloads("argmax", "argmin"):
+        return None
+    return _reduction(call, "whole")
+
+
+@rule(overloads("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"))
+def layer_norm(call: Call) -> OpRule | None:
+    """``([d0, d1, d2], [d2], [d2]) -> ([d0, d1, d2]) whole={d2}``."""
+    x = call.shape("input")
+    count = len(call["normalized_shape"])
+    dims, sizes = _rows("d", x)
+    tail = tuple(dims[len(x) - count :])
+    operands = (tuple(dims), *(tail for _ in call.operands[1:]))
+    results: list[Dims] = [tuple(dims)]
+    results += [(*dims[: len(x) - count], *(() for _ in range(count))) for _ in call.result_shapes()[1:]]
+    return OpRule(operands, tuple(results), sizes, whole=frozenset(f for d in tail for f in d))
+
+
+@rule(overloads("group_norm", "native_group_norm", "instance_norm"))
+def group_norm(call: Call) -> OpRule | None:
+    """Only the batch passes: ``([d0, d1, d2], [c], [c]) -> ([d0, d1, d2]) whole={c, d1, d2}``."""
+    x = call.operand_shapes()[0]
+    if len(call.result_shapes()) != 1:
+        return None
+    dims, sizes = _rows("d", x)
+    operands = (tuple(dims), *((("c",),) for _ in call.operands[1:]))
+    whole = {f"d{i}" for i in range(1, len(x))} | ({"c"} if len(operands) > 1 else set())
+    return OpRule(operands, (tuple(dims),), sizes | {"c": x[1]}, whole=frozenset(whole))
+
+
+@rule(overloads(
+    "softmax.int", "log_softmax.int", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll",
+    "sort", "sort.stable", "argsort", "argsort.stable", "topk", "diff", "triu", "tril", "glu", "cummax", "cummin",
+    "rot90", "renorm",
+))  # fmt: skip
+def along(call: Call) -> OpRule | None:
+    """The operator reads across its dimensions, all others pass: ``softmax(1)``: ``([d0, d1]) -> ([d0, d1]) whole={d1}``."""
+    if len(call.operands) != 1 or call.op in overloads("rot90", "renorm"):
+        return None
+    (shape,) = call.operand_shapes()
+    rank = len(shape)
+    if call.op in overloads("triu", "tril"):
+        mixed = [rank - 2, rank - 1]
+    elif call.op in overloads("argsort", "argsort.stable", "sort", "sort.stable", "topk", "glu", "diff") and "dim" not in call.arguments:
+        return None
+    else:
+        mixed = reduced_dims(call, rank)
+    dims, sizes = _rows("d", shape)
+    results = tuple(tuple((f"w{i}",) if i in mixed else d for i, d in enumerate(dims)) for _ in call.result_shapes())
+    whole = {f for i in mixed for f in (f"d{i}", f"w{i}")}
+    return OpRule((tuple(dims),), results, sizes, whole=frozenset(whole))
+
+
+@rule(overloads("conv1d", "conv2d", "conv3d", "convolution", "conv2d.padding", "conv1d.padding", "conv3d.padding",
+                "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"))  # fmt: skip
+def convolution(call: Call) -> OpRule | None:
+    """Only the batch passes: a kernel reads its neighbours."""
+    x, *others = call.operand_shapes()
+    (result,) = call.result_shapes()
+    if len(x) != len(result) or len(x) != len(others[0]):
+        return None
+    operands: list[Dims] = [(("b",), *((f"x{i}",) for i in range(1, len(x))))]
+    operands += [tuple((f"p{k}_{i}",) for i in range(len(o))) for k, o in enumerate(others)]
+    out: Dims = (("b",), *((f"y{i}",) for i in range(1, len(result))))
+    whole = {f for dims in (*operands, out) for d in dims for f in d} - {"b"}
+    return OpRule(tuple(operands), (out,), {"b": x[0]}, whole=frozenset(whole))
