@@ -1,16 +1,14 @@
-"""The five collectives on plain tensors, visible to a compiler as ``_c10d_functional`` ops.
+"""The four collectives on plain tensors, visible to a compiler as ``_c10d_functional`` ops.
 
-Each takes any strides, and returns a contiguous tensor.  Bools travel as bytes.  Sums of fp16 and bf16 values travel and
-accumulate in fp32.
+Each takes any strides, and returns a contiguous tensor.  Bools travel as bytes.  Sums of fp16 and bf16 values travel
+and accumulate in fp32.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed._functional_collectives  # registers the shapes of the ops
 from torch import Tensor
-
-# Registers the shapes of the ops.
-import torch.distributed._functional_collectives  # noqa: F401  isort: skip
 
 __all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 

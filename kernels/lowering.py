@@ -32,7 +32,9 @@ def local_length(length: Size, whole: bool, size: int) -> Size:
 def known_dense(x: Tensor) -> bool:
     """Whether the elements of ``x`` certainly fill their memory, each its own place; adds no guard."""
     left = [
-        (as_length(n), as_length(s)) for n, s in zip(x.shape, x.stride(), strict=True) if not same_length(as_length(n), 1)
+        (as_length(n), as_length(s))
+        for n, s in zip(x.shape, x.stride(), strict=True)
+        if not same_length(as_length(n), 1)
     ]
     expected = product(())
     while left:
@@ -97,7 +99,14 @@ def _own_rows(x: Tensor, dim: int, start: Size, length: Size, zero_pads: bool, r
 
 
 def shard(
-    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], zero_pads: bool, rank: int, size: int, group: str
+    x: Tensor,
+    dim: int,
+    lengths: Sequence[Size],
+    whole: Sequence[bool],
+    zero_pads: bool,
+    rank: int,
+    size: int,
+    group: str,
 ) -> Tensor:
     pieces, start = [], 0
     for length, entire in zip(lengths, whole, strict=True):

@@ -2,8 +2,8 @@
 
 ``lengths`` and ``whole`` describe a :class:`fxsp.types.Sequence`: global lengths per segment, and whether a segment is
 entire on every rank.  A split segment of ``n`` rows has ``L = ceil(n / size)`` rows on each rank; rank ``r`` holds rows
-``r*L .. (r+1)*L``, and those from ``n`` on are pads.  Rank, size and group are plain arguments: what differs by rank must
-be part of the graph, or a cached artifact of one rank would be loaded by another.
+``r*L .. (r+1)*L``, and those from ``n`` on are pads.  Rank, size and group are plain arguments: what differs by rank
+must be part of the graph, or a cached artifact of one rank would be loaded by another.
 
 Adjoints, in the notation of ``fxsp.types`` (``S+`` is a shard whose pads are zero and whose whole segments hold
 summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P``, and the other way round::
@@ -111,27 +111,31 @@ def _grad_gather(g: Tensor, dim: int, lengths: Any, whole: Any, rank: int, size:
     return _fxsp.scale_whole(g, dim, lengths, whole, size) if size > 1 and any(whole) else g
 
 
-#: Name of an op -> (gradient of its result, its other arguments) -> gradient of its first argument.
-_BACKWARD: dict[str, Callable[..., Tensor]] = {
+#: Name of an op -> the op, with the same other arguments, that takes the gradient of its result to that of ``x``.
+_ADJOINT = {
+    "gather_used": "reduce_scatter",
+    "reduce_scatter": "gather_used",
+    "all_reduce": "use",
+    "reduce_grad": "use",
+    "all_to_all": "all_to_all",
+    "mask_pads": "mask_pads",
+    "scale_whole": "scale_whole",
+    "take": "put",
+    "put": "take",
+}
+
+#: The adjoints that take other arguments.
+_FORMULA: dict[str, Callable[..., Tensor]] = {
     "annotate": lambda g, *_: g,
     "shard": lambda g, dim, lengths, whole, zero_pads, *at: _fxsp.gather_sum(g, dim, lengths, whole, *at),
     "gather": _grad_gather,
-    "gather_used": lambda g, *args: _fxsp.reduce_scatter(g, *args),
-    "reduce_scatter": lambda g, *args: _fxsp.gather_used(g, *args),
     "gather_sum": lambda g, dim, lengths, whole, *at: _fxsp.shard(g, dim, lengths, whole, True, *at),
-    "all_reduce": lambda g, group: _fxsp.use(g, group),
-    "reduce_grad": lambda g, group: _fxsp.use(g, group),
     "use": lambda g, group: _fxsp.reduce_grad(g, group) if group else g,
-    "all_to_all": lambda g, group: _fxsp.all_to_all(g, group),
-    "mask_pads": lambda g, *args: _fxsp.mask_pads(g, *args),
-    "scale_whole": lambda g, *args: _fxsp.scale_whole(g, *args),
-    "take": lambda g, *args: _fxsp.put(g, *args),
-    "put": lambda g, *args: _fxsp.take(g, *args),
 }
 
 
 def _backward(name: str) -> Callable[..., tuple[Any, ...]]:
-    formula = _BACKWARD[name]
+    formula = _FORMULA[name] if name in _FORMULA else getattr(_fxsp, _ADJOINT[name]).default
 
     def run(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (formula(grad, *ctx.args), *(None for _ in ctx.args))
@@ -140,13 +144,12 @@ def _backward(name: str) -> Callable[..., tuple[Any, ...]]:
 
 
 def _register(name: str, arguments: str) -> None:
-    qualified = f"fxsp::{name}"
     _library.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _real(name), "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, _fake(name), lib=_library)
-    if name in _BACKWARD:
-        torch.library.register_autograd(qualified, _backward(name), setup_context=_args_of, lib=_library)
+    torch.library.register_fake(f"fxsp::{name}", _fake(name), lib=_library)
 
 
 for _name, _arguments in {**OPS, **INTERNAL}.items():
     _register(_name, _arguments)
+for _name in {**_ADJOINT, **_FORMULA}:
+    torch.library.register_autograd(f"fxsp::{_name}", _backward(_name), setup_context=_args_of, lib=_library)
