@@ -205,9 +205,7 @@ def all_to_all(x: Lanes, group: str = "", size: int = 1) -> Lanes:
     return Lanes([torch.stack([sender[r] for sender in x]) for r in range(size)])
 
 
-def mask_pads(
-    x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], rank: int = 0, size: int = 1
-) -> Lanes:
+def mask_pads(x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], rank: int = 0, size: int = 1) -> Lanes:
     """Zero in pad rows; zero in rows of whole segments except on rank 0, so that a sum over ranks is the global sum."""
     _check_local("mask_pads", x, dim, lengths, whole, size)
     result = Lanes()
@@ -230,9 +228,7 @@ def positions(
     """The global index of each local row, int64; a pad has that of its segment's last row."""
     result = Lanes()
     for r in range(size):
-        parts = [
-            piece.start + piece.rows(r).clamp(max=piece.length - 1) for piece in _pieces(lengths, whole, size)
-        ]
+        parts = [piece.start + piece.rows(r).clamp(max=piece.length - 1) for piece in _pieces(lengths, whole, size)]
         result.append(torch.cat(parts).to(device))
     return result
 
@@ -245,29 +241,69 @@ def take(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:
     return Lanes([lane.narrow(dim, r * block, block).clone() for r, lane in enumerate(x)])
 
 
+def gather_sum(
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    rank: int = 0,
+    size: int = 1,
+    group: str = "",
+) -> Lanes:
+    """The adjoint of :func:`shard`: shards in order without pads; rows of a whole segment are summed over ranks."""
+    gathered = gather(x, dim, lengths, whole, size=size)
+    parts = []
+    for piece in _pieces(lengths, whole, size):
+        rows = [lane.narrow(dim, piece.start, piece.length) for lane in gathered]
+        parts.append(total(rows) if piece.whole else rows[0])
+    return Lanes([torch.cat(parts, dim)] * size)
+
+
+def scale_whole(x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int = 1) -> Lanes:
+    """Rows of whole segments divided by the number of ranks: of equal gradients, summands."""
+    _check_local("scale_whole", x, dim, lengths, whole, size)
+    result = Lanes()
+    for lane in x:
+        parts = []
+        for piece in _pieces(lengths, whole, size):
+            rows = lane.narrow(dim, piece.local_start, piece.local_length)
+            parts.append(rows / size if piece.whole else rows)
+        result.append(torch.cat(parts, dim))
+    return result
+
+
+def put(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:
+    """The adjoint of :func:`take`: the rank-th of ``size`` blocks along ``dim``, zeros in the others."""
+    return Lanes(
+        [torch.cat([lane if j == r else torch.zeros_like(lane) for j in range(size)], dim) for r, lane in enumerate(x)]
+    )
+
+
 _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "all_reduce": all_reduce,
     "all_to_all": all_to_all,
     "annotate": annotate,
     "gather": gather,
+    "gather_sum": gather_sum,
     "gather_used": gather,
     "mask_pads": mask_pads,
     "positions": positions,
+    "put": put,
+    "reduce_grad": all_reduce,
     "reduce_scatter": reduce_scatter,
+    "scale_whole": scale_whole,
     "shard": shard,
     "take": take,
     "use": use,
 }
 
 
-def _check_local(
-    name: str, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int
-) -> None:
+def _check_local(name: str, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int) -> None:
     expected = sum(piece.local_length for piece in _pieces(lengths, whole, size))
     for lane in x:
         if lane.shape[dim] != expected:
             raise VerificationError(
-                f"fxsp::{name} of {list(lane.shape)} along {dim}: segments of {list(lengths)} have {expected} local rows"
+                f"fxsp::{name} of {list(lane.shape)} along {dim}: {list(lengths)} have {expected} local rows"
             )
 
 

@@ -41,6 +41,9 @@ Observer = Callable[[torch.fx.Node, Lanes], None]
 #: Communication that is no fxsp operator: the oracle must not depend on what emit makes of one.
 _FOREIGN = frozenset({"c10d", "_c10d_functional", "c10d_functional", "symm_mem"})
 
+#: The oracle promises values, not strides: these may be legal on the real operators' results only.
+_VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default})
+
 
 @dataclass
 class Simulation:
@@ -152,10 +155,8 @@ class _Machine:
         for rank in range(1 if shared else self.size):
             if state is not None:
                 torch.set_rng_state(state)  # every process draws from the same seed
-            args, kwargs = torch.fx.node.map_arg(
-                (node.args, node.kwargs), lambda n, r=rank: self.env[n][r]
-            )
-            lanes.append(function(*args, **kwargs))
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, r=rank: self.env[n][r])
+            lanes.append(_call(function, args, kwargs))
         self._set(node, lanes * self.size if shared else lanes, shared=shared)
 
     def _function(self, node: torch.fx.Node) -> Callable[..., Any]:
@@ -170,8 +171,8 @@ class _Machine:
     def _fxsp(self, node: torch.fx.Node) -> None:
         name = torch_internals.schema(node.target).name.split("::")[1]
         # Tensors become lists over ranks; all else (lengths, sizes) is the same on every rank, so rank 0's is taken.
-        lift = [torch.fx.node.map_arg(arg, lambda n: self._lift(n)) for arg in node.args]
-        lift_kw = {key: torch.fx.node.map_arg(arg, lambda n: self._lift(n)) for key, arg in node.kwargs.items()}
+        lift = [torch.fx.node.map_arg(arg, self._lift) for arg in node.args]
+        lift_kw = {key: torch.fx.node.map_arg(arg, self._lift) for key, arg in node.kwargs.items()}
         call = oracle.bind(name, lift, lift_kw, self.size)
         lanes = call.run(poison_pads=self.poison_pads)
         self._set(node, lanes, shared=all(lane is lanes[0] for lane in lanes))
@@ -222,6 +223,16 @@ class _Machine:
                     pytree.tree_map(lambda leaf, r=rank: own(leaf, r), lane) for rank, lane in enumerate(lanes)
                 ]
                 self.shared.discard(node)
+
+
+def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call; a view whose legality depends on strides becomes a copy where the oracle's strides forbid it."""
+    if function in _VIEWS and not kwargs:
+        try:
+            return function(*args)
+        except RuntimeError:
+            return args[0].reshape(args[1])
+    return function(*args, **kwargs)
 
 
 def _last_uses(nodes: list[torch.fx.Node]) -> dict[torch.fx.Node, list[torch.fx.Node]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 # --- simulation: operators and tracing on fakes ----------------------------------------------------------------------
 
 
@@ -25,7 +24,7 @@ def schema(target: Any) -> Any:
 
 
 def trace_on_fakes(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
-    """``function`` as an ATen graph, below autograd, with static shapes; real tensors it closes over become constants."""
+    """``function`` as an ATen graph below autograd, static shapes; tensors it closes over become constants."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
