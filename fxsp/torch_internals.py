@@ -5,7 +5,9 @@ Supported torch: 2.11 to 2.15.  Nothing else in fxsp imports a name of torch tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,3 +30,270 @@ def trace_on_fakes(function: Callable[..., Any], inputs: Sequence[Any]) -> torch
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """The modes of ``torch.compile(mode=...)`` that Inductor knows."""
+    try:
+        from torch._inductor import list_mode_options
+    except ImportError:  # the list moved: these have been there since the first release
+        return ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    return tuple(dict.fromkeys(("default", *list_mode_options())))
+
+
+# --- Tracing ---------------------------------------------------------------------------------------------------------
+
+
+def compile_fake_mode(values: Sequence[Any] = ()) -> Any:
+    """The fake mode that the compilation in progress hands to backends, else that of ``values``, else a new one.
+
+    Dynamo's own ``example_value`` metadata belongs to yet another mode, which shares only the shape environment.
+    """
+    from torch._guards import TracingContext, detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    return mode or detect_fake_mode(list(values)) or FakeTensorMode()
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The mode of a fake tensor; None for anything else."""
+    return getattr(value, "fake_mode", None)
+
+
+def to_fake(value: Any, mode: Any) -> Any:
+    """``value`` as a fake of ``mode``, with the symbols that Dynamo chose for its sizes; no tensor: unchanged."""
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(value, torch.Tensor) or (isinstance(value, FakeTensor) and value.fake_mode is mode):
+        return value
+    context = TracingContext.try_get()
+    symbolic = context.tensor_to_context.get(value) if context is not None else None
+    if symbolic is None:
+        return mode.from_tensor(value, static_shapes=mode.shape_env is None or None)
+    return mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+
+def retrace(
+    function: Callable[..., Any], inputs: Sequence[Any], mode: Any, decompositions: Mapping[Any, Any]
+) -> torch.fx.GraphModule:
+    """``function`` as a graph of ATen ops above autograd (``linear``, ``layer_norm``, ... stay whole).
+
+    ``inputs`` are fakes of ``mode`` or numbers; nodes get the metadata of the node that is being interpreted.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    with mode, preserve_node_meta():
+        return make_fx(function, decompositions, tracing_mode="real", pre_dispatch=True)(*inputs)
+
+
+def traced_graph() -> torch.fx.Graph:
+    """The graph that the enclosing :func:`retrace` is writing."""
+    return _tracer().graph
+
+
+def _tracer() -> Any:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    if mode is None:
+        raise RuntimeError("no tracing in progress")
+    return mode.tracer
+
+
+def record_call(target: Any, args: Any, kwargs: Any, result: Any, *, op: str = "call_function", name: str) -> Any:
+    """Write a node into the graph being traced, by hand: ``result`` (fakes) is its value.  Modules become attributes."""
+    from torch.fx.experimental.proxy_tensor import track_tensor_tree
+
+    tracer = _tracer()
+
+    def proxy_of(value: Any) -> Any:
+        if isinstance(value, torch.nn.Module):
+            return tracer.create_proxy("get_attr", add_module(tracer.root, f"{name}_body", value), (), {})
+        return tracer.unwrap_proxy(value)
+
+    args, kwargs = torch.utils._pytree.tree_map(proxy_of, (args, kwargs))
+    if op == "call_module":
+        target = add_module(tracer.root, name, target)
+    proxy = tracer.create_proxy(op, target, args, kwargs, name=name)
+    if isinstance(result, (torch.Tensor, torch.SymInt, tuple, list)):
+        track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+    return result
+
+
+def record_constant(name: str, value: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Write a ``get_attr`` node for a tensor constant into the graph being traced; ``fake`` is its value."""
+    from torch.fx.experimental.proxy_tensor import track_tensor_tree
+
+    tracer = _tracer()
+    name = name.replace(".", "_")
+    while hasattr(tracer.root, name) and getattr(tracer.root, name) is not value:
+        name += "_"
+    if isinstance(value, torch.nn.Parameter):
+        tracer.root.register_parameter(name, value)
+    else:
+        tracer.root.register_buffer(name, value)
+    track_tensor_tree(fake, tracer.create_proxy("get_attr", name, (), {}), constant=None, tracer=tracer)
+    return fake
+
+
+def add_module(root: torch.nn.Module, name: str, module: torch.nn.Module) -> str:
+    """Make ``module`` an attribute of ``root`` under a free name, and return that name."""
+    base, count = name, 0
+    while hasattr(root, name):
+        if getattr(root, name) is module:
+            return name
+        count += 1
+        name = f"{base}_{count}"
+    root.add_module(name, module)
+    return name
+
+
+def untraced() -> AbstractContextManager[Any]:
+    """Inside a :func:`retrace`: run on fakes without writing nodes."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
+
+
+def python_dispatch() -> AbstractContextManager[Any]:
+    """What operators on fakes with symbolic sizes need outside of a trace."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
+def no_guards(mode: Any) -> AbstractContextManager[Any]:
+    """Evaluations of symbolic conditions of ``mode`` leave no guards behind."""
+    return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether a node's target is a higher-order operator (it takes graphs as arguments)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def checkpoint_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a ``tag_activation_checkpoint`` node that belong to its body."""
+    from torch._higher_order_ops.wrap import TagActivationCheckpoint
+
+    return dict(TagActivationCheckpoint.divide_kwargs(kwargs)[1])
+
+
+def is_selective_checkpoint(body: torch.fx.GraphModule) -> bool:
+    """Whether a checkpoint body has its own policy for what to save."""
+    return "_checkpoint_context_fn" in body.meta
+
+
+def checkpoint_tags(graph_id: int) -> dict[str, Any]:
+    """The node metadata by which AOTAutograd's partitioner knows that a value is to be recomputed."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": graph_id}
+
+
+def is_set_grad(target: Any) -> bool:
+    return target is torch._C._set_grad_enabled
+
+
+def is_enter_autocast(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._enter_autocast
+
+
+def is_exit_autocast(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._exit_autocast
+
+
+def is_functorch(target: Any) -> bool:
+    """Whether a node's target changes or reads the stack of functorch transforms (vmap, grad, jvp)."""
+    module = getattr(target, "__module__", None) or ""
+    return module.startswith(("torch._functorch", "torch._C._functorch"))
+
+
+#: name of a function that opens or closes a level of a functorch transform -> change of depth
+_FUNCTORCH_LEVELS = {
+    "_vmap_increment_nesting": 1,
+    "_vmap_decrement_nesting": -1,
+    "_grad_increment_nesting": 1,
+    "_grad_decrement_nesting": -1,
+    "_jvp_increment_nesting": 1,
+    "_jvp_decrement_nesting": -1,
+    "_func_increment_nesting": 1,
+    "_func_decrement_nesting": -1,
+}
+
+
+def functorch_depth_change(target: Any) -> int:
+    """+1 for a call that opens a level of a functorch transform, -1 for one that closes it, else 0."""
+    return _FUNCTORCH_LEVELS.get(getattr(target, "__name__", ""), 0) if is_functorch(target) else 0
+
+
+def any_autocast() -> bool:
+    """Whether autocast is on for some device."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """Autocast off for every device: how a normalized graph, whose casts are explicit, is compiled and run."""
+    return torch._C._DisableAutocast()
+
+
+def autocast_key(device: str) -> Any:
+    """The dispatch key at which autocast for a device type acts; None if it has none, or is inside its own kernel."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    name = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}.get(device)
+    key = getattr(torch._C.DispatchKey, name, None) if name else None
+    if key is None:
+        raise RuntimeError(f"autocast for {device} devices is not supported")
+    return None if torch._C._dispatch_tls_is_dispatch_key_excluded(key) else key
+
+
+def has_kernel(op: Any, key: Any) -> bool:
+    """Whether an operator has a kernel of its own at a dispatch key."""
+    return op.has_kernel_for_dispatch_key(key)
+
+
+def call_at(op: Any, key: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator's kernel at a dispatch key; what the kernel calls is dispatched (and traced) as usual."""
+    return op._op_dk(key, *args, **kwargs)
+
+
+def is_composite(op: Any) -> bool:
+    """Whether an operator is defined by other operators at all times."""
+    return op._can_decompose()
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Equal for two tensors if and only if they share storage (while both live)."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage()).cdata
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Counts the in-place writes to a tensor and its views."""
+    return tensor._version
+
+
+def rename_node(node: torch.fx.Node, name: str) -> None:
+    """Give a node a name (a free one near it)."""
+    node._rename(name)
+
+
+def carry_dynamo_facts(old: torch.fx.GraphModule, new: torch.fx.GraphModule) -> None:
+    """What AOTAutograd reads from Dynamo's graph besides the nodes: the sources of the inputs, the compile id."""
+    new.meta.update(old.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    for before, after in zip(old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
+        after.meta.update({key: value for key, value in before.meta.items() if key not in ("example_value", "val")})
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
