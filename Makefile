@@ -1,0 +1,70 @@
+# make demo    a Flux model split over two CPU processes, explained
+# make test    linter, type checker, all tests
+# make bench   side by side with diffusers' context parallelism
+# make fuzz    N random programs against the simulator (make fuzz N=20000)
+
+PYTHON ?= python3
+VENV ?= .venv
+# The build of torch decides what else is downloaded: pin it, or name another (TORCH=torch==2.14.0).
+TORCH ?= torch==2.13.0
+# Processes of pytest, and of the examples.
+JOBS ?= 2
+RANKS ?= 2
+N ?= 1000
+PYTEST_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
+TYPES := build/types
+
+.PHONY: demo stages test lint types format pytest bench fuzz clean
+
+demo: $(VENV)/.models
+	$(TORCHRUN) examples/flux_demo.py
+
+stages: $(VENV)/.models
+	$(BIN)/python examples/stages.py
+
+bench: $(VENV)/.models
+	$(TORCHRUN) examples/bench.py
+
+test: lint types pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy does not know package-dir mappings: lay the folders out as they are installed, by links.
+types: $(VENV)/.test
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fxsp
+	@ln -s $(CURDIR)/fxsp/* $(TYPES)/fxsp/ && ln -s $(CURDIR)/passes $(CURDIR)/kernels $(TYPES)/fxsp/
+	cd $(TYPES) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fxsp
+
+# The `pytest` command, not `python -m pytest`: the latter puts the top folder, with its `kernels`, on the path.
+pytest: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=15 $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 FXSP_FUZZ=$(N) $(BIN)/pytest tests/test_fuzz.py $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# Stamps, so that the second run starts at once.  torch goes first, alone: what is installed later finds its range met.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxsp needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/.models: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[models]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[test]"
+	@touch $@ $(VENV)/.models
