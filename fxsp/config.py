@@ -1,0 +1,220 @@
+"""The backend's options, parsed and checked once, and the ranks that a program is split over.
+
+``torch.compile(model, backend="sp", options={...})`` hands its dictionary to :meth:`Options.parse`; whatever is unknown
+or impossible becomes an :class:`~fxsp.errors.OptionError` that lists what is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from fxsp.errors import OptionError
+from fxsp.plan import PlanEntry, SequenceParallelConfig, did_you_mean, listing, parse_plan
+from fxsp.torch_internals import inductor_modes
+from fxsp.types import Ranks
+
+__all__ = ["Degrees", "Options", "resolve_degrees", "resolve_ranks"]
+
+_CHOICES = {
+    "inner": ("inductor", "aot_eager", "eager"),
+    "grad_reduce": ("all_reduce", "defer"),
+}
+_FLAGS = ("strict", "check_inputs", "verify")
+_DEGREES = ("ulysses_degree", "ring_degree")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose.  ``None`` leaves the choice to the compiler."""
+
+    #: Ranks that exchange heads, and ranks in a ring; their product is the size of the group.
+    ulysses_degree: int | None = None
+    ring_degree: int | None = None
+    #: A plan, flat; None: the model's own ``_sp_plan`` or ``_cp_plan``.
+    plan: tuple[PlanEntry, ...] | None = None
+    #: The degrees as vLLM-Omni writes them, instead of the two options above.
+    config: SequenceParallelConfig | None = None
+    #: The ranks: a process group or a one-dimensional device mesh; default: the default process group.
+    group: dist.ProcessGroup | None = None
+    mesh: Any = None
+    #: The compiler of the partitioned graph, and Inductor's mode.
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    mode: str | None = None
+    #: Refuse implicit gathers.
+    strict: bool = False
+    #: ``"defer"`` leaves the gradients of parameters as summands for an outer reducer.
+    grad_reduce: Literal["all_reduce", "defer"] = "all_reduce"
+    #: Compare the inputs of all ranks at every call.
+    check_inputs: bool = False
+    #: Stages after which the graph is printed.
+    print: tuple[str, ...] = ()
+    #: Compare values and gradients with the unpartitioned graph at the first call.
+    verify: bool = False
+
+    @staticmethod
+    def names() -> list[str]:
+        """All options."""
+        return [field.name for field in dataclasses.fields(Options)]
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Check the backend's ``options`` and ``mode`` arguments.
+
+        Raises :class:`OptionError` for an unknown name or a value of the wrong kind, :class:`PlanError` for a plan
+        that cannot be read.  Whether degrees match the group is checked by :func:`resolve_degrees`.
+        """
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options is a dictionary, not {type(options).__name__}; valid: {listing(cls.names())}")
+        given = dict(options or {})
+        for name in given:
+            if name not in cls.names():
+                hint = did_you_mean(name, cls.names())
+                raise OptionError(f"unknown option {name!r}.{hint}\n  Valid options: {listing(cls.names())}")
+        if mode is not None:
+            if given.get("mode") not in (None, mode):
+                raise OptionError(f"mode is given twice: {mode!r}, and {given['mode']!r} in options; keep one")
+            given["mode"] = mode
+        for name, value in given.items():
+            given[name] = _checked(name, value)
+        if given.get("group") is not None and given.get("mesh") is not None:
+            raise OptionError("options 'group' and 'mesh' both name the ranks; give one of them")
+        config = given.get("config")
+        if config is not None:
+            for name in _DEGREES:
+                if given.get(name) not in (None, getattr(config, name)):
+                    raise OptionError(
+                        f"option {name!r} is {given[name]}, but config says {getattr(config, name)}; give one of them"
+                    )
+        return cls(**given)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of an option in its parsed form."""
+    if name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise _bad(name, value, f"one of {listing(map(repr, _CHOICES[name]))}", did_you_mean(value, _CHOICES[name]))
+    elif name in _FLAGS:
+        if not isinstance(value, bool):
+            raise _bad(name, value, "True or False")
+    elif name in _DEGREES:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise _bad(name, value, "an integer of at least 1, or None to let the compiler choose")
+    elif name == "plan":
+        return None if value is None else parse_plan(value)
+    elif name == "config":
+        return _checked_config(value)
+    elif name == "group":
+        if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+            raise _bad(name, value, "a torch.distributed.ProcessGroup, or None for the default group")
+    elif name == "mesh":
+        _check_mesh(value)
+    elif name == "mode":
+        modes = inductor_modes()
+        if value is not None and value not in modes:
+            raise _bad(name, value, f"one of {listing(map(repr, modes))}", did_you_mean(value, modes))
+    elif name == "print":
+        stages = (value,) if isinstance(value, str) else value
+        if not isinstance(stages, (list, tuple)) or not all(isinstance(stage, str) for stage in stages):
+            raise _bad(name, value, "the name of a stage, or a list of names")
+        return tuple(stages)
+    return value
+
+
+def _bad(name: str, value: Any, valid: str, hint: str = "") -> OptionError:
+    return OptionError(f"option {name!r} is {value!r}; it must be {valid}.{hint}")
+
+
+def _checked_config(value: Any) -> SequenceParallelConfig | None:
+    """Ours, or one that has the same fields (vLLM-Omni's, or diffusers' ContextParallelConfig)."""
+    if value is None or isinstance(value, SequenceParallelConfig):
+        return value
+    if not all(hasattr(value, name) for name in _DEGREES):
+        raise _bad("config", value, "a SequenceParallelConfig")
+    degrees = {f.name: getattr(value, f.name, f.default) for f in dataclasses.fields(SequenceParallelConfig)}
+    try:
+        return SequenceParallelConfig(**degrees)
+    except ValueError as error:
+        raise OptionError(f"option 'config': {error}") from error
+
+
+def _check_mesh(mesh: Any) -> None:
+    if mesh is None:
+        return
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise _bad("mesh", mesh, "a torch.distributed.device_mesh.DeviceMesh with one dimension")
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        example = f"mesh[{names[-1]!r}]" if names else "a mesh with named dimensions, and mesh['name'] of it"
+        raise OptionError(
+            f"option 'mesh' has {mesh.ndim} dimensions of sizes {tuple(mesh.shape)}; the sequence is split over one.\n"
+            f"  Give that dimension alone: {example}"
+        )
+
+
+def resolve_ranks(options: Options) -> Ranks:
+    """This process's place among the ranks: of the mesh, the group, or the default process group.
+
+    Without a process group it is ``Ranks(0, 1, "")``.  Raises :class:`OptionError` if this process is not a member of
+    the group, or if the degrees do not match its size.
+    """
+    group = options.mesh.get_group() if options.mesh is not None else options.group
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        ranks = Ranks(0, 1, "")
+    else:
+        group = dist.group.WORLD if group is None else group
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise OptionError(
+                f"global rank {dist.get_rank()} is no member of the given group {dist.get_process_group_ranks(group)}"
+            )
+        ranks = Ranks(rank, dist.get_world_size(group), group.group_name)
+    resolve_degrees(options, ranks.size)
+    return ranks
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Degrees of the attention methods, all None where the compiler is free to choose."""
+
+    ulysses: int | None = None
+    ring: int | None = None
+    allgather: int | None = None
+
+
+def resolve_degrees(options: Options, size: int) -> Degrees:
+    """The degrees for ``size`` ranks; of two, the one not given is inferred.
+
+    Raises :class:`OptionError` if their product is not ``size``.
+    """
+    config = options.config
+    if config is not None:
+        if config.sequence_parallel_size != size:
+            raise _mismatch(f"config {config} is for {config.sequence_parallel_size} ranks", size)
+        return Degrees(config.ulysses_degree, config.ring_degree, config.allgather_degree)
+    ulysses, ring = options.ulysses_degree, options.ring_degree
+    if ulysses is None and ring is None:
+        return Degrees()
+    given = (ulysses or 1) * (ring or 1)
+    whole = size % given == 0 if ulysses is None or ring is None else size == given
+    if not whole:
+        stated = [f"{name}={getattr(options, name)}" for name in _DEGREES if getattr(options, name) is not None]
+        raise _mismatch(f"{' * '.join(stated)} does not match", size)
+    return Degrees(ulysses or size // given, ring or size // given, 1)
+
+
+def _mismatch(problem: str, size: int) -> OptionError:
+    valid = [f"({d}, {size // d})" for d in range(1, size + 1) if size % d == 0]
+    alone = (
+        "" if size > 1 else "\n  There is one rank: is the process group initialized, and the script run by torchrun?"
+    )
+    return OptionError(
+        f"{problem}: the group has {size} rank{'s' if size > 1 else ''}.\n"
+        f"  Valid (ulysses_degree, ring_degree): {listing(valid)}{alone}"
+    )
