@@ -133,7 +133,10 @@ class _Machine:
             self.shared.add(node)
 
     def _per_rank(self, arg: Any) -> Lanes:
-        return [torch.fx.node.map_arg(arg, lambda n, r=rank: self.env[n][r]) for rank in range(self.size)]
+        return [self._of_rank(arg, rank) for rank in range(self.size)]
+
+    def _of_rank(self, arg: Any, rank: int) -> Any:
+        return torch.fx.node.map_arg(arg, lambda n: self.env[n][rank])
 
     def _step(self, node: torch.fx.Node) -> None:
         if node.op == "get_attr":
@@ -155,7 +158,7 @@ class _Machine:
         for rank in range(1 if shared else self.size):
             if state is not None:
                 torch.set_rng_state(state)  # every process draws from the same seed
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, r=rank: self.env[n][r])
+            args, kwargs = self._of_rank((node.args, node.kwargs), rank)
             lanes.append(_call(function, args, kwargs))
         self._set(node, lanes * self.size if shared else lanes, shared=shared)
 
@@ -262,7 +265,7 @@ def _namespace(function: Any) -> str:
 def _mutates(function: Any) -> bool:
     """Whether the call may write to its operands: by schema, else yes (except Python's own operators)."""
     if torch_internals.is_operator(function):
-        return torch_internals.schema(function).is_mutable
+        return bool(torch_internals.schema(function).is_mutable)
     return getattr(function, "__module__", "") not in ("_operator", "operator", "math", "builtins")
 
 

@@ -1,0 +1,119 @@
+"""What the compiler did, to read: a report on one screen, and (from :mod:`fxsp.printer`) the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from fxsp.printer import bytes_sent, format_bytes, format_graph, local_shape, op_text
+from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
+from fxsp.source import module_path, node_source
+from fxsp.types import Length, as_length
+
+__all__ = [
+    "bytes_sent",
+    "format_bytes",
+    "format_graph",
+    "format_report",
+    "local_shape",
+    "module_path",
+    "node_source",
+    "op_text",
+]
+
+#: Lines of one section; what is longer is cut, and says so.
+_LIMIT = 12
+
+_T = TypeVar("_T")
+_K = TypeVar("_K", bound=Hashable)
+
+
+def format_report(report: Report) -> str:
+    """One screen: plan entries, attentions, collectives, implicit gathers, notes.  Equal records share a line."""
+    lines: list[str] = []
+    if report.unsharded:
+        lines.append(f"runs whole on every rank: {report.unsharded}")
+    lines += _section("plan", _plan(report.plan))
+    lines += _section("attention", _attentions(report.attentions))
+    lines += _section("collectives (sent per rank, forward)", _collectives(report.collectives))
+    implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
+    lines += _section("implicit gathers (an operator needs all tokens)", _gathers(implicit))
+    lines += _section("gathers for graph outputs", _gathers(g for g in report.implicit_gathers if g.kind != "implicit"))
+    lines += _section("notes", report.notes)
+    if report.timings:
+        spent = sorted(report.timings.items(), key=lambda item: -item[1])
+        text = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent[:4])
+        lines.append(f"compile time: {sum(report.timings.values()):.2f} s ({text})")
+    return "\n".join(lines) if lines else "nothing to report: no plan entry applied"
+
+
+def _section(title: str, body: Iterable[str]) -> list[str]:
+    rows = list(body)
+    if not rows:
+        return []
+    cut = rows[:_LIMIT] if len(rows) > _LIMIT + 1 else rows
+    more = [f"  … and {len(rows) - len(cut)} more"] if len(cut) < len(rows) else []
+    return [f"{title}:", *(f"  {row}" for row in cut), *more]
+
+
+def _groups(records: Iterable[tuple[_K, _T]]) -> Iterator[tuple[_K, list[_T]]]:
+    """Records with equal keys together, in order of first appearance."""
+    found: dict[_K, list[_T]] = {}
+    for key, record in records:
+        found.setdefault(key, []).append(record)
+    return iter(found.items())
+
+
+def _plan(records: list[PlanRecord]) -> Iterator[str]:
+    applied = [record for record in records if record.applied]
+    for (entry, detail), group in _groups(((_pattern(r.entry), r.detail), r) for r in applied):
+        times = f" ({len(group)} times)" if len(group) > 1 else ""
+        yield f"applied      {entry}{times}" + (f"  {detail}" if detail else "")
+    for (entry, detail), group in _groups(((_pattern(r.entry), r.detail), r) for r in records if not r.applied):
+        times = f" ({len(group)} times)" if len(group) > 1 else ""
+        yield f"not applied  {entry}{times}: {detail or 'no reason recorded'}"
+
+
+def _attentions(records: list[AttentionRecord]) -> Iterator[str]:
+    keyed = (((_pattern(r.module), r.method, str(r.bytes), r.rejected, r.detail), r) for r in records)
+    for (module, method, _, rejected, detail), group in _groups(keyed):
+        where = module or group[0].source
+        line = f"{len(group)} x {method}" + (f" in {where}" if where else "") + f": {_sent(group[0].bytes)} each"
+        if detail:
+            line += f"; {detail}"
+        if rejected:
+            line += "; rejected: " + ", ".join(f"{name} ({reason})" for name, reason in rejected)
+        yield line
+
+
+def _collectives(records: list[CollectiveRecord]) -> Iterator[str]:
+    for (kind, reason), group in _groups(((r.kind, r.reason), r) for r in records):
+        line = f"{len(group):4d} x {kind:<14} {_sent(_total(r.bytes for r in group))}"
+        yield f"{line}  {reason}".rstrip()
+    if records:
+        yield f"{len(records):4d}   {'in all':<14} {_sent(_total(r.bytes for r in records))}"
+
+
+def _gathers(records: Iterable[GatherRecord]) -> Iterator[str]:
+    keyed = (((r.op, _pattern(r.module), r.source, r.reason, str(r.bytes)), r) for r in records)
+    for (op, module, source, reason, _), group in _groups(keyed):
+        times = f"{len(group)} x " if len(group) > 1 else ""
+        where = f" in {module}" if module else ""
+        at = f" ({source})" if source else ""
+        yield f"{times}{op}{where}{at}: {reason}; {_sent(group[0].bytes)}" + (" each" if times else "")
+
+
+def _pattern(path: str) -> str:
+    """``blocks.3.attn`` as ``blocks.*.attn``: layers of one kind share a line."""
+    head, bracket, rest = path.partition("[")
+    if ":" in head:  # a plan entry without an argument: `blocks.3: SequenceParallelOutput(...)`
+        head, bracket, rest = path.partition(":")
+    return ".".join("*" if part.isdigit() else part for part in head.split(".")) + bracket + rest
+
+
+def _total(numbers: Iterable[Any]) -> Length:
+    return as_length(sum(numbers, start=0))
+
+
+def _sent(n: Any) -> str:
+    return format_bytes(n)
