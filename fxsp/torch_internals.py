@@ -6,11 +6,16 @@ Supported torch: 2.11 to 2.15.  Nothing else in fxsp imports a name of torch tha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 # --- simulation: operators and tracing on fakes ----------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ def _tracer() -> Any:
 
 
 def record_call(target: Any, args: Any, kwargs: Any, result: Any, *, op: str = "call_function", name: str) -> Any:
-    """Write a node into the graph being traced, by hand: ``result`` (fakes) is its value.  Modules become attributes."""
+    """Write a node of value ``result`` (fakes) into the graph being traced.  Modules among the arguments come along."""
     from torch.fx.experimental.proxy_tensor import track_tensor_tree
 
     tracer = _tracer()
@@ -199,14 +204,17 @@ def checkpoint_tags(graph_id: int) -> dict[str, Any]:
 
 
 def is_set_grad(target: Any) -> bool:
+    """Whether a node's target sets grad mode."""
     return target is torch._C._set_grad_enabled
 
 
 def is_enter_autocast(target: Any) -> bool:
+    """Whether a node's target opens an autocast region."""
     return target is torch.amp.autocast_mode._enter_autocast
 
 
 def is_exit_autocast(target: Any) -> bool:
+    """Whether a node's target closes an autocast region (its argument is the node that opened it)."""
     return target is torch.amp.autocast_mode._exit_autocast
 
 
@@ -277,6 +285,16 @@ def storage_key(tensor: torch.Tensor) -> int:
     return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes, either of them symbolic, are equal: as expressions, else for the sizes seen; adds no guard."""
+    a, b = (size.node if isinstance(size, torch.SymInt) else size for size in (a, b))
+    x, y = (size if isinstance(size, int) else size.expr for size in (a, b))
+    if x == y:
+        return True
+    hints = [size if isinstance(size, int) else (size.hint if size.has_hint() else None) for size in (a, b)]
+    return None not in hints and hints[0] == hints[1]
+
+
 def version(tensor: torch.Tensor) -> int:
     """Counts the in-place writes to a tensor and its views."""
     return tensor._version
@@ -293,7 +311,228 @@ def carry_dynamo_facts(old: torch.fx.GraphModule, new: torch.fx.GraphModule) -> 
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
-    for before, after in zip(old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
+    inputs, new_inputs = (g.graph.find_nodes(op="placeholder") for g in (old, new))
+    for before, after in zip(inputs, new_inputs, strict=True):
         after.meta.update({key: value for key, value in before.meta.items() if key not in ("example_value", "val")})
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
+
+
+# --- Dynamo: module calls, frames and values while it traces ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A value that is no node of the graph, nor a constant or container: what it is instead."""
+
+    why: str
+
+
+#: Called before a module call; returns what is to be called with the result once it succeeded, or None.
+ModuleCallHook = Callable[["Translation", torch.nn.Module, Sequence[Any], dict[str, Any]], Callable[[Any], None] | None]
+
+_module_call_hook: ModuleCallHook | None = None
+
+
+def hook_module_calls(hook: ModuleCallHook) -> None:
+    """Have ``hook`` called for every ``nn.Module`` call that Dynamo traces; the last hook given is the one in force."""
+    global _module_call_hook  # noqa: PLW0603  (there is one Dynamo)
+    try:
+        from torch._dynamo.variables import nn_module
+    except ImportError as error:
+        raise _missing("torch._dynamo.variables.nn_module", error) from error
+    _module_call_hook = hook
+    # Every variant with its own `call_function`: unspecialized modules (all, today), FSDP's, the older kind.
+    kinds = [
+        kind
+        for kind in vars(nn_module).values()
+        if isinstance(kind, type) and kind.__name__.endswith("NNModuleVariable") and "call_function" in vars(kind)
+    ]
+    if not kinds:
+        raise _missing("UnspecializedNNModuleVariable.call_function")
+    for kind in kinds:
+        if not hasattr(vars(kind)["call_function"], "_fxsp_original"):
+            kind.call_function = _observed(vars(kind)["call_function"])
+
+
+def _observed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call_function(self: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        module = getattr(self, "value", None)
+        done = None
+        if _module_call_hook is not None and isinstance(module, torch.nn.Module):
+            done = _module_call_hook(Translation(tx.output), module, args, kwargs)
+        result = original(self, tx, args, kwargs)
+        if done is not None:
+            done(result)
+        return result
+
+    call_function._fxsp_original = original  # type: ignore[attr-defined]
+    return call_function
+
+
+def _missing(what: str, error: Exception | None = None) -> RuntimeError:
+    reason = f": {error}" if error else ""
+    return RuntimeError(f"torch {torch.__version__} has no {what}{reason}; fxsp supports torch 2.11 to 2.15")
+
+
+def backend_layers(compiler: Any) -> Iterator[Any]:
+    """A compiler function and everything that it wraps: Dynamo's debug wrapper, ``torch.compile``'s, partials."""
+    seen: set[int] = set()
+    pending = [compiler]
+    while pending:
+        layer = pending.pop()
+        if layer is None or id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        yield layer
+        names = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
+        pending += [getattr(layer, name, None) for name in names]
+
+
+class Translation:
+    """One attempt of Dynamo at one frame, behind the few questions that capture asks."""
+
+    def __init__(self, output: Any) -> None:
+        self._output = output
+
+    @staticmethod
+    def current() -> Translation | None:
+        """The one in progress in this thread (also while Dynamo calls the backend), or None."""
+        from torch._dynamo import symbolic_convert
+
+        tx = getattr(symbolic_convert.tls, "current_tx", None)
+        return None if tx is None else Translation(tx.output)
+
+    def compiler(self) -> Any:
+        """The backend as Dynamo holds it, wrapped; the same object for all frames of one ``torch.compile``."""
+        return self._output.compiler_fn
+
+    def notes(self, create: Callable[[], _T]) -> _T:
+        """An object of ours that lives as long as this attempt; a restart of the analysis begins with a fresh one."""
+        return keep(self._output, create)
+
+    def graph(self) -> torch.fx.Graph:
+        """The graph that is being built now: the frame's, or that of the body of a higher-order operator."""
+        return self._output.current_tracer.graph
+
+    def root_graph(self) -> torch.fx.Graph:
+        """The frame's graph, the one the backend receives."""
+        return self._output.root_tracer.graph if hasattr(self._output, "root_tracer") else self._output.graph
+
+    def tracer(self) -> Any:
+        """What builds :meth:`graph`; the second argument of :func:`finish_value`."""
+        return self._output.current_tracer
+
+    def frame(self) -> tuple[types.CodeType, dict[str, Any]]:
+        """Code and local variables (real values, as the frame began) of the traced frame."""
+        return self._output.root_tx.f_code, self._output.root_tx.f_locals
+
+    def is_resumed(self) -> bool:
+        """Whether the frame goes on after a graph break."""
+        return self.frame()[0].co_name.startswith("torch_dynamo_resume_in")
+
+    def returned(self, gm: torch.fx.GraphModule) -> Any:
+        """What the frame returns, as :func:`read_value` gives it; Opaque if the graph ends in a graph break."""
+        reason = getattr(getattr(gm, "compile_subgraph_reason", None), "reason", "")
+        stack = self._output.root_tx.stack
+        if reason != "return_value" or not stack:
+            return Opaque("the graph ends in a graph break, before the module returns")
+        return finish_value(read_value(stack[-1]), self.tracer())
+
+    def guarded(self) -> set[str]:
+        """Sources of the values that the compiled code has guards on."""
+        return {guard.name if isinstance(guard.name, str) else guard.name() for guard in self._output.guards}
+
+
+def keep(owner: Any, create: Callable[[], _T]) -> _T:
+    """An object of ours that lives as long as ``owner``, created when first asked for."""
+    found = getattr(owner, "_fxsp_notes", None)
+    if found is None:
+        found = create()
+        owner._fxsp_notes = found
+    return found
+
+
+def read_value(value: Any) -> Any:
+    """A Dynamo variable as nested tuples, lists and dicts of proxies and constants; never realizes a lazy one.
+
+    A lazy variable is kept as it is: :func:`finish_value` looks again once the call is over.
+    """
+    from torch._dynamo import variables as v
+
+    if isinstance(value, v.LazyVariableTracker):  # first: `isinstance` with any other class realizes it
+        if not value.is_realized():
+            return value
+        value = value.realize()
+    if isinstance(value, (v.TensorVariable, v.SymNodeVariable)):
+        return value.proxy
+    if isinstance(value, v.ConstantVariable):
+        return value.value
+    if isinstance(value, v.ListVariable):
+        return [read_value(item) for item in value.items]
+    if isinstance(value, v.TupleVariable):
+        return tuple(read_value(item) for item in value.items)
+    if isinstance(value, v.ConstDictVariable):
+        return {
+            key.vt.as_python_constant() if key.vt.is_python_constant() else Opaque("key"): read_value(item)
+            for key, item in value.items.items()
+        }
+    for name in ("_base_vt", "_dict_vt", "_tuple_vt"):  # subclasses of dict, tuple and list hold a plain one
+        base = getattr(value, name, None)
+        if base is not None:
+            return read_value(base)
+    return Opaque(f"a {value.python_type_name()}")
+
+
+def finish_value(value: Any, tracer: Any) -> Any:
+    """The result of :func:`read_value` with nodes of ``tracer``'s graph for proxies; what has no node is Opaque."""
+    from torch._dynamo import variables as v
+
+    if type.__instancecheck__(v.LazyVariableTracker, value):
+        read = read_value(value)
+        return Opaque("not used by the traced code") if read is value else finish_value(read, tracer)
+    if isinstance(value, torch.fx.Proxy):
+        return _node_in(value, tracer)
+    if isinstance(value, (list, tuple)):
+        return type(value)(finish_value(item, tracer) for item in value)
+    if isinstance(value, dict):
+        return {key: finish_value(item, tracer) for key, item in value.items()}
+    return value
+
+
+def _node_in(proxy: torch.fx.Proxy, tracer: Any) -> torch.fx.Node | Opaque:
+    """A value of an outer graph is an input of the body of a higher-order operator: that input's node."""
+    if proxy.node.graph is tracer.graph:
+        return proxy.node
+    lifted = tracer.lifted_freevars.get(proxy)
+    if lifted is None and isinstance(number := proxy.node.meta.get("example_value"), torch.SymInt):
+        lifted = tracer.bound_symbols.get(number.node.expr)
+    return Opaque("not used by the traced code") if lifted is None else lifted.node
+
+
+def input_source(node: torch.fx.Node) -> str:
+    """Where Dynamo found a graph input, ``"L['hidden_states']"``; ``""`` if it did not say."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name
+
+
+def input_example(node: torch.fx.Node) -> Any:
+    """The real value that Dynamo traced a graph input with, or None."""
+    argument = node.meta.get("grapharg")
+    return None if argument is None else argument.example
+
+
+# --- symbolic sizes ---------------------------------------------------------------------------------------------------
+
+
+def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx.Graph) -> torch.fx.Node:
+    """Nodes at the end of ``graph`` that compute a sympy expression of sizes from the nodes of its symbols."""
+    from torch.fx.proxy import GraphAppendingTracer, Proxy
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    tracer = GraphAppendingTracer(graph)
+    values = {symbol: Proxy(symbols[symbol], tracer) for symbol in expr.free_symbols}
+    return sympy_interp(PythonReferenceAnalysis, values, expr).node  # type: ignore[no-any-return]
