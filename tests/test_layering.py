@@ -1,0 +1,183 @@
+"""The shape of the code base: imports point one way, private torch API has one door, files stay short.
+
+Which files exist is read from the tree.  A file that no layer names may stand anywhere, as long as nothing that it
+imports, directly or not, leads from a lower layer to a higher one.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Folder -> the package that it is installed as.
+PACKAGES = {"fxsp": "fxsp", "passes": "fxsp.passes", "kernels": "fxsp.kernels"}
+#: From the bottom up.  A package stands for all modules in it.
+LAYERS = [
+    ("fxsp.errors", "fxsp.types", "fxsp.report", "fxsp.torch_internals"),
+    ("fxsp.plan", "fxsp.config"),
+    ("fxsp.kernels",),
+    ("fxsp.passes",),
+    ("fxsp.inspection", "fxsp.simulation"),
+    ("fxsp.capture", "fxsp.backend", "fxsp.inner"),
+    ("fxsp.hooks",),
+]
+LIMIT = 500
+#: torch_internals has one section per area and may be a package one day.
+DOOR = "fxsp.torch_internals"
+#: Private by name, but part of what a graph consists of: pytrees of arguments, symbolic sizes, names of operators.
+OPEN = ("torch.utils._pytree", "torch.utils._sympy", "torch.ops.", "torch._ops")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Installed module name -> its file."""
+    found = {}
+    for folder, package in PACKAGES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            if parts[-1] == "__init__":
+                parts.pop()
+            found[".".join(parts)] = path
+    return found
+
+
+def imported_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every dotted name that is imported anywhere in a file, function bodies included, and its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import on line {node.lineno}"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def dependencies(name: str) -> dict[str, int]:
+    """The modules of ours that a module imports, and the line."""
+    found: dict[str, int] = {}
+    for dotted, line in imported_names(parsed(modules()[name])):
+        target = dotted
+        while target and target not in modules():  # `from fxsp.types import Shard` names fxsp.types
+            target = target.rpartition(".")[0]
+        if target and target != name:
+            found.setdefault(target, line)
+    return found
+
+
+def layer(name: str) -> int | None:
+    for level, members in enumerate(LAYERS):
+        if any(name == member or name.startswith(f"{member}.") for member in members):
+            return level
+    return None
+
+
+def chains(start: str) -> dict[str, list[str]]:
+    """Each module that ``start`` reaches -> a shortest chain of imports to it."""
+    reached = {start: [start]}
+    queue = [start]
+    for name in queue:
+        for target in dependencies(name):
+            if target not in reached:
+                reached[target] = [*reached[name], target]
+                queue.append(target)
+    return reached
+
+
+def test_the_tree_is_read() -> None:
+    assert {"fxsp.errors", "fxsp.passes.base", "fxsp.kernels"} <= set(modules())
+    assert "fxsp.types" in dependencies("fxsp.passes.base")
+    for members in LAYERS[:4]:
+        for member in members:
+            assert any(layer(name) is not None and name.startswith(member) for name in modules()), member
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name != "fxsp"])
+def test_imports_point_down(name: str) -> None:
+    level = layer(name)
+    if level is None:
+        return  # judged through the chains of those that import it
+    for target, chain in chains(name).items():
+        above = layer(target)
+        assert above is None or above <= level, f"{' -> '.join(chain)} leads up, from layer {level} to {above}"
+
+
+def test_no_cycles() -> None:
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in path:
+            raise AssertionError(f"import cycle: {' -> '.join([*path[path.index(name) :], name])}")
+        if name not in done:
+            path.append(name)
+            for target in dependencies(name):
+                visit(target)
+            path.pop()
+            done.add(name)
+
+    for name in modules():
+        visit(name)
+
+
+def private_torch(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Dotted torch names with a private part, imported or spelled out."""
+    dotted = list(imported_names(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            parts, value = [node.attr], node.value
+            while isinstance(value, ast.Attribute):
+                parts.append(value.attr)
+                value = value.value
+            if isinstance(value, ast.Name):
+                dotted.append((".".join([value.id, *reversed(parts)]), node.lineno))
+    for name, line in dotted:
+        private = any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+        if name.startswith("torch.") and private and not name.startswith(OPEN):
+            yield name, line
+
+
+@pytest.mark.parametrize("name", modules())
+def test_private_torch_api_has_one_door(name: str) -> None:
+    if name == DOOR or name.startswith(f"{DOOR}."):
+        return
+    offenders = [
+        f"{modules()[name].relative_to(ROOT)}:{line}: {dotted}"
+        for dotted, line in private_torch(parsed(modules()[name]))
+    ]
+    assert not offenders, f"wrap these in {DOOR}: {offenders}"
+
+
+def test_private_torch_api_is_recognised() -> None:
+    source = "import torch\nfrom torch._guards import X\ndef f():\n    import torch._dynamo as d\n    torch._C.y\n"
+    assert [name for name, _ in private_torch(ast.parse(source))] == [
+        "torch._guards.X",
+        "torch._dynamo",
+        "torch._C.y",
+        "torch._C",
+    ]
+    assert not list(private_torch(ast.parse("import torch\ntorch.ops._c10d_functional.all_reduce\ntorch.__version__")))
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for d in ("fxsp", "passes", "kernels", "tests", "examples") for p in (ROOT / d).rglob("*.py")),
+    ids=str,
+)
+def test_no_bare_passes_or_kernels(path: Path) -> None:
+    for name, line in imported_names(parsed(path)):
+        assert name.partition(".")[0] not in ("passes", "kernels"), f"line {line}: import fxsp.{name}"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_files_stay_short(name: str) -> None:
+    lines = len(modules()[name].read_text().splitlines())
+    assert lines <= LIMIT, f"{lines} lines: past {LIMIT} a file is two ideas"
