@@ -1,0 +1,95 @@
+"""Islands: parts of Dynamo's graph that *normalize* must not look into.
+
+A custom ``autograd.Function``, control flow, a vmap: traced through, they would lose their meaning (a blind trace drops
+the backward of a custom function).  They stay one node, ``meta["island"]`` says why, and they run whole on every rank.
+
+Higher-order operators are one node already.  A functorch transform is a stretch of nodes between a call that opens a
+level and the call that closes it; :func:`enclose_functorch` makes each stretch one ``call_module`` node.
+
+Input::
+
+    %open = call_function[target=_vmap_increment_nesting](args = (3, error))
+    %b = call_function[target=_add_batch_dim](args = (%x, 0, 1))
+    %c = call_method[target=sin](args = (%b,))
+    %d = call_function[target=_remove_batch_dim](args = (%c, 1, 3, 0))
+    %close = call_function[target=_vmap_decrement_nesting]()
+
+Output::
+
+    %d = call_module[target=functorch](args = (%x,))
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+from fxsp import torch_internals
+
+__all__ = ["INLINED", "enclose_functorch"]
+
+#: Higher-order operators that only wrap a body, by name: the body is traced in their place.
+INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph"})
+
+
+def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """``gm`` itself if no functorch transform is in it, else a copy with each outermost transform as one module call."""
+    if not any(torch_internals.functorch_depth_change(n.target) for n in gm.graph.nodes if n.op == "call_function"):
+        return gm
+    copy = torch.fx.GraphModule(gm, torch.fx.Graph())
+    copy.graph.output(copy.graph.graph_copy(gm.graph, nodes := {}))
+    for before, after in nodes.items():
+        after.meta = dict(before.meta)
+    copy.meta.update(gm.meta)
+    for stretch in _stretches(copy.graph):
+        _enclose(copy, stretch)
+    copy.graph.lint()
+    return copy
+
+
+def _stretches(graph: torch.fx.Graph) -> list[list[torch.fx.Node]]:
+    """The outermost stretches of functorch transforms, in order."""
+    found: list[list[torch.fx.Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        change = torch_internals.functorch_depth_change(node.target) if node.op == "call_function" else 0
+        if change > 0 and depth == 0:
+            found.append([])
+        if depth > 0 or change > 0:
+            found[-1].append(node)
+        depth += change
+    return found
+
+
+def _enclose(gm: torch.fx.GraphModule, stretch: list[torch.fx.Node]) -> None:
+    inside = set(stretch)
+    inputs = list(
+        dict.fromkeys(a for n in stretch for a in n.all_input_nodes if a not in inside and a.op != "get_attr")
+    )
+    results = [n for n in stretch if any(u not in inside for u in n.users)]
+
+    body = torch.fx.Graph()
+    new: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in inputs:
+        new[node] = body.placeholder(node.name)
+    for node in stretch:
+        for attribute in node.all_input_nodes:
+            if attribute.op == "get_attr" and attribute not in new:
+                new[attribute] = body.node_copy(attribute)
+        new[node] = body.node_copy(node, new.__getitem__)
+    body.output(tuple(new[n] for n in results))
+
+    name = torch_internals.add_module(gm, "functorch", torch.fx.GraphModule(gm, body))
+    with gm.graph.inserting_after(stretch[-1]):
+        call = gm.graph.call_module(name, tuple(inputs))
+    call.meta.update({k: v for k, v in stretch[-1].meta.items() if k != "example_value"})
+    call.meta["island"] = "functorch transform"
+    previous = call
+    for index, node in enumerate(results):
+        with gm.graph.inserting_after(previous):
+            previous = gm.graph.call_function(operator.getitem, (call, index))
+        previous.meta = dict(node.meta)
+        node.replace_all_uses_with(previous, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(stretch):
+        gm.graph.erase_node(node)

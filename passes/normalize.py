@@ -1,0 +1,155 @@
+"""Dynamo's graph as ATen operators above autograd: one spelling for each operation.
+
+Input::
+
+    %l_x_ : placeholder[target=L_x_]
+    %y : call_method[target=chunk](args = (%l_x_, 2), kwargs = {dim: -1})
+    %a : call_function[target=operator.getitem](args = (%y, 0))
+    %z : call_function[target=torch._C._nn.linear](args = (%a, %weight, None))
+
+Output::
+
+    %l_x_ : placeholder[target=L_x_]
+    %chunk : call_function[target=aten.chunk.default](args = (%l_x_, 2, -1))
+    %getitem : call_function[target=operator.getitem](args = (%chunk, 0))
+    %linear : call_function[target=aten.linear.default](args = (%getitem, %weight))
+
+Afterwards every node is a placeholder, a ``get_attr``, a call of an operator overload (or ``getitem``, or arithmetic on
+sizes) or an *island* (``meta["island"]`` says why it was not opened); its value needs no context: casts are explicit,
+``no_grad`` regions depend on detached values only (and carry ``meta["no_grad"]``).  ``meta["val"]`` is the value as a
+fake tensor of the compilation's fake mode, and that of a placeholder says whether it requires grad.
+
+In-place operators are still there: *functionalize* takes them away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from fxsp import torch_internals
+from fxsp.errors import UnsupportedError
+from fxsp.passes.autocast import AutocastState, ExplicitAutocast
+from fxsp.passes.islands import enclose_functorch
+from fxsp.passes.retrace import Retracer, describe
+
+__all__ = ["normalize"]
+
+
+def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """``gm`` re-traced to ATen; same inputs, same outputs, in the same order.
+
+    ``example_inputs`` are what Dynamo gives a backend (real tensors and symbolic ints), or fakes.  Grad mode and
+    autocast have to be as they will be when the graph runs; the result must be compiled and run with autocast off.
+
+    Raises :class:`UnsupportedError` if an operation cannot be traced, or if an output's facts (dtype, shape, strides,
+    requires_grad, aliasing) differ from those that Dynamo recorded.
+    """
+    mode = torch_internals.compile_fake_mode(example_inputs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = [_input(p, v, mode) for p, v in zip(placeholders, example_inputs, strict=True)]
+    outputs: list[Any] = []
+
+    with AutocastState() as autocast, torch_internals.no_guards(mode):
+        tracer = Retracer(enclose_functorch(gm), mode, autocast)
+
+        def run(*inputs: Any) -> Any:
+            result = tracer.run(*inputs)
+            outputs.extend(tree_leaves(result))
+            return result
+
+        inputs = [_own(v, mode) for v in values]
+        new = torch_internals.retrace(run, inputs, mode, ExplicitAutocast())
+
+    for before, after, value in zip(placeholders, new.graph.find_nodes(op="placeholder"), values, strict=True):
+        after.target = before.target
+        torch_internals.rename_node(after, before.name)
+        after.meta["val"] = value
+    torch_internals.carry_dynamo_facts(gm, new)
+    new.recompile()
+    _compare(gm, inputs, outputs)
+    return new
+
+
+def _input(placeholder: torch.fx.Node, value: Any, mode: Any) -> Any:
+    symbol = placeholder.meta.get("example_value")
+    if isinstance(symbol, torch.SymInt) and isinstance(value, int):
+        return symbol
+    return torch_internals.to_fake(value, mode)
+
+
+def _own(value: Any, mode: Any) -> Any:
+    """A stand-in for an input: writes to it change neither the shape nor the history of the compilation's own fake."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with mode, torch.enable_grad():
+        own = value.detach().requires_grad_(value.requires_grad)
+        # An input with a history may be written to in place; a leaf that requires grad may not.
+        return own if value.is_leaf else own.clone()
+
+
+def _compare(gm: torch.fx.GraphModule, inputs: list[Any], outputs: list[Any]) -> None:
+    """Outputs must have the facts that Dynamo recorded; values of the two fake modes never meet."""
+    nodes = tree_leaves(gm.graph.output_node().args[0])
+    expected = [n.meta.get("example_value", n.meta.get("val")) if isinstance(n, torch.fx.Node) else n for n in nodes]
+    for index, (node, want, found) in enumerate(zip(nodes, expected, outputs, strict=True)):
+        if want is None and isinstance(node, torch.fx.Node):
+            continue  # Dynamo recorded nothing
+        for fact, a, b in _facts(want, found):
+            if not _same(a, b):
+                raise UnsupportedError(
+                    f"output {index}, {describe(node) if isinstance(node, torch.fx.Node) else node!r}: "
+                    f"traced to ATen operators its {fact} is {b}, but Dynamo recorded {a}"
+                )
+    before = [p.meta.get("example_value", p.meta.get("val")) for p in gm.graph.find_nodes(op="placeholder")]
+    want_alias, found_alias = _aliases(before, expected), _aliases(inputs, outputs)
+    for index, (a, b) in enumerate(zip(want_alias, found_alias, strict=True)):
+        if a != b and None not in (expected[index], outputs[index]):
+            raise UnsupportedError(
+                f"output {index} shares memory with {b or 'nothing'} when traced to ATen operators, "
+                f"but with {a or 'nothing'} as Dynamo recorded it"
+            )
+
+
+def _facts(want: Any, found: Any) -> list[tuple[str, Any, Any]]:
+    if not isinstance(want, torch.Tensor) or not isinstance(found, torch.Tensor):
+        kinds = tuple("tensor" if isinstance(v, torch.Tensor) else "number" for v in (want, found))
+        return [("kind", *kinds)]
+    facts = [
+        ("dtype", want.dtype, found.dtype),
+        ("device", want.device, found.device),
+        ("shape", tuple(want.shape), tuple(found.shape)),
+        ("requires_grad", want.requires_grad, found.requires_grad),
+    ]
+    if want.layout == found.layout == torch.strided:
+        facts.append(("strides", tuple(want.stride()), tuple(found.stride())))
+    return facts
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality that adds no guard: symbolic sizes are compared by their expressions, else by their hints."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return torch_internals.same_size(a, b)
+    return bool(a == b)
+
+
+def _aliases(inputs: list[Any], outputs: list[Any]) -> list[str]:
+    """For each output the first input or earlier output with the same storage, ``""`` for none."""
+    owners: dict[int, str] = {}
+    for index, value in enumerate(inputs):
+        if isinstance(value, torch.Tensor):
+            owners.setdefault(torch_internals.storage_key(value), f"input {index}")
+    found = []
+    for index, value in enumerate(outputs):
+        if isinstance(value, torch.Tensor):
+            key = torch_internals.storage_key(value)
+            found.append(owners.get(key, ""))
+            owners.setdefault(key, f"output {index}")
+        else:
+            found.append("")
+    return found

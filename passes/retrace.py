@@ -1,0 +1,208 @@
+"""The interpreter behind *normalize*: walks Dynamo's graph node by node while ``make_fx`` listens.
+
+What is not simply run:
+
+* Grad mode.  Instead of a marker that makes the meaning of a node depend on its place, a value that requires grad is
+  detached where it enters a ``no_grad`` region.  The region's values then depend on nothing that requires grad, and
+  nodes may be moved, shared and added freely.  They carry ``meta["no_grad"]``.
+* Autocast.  Casts become explicit, see :mod:`fxsp.passes.autocast`.
+* Activation checkpoints.  The body is traced in place, its nodes tagged as AOTAutograd's partitioner wants them.
+* Islands, see :mod:`fxsp.passes.islands`.
+* Constants of the graph module, which become attributes of the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxsp import torch_internals
+from fxsp.errors import UnsupportedError
+from fxsp.passes.autocast import AutocastState
+from fxsp.passes.islands import INLINED
+from fxsp.source import module_path, node_source
+
+__all__ = ["Retracer", "describe"]
+
+
+def describe(node: torch.fx.Node | None) -> str:
+    """``add_ in blocks.0.attn (model.py:12)``: an operator, its module and its source line."""
+    if node is None:
+        return "the graph"
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if torch_internals.is_operator(node.target):
+        target = str(node.target)
+    where, line = module_path(node), node_source(node)
+    return f"{target}{f' in {where}' if where else ''}{f' ({line})' if line else ''}"
+
+
+class _State:
+    """What the interpreter of a graph shares with those of the bodies in it."""
+
+    def __init__(self, mode: Any, autocast: AutocastState) -> None:
+        self.mode = mode
+        self.autocast = autocast
+        #: Grad mode at this point of Dynamo's graph; the trace itself runs in the mode it began in.
+        self.grad = self.ambient_grad = torch.is_grad_enabled()
+        self.constants: dict[int, torch.Tensor] = {}
+        #: Numbers that increase in program order: the partitioner compares them.
+        self.checkpoints = itertools.count(1)
+
+    @property
+    def no_grad(self) -> bool:
+        """Whether this is a region that takes grad mode away."""
+        return self.ambient_grad and not self.grad
+
+
+def _detach(value: torch.Tensor) -> torch.Tensor:
+    return value.detach() if value.requires_grad else value
+
+
+class _InAutocast(torch.nn.Module):
+    """A callable with the autocast context it is called in: islands are not opened, so their casts stay implicit."""
+
+    def __init__(self, target: Any, states: list[tuple[str, torch.dtype]]) -> None:
+        super().__init__()
+        self.target = target
+        self.states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for device, dtype in self.states:
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            return self.target(*args, **kwargs)
+
+
+class Retracer(torch.fx.Interpreter):
+    """Runs ``gm`` inside :func:`fxsp.torch_internals.retrace`; failures are :class:`UnsupportedError`."""
+
+    def __init__(
+        self, gm: torch.fx.GraphModule, mode: Any, autocast: AutocastState, *, _state: _State | None = None
+    ) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.state = _state or _State(mode, autocast)
+
+        self._node: torch.fx.Node | None = None
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        self._node = n
+        try:
+            return super().run_node(n)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(
+                f"{describe(n)} cannot be traced to ATen operators: {type(error).__name__}: {error}"
+            ) from error
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in self.state.constants:
+            with torch_internals.untraced():
+                fake = torch_internals.to_fake(value, self.state.mode)
+            self.state.constants[id(value)] = torch_internals.record_constant(str(target), value, fake)
+        return self.state.constants[id(value)]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if torch_internals.is_set_grad(target):
+            self.state.grad = bool(args[0])
+            return None
+        if torch_internals.is_enter_autocast(target):
+            return self.state.autocast.enter(*args)
+        if torch_internals.is_exit_autocast(target):
+            return self.state.autocast.leave(*args)
+        if torch_internals.is_higher_order(target):
+            name = target.name()
+            if name in INLINED:
+                return self._inline(name, args, kwargs)
+            return self._island(target, args, kwargs, f"higher-order operator {name}", name)
+        return self._run(super().call_function, target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._run(super().call_method, target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        reason = self._node.meta.get("island") if self._node else None
+        if reason is None:
+            return self._run(super().call_module, target, args, kwargs)
+        return self._island(self.fetch_attr(target), args, kwargs, reason, target, op="call_module")
+
+    def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operation, in grad mode as the graph has it."""
+        if not self.state.no_grad:
+            return call(target, args, kwargs)
+        last = _last()
+        args, kwargs, check = self._leave_grad(args, kwargs)
+        result = call(target, args, kwargs)
+        check()
+        _mark_after(last, {"no_grad": True})
+        return result
+
+    def _leave_grad(self, args: Any, kwargs: Any) -> tuple[Any, Any, Callable[[], None]]:
+        """Detach what requires grad; the check afterwards refuses writes to it."""
+        outside = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        versions = [torch_internals.version(x) for x in outside]
+        node = self._node
+
+        def check() -> None:
+            if versions != [torch_internals.version(x) for x in outside]:
+                raise UnsupportedError(
+                    f"{describe(node)} writes, inside torch.no_grad(), to a tensor that requires grad; "
+                    "write to a detached copy of it, or do it outside of the compiled function"
+                )
+
+        args, kwargs = tree_map_only(torch.Tensor, _detach, (args, kwargs))
+        return args, kwargs, check
+
+    def _inline(self, name: str, args: Any, kwargs: Any) -> Any:
+        body, *inputs = args
+        if name == "invoke_subgraph":
+            inputs = inputs[1:]  # the first is an identifier
+        if name == "tag_activation_checkpoint":
+            tags = torch_internals.checkpoint_tags(next(self.state.checkpoints))
+            for node in body.graph.nodes:
+                if node.op in ("call_function", "call_method", "call_module"):
+                    node.meta.update(tags)
+            kwargs = torch_internals.checkpoint_arguments(kwargs)
+        if kwargs:
+            raise UnsupportedError(f"{describe(self._node)} has keyword arguments: {', '.join(kwargs)}")
+        return Retracer(body, self.state.mode, self.state.autocast, _state=self.state).run(*inputs)
+
+    def _island(self, target: Any, args: Any, kwargs: Any, reason: str, name: str, *, op: str = "call_function") -> Any:
+        last = _last()
+        marks: dict[str, Any] = {"island": reason}
+        if self.state.no_grad:
+            args, kwargs, _ = self._leave_grad(args, kwargs)
+            marks["no_grad"] = True
+        if states := self.state.autocast.active():
+            target, op = _InAutocast(target, states), "call_module"
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        versions = [torch_internals.version(x) for x in inputs]
+        with torch_internals.untraced():
+            result = target(*args, **kwargs)
+        if versions != [torch_internals.version(x) for x in inputs]:
+            raise UnsupportedError(f"{describe(self._node)} ({reason}) writes to its arguments")
+        torch_internals.record_call(target, args, kwargs, result, op=op, name=name)
+        _mark_after(last, marks)
+        return result
+
+
+def _last() -> torch.fx.Node | None:
+    """The last node written so far."""
+    return next(iter(reversed(torch_internals.traced_graph().nodes)), None)
+
+
+def _mark_after(last: torch.fx.Node | None, marks: dict[str, Any]) -> None:
+    """Put ``marks`` into the metadata of all nodes written after ``last``."""
+    for node in reversed(torch_internals.traced_graph().nodes):
+        if node is last:
+            return
+        node.meta.update(marks)
