@@ -23,7 +23,7 @@ demo: $(VENV)/.models
 	$(TORCHRUN) examples/flux_demo.py
 
 stages: $(VENV)/.models
-	$(BIN)/python examples/stages.py
+	$(TORCHRUN) examples/stages.py
 
 bench: $(VENV)/.models
 	$(TORCHRUN) examples/bench.py

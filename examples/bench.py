@@ -17,6 +17,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+# The profiler's own messages are not of interest; it reads this once, at import.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import diffusers
 import torch
 import torch.distributed as dist
 from flux_model import build, inputs, self_attentions
@@ -55,11 +59,9 @@ class Contestant:
 
 def hooked() -> torch.nn.Module:
     """The model with diffusers' Ulysses hooks."""
-    from diffusers import ContextParallelConfig
-
     model = build()
     model.set_attention_backend("native")
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     return model
 
 
@@ -79,6 +81,13 @@ def contestants() -> list[Contestant]:
         Contestant(OURS, "aot_eager", lambda: ours("aot_eager")),
         Contestant(OURS, "inductor", lambda: ours("inductor")),
     ]
+
+
+def once(run: Callable[..., tuple[torch.Tensor, ...]], arguments: dict[str, object]) -> torch.Tensor:
+    """One forward pass, its output really there: an eager collective may still be on its way when it returns."""
+    output = run(**arguments)[0]
+    output.flatten()[0].item()
+    return output
 
 
 def traffic(run: Callable[[], object]) -> dict[str, tuple[int, int]]:
@@ -113,16 +122,16 @@ def prepare(contestant: Contestant, arguments: dict[str, object], reference: tor
         dist.barrier()
         return
     start = time.perf_counter()
-    contestant.run = contestant.make()
-    output = contestant.run(**arguments)[0]
+    contestant.run = run = contestant.make()
+    output = once(run, arguments)
     contestant.warmup = time.perf_counter() - start
     contestant.error = ((output - reference).norm() / reference.norm()).item()
     for _ in range(warmup):
-        contestant.run(**arguments)
+        once(run, arguments)
     if contestant.alone:
         dist.barrier()
     else:
-        contestant.traffic = traffic(lambda: contestant.run(**arguments))
+        contestant.traffic = traffic(lambda: once(run, arguments))
 
 
 def measure(contestants: list[Contestant], arguments: dict[str, object], rounds: int) -> None:
@@ -133,7 +142,7 @@ def measure(contestants: list[Contestant], arguments: dict[str, object], rounds:
             seconds = 0.0
             if contestant.run is not None:
                 start = time.perf_counter()
-                contestant.run(**arguments)
+                once(contestant.run, arguments)
                 seconds = time.perf_counter() - start
             slowest = torch.tensor(seconds, dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -142,10 +151,9 @@ def measure(contestants: list[Contestant], arguments: dict[str, object], rounds:
 
 def table(contestants: list[Contestant], attentions: int, bound: int) -> str:
     """One line a contestant."""
-    lines = [
-        f"{'':28}{'median':>10}{'fastest':>10}{'first call':>12}{'error':>10}"
-        f"{'collectives':>13}{'per attention':>15}{'bytes sent':>12}{'/ bound':>9}"
-    ]
+    widths = {"": -28, "median": 10, "fastest": 10, "first call": 12, "error": 10}
+    widths |= {"collectives": 13, "per attention": 15, "bytes sent": 12, "/ bound": 9}
+    lines = ["".join(title.rjust(width) if width > 0 else title.ljust(-width) for title, width in widths.items())]
     for c in contestants:
         number = sum(n for n, _ in c.traffic.values())
         exchanges, size = c.traffic.get("all_to_all_single", (0, 0))
@@ -170,7 +178,8 @@ def verdicts(contestants: list[Contestant]) -> str:
             return None
         ratio = mine.median / other.median
         verdict = "faster" if ratio < 1 else "SLOWER"
-        return f"{title:22} {mine.name} / {other.name}: {ratio:.3f} ({verdict})"
+        fastest = min(mine.times) / min(other.times)
+        return f"{title:23} {mine.name} / {other.name}: {ratio:.3f} {verdict} (of the fastest rounds: {fastest:.3f})"
 
     def best(family: str) -> Contestant | None:
         return min((c for c in contestants if c.family == family), key=lambda c: c.median, default=None)
@@ -196,6 +205,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch|diffusers")
+    diffusers.utils.logging.set_verbosity_error()
     # diffusers divides by the number of accelerators, which is 0 on a machine without one.
     torch.accelerator.device_count = lambda: max(1, torch.cuda.device_count())
     dist.init_process_group("gloo")
@@ -217,8 +227,8 @@ def main() -> None:
             print(
                 f"Flux {config.num_layers}+{config.num_single_layers} blocks, {config.num_attention_heads} heads of"
                 f" {config.attention_head_dim}, {options.image}+{options.text} tokens, float32; torch"
-                f" {torch.__version__}, {ranks} gloo processes of one thread, {os.cpu_count()} cores;"
-                f" medians of {options.rounds} rounds\n"
+                f" {torch.__version__}, {ranks} gloo processes of one thread, {os.cpu_count()} cores"
+                f" (load average {os.getloadavg()[0]:.1f}); medians of {options.rounds} rounds\n"
                 f"lower bound of bytes sent per rank and self-attention, 4*N*e*(P-1)/P: {bound}\n"
             )
             print(table(runners, attentions, bound))
