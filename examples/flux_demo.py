@@ -65,9 +65,7 @@ def main() -> None:
     say = print if rank == 0 else lambda *_, **__: None
     try:
         model, arguments, inner = build(), inputs(), inner_compiler()
-        say(
-            f"FluxTransformer2DModel, 1024 image and 128 text tokens, on {ranks} CPU processes; inner compiler: {inner}\n"
-        )
+        say(f"FluxTransformer2DModel, 1024 image and 128 text tokens, on {ranks} CPU processes, through {inner}\n")
         fast = torch.compile(model, backend="sp", options={"inner": inner, "print": ["partitioned"]})
         with torch.no_grad():
             expected = model(**arguments)[0]

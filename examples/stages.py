@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """One block, its tokens split; seven tokens, so that the last rank holds a pad."""
 
-    _sp_plan = {
+    _sp_plan: ClassVar = {
         "block": {"x": fxsp.SequenceParallelInput(split_dim=1, auto_pad=True)},
         "head": fxsp.SequenceParallelOutput(gather_dim=1),
     }
