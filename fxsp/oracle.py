@@ -279,6 +279,24 @@ def put(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:
     )
 
 
+def pack(x: Lanes, lengths: Sequence[int], size: int, zero_pads: bool) -> Lanes:
+    """Global rows ``[S, ...]`` as one block of local rows per rank, ``[P, L, ...]``; done by every rank for itself."""
+    whole = [False] * len(lengths)
+    return _each(x, lambda lane: torch.stack(shard(Lanes([lane] * size), 0, lengths, whole, zero_pads, size=size)))
+
+
+def unpack(x: Lanes, lengths: Sequence[int], size: int) -> Lanes:
+    """The way back: ``[P, L, ...]`` as the global rows ``[S, ...]``, pads dropped."""
+    whole = [False] * len(lengths)
+    return _each(x, lambda lane: gather(Lanes(lane.unbind(0)), 0, lengths, whole, size=size)[0])
+
+
+def _each(x: Lanes, function: Callable[[torch.Tensor], torch.Tensor]) -> Lanes:
+    """A local operator: one result per distinct tensor, so that what all ranks share stays shared."""
+    results = {id(lane): function(lane) for lane in x}
+    return Lanes([results[id(lane)] for lane in x])
+
+
 _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "all_reduce": all_reduce,
     "all_to_all": all_to_all,
@@ -287,6 +305,7 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "gather_sum": gather_sum,
     "gather_used": gather,
     "mask_pads": mask_pads,
+    "pack": pack,
     "positions": positions,
     "put": put,
     "reduce_grad": all_reduce,
@@ -294,6 +313,7 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "scale_whole": scale_whole,
     "shard": shard,
     "take": take,
+    "unpack": unpack,
     "use": use,
 }
 

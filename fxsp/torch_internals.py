@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import types
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -89,13 +91,19 @@ def retrace(
 ) -> torch.fx.GraphModule:
     """``function`` as a graph of ATen ops above autograd (``linear``, ``layer_norm``, ... stay whole).
 
-    ``inputs`` are fakes of ``mode`` or numbers; nodes get the metadata of the node that is being interpreted.
+    ``inputs`` are fakes of ``mode`` or numbers; ``decompositions`` is asked for each operator when it is called; nodes get the metadata of the node that is being interpreted.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.proxy_tensor import decompose, get_proxy_mode, make_fx
     from torch.fx.traceback import preserve_node_meta
 
+    def run(*args: Any) -> Any:
+        # Not an argument of make_fx: that would copy the mapping, and lose that it decides at each call.
+        own = getattr(get_proxy_mode(), "decomposition_table", {})
+        with decompose(ChainMap(own, decompositions)):  # type: ignore[arg-type]
+            return function(*args)
+
     with mode, preserve_node_meta():
-        return make_fx(function, decompositions, tracing_mode="real", pre_dispatch=True)(*inputs)
+        return make_fx(run, tracing_mode="real", pre_dispatch=True)(*inputs)
 
 
 def traced_graph() -> torch.fx.Graph:
@@ -252,6 +260,17 @@ def without_autocast() -> AbstractContextManager[Any]:
     return torch._C._DisableAutocast()
 
 
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """An operator that fails on fakes raises, as ever, but torch does not log it: for trials that may fail."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def autocast_key(device: str) -> Any:
     """The dispatch key at which autocast for a device type acts; None if it has none, or is inside its own kernel."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -283,6 +302,11 @@ def storage_key(tensor: torch.Tensor) -> int:
     from torch.multiprocessing.reductions import StorageWeakRef
 
     return StorageWeakRef(tensor.untyped_storage()).cdata
+
+
+def remembers_item(tensor: torch.Tensor) -> bool:
+    """Whether a fake stands for a number (a Python float that Dynamo made an input), whose ``item()`` is symbolic."""
+    return getattr(tensor, "item_memo", None) is not None
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -536,3 +560,78 @@ def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx
     tracer = GraphAppendingTracer(graph)
     values = {symbol: Proxy(symbols[symbol], tracer) for symbol in expr.free_symbols}
     return sympy_interp(PythonReferenceAnalysis, values, expr).node  # type: ignore[no-any-return]
+
+
+# --- Inductor and AOTAutograd -----------------------------------------------------------------------------------------
+
+
+def graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str) -> Any:
+    """``run`` as a pass for Inductor's configuration; ``uuid`` names its behaviour in the keys of Inductor's caches."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class FxspPass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> str:
+            return uuid
+
+    return FxspPass()
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """The settings of Inductor that ``torch.compile(mode=...)`` stands for."""
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode)
+
+
+def known_settings(patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``patches`` that this version of Inductor has."""
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    return {name: value for name, value in patches.items() if name in known}
+
+
+def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile with Inductor, with settings for this compile only."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=dict(patches))  # type: ignore[no-any-return]
+
+
+def aot_autograd(
+    gm: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    compiler: Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    joint: Callable[[torch.fx.Graph], None],
+) -> Callable[..., Any]:
+    """AOTAutograd around ``compiler`` (forward, backward and inference); ``joint`` edits joint graphs in place."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(graph: torch.fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        joint(graph.graph)
+        graph.recompile()
+        return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)
+    return backend(gm, inputs)  # type: ignore[no-any-return]
+
+
+def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """The graph as a function of one list, which it empties: inputs are freed after their last use."""
+    from torch.fx.graph import _BoxedCodeGen
+
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+    forward = gm.forward
+
+    def run(args: list[Any]) -> Any:
+        return forward(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import collectives
+from fxsp.kernels import collectives, exchange
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["LOWERINGS", "known_dense", "local_length"]
@@ -281,4 +281,6 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "positions": positions,
     "take": take,
     "put": put,
+    "pack": exchange.pack,
+    "unpack": exchange.unpack,
 }

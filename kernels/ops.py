@@ -22,6 +22,8 @@ summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P`
     scale_whole     S -> S+    scale_whole
     take            U -> S     put
     put             S -> P     take
+    pack            U -> S     unpack       (see fxsp.kernels.exchange)
+    unpack          S -> U     pack(zero_pads=True)
 
 With ``size == 1`` (or ``group == ""`` where an op has no size) no process group is needed.
 """
@@ -34,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.kernels import exchange
 from fxsp.kernels.lowering import LOWERINGS
 
 __all__ = ["INTERNAL", "OPS"]
@@ -53,6 +56,8 @@ OPS: dict[str, str] = {
     "mask_pads": f"Tensor x, {_SEQ}, int rank, int size",
     "positions": "SymInt[] lengths, bool[] whole, int rank, int size, Device device",
     "take": "Tensor x, int dim, int rank, int size",
+    "pack": "Tensor x, SymInt[] lengths, int size, bool zero_pads",
+    "unpack": "Tensor x, SymInt[] lengths, int size",
 }
 
 #: Ops that only backward graphs contain.
@@ -82,6 +87,8 @@ def _real(name: str) -> Callable[..., Tensor]:
     lowering = LOWERINGS[name]
     if name == "positions":
         return lowering
+    if name in _EAGER:
+        return _EAGER[name]
 
     def run(x: Tensor, *args: Any) -> Tensor:
         y = lowering(x, *args)
@@ -131,7 +138,12 @@ _FORMULA: dict[str, Callable[..., Tensor]] = {
     "gather": _grad_gather,
     "gather_sum": lambda g, dim, lengths, whole, *at: _fxsp.shard(g, dim, lengths, whole, True, *at),
     "use": lambda g, group: _fxsp.reduce_grad(g, group) if group else g,
+    "pack": lambda g, lengths, size, zero_pads: _fxsp.unpack(g, lengths, size),
+    "unpack": lambda g, lengths, size: _fxsp.pack(g, lengths, size, True),
 }
+
+#: Ops whose eager form is not their lowering.
+_EAGER: dict[str, Callable[..., Tensor]] = {"pack": exchange.pack_eager, "unpack": exchange.unpack_eager}
 
 
 def _backward(name: str) -> Callable[..., tuple[Any, ...]]:

@@ -1,0 +1,168 @@
+"""Attention: how scaled dot product attention runs on split tokens.
+
+The decision is made where types are known (*propagate*), the nodes are written by *attention* once the graph is local.
+
+========== ==================================== ======================================================================
+method     when                                 what moves
+========== ==================================== ======================================================================
+local      queries split, keys/values whole     nothing
+ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output (DeepSpeed-Ulysses)
+gather_kv  both split, heads do not divide      one all-gather of keys and values
+========== ==================================== ======================================================================
+
+Every method sees keys and values in their original order, whole and without pads, so masks and the causal flag keep
+their global meaning; a mask is cut by query rows or by heads, never reordered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from fxsp.errors import UnsupportedError
+from fxsp.passes.decide import Decision, hint
+from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules_elementwise import broadcast
+from fxsp.source import module_path, node_source
+from fxsp.types import Length, Replicate, Sequence, Shard, Type, Used, product, same_length
+
+__all__ = ["SDPA", "AttentionChoice", "decide_attention", "distributed_attention"]
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The method of one attention; ``Decision.detail`` of its call."""
+
+    method: str
+    #: The tokens of the queries, and of the keys and values (None: whole on every rank).
+    queries: Sequence
+    keys: Sequence | None
+    #: Bytes that each rank sends, forward.
+    sent: Length
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+def distributed_attention(*args: object, **kwargs: object) -> object:
+    """Marks an attention between *partition* and *attention*: arguments of SDPA, local; it is never called."""
+    raise AssertionError("distributed_attention is lowered by the attention pass")
+
+
+@rule([SDPA])
+def sdpa(call: Call) -> OpRule | None:
+    """Batch and query rows pass: ``([b0, h, m, d], [b0, h, n, d], [b0, h, n, e]) -> ([b0, h, m, e]) whole={d, e, n}``."""
+    q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
+    (out,) = call.result_shapes()
+    lead = out[:-2]
+    (bq, bk, bv), batch, sizes = broadcast([q[:-2], k[:-2], v[:-2]], lead, "b")
+    whole = {"d", "n", "e"}
+    if call.get("enable_gqa") and lead:
+        # Query heads share key heads: the head dimension cannot be cut factor by factor.
+        bk, bv = (*bk[:-1], ("hk",)), (*bv[:-1], ("hk",))
+        whole |= {"hk", f"b{len(lead) - 1}"}
+        sizes["hk"] = k[-3]
+    if call.get("is_causal"):
+        whole.add("m")
+    sizes |= {"m": q[-2], "n": k[-2], "d": q[-1], "e": v[-1]}
+    operands: list[Dims] = [(*bq, ("m",), ("d",)), (*bk, ("n",), ("d",)), (*bv, ("n",), ("e",))]
+    if isinstance(call.get("attn_mask"), Node):
+        mask = call.shape("attn_mask")
+        (dims,), _, _ = broadcast([mask], (*lead, q[-2], k[-2]), "m")
+        names = {f"m{i}": f for i, f in enumerate([*(b[0] for b in batch), "m", "n"])}
+        operands.append(tuple(tuple(names[f] for f in d) for d in dims))
+    return OpRule(tuple(operands), ((*batch, ("m",), ("e",)),), sizes, whole=frozenset(whole))
+
+
+def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: int | None = None) -> Decision | None:
+    """A decision where queries are split by tokens; None where the factor rule decides (split batch, whole queries)."""
+    if call.op is not SDPA or not any(isinstance(t, Shard) for t in types[:3]):
+        return None
+    q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
+    tokens = len(q) - 2
+    q_type, *kv_types = types[:3]
+    if not (isinstance(q_type, Shard) and q_type.dim == tokens and q_type.plain):
+        return None
+    if any(isinstance(t, Shard) and not (t.dim == len(k) - 2 and t.plain) for t in kv_types) or len(v) != len(k):
+        return None
+    _refuse_dropout(call)
+    itemsize = call["query"].meta["val"].element_size()
+    keys = next((t.sequence for t in kv_types if isinstance(t, Shard)), None)
+    mask = call.get("attn_mask")
+    mask_shape = call.shape("attn_mask") if isinstance(mask, Node) else ()
+    result = Shard(tokens, q_type.sequence, origin=f"{call.op} by query tokens")
+
+    def decision(choice: AttentionChoice, mask_type: Type) -> Decision:
+        kv: Type = Used() if keys is None else Shard(tokens, keys)
+        operands = (q_type, kv, kv, mask_type) if mask_shape else (q_type, kv, kv)
+        return Decision(operands, (result,), _mask_reason(types, mask_type), detail=choice)
+
+    rows = _mask_rows(mask_shape, q, q_type.sequence)
+    if keys is None:
+        return decision(AttentionChoice("local", q_type.sequence, None, 0), rows)
+
+    kv_bytes = product((*k[:-2], keys.local_length(size), k[-1] + v[-1], itemsize))
+    gather_bytes = (size - 1) * kv_bytes
+    legal = _ulysses_refusal(q, k, size)
+    if legal:
+        return decision(
+            AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", legal),)), rows
+        )
+    q_bytes = product((*q[:-2], q_type.sequence.local_length(size), q[-1] + v[-1], itemsize))
+    ulysses_bytes = (q_bytes + kv_bytes) * (size - 1) / size
+    ulysses_bytes = ulysses_bytes if not isinstance(ulysses_bytes, float) else round(ulysses_bytes)
+    same = q_type.sequence.same_as(keys)
+    if not same and ulysses_degree in (None, 1) and hint(gather_bytes) < hint(ulysses_bytes):
+        why = f"sends {ulysses_bytes} bytes per rank, gather_kv {gather_bytes}"
+        return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", why),)), rows)
+    heads: Type = Used()
+    if len(mask_shape) >= 3 and not same_length(mask_shape[-3], 1):
+        heads = Shard(len(mask_shape) - 3, Sequence.of(mask_shape[-3]), origin="the mask of a rank's own heads")
+    other = f"sends {gather_bytes} bytes per rank, ulysses {ulysses_bytes}"
+    return decision(
+        AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, (("gather_kv", other),)), heads
+    )
+
+
+def _ulysses_refusal(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> str:
+    """Why heads cannot be exchanged, or nothing."""
+    if len(q) != 4 or len(k) != 4:
+        return f"queries of {len(q)} dimensions have no head dimension"
+    for name, heads in (("query", q[1]), ("key/value", k[1])):
+        if not isinstance(heads, int) or heads % size:
+            return f"{heads} {name} heads do not divide over {size} ranks"
+    if not same_length(q[0], k[0]):
+        return "queries and keys differ in batch size"
+    return ""
+
+
+def _mask_rows(mask: tuple[Length, ...], q: tuple[Length, ...], sequence: Sequence) -> Type:
+    """A mask beside local queries: its rows are split like theirs, unless one row serves all queries."""
+    if len(mask) < 2 or (same_length(mask[-2], 1) and not same_length(q[-2], 1)):
+        return Used()
+    return Shard(len(mask) - 2, sequence, origin="the mask of a rank's own query rows")
+
+
+def _mask_reason(types: list[Type], needed: Type) -> str:
+    if len(types) < 4 or not isinstance(types[3], Shard) or types[3].same_as(needed):
+        return ""
+    return f"the attention mask is {types[3]}, and is needed as {needed}"
+
+
+def _refuse_dropout(call: Call) -> None:
+    if call.get("dropout_p"):
+        raise UnsupportedError(
+            f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}): attention dropout "
+            f"(dropout_p={call['dropout_p']}) on split tokens cannot draw the same mask as one device. "
+            "Set the dropout of attention to 0, or call model.eval()."
+        )
+
+
+def collapse(types: list[Type]) -> list[Type]:
+    """Partial operands are summed before an attention."""
+    return [Replicate() if not isinstance(t, Shard) else t for t in types]
+
+
+assert overloads("scaled_dot_product_attention") == [SDPA]

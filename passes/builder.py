@@ -1,0 +1,132 @@
+"""Writing local graphs: nodes with the right metadata, sizes from lengths, and the fxsp ops by their meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+import fxsp.kernels.ops  # noqa: F401  (registers the operators)
+from fxsp.report import CollectiveRecord, Report
+from fxsp.source import module_path
+from fxsp.torch_internals import sympy_to_fx
+from fxsp.types import Length, Ranks, Sequence, Shard, as_length, product
+
+__all__ = ["Builder", "local_bytes"]
+
+_ops = torch.ops.fxsp
+aten = torch.ops.aten
+
+
+def local_bytes(shape: Seq[Length], shard: Shard | None, itemsize: int, size: int) -> Length:
+    """Bytes of a value on one rank: its global shape with the sharded dimension made local."""
+    dims = [shard.local_size(size) if shard is not None and i == shard.dim else n for i, n in enumerate(shape)]
+    return product((*dims, itemsize))
+
+
+class Builder:
+    """Appends nodes to ``graph``; the current *origin* node lends its source line and module path."""
+
+    def __init__(self, graph: Graph, ranks: Ranks, report: Report, *, training: bool) -> None:
+        self.graph = graph
+        self.ranks = ranks
+        self.report = report
+        self.training = training
+        self.symbols: dict[sympy.Symbol, Node] = {}
+        self._sizes: dict[sympy.Expr, Node] = {}
+        self._origin: Node | None = None
+
+    def at(self, node: Node) -> None:
+        """Nodes made from now on come from ``node``."""
+        self._origin = node
+
+    def note(self, new: Node) -> Node:
+        if self._origin is not None:
+            for key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr"):
+                if key in self._origin.meta:
+                    new.meta.setdefault(key, self._origin.meta[key])
+        return new
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.note(self.graph.call_function(target, args, kwargs))
+
+    # Lengths.
+
+    def learn(self, placeholder: Node, value: Any) -> None:
+        """Symbols that an input brings: a ``SymInt`` itself, or a tensor's sizes."""
+        if isinstance(value, torch.SymInt):
+            expr = value.node.expr
+            if isinstance(expr, sympy.Symbol):
+                self.symbols.setdefault(expr, placeholder)
+        elif isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                expr = as_length(size)
+                if isinstance(expr, sympy.Symbol) and expr not in self.symbols:
+                    self.symbols[expr] = self.call(aten.sym_size.int, placeholder, dim)
+
+    def size(self, length: Length) -> int | Node:
+        """A length as an argument: the number, or a node that computes it from the inputs' sizes."""
+        if isinstance(length, int):
+            return length
+        if isinstance(length, sympy.Symbol):
+            return self.symbols[length]
+        if length not in self._sizes:
+            self._sizes[length] = self.note(sympy_to_fx(length, self.symbols, self.graph))
+        return self._sizes[length]
+
+    def sizes(self, lengths: Seq[Length]) -> list[int | Node]:
+        return [self.size(n) for n in lengths]
+
+    # The fxsp ops.
+
+    def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
+        return self.sizes(sequence.lengths), list(sequence.whole)
+
+    def _ranks(self) -> tuple[int, int, str]:
+        return self.ranks.rank, self.ranks.size, self.ranks.group
+
+    def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
+        return self.call(_ops.shard.default, x, dim, *self._sequence(sequence), False, *self._ranks())
+
+    def gather(self, x: Node, dim: int, sequence: Sequence, *, used: bool) -> Node:
+        op = _ops.gather_used if used else _ops.gather
+        return self.call(op.default, x, dim, *self._sequence(sequence), *self._ranks())
+
+    def leave(self, x: Node, length: Length) -> Node:
+        """Rows that are whole on every rank, as a replicated value: the data is the same, the gradient is shared out."""
+        return self.call(_ops.gather.default, x, 0, [self.size(length)], [True], *self._ranks())
+
+    def use(self, x: Node) -> Node:
+        return self.call(_ops.use.default, x, self.ranks.group)
+
+    def all_reduce(self, x: Node) -> Node:
+        return self.call(_ops.all_reduce.default, x, self.ranks.group)
+
+    def all_to_all(self, x: Node) -> Node:
+        return self.call(_ops.all_to_all.default, x, self.ranks.group)
+
+    def mask_pads(self, x: Node, dim: int, sequence: Sequence) -> Node:
+        rank, size, _ = self._ranks()
+        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size)
+
+    def positions(self, sequence: Sequence, device: torch.device) -> Node:
+        rank, size, _ = self._ranks()
+        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device)
+
+    def take(self, x: Node, dim: int) -> Node:
+        rank, size, _ = self._ranks()
+        return self.call(_ops.take.default, x, dim, rank, size)
+
+    def unpack(self, x: Node, sequence: Sequence) -> Node:
+        return self.call(_ops.unpack.default, x, self.sizes(sequence.lengths), self.ranks.size)
+
+    def pack(self, x: Node, sequence: Sequence) -> Node:
+        return self.call(_ops.pack.default, x, self.sizes(sequence.lengths), self.ranks.size, False)
+
+    def record(self, kind: str, node: Node, sent: Length, reason: str) -> None:
+        """Count a collective; ``sent`` is in bytes per rank, forward."""
+        node.meta["fxsp_bytes"] = sent
+        self.report.collectives.append(CollectiveRecord(kind, node.name, module_path(node), sent, reason))

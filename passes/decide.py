@@ -1,0 +1,182 @@
+"""From a rule and the operands' types to a decision: what each operand must be, and what the results are.
+
+Pure functions of types; no graph is changed here.  The candidates are the shards that the operands bring along; the one
+that costs the fewest gathered bytes wins, ties go to the first that keeps the result sharded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fxsp.passes.rules import Call, Dims, OpRule
+from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, as_length, product, same_length
+
+__all__ = ["Decision", "decide", "hint", "locate", "replicate_all"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one call is partitioned."""
+
+    #: Required type of each tensor operand, in schema order.
+    operands: tuple[Type, ...]
+    #: Type of each tensor result.
+    results: tuple[Type, ...]
+    #: The sentence that says why an operand that is sharded must be whole; empty if none must.
+    reason: str = ""
+    #: Operands (by position) whose pads must be zeroed first, because the call sums over the tokens.
+    masked: tuple[int, ...] = ()
+    #: Facts for the pass that rewrites the call (documented by the function that decided).
+    detail: Any = None
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """A shard of one factor: the tokens are ``outer * sequence * inner`` inside it."""
+
+    factor: str
+    sequence: Sequence
+    outer: Length
+    inner: Length
+
+    def same_as(self, other: _Placement) -> bool:
+        return (
+            self.factor == other.factor
+            and self.sequence.same_as(other.sequence)
+            and same_length(self.outer, other.outer)
+            and same_length(self.inner, other.inner)
+        )
+
+
+def hint(length: Length) -> int:
+    """A number for a length, for comparing costs only: symbols count as a typical 1024 tokens."""
+    if isinstance(length, int):
+        return length
+    return int(length.subs(dict.fromkeys(length.free_symbols, 1024)))
+
+
+def locate(shard: Shard, dims: Dims, sizes: dict[str, Length]) -> _Placement | None:
+    """Which factor of the operand carries the tokens; None if they do not fall into one factor."""
+    if shard.dim >= len(dims):
+        return None
+    factors = dims[shard.dim]
+    if len(factors) == 1:
+        return _Placement(factors[0], shard.sequence, shard.outer, shard.inner)
+    for i, factor in enumerate(factors):
+        before = product(sizes[f] for f in factors[:i])
+        after = product(sizes[f] for f in factors[i + 1 :])
+        outer, inner = _divide(shard.outer, before), _divide(shard.inner, after)
+        if outer is None or inner is None:
+            continue
+        if same_length(product((outer, shard.sequence.length, inner)), sizes[factor]):
+            return _Placement(factor, shard.sequence, outer, inner)
+    return None
+
+
+def _divide(a: Length, b: Length) -> Length | None:
+    from fxsp.passes.rules_views import quotient
+
+    return quotient(a, b)
+
+
+def _place(placement: _Placement, dims: Dims, sizes: dict[str, Length], origin: str) -> Shard | None:
+    """The type of a tensor whose dimensions hold the sharded factor; None if they do not."""
+    for d, factors in enumerate(dims):
+        if placement.factor in factors:
+            i = factors.index(placement.factor)
+            before = [sizes[f] for f in factors[:i]]
+            after = [sizes[f] for f in factors[i + 1 :]]
+            outer, inner = product((*before, placement.outer)), product((placement.inner, *after))
+            return Shard(d, placement.sequence, outer, inner, origin=origin)
+    return None
+
+
+def replicate_all(call: Call, types: list[Type], reason: str) -> Decision:
+    """Every operand whole, every result whole: always right."""
+    needed = any(isinstance(t, (Shard, Partial)) for t in types)
+    return Decision(
+        tuple(Replicate() for _ in types),
+        tuple(Replicate(origin=reason) for _ in call.result_shapes()),
+        reason if needed else "",
+    )
+
+
+def decide(call: Call, rule: OpRule | None, types: list[Type], bytes_of: list[int], free: list[bool]) -> Decision:
+    """Choose the cheapest way to run ``call`` on operands of these types.
+
+    ``bytes_of`` are the global bytes of the operands (hints), ``free`` says which sharded operands can be had whole
+    without communication.
+    """
+    name = str(call.op)
+    if not any(isinstance(t, Shard) for t in types):
+        return replicate_all(call, types, "all operands are whole")
+    if rule is None:
+        return replicate_all(call, types, f"{name} has no sharding rule for this use: it needs its operands whole")
+
+    placements = [locate(t, dims, rule.sizes) if isinstance(t, Shard) else None for t, dims in zip(types, rule.operands, strict=True)]
+    best: tuple[tuple[int, int], Decision] | None = None
+    tried: list[_Placement] = []
+    for position, placement in enumerate(placements):
+        if placement is None or any(placement.same_as(t) for t in tried):
+            continue
+        tried.append(placement)
+        decision = _with(placement, call, rule, types, placements)
+        if decision is None:
+            continue
+        cost = sum(
+            0 if free[i] else bytes_of[i]
+            for i, t in enumerate(types)
+            if isinstance(t, Shard) and not t.same_as(decision.operands[i])
+        )
+        rank = (cost, position if isinstance(decision.results[0], Shard) else position + len(types))
+        if best is None or rank < best[0]:
+            best = (rank, decision)
+    everything = sum(n for n, t, f in zip(bytes_of, types, free, strict=True) if isinstance(t, Shard) and not f)
+    if best is None or best[0][0] > everything:
+        return replicate_all(call, types, _why(name, rule, types))
+    return best[1]
+
+
+def _with(placement: _Placement, call: Call, rule: OpRule, types: list[Type], placements: list[_Placement | None]) -> Decision | None:
+    factor = placement.factor
+    if factor in rule.whole:
+        return None
+    origin = f"{call.op}: {rule}, shard of {factor}"
+    results: list[Type] = []
+    reduces = factor in rule.reduction
+    for dims in rule.results:
+        placed = _place(placement, dims, rule.sizes, origin)
+        if placed is not None:
+            results.append(placed)
+        elif reduces:
+            results.append(Partial(origin=origin))
+        else:
+            return None
+    operands: list[Type] = []
+    reason = ""
+    for i, (dims, type_) in enumerate(zip(rule.operands, types, strict=True)):
+        placed = _place(placement, dims, rule.sizes, origin)
+        operands.append(placed if placed is not None else Used(origin=origin))
+        if isinstance(type_, Shard) and not type_.same_as(operands[-1]):
+            reason = f"operand {i} is {type_}, but {call.op} runs on {placed or 'a whole operand'} beside the other operands"
+    holders = [i for i, t in enumerate(operands) if isinstance(t, Shard)]
+    # Zero pads in one factor of each product are enough, but a NaN in the other would survive 0 * NaN.
+    masked = tuple(holders) if reduces else ()
+    return Decision(tuple(operands), tuple(results), reason, masked)
+
+
+def _why(name: str, rule: OpRule, types: list[Type]) -> str:
+    for i, (type_, dims) in enumerate(zip(types, rule.operands, strict=True)):
+        if not isinstance(type_, Shard):
+            continue
+        placement = locate(type_, dims, rule.sizes)
+        if placement is None:
+            return f"{name} regroups dimension {type_.dim} of operand {i}, which holds the tokens {type_.sequence}"
+        if placement.factor in rule.whole:
+            return f"{name} needs dimension {type_.dim} of operand {i} whole (the tokens {type_.sequence})"
+    return f"{name} cannot keep the tokens split"
+
+
+def global_bytes(shape: tuple[Length, ...], itemsize: int) -> Length:
+    return as_length(product((*shape, itemsize)))

@@ -1,0 +1,250 @@
+"""attention: every marked attention becomes local attention and collectives.
+
+Ulysses, for two ranks, four heads of 8, five tokens; two all-to-alls and nothing else moves::
+
+    %q, %k, %v: [B, 4, 3, 8]
+    %cat:        [2, 3, B, 6, 8]     q, k, v by destination: rank, token, batch, head; written once
+    %all_to_all: [2, 3, B, 6, 8]     by source: rank and token together are the global order
+    %narrow:     [5, B, 6, 8]        without pads: a narrow of the outermost dimension, a view
+    %attention:  [B, 2, 5, 8]
+    %pack:       [2, 3, B, 2, 8]
+    %all_to_all: [2, 3, B, 2, 8]     by source: the heads of each rank
+    %result:     [B, 4, 3, 8]
+
+After this pass no ``distributed_attention`` remains.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.passes.attention import SDPA, AttentionChoice, distributed_attention
+from fxsp.passes.base import Program
+from fxsp.passes.builder import Builder
+from fxsp.types import Length, Segment, Sequence, as_length
+
+__all__ = ["LowerAttention"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class LowerAttention:
+    """After this pass attention is local, and its collectives are nodes of the graph."""
+
+    name: str = "attention"
+
+    def apply(self, program: Program) -> Program:
+        graph = program.graph
+        build = Builder(graph, program.ranks, program.report, training=program.training)
+        inputs = graph.find_nodes(op="placeholder")
+        if inputs:
+            with graph.inserting_after(inputs[-1]):
+                for node in inputs:
+                    build.learn(node, node.meta.get("global_val", node.meta.get("val")))
+        cache: dict[Any, Node] = {}
+        for node in list(graph.nodes):
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                build.learn(node, node.meta["val"])
+            if node.target is not distributed_attention:
+                continue
+            build.at(node)
+            with graph.inserting_before(node):
+                new = _Lowering(build, node, cache).lower()
+            new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+        program.gm.recompile()
+        return program
+
+
+class _Lowering:
+    def __init__(self, build: Builder, node: Node, cache: dict[Any, Node]) -> None:
+        self.build = build
+        self.size = build.ranks.size
+        self.cache = cache
+        self.choice: AttentionChoice = node.meta["attention"]
+        self.args = dict(node.kwargs)
+        value = node.meta["global_val"]
+        self.shape = [as_length(n) for n in value.shape]
+        self.device, self.itemsize = value.device, value.element_size()
+
+    def lower(self) -> Node:
+        q, k, v = (self.args[n] for n in ("query", "key", "value"))
+        if self.choice.method == "ulysses":
+            return self._ulysses(q, k, v)
+        if self.choice.keys is not None:
+            k, v = self._gather_kv(k, v, self.choice.keys)
+        return self._rows(q, k, v)
+
+    def _sdpa(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
+        extra = {n: self.args[n] for n in ("scale", "enable_gqa") if self.args.get(n) not in (None, False)}
+        return self.build.call(SDPA, q, k, v, mask, 0.0, causal, **extra)
+
+    # Queries stay, keys and values are whole.
+
+    def _rows(self, q: Node, k: Node, v: Node) -> Node:
+        mask, causal = self.args.get("attn_mask"), self.args.get("is_causal")
+        if causal:
+            mask, causal = self._causal_rows(k), False
+        return self._sdpa(q, k, v, mask, causal)
+
+    def _causal_rows(self, k: Node) -> Node:
+        """``key position <= query position`` for this rank's rows, ``[Lq, S]``; the flag means the upper left corner."""
+        length = _global(k, -2)
+        key = ("causal", str(self.choice.queries), str(length), self.device)
+        if key not in self.cache:
+            rows = self.build.positions(self.choice.queries, self.device)
+            columns = self.build.call(aten.arange.default, self.build.size(length), device=self.device)
+            self.cache[key] = self.build.call(aten.ge.Tensor, self.build.call(aten.unsqueeze.default, rows, 1), columns)
+        return self.cache[key]
+
+    def _gather_kv(self, k: Node, v: Node, keys: Sequence) -> tuple[Node, Node]:
+        """One all-gather of keys and values side by side in the head dimension."""
+        widths = [_global(k, -1), _global(v, -1)]
+        dim = len(self.shape) - 2
+        both = self.build.call(aten.cat.default, [k, v], -1)
+        whole = self.build.gather(both, dim, keys, used=True)
+        self.build.record("all_gather", whole, self.choice.sent, "keys and values of an attention")
+        parts = self.build.call(aten.split_with_sizes.default, whole, self.build.sizes(widths), -1)
+        first, second = (self.build.call(operator.getitem, parts, i) for i in (0, 1))
+        for new, old in ((first, k), (second, v)):
+            new.meta["global_val"] = old.meta["global_val"]
+        return first, second
+
+    # Ulysses.
+
+    def _ulysses(self, q: Node, k: Node, v: Node) -> Node:
+        choice = self.choice
+        assert choice.keys is not None
+        heads = [_heads(x, self.size) for x in (q, k, v)]
+        if choice.queries.same_as(choice.keys) and _global(q, -1) == _global(v, -1):
+            q, k, v = self._to_heads([q, k, v], heads, choice.queries)
+        elif _global(k, -1) == _global(v, -1):
+            (q,) = self._to_heads([q], heads[:1], choice.queries)
+            k, v = self._to_heads([k, v], heads[1:], choice.keys)
+        else:
+            (q,) = self._to_heads([q], heads[:1], choice.queries)
+            (k,) = self._to_heads([k], heads[1:2], choice.keys)
+            (v,) = self._to_heads([v], heads[2:], choice.keys)
+        out = self._sdpa(q, k, v, self.args.get("attn_mask"), self.args.get("is_causal"))
+        return self._to_tokens(out, heads[0], choice.queries)
+
+    def _split_whole(self, sequence: Sequence) -> tuple[list[tuple[int, Length, Length, Segment]], Sequence]:
+        """Segments with their local and global starts, and the sequence of those that are split."""
+        places = []
+        local: Length = 0
+        start: Length = 0
+        for i, segment in enumerate(sequence.segments):
+            places.append((i, local, start, segment))
+            local = as_length(local + segment.local_length(self.size))
+            start = as_length(start + segment.length)
+        return places, Sequence(tuple(s for s in sequence.segments if s.sharded))
+
+    def _narrow(self, x: Node, dim: int, start: Length, length: Length) -> Node:
+        return self.build.call(aten.narrow.default, x, dim, self.build.size(start), self.build.size(length))
+
+    def _to_heads(self, tensors: list[Node], heads: list[int], sequence: Sequence) -> list[Node]:
+        """``[B, H, L, D]`` each, split by tokens -> ``[B, H/P, S, D]`` each, split by heads; one all-to-all."""
+        call, size = self.build.call, self.size
+        rows = [
+            call(aten.permute.default, call(aten.unflatten.int, x, 1, [size, h]), [1, 3, 0, 2, 4])
+            for x, h in zip(tensors, heads, strict=True)
+        ]
+        # [P, L, B, h, D]: permuted first, then joined, so that the buffer is written once.
+        if len(rows) > 1:
+            packed = call(aten.cat.default, rows, 3)
+        else:
+            packed = call(aten.clone.default, rows[0], memory_format=torch.contiguous_format)
+        whole = self._exchange_to_heads(packed, sequence, sum(heads), _global(tensors[0], -1), _global(tensors[0], 0))
+        # [S, B, h, D] -> [B, h, S, D]
+        turned = call(aten.permute.default, whole, [1, 2, 0, 3])
+        if len(heads) == 1:
+            return [turned]
+        starts = [sum(heads[:i]) for i in range(len(heads))]
+        return [self._narrow(turned, 1, s, h) for s, h in zip(starts, heads, strict=True)]
+
+    def _exchange_to_heads(self, packed: Node, sequence: Sequence, heads: int, width: Length, batch: Length) -> Node:
+        """``[P, L, B, h, D]`` by destination -> ``[S, B, h, D]`` in global order, without pads."""
+        places, split = self._split_whole(sequence)
+        moved = packed
+        if any(sequence.whole):
+            kept = [self._narrow(packed, 1, local, s.local_length(self.size)) for _, local, _, s in places if s.sharded]
+            moved = self.build.call(aten.cat.default, kept, 1)
+        received = self._all_to_all(moved, split, heads, width, batch)
+        length = split.length
+        if len(split.segments) > 1:
+            tokens = self.build.unpack(received, split)
+        else:
+            tokens = self.build.call(aten.flatten.using_ints, received, 0, 1)
+            if split.has_pads(self.size):
+                tokens = self._narrow(tokens, 0, 0, length)
+        if not any(sequence.whole):
+            return tokens
+        # A segment that is whole on every rank stays at home: of its rows each rank keeps those of its own heads.
+        parts = []
+        start: Length = 0
+        for _, local, _, segment in places:
+            if segment.sharded:
+                parts.append(self._narrow(tokens, 0, start, segment.length))
+                start = as_length(start + segment.length)
+            else:
+                own = self.build.take(self._narrow(packed, 1, local, segment.length), 0)
+                parts.append(self.build.call(aten.squeeze.dim, own, 0))
+        return self.build.call(aten.cat.default, parts, 0)
+
+    def _to_tokens(self, out: Node, heads: int, sequence: Sequence) -> Node:
+        """``[B, H/P, S, D]`` split by heads -> ``[B, H, L, D]`` split by tokens; one all-to-all."""
+        call = self.build.call
+        places, split = self._split_whole(sequence)
+        batch, _, _, width = self.shape
+        rows = call(aten.permute.default, out, [2, 0, 1, 3])  # [S, B, h, D]
+        if any(sequence.whole):
+            packed = self._pack_with_whole(rows, places, heads)
+        elif len(split.segments) == 1 and not split.has_pads(self.size):
+            local = split.local_length(self.size)
+            sizes = self.build.sizes([self.size, local, batch, heads, width])
+            packed = call(aten.reshape.default, rows, sizes)
+            packed = call(aten.contiguous.default, packed)
+        else:
+            packed = self.build.pack(rows, split)
+        # Rows of whole segments travel to every rank with these heads.
+        received = self._all_to_all(packed, sequence, heads, width, batch)
+        # [P, L, B, h, D] -> [B, L, P h, D]: the layout that the output projection reads, then heads in front by strides.
+        turned = call(aten.permute.default, received, [2, 1, 0, 3, 4])
+        merged = call(aten.flatten.using_ints, turned, 2, 3)
+        return call(aten.transpose.int, merged, 1, 2)
+
+    def _pack_with_whole(self, rows: Node, places: list[Any], heads: int) -> Node:
+        batch, _, _, width = self.shape
+        blocks = []
+        for _, _, start, segment in places:
+            part = self._narrow(rows, 0, start, segment.length)
+            if segment.sharded:
+                blocks.append(self.build.pack(part, Sequence((segment,))))
+            else:
+                sizes = self.build.sizes([self.size, segment.length, batch, heads, width])
+                blocks.append(self.build.call(aten.expand.default, part, sizes))
+        return self.build.call(aten.cat.default, blocks, 1)
+
+    def _all_to_all(self, x: Node, sequence: Sequence, heads: int, width: Length, batch: Length) -> Node:
+        new = self.build.all_to_all(x)
+        elements = (self.size - 1) * sequence.local_length(self.size) * batch * heads * width
+        self.build.record("all_to_all", new, as_length(elements * self.itemsize), "tokens and heads of an attention")
+        return new
+
+
+def _global(x: Node, dim: int) -> Length:
+    return as_length(x.meta["global_val"].shape[dim])
+
+
+def _heads(x: Node, size: int) -> int:
+    heads = _global(x, 1)
+    assert isinstance(heads, int) and heads % size == 0
+    return heads // size
+

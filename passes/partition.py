@@ -1,0 +1,420 @@
+"""partition: the global program becomes the program of one rank.
+
+Every value is kept in the *forms* that someone needs: its own, and conversions of it, each made once.  Calls are
+rewritten for local sizes, which are derived again from global shape and type.
+
+Input, with types, and output for two ranks::
+
+    %x: R [2, 5, 8]                             %x
+    %annotate(x, shard, 1): S(1, [5])           %shard = fxsp.shard(x, 1, [5])       # [2, 3, 8]
+    %flatten(annotate, 0, 1): S(0, 2*[5]*1)     %reshape = reshape(shard, [6, 8])
+    return flatten                              %gather = fxsp.gather(...)
+
+After this pass every tensor in the graph is local, except inputs and outputs, which are global and equal on all ranks.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fxsp.errors import StrictError, UnsupportedError
+from fxsp.passes.attention import AttentionChoice, distributed_attention
+from fxsp.passes.base import Program
+from fxsp.passes.builder import Builder, local_bytes
+from fxsp.passes.decide import Decision
+from fxsp.passes.propagate import is_annotate
+from fxsp.passes.rules import Call, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules_reduce import MEANS, SUMS, reduced_dims
+from fxsp.passes.rules_views import EXPANDS, RESHAPES
+from fxsp.passes.structure import CUTS
+from fxsp.report import AttentionRecord, GatherRecord
+from fxsp.source import module_path, node_source
+from fxsp.types import Length, Partial, Replicate, Shard, Type, Used, as_length, product
+
+__all__ = ["Partition"]
+
+aten = torch.ops.aten
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Value:
+    """One value of the global program in the forms that exist of it; the first is the one it was computed in."""
+
+    node: Node
+    forms: list[tuple[Type, Node]] = field(default_factory=list)
+    #: The plan entry that asks for the whole value: gathering it is not implicit.
+    wanted: str = ""
+
+    def find(self, type_: Type) -> Node | None:
+        for have, node in self.forms:
+            if have.same_as(type_) if isinstance(have, Shard) else type(have) is type(type_):
+                return node
+        return None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """After this pass the graph is local: all sizes, all data movement and all reductions are explicit."""
+
+    name: str = "partition"
+
+    def apply(self, program: Program) -> Program:
+        return _Partitioner(program).run()
+
+
+class _Partitioner:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.ranks = program.ranks
+        self.graph = Graph()
+        self.build = Builder(self.graph, program.ranks, program.report, training=program.training)
+        self.values: dict[Node, Value] = {}
+        #: Nodes that are copied as they are: scalars, submodules, tuples of several results.
+        self.copies: dict[Node, Any] = {}
+        self.reason = ""
+
+    def run(self) -> Program:
+        old = self.program.gm
+        inputs = [n for n in old.graph.nodes if n.op == "placeholder"]
+        for node in inputs:
+            self._input(node)
+        for node in inputs:
+            self.build.at(node)
+            self.build.learn(self._node_of_input(node), node.meta.get("val"))
+        for node in old.graph.nodes:
+            if node.op != "placeholder":
+                self.build.at(node)
+                self._visit(node)
+        # The bookkeeping of conversions may leave forms that nobody used in the end.
+        self.graph.eliminate_dead_code(_is_impure)
+        self.graph.lint()
+        gm = GraphModule(old, self.graph, old.__class__.__name__)
+        gm.meta.update(old.meta)
+        self.program.gm = gm
+        return self.program
+
+    # Inputs, outputs and everything that is no call on tensors.
+
+    def _input(self, node: Node) -> None:
+        new = self.graph.node_copy(node)
+        if tensor_value(node) is None:
+            self.copies[node] = new
+            return
+        kind: Type = Replicate()
+        if self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training:
+            kind = Used(origin="gradients of parameters are left to an outer reducer")
+        self.values[node] = Value(node, [(kind, self._typed(new, kind, node))])
+
+    def _node_of_input(self, node: Node) -> Node:
+        return self.copies[node] if node in self.copies else self.values[node].forms[0][1]
+
+    def _visit(self, node: Node) -> None:
+        if node.op == "output":
+            self._output(node)
+        elif is_annotate(node):
+            self._annotate(node)
+        elif "sp_call" in node.meta:
+            self._call(node, node.meta["sp_call"])
+        elif "sp" in node.meta and node.target is operator.getitem:
+            self._getitem(node)
+        elif isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self._scalar(node)
+        else:
+            self._whole(node)
+
+    def _output(self, node: Node) -> None:
+        self.reason = "a graph output has its global shape"
+
+        def whole(old: Node) -> Any:
+            if old in self.values:
+                return self.get(self.values[old], Replicate(), kind="output")
+            return self.copies[old]
+
+        result = torch.fx.map_arg(node.args[0], whole)
+        self.graph.output(result).meta.update(node.meta)
+
+    def _annotate(self, node: Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        value = self.values[source]
+        if isinstance(node.meta["sp"], Replicate) and not value.wanted:
+            value.wanted = str(node.args[4])
+        # Another name of the same value: its forms are shared, so that a gather followed by a shard is nothing.
+        self.values[node] = value
+
+    def _getitem(self, node: Node) -> None:
+        producer, index = node.args
+        assert isinstance(producer, Node) and isinstance(index, int)
+        made = self.copies[producer]
+        new = made[index] if isinstance(made, list) else self.build.call(operator.getitem, made, index)
+        self.values[node] = Value(node, [(node.meta["sp"], self._typed(new, node.meta["sp"], node))])
+
+    def _scalar(self, node: Node) -> None:
+        """Sizes keep their global meaning: they are computed again from the sizes of the inputs."""
+        if any(True for _ in tensor_nodes(list(node.args))):
+            value = node.meta["val"]
+            expr = as_length(value) if isinstance(value, torch.SymInt) else None
+            if expr is not None and (isinstance(expr, int) or expr.free_symbols <= self.build.symbols.keys()):
+                self.copies[node] = self.build.size(expr)
+                return
+        self._whole(node)
+        new = self.copies[node]
+        self.build.learn(new, node.meta["val"])
+
+    def _whole(self, node: Node) -> None:
+        """A node that runs on whole operands: the same on every rank."""
+        self.reason = f"{node.target} runs on whole operands"
+        new = self.graph.node_copy(node, lambda n: self._argument(n))
+        self._copied(node, new)
+
+    def _copied(self, node: Node, new: Node) -> None:
+        if tensor_value(node) is not None:
+            self.values[node] = Value(node, [(Replicate(), self._typed(new, Replicate(), node))])
+        else:
+            self.copies[node] = new
+
+    def _argument(self, old: Node) -> Any:
+        return self.get(self.values[old], Replicate()) if old in self.values else self.copies[old]
+
+    def _typed(self, new: Node, type_: Type, old: Node) -> Node:
+        new.meta["sp"] = type_
+        new.meta["global_val"] = old.meta["val"]
+        if isinstance(type_, Shard):
+            new.meta.pop("val", None)
+        return new
+
+    # Calls.
+
+    def _call(self, node: Node, decision: Decision) -> None:
+        call = Call(node)
+        self.reason = decision.reason
+        if all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
+            self._whole_call(node)
+            return
+        operands: dict[Node, list[Node]] = {}
+        for i, (old, needed) in enumerate(zip(call.operands, decision.operands, strict=True)):
+            new = self.get(self.values[old], needed)
+            if i in decision.masked[:1] and isinstance(needed, Shard):
+                new = self._masked(new, shape_of(old), needed)
+            operands.setdefault(old, []).append(new)
+        mapped = _map_in_order(call.arguments, operands, self.copies)
+        results = self._local(node, call, decision, mapped)
+        if isinstance(results, list):
+            self.copies[node] = results
+        elif isinstance(node.meta["val"], (tuple, list)):
+            self.copies[node] = results
+        else:
+            self.values[node] = Value(node, [(decision.results[0], self._typed(results, decision.results[0], node))])
+
+    def _whole_call(self, node: Node) -> None:
+        self._copied(node, self.graph.node_copy(node, lambda n: self._argument(n)))
+
+    def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Node | list[Node]:
+        """Write the call for local operands."""
+        result = decision.results[0]
+        first = next(iter(arguments.values()))
+        if isinstance(decision.detail, AttentionChoice):
+            return self._attention(node, arguments, decision.detail)
+        if call.op in CUTS and decision.detail is not None:
+            return self._cut(node, call, decision, first)
+        if isinstance(result, Partial) and call.op in (*SUMS, *MEANS):
+            return self._sum(call, arguments)
+        if isinstance(result, Shard) and (call.op in RESHAPES or call.op in EXPANDS):
+            op = aten.expand.default if call.op in EXPANDS else aten.reshape.default
+            return self.build.call(op, first, self._local_sizes(node, result))
+        bound = Call.__new__(Call)
+        bound.node, bound.op, bound.arguments = call.node, call.op, arguments
+        args, kwargs = bound.rebuild()
+        new = self.build.call(call.op, *args, **kwargs)
+        if isinstance(result, Partial) and node.meta["val"].dtype in _LOW_PRECISION:
+            new = self.build.call(aten.to.dtype, new, torch.float32)
+        return new
+
+    def _local_sizes(self, node: Node, type_: Shard) -> list[int | Node]:
+        sizes = list(shape_of(node))
+        sizes[type_.dim] = type_.local_size(self.ranks.size)
+        return self.build.sizes(sizes)
+
+    def _cut(self, node: Node, call: Call, decision: Decision, x: Node) -> Node | list[Node]:
+        """Segments of a sequence: a narrow of the local rows."""
+        source = decision.operands[0]
+        assert isinstance(source, Shard)
+        pieces = []
+        locals_ = [s.local_length(self.ranks.size) for s in source.sequence.segments]
+        for (first, last), type_ in zip(decision.detail, decision.results, strict=True):
+            if (first, last) == (0, len(locals_)):
+                piece = x
+            else:
+                start, count = (as_length(sum(part, start=0)) for part in (locals_[:first], locals_[first:last]))
+                piece = self.build.call(aten.narrow.default, x, source.dim, self.build.size(start), self.build.size(count))
+            if isinstance(type_, Replicate) and self.build.training:
+                length = as_length(sum((s.length for s in source.sequence.segments[first:last]), start=0))
+                moved = self.build.call(aten.movedim.int, piece, source.dim, 0)
+                piece = self.build.call(aten.movedim.int, self.build.leave(moved, length), 0, source.dim)
+            pieces.append(piece)
+        return pieces if isinstance(node.meta["val"], (tuple, list)) else pieces[0]
+
+    def _sum(self, call: Call, arguments: dict[str, Any]) -> Node:
+        """A sum or mean over tokens: this rank's summand, accumulated in fp32 at least, divided by the global count."""
+        value = call.node.meta["val"]
+        wide = torch.float32 if value.dtype in _LOW_PRECISION else value.dtype
+        shape = shape_of(call.operands[0])
+        dims = reduced_dims(call, len(shape))
+        new = self.build.call(
+            aten.sum.dim_IntList, arguments["self"], dims, bool(call.get("keepdim", False)), dtype=wide
+        )
+        if call.op in MEANS:
+            count = product(shape[d] for d in dims)
+            new = self.build.call(aten.div.Tensor, new, self.build.size(count))
+        return new
+
+    def _masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
+        """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
+        if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
+            return x
+        exposed, dim, back = self._expose(x, shape, type_)
+        return back(self.build.mask_pads(exposed, dim, type_.sequence))
+
+    def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Node:
+        self.program.report.attentions.append(
+            AttentionRecord(module_path(node), node_source(node), choice.method, choice.sent, choice.rejected)
+        )
+        new = self.build.call(distributed_attention, **arguments)
+        new.meta["attention"] = choice
+        return new
+
+    # Conversions.
+
+    def _expose(self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False) -> Any:
+        """``x`` with the tokens as a dimension of their own: ``(x, dim, back)``, where ``back`` undoes the reshape.
+
+        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask made
+        of it, so its sizes are those of the other side for shard and gather.
+        """
+        if type_.plain:
+            return x, type_.dim, lambda y: y
+        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
+        before = [*shape[: type_.dim], type_.outer]
+        after = [type_.inner, *shape[type_.dim + 1 :]]
+        middle = full if whole else local
+        exposed = self.build.call(aten.reshape.default, x, self.build.sizes([*before, middle, *after]))
+
+        def back(y: Node, tokens: Length = middle) -> Node:
+            merged = product((type_.outer, tokens, type_.inner))
+            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
+            return self.build.call(aten.reshape.default, y, self.build.sizes(sizes))
+
+        return exposed, type_.dim + 1, back
+
+    def get(self, value: Value, needed: Type, kind: str = "implicit") -> Node:
+        """``value`` in the needed form; conversions are made once per value."""
+        found = value.find(needed)
+        if found is not None:
+            return found
+        tensor = value.node.meta["val"]
+        if isinstance(needed, Used):
+            differentiable = self.build.training and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+            if not differentiable:
+                return self.get(value, Replicate(), kind)
+            if value.find(Replicate()) is None and not self._whole_for_free(value):
+                new = self._gather(value, kind, used=True)
+            else:
+                new = self.build.use(self.get(value, Replicate(), kind))
+                self.build.record("all_reduce (backward)", new, 0, "gradient of a value used with shards")
+        elif isinstance(needed, Replicate):
+            new = self._make_whole(value, kind)
+        elif isinstance(needed, Shard):
+            new = self._shard(value, needed, kind)
+        else:
+            raise UnsupportedError(f"a value cannot become {needed}")
+        self._typed(new, needed, value.node)
+        value.forms.append((needed, new))
+        return new
+
+    def _shard(self, value: Value, needed: Shard, kind: str) -> Node:
+        x = self.get(value, Replicate(), kind)
+        shape = shape_of(value.node)
+        exposed, dim, back = self._expose(x, shape, needed, whole=True)
+        new = self.build.shard(exposed, dim, needed.sequence)
+        return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
+
+    def _whole_for_free(self, value: Value) -> bool:
+        return bool(value.node.meta.get("sp_free"))
+
+    def _make_whole(self, value: Value, kind: str) -> Node:
+        type_, node = value.forms[0]
+        if isinstance(type_, Partial):
+            new = self.build.all_reduce(node)
+            size, dtype = self.ranks.size, value.node.meta["val"].dtype
+            wide = 4 if dtype in _LOW_PRECISION else dtype.itemsize
+            sent = 2 * (size - 1) * product((*shape_of(value.node), wide)) / size
+            self.build.record("all_reduce", new, _number(sent), "sum over the ranks")
+            return self.build.call(aten.to.dtype, new, dtype) if dtype in _LOW_PRECISION else new
+        if isinstance(type_, Used):
+            (length, *_), shape = (*shape_of(value.node), 1), shape_of(value.node)
+            return self.build.leave(node, length) if shape else node
+        if value.node.meta.get("sp_free"):
+            # Cheap operators on whole inputs: computing them again costs less than any communication.
+            old = value.node
+            return self.graph.node_copy(old, lambda n: self._argument(n))
+        return self._gather(value, kind, used=False)
+
+    def _gather(self, value: Value, kind: str, *, used: bool) -> Node:
+        type_, node = next((t, n) for t, n in value.forms if isinstance(t, Shard))
+        old, shape, size = value.node, shape_of(value.node), self.ranks.size
+        sent = (size - 1) * local_bytes(shape, type_, old.meta["val"].element_size(), size)
+        self._report_gather(value, kind, sent)
+        exposed, dim, back = self._expose(node, shape, type_)
+        new = self.build.gather(exposed, dim, type_.sequence, used=used)
+        self.build.record("all_gather", new, sent, value.wanted or self.reason)
+        return new if type_.plain else back(new, type_.sequence.length)
+
+    def _report_gather(self, value: Value, kind: str, sent: Length) -> None:
+        if value.wanted:
+            return
+        user = self.build._origin
+        assert user is not None
+        record = GatherRecord(
+            op=str(user.target) if user.op == "call_function" else user.op,
+            module=module_path(user if kind == "implicit" else value.node),
+            source=node_source(user if kind == "implicit" else value.node),
+            reason=self.reason,
+            bytes=sent,
+            kind=kind,
+        )
+        if self.program.strict and kind == "implicit":
+            raise StrictError(
+                f"implicit gather: {record}. With strict=True this is an error: annotate the value with a "
+                "SequenceParallelOutput before this operator, or leave its tokens whole."
+            )
+        self.program.report.implicit_gathers.append(record)
+
+
+def _number(value: Any) -> Length:
+    return round(value) if isinstance(value, float) else as_length(value)
+
+
+def _is_parameter(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+
+
+def _is_impure(node: Node) -> bool:
+    return node.is_impure() or node.op in ("placeholder", "output")
+
+
+def _map_in_order(arguments: dict[str, Any], operands: dict[Node, list[Node]], scalars: dict[Node, Any]) -> dict[str, Any]:
+    """The arguments with every operand replaced, occurrence by occurrence (one value may be needed in two forms)."""
+    queues = {old: list(new) for old, new in operands.items()}
+
+    def swap(old: Node) -> Any:
+        if old in queues:
+            return queues[old].pop(0)
+        return scalars[old]
+
+    return {name: torch.fx.map_arg(value, swap) for name, value in arguments.items()}

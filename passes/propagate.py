@@ -1,0 +1,155 @@
+"""propagate: give every value a type.
+
+Types flow forward from the plan's annotations through the rule table; where an operator cannot run on shards its
+operands are made whole (the partitioner reports it).  Nothing is rewritten: each tensor node gets
+
+``meta["sp"]``        its type (a tuple of types for several results)
+``meta["sp_call"]``   its :class:`~fxsp.passes.decide.Decision`
+``meta["sp_free"]``   whether its whole value can be had without communication
+
+Output (one line per value)::
+
+    %x        R
+    %annotate S(1, [5])
+    %linear   S(1, [5])
+    %mean     P
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.errors import PlanError
+from fxsp.passes.attention import decide_attention
+from fxsp.passes.base import Program
+from fxsp.passes.decide import Decision, decide, hint, replicate_all
+from fxsp.passes.rules import Call, rule_of, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules_elementwise import CHEAP
+from fxsp.passes.structure import CATS, CUTS, decide_structure
+from fxsp.types import Partial, Replicate, Segment, Sequence, Shard, Type, as_length, product, same_length
+
+__all__ = ["Propagate", "is_annotate", "is_random"]
+
+#: Operators that take no data from their tensor operand, only its dtype and device.
+_FACTORIES = {"aten::new_zeros", "aten::new_ones", "aten::new_empty", "aten::new_full", "aten::new_empty_strided"}
+
+
+def is_annotate(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.fxsp.annotate.default
+
+
+def is_random(op: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+@dataclass(frozen=True)
+class Propagate:
+    """After this pass every tensor node has a type, and every call on tensors a decision."""
+
+    name: str = "propagate"
+
+    def apply(self, program: Program) -> Program:
+        for node in program.graph.nodes:
+            self._visit(node, program)
+        return program
+
+    def _visit(self, node: Node, program: Program) -> None:
+        meta = node.meta
+        if node.op == "output":
+            return
+        value = meta.get("val")
+        if is_annotate(node):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            meta["sp"] = _annotated(node, source.meta["sp"])
+            meta["sp_free"] = source.meta["sp_free"]
+        elif node.target is operator.getitem and isinstance(node.args[0], Node) and "sp" in node.args[0].meta:
+            types = node.args[0].meta["sp"]
+            if isinstance(types, tuple) and tensor_value(node) is not None:
+                meta["sp"] = types[_tensor_index(node)]
+                meta["sp_free"] = isinstance(meta["sp"], Replicate)
+        elif isinstance(node.target, torch._ops.OpOverload) and _holds_tensor(value):
+            decision = self._decide(node, program)
+            meta["sp_call"] = decision
+            meta["sp"] = decision.results if isinstance(value, (tuple, list)) else decision.results[0]
+            meta["sp_free"] = _is_free(node, meta["sp"])
+        elif isinstance(value, torch.Tensor):
+            meta["sp"] = Replicate(origin="an input of the graph" if node.op == "placeholder" else "")
+            meta["sp_free"] = True
+        elif _holds_tensor(value):
+            meta["sp"] = tuple(Replicate() for v in value if isinstance(v, torch.Tensor))
+            meta["sp_free"] = True
+
+    def _decide(self, node: Node, program: Program) -> Decision:
+        call = Call(node)
+        operands = call.operands
+        # A summand is summed before it is used.
+        types: list[Type] = [Replicate() if isinstance(n.meta["sp"], Partial) else n.meta["sp"] for n in operands]
+        if call.op._schema.name in _FACTORIES:
+            return Decision(tuple(types), tuple(Replicate() for _ in call.result_shapes()))
+        if not any(isinstance(t, Shard) for t in types):
+            return replicate_all(call, types, "all operands are whole")
+        size = program.ranks.size
+        structural = decide_structure(call, types) or decide_attention(call, types, size, program.ulysses_degree)
+        if structural is not None:
+            return structural
+        free = [n.meta["sp_free"] for n in operands]
+        bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
+        rule = None if is_random(call.op) and not _inactive(call) else rule_of(node)
+        return decide(call, rule, types, bytes_of, free)
+
+
+def _inactive(call: Call) -> bool:
+    return "train" in call.arguments and not (call["train"] and call["p"])
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(v, torch.Tensor) for v in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _tensor_index(node: Node) -> int:
+    """Position of this result among the tensor results of its producer."""
+    producer, index = node.args
+    assert isinstance(producer, Node) and isinstance(index, int)
+    return sum(isinstance(v, torch.Tensor) for v in producer.meta["val"][:index])
+
+
+def _is_free(node: Node, type_: Any) -> bool:
+    if isinstance(type_, Replicate):
+        return True
+    if not isinstance(type_, Shard):
+        return False
+    cheap = node.target in CHEAP or node.target in CATS or node.target in CUTS
+    return cheap and all(n.meta["sp_free"] for n in tensor_nodes((node.args, list(node.kwargs.values()))))
+
+
+def _annotated(node: Node, source: Type) -> Type:
+    """The type that a plan entry asks for."""
+    _, kind, dim, text_len, entry = node.args
+    if kind == "gather":
+        return Replicate(origin=str(entry))
+    assert isinstance(dim, int)
+    if isinstance(source, Shard) and source.dim == dim and source.plain:
+        return replace(source, origin=source.origin or str(entry))
+    shape = shape_of(node)
+    if not 0 <= dim < len(shape):
+        raise PlanError(f"{entry}: dimension {dim} is out of range for a tensor of shape {list(shape)}")
+    length = shape[dim]
+    if same_length(length, 0):
+        return source
+    text = as_length(text_len.meta["val"] if isinstance(text_len, Node) else text_len)
+    if isinstance(text, int) and text < 0:
+        return Shard(dim, Sequence.of(length), origin=str(entry))
+    rest = as_length(length - text)
+    if isinstance(rest, int) and rest <= 0:
+        raise PlanError(f"{entry}: the text part has {text} tokens, but the tensor has only {length} along dimension {dim}")
+    segments = (Segment(text, False), Segment(rest)) if not same_length(text, 0) else (Segment(rest),)
+    return Shard(dim, Sequence(segments), origin=str(entry))

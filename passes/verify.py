@@ -1,0 +1,85 @@
+"""Checks between passes: the graph is valid, every value has a type, and local shapes are those that the types say."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.errors import VerificationError
+from fxsp.passes.attention import distributed_attention
+from fxsp.passes.base import Program
+from fxsp.passes.decide import Decision
+from fxsp.passes.rules import Call
+from fxsp.source import module_path, node_source
+from fxsp.torch_internals import fake_mode_of, no_guards
+from fxsp.types import Shard, as_length, same_length
+
+__all__ = ["infer_local", "verify_local", "verify_types"]
+
+
+def _where(node: Node) -> str:
+    return f"{node.format_node()} [{module_path(node) or 'root'}, {node_source(node) or 'no source line'}]"
+
+
+def verify_types(program: Program) -> None:
+    """After *propagate*: every tensor has a type that fits its dimensions, every decision fits its call."""
+    program.graph.lint()
+    for node in program.graph.nodes:
+        value, type_ = node.meta.get("val"), node.meta.get("sp")
+        if isinstance(value, torch.Tensor) and type_ is None:
+            raise VerificationError(f"no type: {_where(node)}")
+        if isinstance(type_, Shard) and isinstance(value, torch.Tensor):
+            size = as_length(value.shape[type_.dim]) if type_.dim < value.dim() else None
+            if size is None or not same_length(size, type_.global_size()):
+                raise VerificationError(f"type {type_} does not fit shape {list(value.shape)}: {_where(node)}")
+        decision = node.meta.get("sp_call")
+        if isinstance(decision, Decision) and len(decision.operands) != len(Call(node).operands):
+            raise VerificationError(f"{len(decision.operands)} operand types for {_where(node)}")
+
+
+def infer_local(program: Program) -> None:
+    """Give every node of a local graph its local fake value, ``meta["local_val"]``; adds no guard."""
+    fakes = [n.meta.get("global_val", n.meta.get("val")) for n in program.graph.nodes if n.op == "placeholder"]
+    mode = next((m for m in map(fake_mode_of, fakes) if m is not None), None)
+    if mode is None:
+        return
+    with mode, no_guards(mode):
+        for node in program.graph.nodes:
+            if "local_val" in node.meta:
+                continue
+            if node.op == "placeholder":
+                node.meta["local_val"] = node.meta.get("global_val", node.meta.get("val"))
+            elif node.op == "get_attr":
+                node.meta["local_val"] = node.meta.get("val")
+            elif node.op == "call_function":
+                node.meta["local_val"] = _run(node)
+
+
+def _run(node: Node) -> Any:
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["local_val"])
+    if node.target is distributed_attention:
+        return kwargs["query"].new_empty(*kwargs["query"].shape[:-1], kwargs["value"].shape[-1])
+    plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    if not plain and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+        return node.meta["val"]  # an island: whole operands, whole results
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def verify_local(program: Program) -> None:
+    """After *partition*: running the local graph on local sizes gives the shapes that the types say."""
+    program.graph.lint()
+    infer_local(program)
+    size = program.ranks.size
+    for node in program.graph.nodes:
+        value, whole, type_ = (node.meta.get(k) for k in ("local_val", "global_val", "sp"))
+        if not isinstance(value, torch.Tensor) or not isinstance(whole, torch.Tensor):
+            continue
+        expected = [as_length(n) for n in whole.shape]
+        if isinstance(type_, Shard):
+            expected[type_.dim] = type_.local_size(size)
+        got = [as_length(n) for n in value.shape]
+        if len(got) != len(expected) or not all(same_length(a, b) for a, b in zip(got, expected, strict=True)):
+            raise VerificationError(f"local shape {got}, but {type_} of {list(whole.shape)} is {expected}: {_where(node)}")
