@@ -518,9 +518,9 @@ def finish_value(value: Any, tracer: Any) -> Any:
         return Opaque("not used by the traced code") if read is value else finish_value(read, tracer)
     if isinstance(value, torch.fx.Proxy):
         return _node_in(value, tracer)
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(finish_value(item, tracer) for item in value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: finish_value(item, tracer) for key, item in value.items()}
     return value
 
