@@ -182,11 +182,6 @@ def python_dispatch() -> AbstractContextManager[Any]:
     return enable_python_dispatcher()
 
 
-def no_guards(mode: Any) -> AbstractContextManager[Any]:
-    """Evaluations of symbolic conditions of ``mode`` leave no guards behind."""
-    return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-
-
 def is_higher_order(target: Any) -> bool:
     """Whether a node's target is a higher-order operator (it takes graphs as arguments)."""
     return isinstance(target, torch._ops.HigherOrderOperator)

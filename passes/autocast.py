@@ -37,6 +37,8 @@ class ExplicitAutocast(Mapping[Any, Any]):
         return torch_internals.any_autocast() and torch_internals.is_operator(op)
 
     def __getitem__(self, op: Any) -> Callable[..., Any]:
+        if op not in self:
+            raise KeyError(op)
         return functools.partial(self._trace, op)
 
     def __iter__(self) -> Iterator[Any]:
@@ -67,13 +69,11 @@ class ExplicitAutocast(Mapping[Any, Any]):
         autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
         signature = (op, autocast, tuple(map(_signature, leaves)))
         if signature not in self._changed:
-            inside, outside = _Calls(), _Calls()
             with torch_internals.untraced():
-                with inside:
-                    op(*args, **kwargs)
-                with torch_internals.without_autocast(), outside:
-                    op(*args, **kwargs)
-            self._changed[signature] = inside.calls != outside.calls
+                inside = _calls(op, args, kwargs)
+                with torch_internals.without_autocast():
+                    outside = _calls(op, args, kwargs)
+            self._changed[signature] = inside != outside
         return self._changed[signature]
 
 
@@ -81,6 +81,17 @@ def _signature(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, leaf.device.type, leaf.ndim, leaf.requires_grad)
     return leaf if isinstance(leaf, (str, bool, torch.dtype, type(None))) else type(leaf)
+
+
+def _calls(op: Any, args: Any, kwargs: Any) -> list[tuple[Any, ...]] | None:
+    """The operators that a composite operator calls; None if it fails (on dtypes that only autocast lets it mix)."""
+    listener = _Calls()
+    try:
+        with torch_internals.quiet_fakes(), listener:
+            op(*args, **kwargs)
+    except RuntimeError:
+        return None
+    return listener.calls
 
 
 class _Calls(TorchDispatchMode):

@@ -53,7 +53,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
     values = [_input(p, v, mode) for p, v in zip(placeholders, example_inputs, strict=True)]
     outputs: list[Any] = []
 
-    with AutocastState() as autocast, torch_internals.no_guards(mode):
+    with AutocastState() as autocast:
         tracer = Retracer(enclose_functorch(gm), mode, autocast)
 
         def run(*inputs: Any) -> Any:
@@ -83,7 +83,7 @@ def _input(placeholder: torch.fx.Node, value: Any, mode: Any) -> Any:
 
 def _own(value: Any, mode: Any) -> Any:
     """A stand-in for an input: writes to it change neither the shape nor the history of the compilation's own fake."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or torch_internals.remembers_item(value):
         return value
     with mode, torch.enable_grad():
         own = value.detach().requires_grad_(value.requires_grad)
