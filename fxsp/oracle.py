@@ -36,9 +36,18 @@ class Call:
     def run(self, *, poison_pads: bool = False) -> Lanes:
         """Execute it; ``poison_pads`` overwrites the pads it makes, unless they are promised to be zero."""
         result = self.function(**self.arguments)
-        if poison_pads and self.name == "shard" and not self.arguments["zero_pads"]:
+        if not poison_pads or self.arguments.get("zero_pads", True):
+            return result
+        if self.name == "shard":
             return _poison(result, **self.arguments)
-        return result
+        x, lengths, size = (self.arguments[name] for name in ("x", "lengths", "size"))  # pack: for each receiver
+        split = [False] * len(lengths)
+        return Lanes(
+            [
+                torch.stack(_poison(Lanes(y), Lanes([lane] * size), 0, lengths, split, size))
+                for y, lane in zip(result, x, strict=True)
+            ]
+        )
 
 
 def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Call:
@@ -330,7 +339,11 @@ def _check_local(name: str, x: Lanes, dim: int, lengths: Sequence[int], whole: S
 def _poison(
     result: Lanes, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int, **_: Any
 ) -> Lanes:
-    """Other values in the pad rows: NaN, the negation of a bool, the segment's first row of integers."""
+    """Other values in the pad rows: those of the first row, three quarters of them where numbers are real.
+
+    Values that the program might have, because pads, being copies of rows, promise just that: nothing new overflows or
+    leaves a domain, so zero times a pad is zero, and an index of a pad is in range.
+    """
     poisoned = Lanes()
     for r, lane in enumerate(result):
         lane = lane.clone()
@@ -338,13 +351,10 @@ def _poison(
             pads = (piece.rows(r) >= piece.length).nonzero().flatten()
             if piece.whole or not pads.numel():
                 continue
-            rows = piece.local_start + pads.to(lane.device)
+            first = x[r].narrow(dim, 0, 1)
             if lane.dtype.is_floating_point or lane.dtype.is_complex:
-                lane.index_fill_(dim, rows, float("nan"))
-            elif lane.dtype == torch.bool:
-                lane.index_copy_(dim, rows, ~lane.index_select(dim, rows))
-            else:
-                first = x[r].narrow(dim, piece.start, 1)
-                lane.index_copy_(dim, rows, first.repeat_interleave(rows.numel(), dim))
+                first = first * 0.75
+            rows = piece.local_start + pads.to(lane.device)
+            lane.index_copy_(dim, rows, first.repeat_interleave(pads.numel(), dim))
         poisoned.append(lane)
     return poisoned

@@ -66,9 +66,8 @@ def simulate(
     The rank in the graph's fxsp nodes is replaced by the simulated one; the size in them must be ``size``
     (``VerificationError``).  ``inputs`` are not modified.
 
-    ``poison_pads`` overwrites the pad rows that ``fxsp.shard`` makes: NaN for floating dtypes (it survives every
-    operator along the row, so a real token that depends on a pad becomes NaN), the negation for bool, the segment's
-    first row for integers (an index has to stay in range).  ``observe(node, lanes)`` is called after each node.
+    ``poison_pads`` gives the pad rows that ``fxsp.shard`` and ``fxsp.pack`` make other values than the copies they are
+    (see :mod:`fxsp.oracle`): a result that changes depends on pads.  ``observe(node, lanes)`` is called for each node.
     """
     return run(gm, size, inputs, poison_pads=poison_pads, observe=observe).outputs
 
