@@ -630,3 +630,20 @@ def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def unwrapped_by_dynamo(error: Exception) -> Exception:
+    """``error`` as an exception of the same type, and of the type that Dynamo passes on to the user as it is."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    kind = type(error)
+    both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__init__": _plain_init})
+    return both(*error.args).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+
+def _plain_init(self: Any, *args: Any) -> None:
+    Exception.__init__(self, *args)
+    self.first_useful_frame = None

@@ -10,11 +10,18 @@ import torch
 import torch.distributed._functional_collectives  # registers the shapes of the ops
 from torch import Tensor
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "reduce_scatter",
+    "start_all_reduce",
+    "summand",
+    "summand_dtype",
+    "wait",
+]
 
 _c10d = torch.ops._c10d_functional
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _wire(x: Tensor) -> Tensor:
@@ -24,32 +31,46 @@ def _wire(x: Tensor) -> Tensor:
 
 
 def _moved(y: Tensor, like: Tensor) -> Tensor:
-    y = _c10d.wait_tensor.default(y)
+    y = wait(y)
     return y.view(torch.bool) if like.dtype == torch.bool else y
 
 
-def _summand(x: Tensor) -> Tensor:
-    """``x`` as it is summed: bools count, halves accumulate in fp32."""
-    if x.dtype in _HALF:
-        x = x.to(torch.float32)
-    elif x.dtype == torch.bool:
-        x = x.to(torch.int32)
-    return x.contiguous()
-
-
 def _summed(y: Tensor, like: Tensor) -> Tensor:
-    y = _c10d.wait_tensor.default(y)
+    y = wait(y)
     return y if y.dtype == like.dtype else y.to(like.dtype)
+
+
+def wait(pending: Tensor) -> Tensor:
+    """The result of a collective that was started."""
+    return _c10d.wait_tensor.default(pending)  # type: ignore[no-any-return]
+
+
+def summand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` travel and accumulate: halves in fp32; bools count."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return torch.int32 if dtype == torch.bool else dtype
+
+
+def summand(x: Tensor) -> Tensor:
+    """``x`` as it is summed, contiguous."""
+    dtype = summand_dtype(x.dtype)
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
+
+
+def start_all_reduce(x: Tensor, group: str) -> Tensor:
+    """Start the sum over ranks of a :func:`summand`."""
+    return _c10d.all_reduce.default(x, "sum", group)  # type: ignore[no-any-return]
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over ranks (of bools: whether any is true)."""
-    return _summed(_c10d.all_reduce.default(_summand(x), "sum", group), x)
+    return _summed(start_all_reduce(summand(x), group), x)
 
 
 def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
     """The rank-th of ``size`` blocks of rows of the sum over ranks."""
-    return _summed(_c10d.reduce_scatter_tensor.default(_summand(x), "sum", size, group), x)
+    return _summed(_c10d.reduce_scatter_tensor.default(summand(x), "sum", size, group), x)
 
 
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:

@@ -1,0 +1,107 @@
+"""The inner compilers: what runs the partitioned graph on each rank.
+
+``inductor``
+    Inductor, with *emit* as passes of this compile alone.
+``aot_eager``
+    AOTAutograd, *emit*, and then one ATen call after the other.  No code generation: for tests, and to tell a wrong
+    graph from a wrong kernel.
+``eager``
+    The graph as it is, one call after the other, autograd as in eager code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxsp.errors import OptionError
+from fxsp.passes.emit import drop_identities, emit, fingerprint, op_name
+from fxsp.torch_internals import aot_autograd, boxed, graph_pass, inductor, known_settings, mode_patches
+
+__all__ = ["INNERS", "compile_inner"]
+
+Inner = Literal["inductor", "aot_eager", "eager"]
+
+INNERS: tuple[str, ...] = ("inductor", "aot_eager", "eager")
+
+#: Graphs may differ by rank after emit (a rank without pads needs no index arithmetic), and a reordering that looks at
+#: costs could then put the collectives of two ranks in different orders: a deadlock.  Inductor by itself keeps the
+#: order of the graph; these, all off unless someone turned them on, would not.
+SAFE_ORDER: dict[str, Any] = {
+    "reorder_for_compute_comm_overlap": False,
+    "aten_distributed_optimizations.enable_overlap_scheduling": False,
+    "_micro_pipeline_tp": False,
+    "_fuse_ddp_communication": False,
+    "bucket_all_gathers_fx": "none",
+    "bucket_reduce_scatters_fx": "none",
+    "bucket_all_reduces_fx": "none",
+}
+
+
+def compile_inner(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    inner: str = "inductor",
+    mode: str | None = None,
+    training: bool = False,
+) -> Callable[..., Any]:
+    """``gm``, a graph of ATen and fxsp ops, as a function of its inputs.
+
+    ``mode`` is that of ``torch.compile``, for Inductor.  ``training``: gradients may be asked for.
+    Raises :class:`OptionError` for an unknown ``inner``.
+    """
+    if inner == "inductor":
+        return inductor(gm, example_inputs, inductor_patches(mode))
+    if inner == "aot_eager":
+        return aot_autograd(gm, example_inputs, _run_emitted, drop_identities)
+    if inner == "eager":
+        return _eager(gm, training)
+    raise OptionError(f"inner={inner!r} is not known; valid are {', '.join(map(repr, INNERS))}")
+
+
+def inductor_patches(mode: str | None = None) -> dict[str, Any]:
+    """The settings of Inductor for one compile of a partitioned graph."""
+    uuid = fingerprint()
+    return {
+        **mode_patches(mode),
+        **known_settings(SAFE_ORDER),
+        "joint_custom_pre_pass": graph_pass(drop_identities, f"fxsp drop_identities {uuid}"),
+        "post_grad_custom_pre_pass": graph_pass(emit, f"fxsp emit {uuid}"),
+    }
+
+
+def _run_emitted(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    emit(gm.graph)
+    return boxed(gm)
+
+
+class _Use(torch.autograd.Function):
+    """``fxsp.use`` without its copy: an op may not return its argument, a Function may return a view of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (torch.ops.fxsp.reduce_grad(grad, ctx.group) if ctx.group else grad), None
+
+
+def _use(x: Tensor, group: str) -> Tensor:
+    return _Use.apply(x, group) if torch.is_grad_enabled() and x.requires_grad else x
+
+
+def _eager(gm: GraphModule, training: bool) -> Callable[..., Any]:
+    if not training:
+        emit(gm.graph)
+    for node in gm.graph.nodes:
+        if op_name(node) == "use":
+            node.target = _use
+    gm.graph.lint()
+    gm.recompile()
+    return gm.forward
