@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any
 
@@ -14,7 +15,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision
 from fxsp.passes.rules import Call
 from fxsp.source import module_path, node_source
-from fxsp.torch_internals import fake_mode_of, no_guards
+from fxsp.torch_internals import fake_mode_of
 from fxsp.types import Shard, as_length, same_length
 
 __all__ = ["infer_local", "verify_local", "verify_types"]
@@ -46,7 +47,8 @@ def infer_local(program: Program) -> None:
     mode = next((m for m in map(fake_mode_of, fakes) if m is not None), None)
     if mode is None:
         return
-    with mode, no_guards(mode):
+    quiet = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+    with mode, quiet:
         for node in program.graph.nodes:
             if "local_val" in node.meta:
                 continue

@@ -1,0 +1,41 @@
+"""fxsp: a compiler for sequence parallelism.  ``torch.compile(model, backend="sp")``."""
+
+from __future__ import annotations
+
+from fxsp.backend import reports
+from fxsp.errors import (
+    FxspError,
+    FxspWarning,
+    ImplicitGatherWarning,
+    OptionError,
+    PlanError,
+    StrictError,
+    UnshardedWarning,
+    UnsupportedError,
+    VerificationError,
+)
+from fxsp.plan import (
+    SequenceParallelConfig,
+    SequenceParallelInput,
+    SequenceParallelOutput,
+    SequenceParallelPartialInput,
+)
+from fxsp.report import Report
+
+__all__ = [
+    "FxspError",
+    "FxspWarning",
+    "ImplicitGatherWarning",
+    "OptionError",
+    "PlanError",
+    "Report",
+    "SequenceParallelConfig",
+    "SequenceParallelInput",
+    "SequenceParallelOutput",
+    "SequenceParallelPartialInput",
+    "StrictError",
+    "UnshardedWarning",
+    "UnsupportedError",
+    "VerificationError",
+    "reports",
+]

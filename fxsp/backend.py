@@ -1,0 +1,226 @@
+"""``torch.compile(model, backend="sp")``: the Dynamo backend.
+
+One call compiles one graph: capture, annotate, normalize, functionalize, the pipeline, then the inner compiler.  What
+cannot be normalized runs unsharded on every rank, with a warning that says why; a wrong plan, a wrong option or an
+unsupported construct is an error before anything ran.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxsp import torch_internals
+from fxsp.capture import Capture, capture, install
+from fxsp.config import Options, resolve_degrees, resolve_ranks
+from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
+from fxsp.inner import compile_inner
+from fxsp.inspection import format_graph
+from fxsp.passes.annotate import annotate
+from fxsp.passes.base import Program
+from fxsp.passes.functionalize import functionalize
+from fxsp.passes.normalize import normalize
+from fxsp.passes.pipeline import STAGES, Runner, partition_program
+from fxsp.passes.propagate import is_annotate
+from fxsp.passes.verify import infer_local
+from fxsp.report import Report
+from fxsp.types import Ranks
+
+__all__ = ["reports", "sp"]
+
+log = logging.getLogger("fxsp")
+
+_reports: list[Report] = []
+_lock = threading.Lock()
+
+
+def reports() -> list[Report]:
+    """The reports of all graphs that this process has compiled, newest last."""
+    with _lock:
+        return list(_reports)
+
+
+def sp(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """The backend ``"sp"``: ``gm`` as a function that computes the same, with its token sequence split over the ranks.
+
+    ``gm`` is Dynamo's graph, ``example_inputs`` its inputs, ``options`` those of :class:`fxsp.config.Options`.
+    Raises :class:`~fxsp.errors.FxspError`: ``OptionError``, ``PlanError``, ``UnsupportedError`` or ``StrictError``.
+    """
+    try:
+        return _compile(gm, example_inputs, Options.parse(options, mode))
+    except FxspError as error:
+        # Dynamo would wrap it in an error of its own, whose type says nothing.
+        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
+
+
+install(lambda backend: backend is sp)
+
+
+def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    _check_stages(options)
+    ranks = resolve_ranks(options)
+    report = Report()
+    captured = capture(gm, options.plan)
+    report.notes.extend(captured.notes)
+    training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    runner = _Printer(options, ranks)
+    runner.text("captured", gm, report)
+    if captured.entries is None:
+        report.unsharded = "no plan: give options={'plan': ...}, or the model a _sp_plan or _cp_plan"
+        if ranks.size > 1:
+            warnings.warn(UnshardedWarning(f"this graph is not split. {report.unsharded}"), stacklevel=2)
+        return _finish(gm, inputs, options, report, training)
+    report.plan.extend(annotate(gm, captured, captured.entries, ranks))
+    runner.text("annotated", gm, report)
+    if ranks.size == 1:
+        report.unsharded = "one rank"
+        return _finish(gm, inputs, options, report, training)
+    if not any(record.applied for record in report.plan):
+        report.unsharded = "no entry of the plan applies to this graph"
+        _say_unsharded(report, captured)
+        return _finish(gm, inputs, options, report, training)
+    try:
+        program = _partition(gm, inputs, options, ranks, report, training, runner)
+    except UnsupportedError as error:
+        if not getattr(error, "whole_graph", False):
+            raise
+        report.unsharded = str(error)
+        _say_unsharded(report, captured)
+        _remove_annotations(gm)
+        return _finish(gm, inputs, options, report, training)
+    _say_gathers(report)
+    return _finish(program.gm, inputs, options, report, training, normalized=True)
+
+
+def _partition(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    ranks: Ranks,
+    report: Report,
+    training: bool,
+    runner: _Printer,
+) -> Program:
+    start = time.perf_counter()
+    try:
+        normal = normalize(gm, inputs)
+        report.timings["normalized"] = time.perf_counter() - start
+        runner.text("normalized", normal, report)
+        start = time.perf_counter()
+        normal = functionalize(normal)
+        report.timings["functionalized"] = time.perf_counter() - start
+    except UnsupportedError as error:
+        # Nothing is known about the types of such a graph: it can still run whole.
+        error.whole_graph = True  # type: ignore[attr-defined]
+        raise
+    runner.text("functionalized", normal, report)
+    degrees = resolve_degrees(options, ranks.size)
+    program = Program(
+        normal,
+        ranks,
+        report,
+        training=training,
+        strict=options.strict,
+        grad_reduce=options.grad_reduce,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+    )
+    program = partition_program(program, Runner(frozenset(options.print), runner.program))
+    torch_internals.carry_dynamo_facts(gm, program.gm)
+    return program
+
+
+def _finish(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    training: bool,
+    *,
+    normalized: bool = False,
+) -> Callable[..., Any]:
+    """Hand the graph to the inner compiler."""
+    with _lock:
+        _reports.append(report)
+    start = time.perf_counter()
+    if not normalized or not torch_internals.any_autocast():
+        compiled = compile_inner(gm, inputs, options.inner, options.mode, training)
+        report.timings["inner"] = time.perf_counter() - start
+        return compiled
+    with torch_internals.without_autocast():
+        inner = compile_inner(gm, inputs, options.inner, options.mode, training)
+    report.timings["inner"] = time.perf_counter() - start
+
+    def run(*args: Any) -> Any:
+        # The casts of autocast are nodes of the graph.
+        with torch_internals.without_autocast():
+            return inner(*args)
+
+    return run
+
+
+class _Printer:
+    """Prints the stages that the user asked for, and keeps them in the report."""
+
+    def __init__(self, options: Options, ranks: Ranks) -> None:
+        self.watch = frozenset(options.print)
+        self.ranks = ranks
+
+    def text(self, stage: str, gm: GraphModule, report: Report) -> None:
+        if stage in self.watch:
+            report.stages[stage] = format_graph(gm, self.ranks)
+            print(f"# fxsp: {stage}\n{report.stages[stage]}", flush=True)
+
+    def program(self, stage: str, program: Program) -> None:
+        if stage in ("local", "partitioned"):
+            infer_local(program)
+        self.text(stage, program.gm, program.report)
+
+
+def _check_stages(options: Options) -> None:
+    from fxsp.errors import OptionError
+    from fxsp.plan import did_you_mean, listing
+
+    for stage in options.print:
+        if stage not in STAGES:
+            raise OptionError(
+                f"option 'print' names a stage {stage!r} that does not exist.{did_you_mean(stage, STAGES)}\n"
+                f"  Stages: {listing(STAGES)}"
+            )
+
+
+def _say_unsharded(report: Report, captured: Capture) -> None:
+    name = type(captured.root).__name__ if captured.root is not None else "a function"
+    warnings.warn(UnshardedWarning(f"a graph of {name} runs whole on every rank: {report.unsharded}"), stacklevel=2)
+
+
+def _say_gathers(report: Report) -> None:
+    """One warning for each compile, not one for each gather."""
+    gathers = [g for g in report.implicit_gathers if g.kind == "implicit"]
+    if not gathers:
+        return
+    shown = "\n  ".join(str(g) for g in gathers[:8])
+    more = f"\n  and {len(gathers) - 8} more" if len(gathers) > 8 else ""
+    warnings.warn(
+        ImplicitGatherWarning(f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"), stacklevel=2
+    )
+
+
+def _remove_annotations(gm: GraphModule) -> None:
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for node in list(module.graph.nodes):
+            if is_annotate(node):
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+        module.recompile()
