@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -713,37 +714,39 @@ def annotated(b: Builder) -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_instructions: int = 8, only: tuple[str, ...] | None = None) -> Case:
-    """A program with one or two sharded inputs, for 1 to 8 ranks and 1 to 4P + 1 tokens."""
-    size = draw(st.integers(1, 8))
-    h, d = draw(st.integers(1, 4)), draw(st.sampled_from([2, 4, 1]))
+def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | None = None) -> Case:
+    """A program with one or two inputs of tokens, for 1 to 8 ranks and 1 to 4P + 1 tokens."""
+    size = draw(st.sampled_from([2, 3, 4, 8, 5, 6, 7, 1]))
+    h = draw(st.sampled_from([4, 1, 2, 3, 6, 8, size, 2 * size]))
+    d = draw(st.sampled_from([2, 4, 1]))
     n = h * d if draw(st.integers(0, 4)) == 4 else draw(st.integers(1, 4 * size + 1))
-    sizes = {"1": 1, "B": draw(st.integers(1, 2)), "H": h, "D": d, "C": h * d, "S0": n}
-    b = Builder(draw, sizes)
-    names = list(only or INSTRUCTIONS)
-    _add_tokens(b, "S0")
+    b = Builder(draw, {"1": 1, "B": draw(st.integers(1, 2)), "H": h, "D": d, "C": h * d, "S0": n})
+    _add_tokens(b, "S0", ("shard", "shard", "text"))
     if draw(st.booleans()):
         b.sizes["S1"] = draw(st.integers(1, 9))
-        _add_tokens(b, "S1")
+        _add_tokens(b, "S1", ("shard", "text", "plain"))
+    names = list(only or INSTRUCTIONS)
     used = []
     for _ in range(draw(st.integers(1, max_instructions))):
         name = b.pick(names)
         before = len(b.lines)
         INSTRUCTIONS[name](b)
         used += [name] if len(b.lines) > before else []
-    results = list(dict.fromkeys([b.values[-1].name, *(b.pick(b.values).name for _ in range(draw(st.integers(0, 2))))]))
+    # What nothing reads is returned, so that no line is dead; late values first.
+    text = "\n".join(b.lines)
+    results = [v.name for v in reversed(b.values) if len(re.findall(rf"\b{v.name}\b", text)) == 1 or v is b.values[-1]]
     b.line(f"return {', '.join(results)}")
     return Case(
         tuple(b.lines), tuple(b.inputs), size, draw(st.integers(0, 3)) > 0, draw(st.integers(0, 9)), tuple(used)
     )
 
 
-def _add_tokens(b: Builder, seq: str) -> None:
+def _add_tokens(b: Builder, seq: str, ways: Sequence[str]) -> None:
     """An input ``[B, S, C]``, with its line of the plan."""
     x = b.input(("B", seq, "C"), prefix="x")
-    how = b.pick(["shard", "text", "plain"])
-    if how == "shard":
-        b.line(f'{x} = annotate({x}, "shard", 1, -1, "{x}")')
-    elif how == "text" and b.size(seq) > 1:
+    how = b.pick(ways)
+    if how == "text" and b.size(seq) > 1:
         b.line(f'{x} = annotate({x}, "shard", 1, {b.number(1, b.size(seq) - 1)}, "{x}")')
+    elif how != "plain":
+        b.line(f'{x} = annotate({x}, "shard", 1, -1, "{x}")')
     b.values.append(Var(x, ("B", seq, "C")))
