@@ -713,6 +713,21 @@ def annotated(b: Builder) -> None:
 # --- whole cases -----------------------------------------------------------------------------------------------------
 
 
+#: Instructions that are drawn more often than once.
+OFTEN = {
+    "annotated": 3,
+    "attention": 4,
+    "concatenate": 2,
+    "flatten": 2,
+    "heads": 2,
+    "in_place": 2,
+    "linear": 2,
+    "permute": 2,
+    "reduce_tokens": 2,
+    "split": 2,
+}
+
+
 @st.composite
 def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | None = None) -> Case:
     """A program with one or two inputs of tokens, for 1 to 8 ranks and 1 to 4P + 1 tokens."""
@@ -725,7 +740,7 @@ def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | N
     if draw(st.booleans()):
         b.sizes["S1"] = draw(st.integers(1, 9))
         _add_tokens(b, "S1", ("shard", "text", "plain"))
-    names = list(only or INSTRUCTIONS)
+    names = [name for name in only or INSTRUCTIONS for _ in range(OFTEN.get(name, 1))]
     used = []
     for _ in range(draw(st.integers(1, max_instructions))):
         name = b.pick(names)
@@ -750,3 +765,6 @@ def _add_tokens(b: Builder, seq: str, ways: Sequence[str]) -> None:
     elif how != "plain":
         b.line(f'{x} = annotate({x}, "shard", 1, -1, "{x}")')
     b.values.append(Var(x, ("B", seq, "C")))
+    if how != "plain" and b.number(0, 2) < 2:
+        # What is computed from inputs by cheap operators alone is computed whole: give the shards some work.
+        b.emit(f"F.linear({x}, {b.input(('C', 'C'))}) / {math.sqrt(b.size('C')):.4g}", ("B", seq, "C"))
