@@ -102,41 +102,47 @@ class _Seen:
 
 
 def install(is_ours: Callable[[object], bool]) -> None:
-    """Record the module calls of every compilation whose backend, or a wrapped layer of it, ``is_ours``.
+    """Record the module calls of every compilation whose backend, or a layer wrapped in it, ``is_ours``.
 
-    May be called again; the last predicate counts.
+    May be called again: further predicates are added, and any of them suffices.
     """
+    if is_ours not in _ours:
+        _ours.append(is_ours)
+    torch_internals.hook_module_calls(_enter)
 
-    def enter(
-        translation: Translation, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> Callable[[Any], None] | None:
-        if not any(is_ours(layer) for layer in torch_internals.backend_layers(translation.compiler())):
-            return None
-        recorder = translation.notes(_Recorder)
-        if not recorder.calls:  # the frame may break before it reaches the backend: remember whose it is now
-            _remember_frame(translation)
-        slot = len(recorder.calls)
-        recorder.calls.append(None)
-        before = next(reversed(translation.graph().nodes), None)
-        arguments = torch_internals.read_value  # containers are read now: the call may change them
-        bound = _bind(module, tuple(arguments(a) for a in args), {k: arguments(v) for k, v in kwargs.items()})
 
-        def leave(result: Any) -> None:
-            tracer, graph = translation.tracer(), translation.graph()
-            last = next(reversed(graph.nodes), None)
-            recorder.calls[slot] = ModuleCall(
-                module,
-                {name: torch_internals.finish_value(value, tracer) for name, value in bound.items()},
-                torch_internals.finish_value(torch_internals.read_value(result), tracer),
-                graph,
-                before,
-                last,
-                next(recorder.ends),
-            )
+_ours: list[Callable[[object], bool]] = []
 
-        return leave
 
-    torch_internals.hook_module_calls(enter)
+def _enter(
+    translation: Translation, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Callable[[Any], None] | None:
+    layers = torch_internals.backend_layers(translation.compiler())
+    if not any(is_ours(layer) for layer in layers for is_ours in _ours):
+        return None
+    recorder = translation.notes(_Recorder)
+    if not recorder.calls:  # the frame may break before it reaches the backend: remember whose it is now
+        _remember_frame(translation)
+    slot = len(recorder.calls)
+    recorder.calls.append(None)
+    before = next(reversed(translation.graph().nodes), None)
+    read = torch_internals.read_value  # containers are read now: the call may change them
+    bound = _bind(module, tuple(read(value) for value in args), {key: read(value) for key, value in kwargs.items()})
+
+    def leave(result: Any) -> None:
+        tracer, graph = translation.tracer(), translation.graph()
+        last = next(reversed(graph.nodes), None)
+        recorder.calls[slot] = ModuleCall(
+            module,
+            {name: torch_internals.finish_value(value, tracer) for name, value in bound.items()},
+            torch_internals.finish_value(torch_internals.read_value(result), tracer),
+            graph,
+            before,
+            last,
+            next(recorder.ends),
+        )
+
+    return leave
 
 
 def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +238,11 @@ def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> 
         return Capture(owners[0], entries, notes=notes)
     entries = parse_plan(plan)
     if not candidates:
-        return Capture(None, entries, notes=["no module is called or visible in the traced frame: the plan fits none"])
+        return Capture(
+            None,
+            entries,
+            notes=["no module is called or visible in the traced frame (a part of one, after a graph break?)"],
+        )
     fits: list[int] = []
     for module in candidates:
         fits.append(sum(_resolves((entry,), module) for entry in entries))

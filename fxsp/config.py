@@ -109,6 +109,8 @@ def _checked(name: str, value: Any) -> Any:
     elif name == "config":
         return _checked_config(value)
     elif name == "group":
+        if dist.is_available() and isinstance(value, int) and value == dist.GroupMember.NON_GROUP_MEMBER:
+            raise OptionError("option 'group': this process is no member of the group (new_group returned none for it)")
         if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
             raise _bad(name, value, "a torch.distributed.ProcessGroup, or None for the default group")
     elif name == "mesh":

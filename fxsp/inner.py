@@ -16,11 +16,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from fxsp.errors import OptionError
 from fxsp.passes.emit import drop_identities, emit, fingerprint, op_name
-from fxsp.torch_internals import aot_autograd, boxed, graph_pass, inductor, known_settings, mode_patches
+from fxsp.torch_internals import (
+    aot_autograd,
+    boxed,
+    graph_pass,
+    inductor,
+    inductor_decompositions,
+    known_settings,
+    mode_patches,
+)
 
 __all__ = ["INNERS", "compile_inner"]
 
@@ -66,11 +74,15 @@ def compile_inner(
 def inductor_patches(mode: str | None = None) -> dict[str, Any]:
     """The settings of Inductor for one compile of a partitioned graph."""
     uuid = fingerprint()
+
+    def emit_for_inductor(graph: Graph) -> None:
+        emit(graph, decompositions=inductor_decompositions())
+
     return {
         **mode_patches(mode),
         **known_settings(SAFE_ORDER),
         "joint_custom_pre_pass": graph_pass(drop_identities, f"fxsp drop_identities {uuid}"),
-        "post_grad_custom_pre_pass": graph_pass(emit, f"fxsp emit {uuid}"),
+        "post_grad_custom_pre_pass": graph_pass(emit_for_inductor, f"fxsp emit {uuid}"),
     }
 
 

@@ -53,7 +53,10 @@ def submodules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 def forward_signature(module: nn.Module) -> inspect.Signature:
     """Signature of the undecorated ``forward`` (``__wrapped__`` is followed), without ``self``."""
-    signature = inspect.signature(type(module).forward)
+    try:
+        signature = inspect.signature(type(module).forward)
+    except (TypeError, ValueError):  # a forward without a Python signature takes anything
+        return inspect.signature(lambda *args, **kwargs: None)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 

@@ -287,6 +287,11 @@ def call_at(op: Any, key: Any, args: Any, kwargs: Any) -> Any:
     return op._op_dk(key, *args, **kwargs)
 
 
+def overload_name(op: Any) -> str:
+    """``"Tensor"`` for ``aten.add.Tensor``."""
+    return op._overloadname
+
+
 def is_composite(op: Any) -> bool:
     """Whether an operator is defined by other operators at all times."""
     return op._can_decompose()
@@ -589,6 +594,13 @@ def known_settings(patches: Mapping[str, Any]) -> dict[str, Any]:
 
     known = config.get_config_copy()
     return {name: value for name, value in patches.items() if name in known}
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """What Inductor has decomposed before its post-grad passes."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
 
 
 def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:

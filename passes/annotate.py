@@ -222,11 +222,11 @@ class _Writer:
             return _Outcome(False, f"the {what} is {_kind(value)}, not a tensor")
         shape, spec = tuple(_example(value).shape), row.entry.spec
         if spec.expected_dims is not None and spec.expected_dims != len(shape):
-            return _Outcome(False, f"the tensor {_kind(value)} has {len(shape)} dimensions, not {spec.expected_dims}")
-        if not -len(shape) <= row.entry.dim < len(shape):
-            raise refuse(
-                row, f"dimension {row.entry.dim} is out of range: the tensor {_kind(value)} has {len(shape)} dimensions"
+            return _Outcome(
+                False, f"the tensor {_kind(value)} is {len(shape)}-D, not {spec.expected_dims}-D as expected_dims says"
             )
+        if not -len(shape) <= row.entry.dim < len(shape):
+            raise refuse(row, f"dimension {row.entry.dim} is out of range: the tensor {_kind(value)} is {len(shape)}-D")
         dim = row.entry.dim % len(shape)
         if isinstance(shape[dim], int) and shape[dim] == 0:
             return _Outcome(False, f"dimension {dim} of the tensor {_kind(value)} is empty")

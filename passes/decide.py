@@ -56,9 +56,9 @@ def hint(length: Length) -> int:
     return int(length.subs(dict.fromkeys(length.free_symbols, 1024)))
 
 
-def locate(shard: Shard, dims: Dims, sizes: dict[str, Length]) -> _Placement | None:
+def locate(shard: Shard, dims: Dims | None, sizes: dict[str, Length]) -> _Placement | None:
     """Which factor of the operand carries the tokens; None if they do not fall into one factor."""
-    if shard.dim >= len(dims):
+    if dims is None or shard.dim >= len(dims):
         return None
     factors = dims[shard.dim]
     if len(factors) == 1:
@@ -114,6 +114,10 @@ def decide(call: Call, rule: OpRule | None, types: list[Type], bytes_of: list[in
     if rule is None:
         return replicate_all(call, types, f"{name} has no sharding rule for this use: it needs its operands whole")
 
+    types_read = [t for t, dims in zip(types, rule.operands, strict=True) if dims is not None]
+    if not any(isinstance(t, Shard) for t in types_read):
+        kept = tuple(t if dims is None else Replicate() for t, dims in zip(types, rule.operands, strict=True))
+        return Decision(kept, tuple(Replicate() for _ in rule.results))
     placements = [locate(t, dims, rule.sizes) if isinstance(t, Shard) else None for t, dims in zip(types, rule.operands, strict=True)]
     best: tuple[tuple[int, int], Decision] | None = None
     tried: list[_Placement] = []
@@ -156,6 +160,9 @@ def _with(placement: _Placement, call: Call, rule: OpRule, types: list[Type], pl
     operands: list[Type] = []
     reason = ""
     for i, (dims, type_) in enumerate(zip(rule.operands, types, strict=True)):
+        if dims is None:
+            operands.append(type_)
+            continue
         placed = _place(placement, dims, rule.sizes, origin)
         operands.append(placed if placed is not None else Used(origin=origin))
         if isinstance(type_, Shard) and not type_.same_as(operands[-1]):
@@ -168,7 +175,7 @@ def _with(placement: _Placement, call: Call, rule: OpRule, types: list[Type], pl
 
 def _why(name: str, rule: OpRule, types: list[Type]) -> str:
     for i, (type_, dims) in enumerate(zip(types, rule.operands, strict=True)):
-        if not isinstance(type_, Shard):
+        if not isinstance(type_, Shard) or dims is None:
             continue
         placement = locate(type_, dims, rule.sizes)
         if placement is None:

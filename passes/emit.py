@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,17 @@ def drop_identities(graph: Graph) -> None:
                 _replace(node, node.args[0])
 
 
-def emit(graph: Graph, bucket_bytes: int = BUCKET_BYTES) -> None:
-    """Replace every fxsp op by its lowering, in place.  ``bucket_bytes=0``: each gradient is reduced alone.
+def emit(
+    graph: Graph, bucket_bytes: int = BUCKET_BYTES, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> None:
+    """Replace every fxsp op by its lowering, in place.
+
+    ``bucket_bytes=0``: each gradient is reduced alone.  ``decompositions`` are those that the rest of the graph went
+    through: a compiler takes no op that it would have had decomposed.
 
     Raises :class:`VerificationError` if an fxsp op remains.
     """
-    splicer = _Splicer(graph)
+    splicer = _Splicer(graph, decompositions)
     for bucket in _buckets(graph, bucket_bytes):
         _reduce_together(splicer, bucket)
     with _Outputs(graph):
@@ -117,8 +122,9 @@ def _replace(node: Node, value: Any) -> None:
 class _Splicer:
     """Writes calls of plain functions into a graph, as the ATen ops that they consist of."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, decompositions: Mapping[Any, Callable[..., Any]] | None) -> None:
         self.graph = graph
+        self.decompositions = dict(decompositions or {})
         self._traces: dict[Any, Graph] = {}
         self._mode = next(
             (mode for node in graph.nodes if (mode := fake_mode_of(node.meta.get("val"))) is not None), None
@@ -143,7 +149,7 @@ class _Splicer:
             return function(*torch.fx.map_arg(args, lambda _: next(left)))
 
         with torch.no_grad(), _mode_or_nothing(self._mode):
-            return make_fx(run)(*(node.meta["val"] for node in inputs)).graph
+            return make_fx(run, self.decompositions)(*(node.meta["val"] for node in inputs)).graph
 
     def _splice(self, trace: Graph, inputs: Sequence[Node], at: Node, like: Node) -> Any:
         left = iter(inputs)

@@ -326,7 +326,6 @@ class _Partitioner:
                 new = self._gather(value, kind, used=True)
             else:
                 new = self.build.use(self.get(value, Replicate(), kind))
-                self.build.record("all_reduce (backward)", new, 0, "gradient of a value used with shards")
         elif isinstance(needed, Replicate):
             new = self._make_whole(value, kind)
         elif isinstance(needed, Shard):

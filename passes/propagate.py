@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.errors import PlanError
+from fxsp.errors import PlanError, UnsupportedError
 from fxsp.passes.attention import decide_attention
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, decide, hint, replicate_all
 from fxsp.passes.rules import Call, rule_of, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_elementwise import CHEAP
 from fxsp.passes.structure import CATS, CUTS, decide_structure
+from fxsp.source import module_path, node_source
 from fxsp.types import Partial, Replicate, Segment, Sequence, Shard, Type, as_length, product, same_length
 
 __all__ = ["Propagate", "is_annotate", "is_random"]
@@ -89,6 +90,7 @@ class Propagate:
     def _decide(self, node: Node, program: Program) -> Decision:
         call = Call(node)
         operands = call.operands
+        _refuse_writes(call)
         # A summand is summed before it is used.
         types: list[Type] = [Replicate() if isinstance(n.meta["sp"], Partial) else n.meta["sp"] for n in operands]
         if call.op._schema.name in _FACTORIES:
@@ -103,6 +105,18 @@ class Propagate:
         bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
         rule = None if is_random(call.op) and not _inactive(call) else rule_of(node)
         return decide(call, rule, types, bytes_of, free)
+
+
+def _refuse_writes(call: Call) -> None:
+    """Writes are allowed to inputs of the graph only: a conversion of anything else would lose them."""
+    for argument in call.op._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for target in tensor_nodes(call[argument.name]):
+                if target.op != "placeholder":
+                    raise UnsupportedError(
+                        f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}) writes to "
+                        f"{target}, which is no input of the graph: in-place operators must be functionalized first"
+                    )
 
 
 def _inactive(call: Call) -> bool:

@@ -45,16 +45,19 @@ def shape_of(node: Node) -> tuple[Length, ...]:
 
 @dataclass(frozen=True)
 class OpRule:
-    """Factors of every tensor operand (in schema order) and result; see the module's docstring for the notation."""
+    """Factors of every tensor operand (in schema order) and result; see the module's docstring for the notation.
 
-    operands: tuple[Dims, ...]
+    An operand None lends no data, only its dtype or sizes (``type_as``): any type will do.
+    """
+
+    operands: tuple[Dims | None, ...]
     results: tuple[Dims, ...]
     sizes: dict[str, Length] = field(default_factory=dict, hash=False, compare=False)
     reduction: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        known = {f for dims in (*self.operands, *self.results) for dim in dims for f in dim}
+        known = {f for dims in (*self.operands, *self.results) for dim in dims or () for f in dim}
         stray = (self.reduction | self.whole) - known
         if stray:
             raise ValueError(f"factors {sorted(stray)} are in no dimension of {self}")
@@ -63,8 +66,9 @@ class OpRule:
             raise ValueError(f"reduction factors {sorted(self.reduction & results)} appear in a result of {self}")
 
     def __str__(self) -> str:
-        def side(tensors: tuple[Dims, ...]) -> str:
-            return "(" + ", ".join("[" + ", ".join(" ".join(d) or "1" for d in t) + "]" for t in tensors) + ")"
+        def side(tensors: tuple[Dims | None, ...]) -> str:
+            texts = ["-" if t is None else "[" + ", ".join(" ".join(d) or "1" for d in t) + "]" for t in tensors]
+            return f"({', '.join(texts)})"
 
         text = f"{side(self.operands)} -> {side(self.results)}"
         for kind in ("reduction", "whole"):

@@ -19,7 +19,7 @@ _UNARY = (
     "atanh sigmoid silu gelu relu relu6 leaky_relu elu selu celu mish hardtanh hardswish hardsigmoid softplus softsign "
     "log_sigmoid logsigmoid threshold erf erfc erfinv reciprocal square floor ceil round trunc frac clamp clip clamp_min "
     "clamp_max isnan isinf isfinite logical_not bitwise_not nan_to_num sinc digamma lgamma polar complex real imag conj "
-    "_conj resolve_conj resolve_neg angle signbit positive sgn deg2rad rad2deg _to_copy to type_as contiguous clone alias detach "
+    "_conj resolve_conj resolve_neg angle signbit positive sgn deg2rad rad2deg _to_copy to contiguous clone alias detach "
     "lift_fresh_copy lift_fresh zeros_like ones_like empty_like full_like isclose "
     "float_power alias_copy detach_copy"
 )
@@ -50,7 +50,7 @@ def _elementwise_ops() -> list[object]:
 
 ELEMENTWISE = _elementwise_ops()
 #: Operators so cheap that recomputing them on whole operands beats any communication.
-CHEAP = set(ELEMENTWISE)
+CHEAP = {*ELEMENTWISE, *overloads("type_as")}
 
 
 def broadcast(shapes: list[tuple[Length, ...]], result: tuple[Length, ...], prefix: str = "d") -> tuple[list[Dims], Dims, dict[str, Length]]:
@@ -71,6 +71,14 @@ def elementwise(call: Call) -> OpRule | None:
     results = call.result_shapes()
     operands, out, sizes = broadcast(call.operand_shapes(), results[0])
     return OpRule(tuple(operands), (out,), sizes)
+
+
+@rule(overloads("type_as"))
+def type_as(call: Call) -> OpRule | None:
+    """``([d0, d1], -) -> ([d0, d1])``."""
+    shape = call.operand_shapes()[0]
+    dims: Dims = tuple((f"d{i}",) for i in range(len(shape)))
+    return OpRule((dims, None), (dims,), {f"d{i}": n for i, n in enumerate(shape)})
 
 
 @rule(overloads("dropout", "native_dropout", "feature_dropout"))

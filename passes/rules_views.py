@@ -12,7 +12,7 @@ __all__ = ["reshape_factors"]
 
 RESHAPES = overloads(
     "view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int", "squeeze", "squeeze.dim", "squeeze.dims",
-    "unsqueeze", "view_copy",
+    "unsqueeze", "view_copy", "view_as", "reshape_as",
 )  # fmt: skip
 PERMUTES = overloads(
     "transpose.int", "permute", "t", "numpy_T", "mT", "movedim", "movedim.intlist", "movedim.int", "swapaxes", "swapdims",
@@ -104,11 +104,12 @@ def _smaller(a: Length, b: Length) -> bool:
 @rule(RESHAPES)
 def reshape(call: Call) -> OpRule | None:
     """``flatten``: ``([f0, f1, f2]) -> ([f0 f1, f2])``."""
-    (before,), (after,) = call.operand_shapes(), call.result_shapes()
+    before, (after,) = call.operand_shapes()[0], call.result_shapes()
     if any(same_length(n, 0) for n in before):
         return None
     ins, outs, sizes, whole = reshape_factors(before, after)
-    return OpRule((ins,), (outs,), sizes, whole=frozenset(whole))
+    others: tuple[None, ...] = (None,) * (len(call.operands) - 1)  # view_as reads a shape only
+    return OpRule((ins, *others), (outs,), sizes, whole=frozenset(whole))
 
 
 def _order(call: Call, rank: int) -> list[int]:
@@ -150,11 +151,11 @@ def expand(call: Call) -> OpRule | None:
     (result,) = call.result_shapes()
     rank = len(result)
     out: Dims = tuple((f"d{i}",) for i in range(rank))
-    operands = []
-    for shape in call.operand_shapes():
-        offset = rank - len(shape)
-        operands.append(tuple(out[offset + i] if same_length(n, result[offset + i]) else () for i, n in enumerate(shape)))
-    return OpRule(tuple(operands), (out,), {f"d{i}": n for i, n in enumerate(result)})
+    shape = call.operand_shapes()[0]
+    offset = rank - len(shape)
+    dims = tuple(out[offset + i] if same_length(n, result[offset + i]) else () for i, n in enumerate(shape))
+    others: tuple[None, ...] = (None,) * (len(call.operands) - 1)  # expand_as reads a shape only
+    return OpRule((dims, *others), (out,), {f"d{i}": n for i, n in enumerate(result)})
 
 
 @rule(overloads("view_as_complex"))
