@@ -38,6 +38,8 @@ class Contestant:
     make: Callable[[], Callable[..., tuple[torch.Tensor, ...]]]
     run: Callable[..., tuple[torch.Tensor, ...]] | None = None
     times: list[float] = field(default_factory=list)
+    #: Processor time of the busiest rank, the threads that serve its collectives included.
+    work: list[float] = field(default_factory=list)
     warmup: float = 0.0
     error: float = 0.0
     #: Kind of collective -> (number, bytes that a rank sends), of one forward pass.
@@ -139,19 +141,19 @@ def measure(contestants: list[Contestant], arguments: dict[str, object], rounds:
     for _ in range(rounds):
         for contestant in contestants:
             dist.barrier()
-            seconds = 0.0
+            sample = torch.zeros(2, dtype=torch.float64)
             if contestant.run is not None:
-                start = time.perf_counter()
+                start, work = time.perf_counter(), time.process_time()
                 once(contestant.run, arguments)
-                seconds = time.perf_counter() - start
-            slowest = torch.tensor(seconds, dtype=torch.float64)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            contestant.times.append(slowest.item())
+                sample[0], sample[1] = time.perf_counter() - start, time.process_time() - work
+            dist.all_reduce(sample, op=dist.ReduceOp.MAX)
+            contestant.times.append(sample[0].item())
+            contestant.work.append(sample[1].item())
 
 
 def table(contestants: list[Contestant], attentions: int, bound: int) -> str:
     """One line a contestant."""
-    widths = {"": -28, "median": 10, "fastest": 10, "first call": 12, "error": 10}
+    widths = {"": -28, "median": 10, "fastest": 10, "CPU": 10, "first call": 12, "error": 10}
     widths |= {"collectives": 13, "per attention": 15, "bytes sent": 12, "/ bound": 9}
     lines = ["".join(title.rjust(width) if width > 0 else title.ljust(-width) for title, width in widths.items())]
     for c in contestants:
@@ -164,7 +166,8 @@ def table(contestants: list[Contestant], attentions: int, bound: int) -> str:
             else f"{'-':>13}{'-':>15}{'-':>12}{'-':>9}"
         )
         lines.append(
-            f"{c.name:28}{c.median * 1e3:7.1f} ms{min(c.times) * 1e3:7.1f} ms{c.warmup:10.1f} s{c.error:10.1e}{wire}"
+            f"{c.name:28}{c.median * 1e3:7.1f} ms{min(c.times) * 1e3:7.1f} ms"
+            f"{statistics.median(c.work) * 1e3:7.1f} ms{c.warmup:10.1f} s{c.error:10.1e}{wire}"
         )
     return "\n".join(lines)
 

@@ -32,14 +32,18 @@ def inner_compiler() -> str:
     return "inductor" if compiler and headers else "aot_eager"
 
 
-def excerpt(graph: str, context: int = 7) -> str:
-    """The lines around the first two exchanges."""
+def excerpt(graph: str, context: int = 7, width: int = 150) -> str:
+    """The lines around the first two exchanges, without the columns that are blank in all of them."""
     lines = graph.splitlines()
-    exchanges = [i for i, line in enumerate(lines) if "all_to_all" in line][:2] or [context]
-    first, last = max(0, exchanges[0] - context), min(len(lines), exchanges[-1] + context + 1)
-    return "\n".join(
-        [*lines[:2], f"... {max(0, first - 2)} lines", *lines[first:last], f"... {len(lines) - last} lines"]
-    )
+    exchanges = [i for i, line in enumerate(lines) if "all_to_all(" in line][:2] or [context]
+    first, last = max(1, exchanges[0] - context), min(len(lines), exchanges[-1] + context + 1)
+    rows = lines[first:last]
+    columns = range(max(len(row) for row in rows))
+    blank = [all(row[c : c + 1] in ("", " ") for row in rows) for c in columns]
+    kept = [c for c in columns if c < 2 or not (blank[c] and blank[c - 1] and blank[c - 2])]
+    shown = ("".join(row[c : c + 1] for c in kept).rstrip() for row in rows)
+    cut = [row if len(row) <= width else row[: width - 4] + " ..." for row in shown]
+    return "\n".join([lines[0], f"  ... {first - 1} lines", *cut, f"  ... {len(lines) - last} lines"])
 
 
 def milliseconds(*runs: Callable[[], object], rounds: int = 9) -> list[float]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fxsp
+from fxsp.passes.pipeline import STAGES
 
 
 class Block(nn.Module):
@@ -61,7 +62,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     try:
         model, x = Model().eval(), torch.randn(1, 7, 16)
-        fast = torch.compile(model, backend="sp", options={"inner": "aot_eager", "print": "all"})
+        fast = torch.compile(model, backend="sp", options={"inner": "aot_eager", "print": STAGES})
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             torch.testing.assert_close(fast(x), model(x))
         if dist.get_rank() == 0:

@@ -1,7 +1,8 @@
 """Every Python block of the README runs, and what the README shows as its output is its output.
 
 A block marked ``python torchrun`` is a script for two processes, any other one for a single process.  A block marked
-``text output`` shows lines of what the block before it printed, in order; ``...`` stands for lines left out.
+``text output`` shows lines of what the block before it printed, in order; ``...`` stands for lines left out, or for the
+end of a line.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ def missing_line(shown: list[str], printed: str) -> str | None:
     lines = iter([" ".join(line.split()) for line in printed.splitlines()])
     for line in shown:
         wanted = " ".join(line.split())
-        if wanted and wanted != "..." and wanted not in lines:  # consumes the iterator up to the line
-            return line
+        if wanted in ("", "..."):
+            continue
+        start = wanted.removesuffix(" ...")
+        if not any(got == wanted or (start != wanted and got.startswith(start)) for got in lines):
+            return line  # `lines` goes on behind the last line that matched
     return None
 
 
@@ -78,6 +82,7 @@ def test_missing_lines_are_found() -> None:
     printed = "first\n  second  x\nthird\n"
     assert missing_line(["first", "...", "third"], printed) is None
     assert missing_line(["second x"], printed) is None
+    assert missing_line(["sec ...", "third"], printed) is None
     assert missing_line(["third", "first"], printed) == "first"
     assert missing_line(["fourth"], printed) == "fourth"
 
