@@ -91,7 +91,8 @@ def retrace(
 ) -> torch.fx.GraphModule:
     """``function`` as a graph of ATen ops above autograd (``linear``, ``layer_norm``, ... stay whole).
 
-    ``inputs`` are fakes of ``mode`` or numbers; ``decompositions`` is asked for each operator when it is called; nodes get the metadata of the node that is being interpreted.
+    ``inputs`` are fakes of ``mode`` or numbers; ``decompositions`` is asked for each operator when it is called.
+    Nodes get the metadata of the node that is being interpreted.
     """
     from torch.fx.experimental.proxy_tensor import decompose, get_proxy_mode, make_fx
     from torch.fx.traceback import preserve_node_meta
@@ -376,7 +377,9 @@ def hook_module_calls(hook: ModuleCallHook) -> None:
         raise _missing("UnspecializedNNModuleVariable.call_function")
     for kind in kinds:
         if not hasattr(vars(kind)["call_function"], "_fxsp_original"):
-            kind.call_function = _observed(vars(kind)["call_function"])
+            kind.call_function = _observed(  # type: ignore[attr-defined]
+                vars(kind)["call_function"]
+            )
 
 
 def _observed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -438,11 +441,14 @@ class Translation:
 
     def graph(self) -> torch.fx.Graph:
         """The graph that is being built now: the frame's, or that of the body of a higher-order operator."""
-        return self._output.current_tracer.graph
+        graph: torch.fx.Graph = self._output.current_tracer.graph
+        return graph
 
     def root_graph(self) -> torch.fx.Graph:
         """The frame's graph, the one the backend receives."""
-        return self._output.root_tracer.graph if hasattr(self._output, "root_tracer") else self._output.graph
+        output = self._output
+        graph: torch.fx.Graph = output.root_tracer.graph if hasattr(output, "root_tracer") else output.graph
+        return graph
 
     def tracer(self) -> Any:
         """What builds :meth:`graph`; the second argument of :func:`finish_value`."""
@@ -481,7 +487,7 @@ def keep(owner: Any, create: Callable[[], _T]) -> _T:
 def read_value(value: Any) -> Any:
     """A Dynamo variable as nested tuples, lists and dicts of proxies and constants; never realizes a lazy one.
 
-    A lazy variable is kept as it is: :func:`finish_value` looks again once the call is over.
+    A lazy variable is kept as it is: :func:`finish_value` looks again once the frame is traced.
     """
     from torch._dynamo import variables as v
 
@@ -514,8 +520,9 @@ def finish_value(value: Any, tracer: Any) -> Any:
     from torch._dynamo import variables as v
 
     if type.__instancecheck__(v.LazyVariableTracker, value):
-        read = read_value(value)
-        return Opaque("not used by the traced code") if read is value else finish_value(read, tracer)
+        if value.is_realized():
+            return finish_value(read_value(value), tracer)
+        return None if value.peek_value() is None else Opaque("not used by the traced code")
     if isinstance(value, torch.fx.Proxy):
         return _node_in(value, tracer)
     if type(value) in (list, tuple):

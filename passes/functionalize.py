@@ -15,14 +15,15 @@ Output::
     %flatten : call_function[target=aten.flatten.using_ints](args = (%stack, 1, 2))
     return (%flatten,)
 
-How: a *storage* is the tensor that owns memory, and its present value, a node.  A *tensor* is a storage and the chain of
-views that leads from it.  A write through a tensor computes the value by the functional operator and puts it into the
-storage, view by view; a later read of another tensor of the same storage looks at it anew.  Storages that nobody writes
-to are left alone, so a graph without in-place operators is returned as it is.  Whether two values share memory is read
-from the fakes (``reshape`` may copy), how they share it from the operator.
+How: a *storage* is the tensor that owns memory, and its present value, a node.  A *tensor* is a storage and the chain
+of views that leads from it.  A write through a tensor computes the value by the functional operator and puts it into
+the storage, view by view; a later read of another tensor of the same storage looks at it anew.  Storages that nobody
+writes to are left alone, so a graph without in-place operators is returned as it is.  Whether two values share memory
+is read from the fakes (``reshape`` may copy), how they share it from the operator.
 
-Gradients are those of eager mode: each write is a differentiable operator.  Raises :class:`UnsupportedError` for a write
-by an operator that is not known, through a view that is not known, or through ``detach`` while gradients are recorded.
+Gradients are those of eager mode: each write is a differentiable operator.  Raises :class:`UnsupportedError` for a
+write by an operator that is not known, through a view that is not known, or through ``detach`` while gradients are
+recorded.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class _Functionalizer:
         #: A node with several results, views of one tensor -> that tensor's node, and the version they show.
         self.several: dict[Node, tuple[Node, int]] = {}
         self.clock = count(1)
+        self.started = False
         #: Some strides are not what they were.
         self.moved = False
 
@@ -120,6 +122,8 @@ class _Functionalizer:
         nodes = list(self.gm.graph.nodes)
         for node in nodes:
             self.w.at(node)
+            if node.op not in ("placeholder", "get_attr") and not self.started:
+                self._start()
             if node.op == "output":
                 self._finish(node)
             elif written_arguments(node):
@@ -130,8 +134,20 @@ class _Functionalizer:
                 self._read_arguments(node)
         for node in reversed(nodes):
             if written_arguments(node):
-                node.replace_all_uses_with(node.args[0])  # only in views that nobody looks at
+                node.replace_all_uses_with(written_arguments(node)[0])  # only in views that nobody looks at
                 self.gm.graph.erase_node(node)
+
+    def _start(self) -> None:
+        """While gradients are recorded, an input that is overwritten at the end is copied at the start.
+
+        Its value may be saved for the backward pass.
+        """
+        self.started = True
+        for storage in self.storages.values():
+            if self.training:
+                storage.value = self._laid_out(self.w.call(aten.clone.default, storage.value), storage.root)
+                tensor = self.tensors[storage.root]
+                tensor.seen = storage.value
 
     # --- reading
 

@@ -78,7 +78,7 @@ def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node]
 
 
 def _functional(op: Any, name: str) -> Any:
-    """``aten.add_.Tensor -> aten.add.Tensor``, ``aten.__iand__.Tensor -> aten.__and__.Tensor``, ``add.out -> add.Tensor``."""
+    """``add_.Tensor`` and ``add.out`` -> ``add.Tensor``, ``__iand__.Tensor`` -> ``__and__.Tensor``; None if unknown."""
     overload = torch_internals.overload_name(op)
     if (match := re.fullmatch(r"__i(\w+)__", name)) is not None:
         pure = f"__{match[1]}__"
@@ -89,9 +89,7 @@ def _functional(op: Any, name: str) -> Any:
     else:
         return _without_out(op, name)
     found = getattr(getattr(aten, pure, None), overload, None)
-    if found is None or _signature(found) != _signature(op):
-        return None
-    return found
+    return found if found is not None and _types(found) == _types(op) else None
 
 
 def _without_out(op: Any, name: str) -> Any:
@@ -101,6 +99,10 @@ def _without_out(op: Any, name: str) -> Any:
         return None
     candidates = (getattr(packet, overload) for overload in packet.overloads())
     return next((c for c in candidates if _signature(c) == signature), None)
+
+
+def _types(op: Any) -> list[str]:
+    return [kind for _, kind in _signature(op)]
 
 
 def _signature(op: Any) -> list[tuple[str, str]]:

@@ -34,7 +34,7 @@ INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph"})
 
 
 def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """``gm`` itself if no functorch transform is in it, else a copy with each outermost transform as one module call."""
+    """``gm`` itself if no functorch transform is in it, else a copy with each outermost one as a module call."""
     if not any(torch_internals.functorch_depth_change(n.target) for n in gm.graph.nodes if n.op == "call_function"):
         return gm
     copy = torch.fx.GraphModule(gm, torch.fx.Graph())

@@ -24,7 +24,8 @@ In-place operators are still there: *functionalize* takes them away.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
             outputs.extend(tree_leaves(result))
             return result
 
-        inputs = [_own(v, mode) for v in values]
+        inputs = _stand_ins(values, mode)
+        # The value of a placeholder shares storage with what is traced, but nothing else: that may yet be written to.
+        values = [_fresh(v) if v is not before else v for v, before in zip(inputs, values, strict=True)]
         new = torch_internals.retrace(run, inputs, mode, ExplicitAutocast())
 
     for before, after, value in zip(placeholders, new.graph.find_nodes(op="placeholder"), values, strict=True):
@@ -81,14 +84,26 @@ def _input(placeholder: torch.fx.Node, value: Any, mode: Any) -> Any:
     return torch_internals.to_fake(value, mode)
 
 
-def _own(value: Any, mode: Any) -> Any:
-    """A stand-in for an input: writes to it change neither the shape nor the history of the compilation's own fake."""
-    if not isinstance(value, torch.Tensor) or torch_internals.remembers_item(value):
-        return value
+def _stand_ins(values: list[Any], mode: Any) -> list[Any]:
+    """Inputs for the trace: writes to them change neither the shape nor the history of the compilation's own fakes."""
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    owners = Counter(map(torch_internals.storage_key, tensors))
     with mode, torch.enable_grad():
-        own = value.detach().requires_grad_(value.requires_grad)
-        # An input with a history may be written to in place; a leaf that requires grad may not.
-        return own if value.is_leaf else own.clone()
+        return [_stand_in(v, owners) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def _stand_in(value: torch.Tensor, owners: Mapping[int, int]) -> torch.Tensor:
+    if torch_internals.remembers_item(value):
+        return value
+    if value.is_leaf or owners[torch_internals.storage_key(value)] > 1:
+        return _fresh(value)
+    # An input with a history may be written to in place, a leaf that requires grad may not.
+    return _fresh(value).clone()
+
+
+def _fresh(value: Any) -> Any:
+    """The same memory, and no history."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
 def _compare(gm: torch.fx.GraphModule, inputs: list[Any], outputs: list[Any]) -> None:

@@ -114,7 +114,7 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
-    """The view that ``node`` makes of ``whole`` (``index``: the result of it that is meant); None for an unknown one."""
+    """The view that ``node``, or its result ``index``, makes of ``whole``; None for an unknown one."""
     name = torch_internals.schema(node.target).name
     if name == "fxsp::annotate":
         return View(_again(node, whole), _value, complete=True)
@@ -231,11 +231,23 @@ def _parts(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> Vie
     """One of the results of ``split``, ``chunk`` and the like."""
     dim = a.get("dim", 0)
     sizes = [part.shape[dim] for part in node.meta["val"]]
-    if index is None or not all(isinstance(size, int) for size in sizes):
+    if index is None:
         return None
     index %= len(sizes)
-    start = sum(sizes[:index])
-    return _sliced(whole, dim, start, start + sizes[index])
+    if all(isinstance(size, int) for size in sizes):
+        start = sum(sizes[:index])
+        return _sliced(whole, dim, start, start + sizes[index])
+    again = _again(node, whole)
+
+    def part(w: Writer, base: Node) -> Node:
+        return w.call(operator.getitem, again(w, base), index)
+
+    def put(w: Writer, base: Node, value: Node) -> Node:
+        parts = again(w, base)
+        all_of_them = [value if i == index else w.call(operator.getitem, parts, i) for i in range(len(sizes))]
+        return w.call(aten.cat.default, all_of_them, dim)
+
+    return View(part, put)
 
 
 def _select(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
