@@ -68,9 +68,6 @@ INTERNAL: dict[str, str] = {
     "put": "Tensor x, int dim, int rank, int size",
 }
 
-#: Ops whose result is their argument, whatever its strides.
-_IDENTITIES = ("annotate", "use")
-
 _library = torch.library.Library("fxsp", "DEF")
 _fxsp = torch.ops.fxsp
 
@@ -106,7 +103,13 @@ def _fake(name: str) -> Callable[..., Tensor]:
         # Not the lowering's result itself: it may be a view of the argument.
         return torch.empty_strided(y.size(), y.stride(), dtype=y.dtype, device=y.device)
 
-    return run
+    def like(x: Tensor, *args: Any) -> Tensor:
+        """The same, said directly, for the ops that graphs are full of."""
+        if name in ("all_reduce", "reduce_grad", "all_to_all") and args[0]:
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+
+    return like if name in ("annotate", "use", "all_reduce", "reduce_grad", "all_to_all") else run
 
 
 def _args_of(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
