@@ -13,7 +13,7 @@ import math
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -80,7 +80,8 @@ class Capture:
 class _Recorder:
     """The calls of one attempt to trace one frame."""
 
-    calls: list[ModuleCall | None] = field(default_factory=list)
+    #: With what builds the call's graph; arguments and outputs are yet as ``torch_internals.read_value`` gives them.
+    calls: list[tuple[ModuleCall, Any] | None] = field(default_factory=list)
     ends: Iterator[int] = field(default_factory=itertools.count)
 
 
@@ -132,15 +133,8 @@ def _enter(
     def leave(result: Any) -> None:
         tracer, graph = translation.tracer(), translation.graph()
         last = next(reversed(graph.nodes), None)
-        recorder.calls[slot] = ModuleCall(
-            module,
-            {name: torch_internals.finish_value(value, tracer) for name, value in bound.items()},
-            torch_internals.finish_value(torch_internals.read_value(result), tracer),
-            graph,
-            before,
-            last,
-            next(recorder.ends),
-        )
+        call = ModuleCall(module, bound, read(result), graph, before, last, next(recorder.ends))
+        recorder.calls[slot] = (call, tracer)
 
     return leave
 
@@ -196,8 +190,8 @@ def capture(gm: fx.GraphModule, plan: Any = None) -> Capture:
         return _without_frame(plan, "the graph was split or rewritten after tracing (DDPOptimizer?): bindings are lost")
     _remember_frame(translation)
     graphs = {id(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)}
-    recorded = [call for call in translation.notes(_Recorder).calls if call is not None]
-    calls = [call for call in recorded if id(call.graph) in graphs]
+    recorded = [entry for entry in translation.notes(_Recorder).calls if entry is not None]
+    calls = [_finished(call, tracer) for call, tracer in recorded if id(call.graph) in graphs]
     own = _frame_call(translation, gm)
     if own is not None:
         calls.insert(0, own)
@@ -219,6 +213,12 @@ def capture(gm: fx.GraphModule, plan: Any = None) -> Capture:
             "are not known in it"
         )
     return found
+
+
+def _finished(call: ModuleCall, tracer: Any) -> ModuleCall:
+    """The call with nodes for values: now that the frame is traced, all that is used has one."""
+    arguments = {name: torch_internals.finish_value(value, tracer) for name, value in call.arguments.items()}
+    return replace(call, arguments=arguments, outputs=torch_internals.finish_value(call.outputs, tracer))
 
 
 def _without_frame(plan: Any, note: str) -> Capture:

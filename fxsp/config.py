@@ -137,7 +137,8 @@ def _checked_config(value: Any) -> SequenceParallelConfig | None:
         return value
     if not all(hasattr(value, name) for name in _DEGREES):
         raise _bad("config", value, "a SequenceParallelConfig")
-    degrees = {f.name: getattr(value, f.name, f.default) for f in dataclasses.fields(SequenceParallelConfig)}
+    names = [field.name for field in dataclasses.fields(SequenceParallelConfig)]
+    degrees: dict[str, Any] = {name: getattr(value, name) for name in names if hasattr(value, name)}
     try:
         return SequenceParallelConfig(**degrees)
     except ValueError as error:
@@ -166,7 +167,7 @@ def resolve_ranks(options: Options) -> Ranks:
     Without a process group it is ``Ranks(0, 1, "")``.  Raises :class:`OptionError` if this process is not a member of
     the group, or if the degrees do not match its size.
     """
-    group = options.mesh.get_group() if options.mesh is not None else options.group
+    group: Any = options.mesh.get_group() if options.mesh is not None else options.group
     if group is None and not (dist.is_available() and dist.is_initialized()):
         ranks = Ranks(0, 1, "")
     else:

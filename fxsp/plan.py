@@ -274,8 +274,9 @@ def _parse_spec(label: str, value: Any) -> Spec:
             value.split_dim, value.text_len_source, expected, bool(getattr(value, "split_output", False))
         )
     elif hasattr(value, "split_dim"):
-        flags = (bool(getattr(value, name, False)) for name in ("split_output", "auto_pad"))
-        spec = SequenceParallelInput(value.split_dim, expected, *flags, getattr(value, "shard_group", None))
+        split_output, auto_pad = (bool(getattr(value, name, False)) for name in ("split_output", "auto_pad"))
+        group = getattr(value, "shard_group", None)
+        spec = SequenceParallelInput(value.split_dim, expected, split_output, auto_pad, group)
     else:
         spec = None  # type: ignore[assignment]
     if spec is None:

@@ -242,7 +242,8 @@ class _Writer:
     def _text_length(self, source: str | int, call: ModuleCall) -> Any:
         if isinstance(source, int):
             return source
-        root = next((c for c in self.capture.calls_of(self.capture.root) if c.graph is call.graph), None)
+        calls = (c for c in self.capture.calls if c.module is self.capture.root)
+        root = next((c for c in calls if c.graph is call.graph), None)
         holder = call if source in call.arguments or root is None else root
         if source not in holder.arguments:
             return Opaque(f'"{source}" is not passed in this graph')
