@@ -63,6 +63,7 @@ def test_block(block: Block, tmp_path: Path) -> None:
     launcher = [sys.executable]
     if block.ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={block.ranks}"]
+        launcher += ["--local-ranks-filter=0"]  # both print
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")}
     environment["OMP_NUM_THREADS"] = "1"
     command = [*launcher, str(script)]
