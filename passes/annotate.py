@@ -23,21 +23,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
 from fxsp import torch_internals
+from fxsp.calls import Capture, ModuleCall
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
 from fxsp.report import PlanRecord
 from fxsp.resolve import ResolvedEntry, resolve_plan
 from fxsp.torch_internals import Opaque
 from fxsp.types import Ranks
-
-if TYPE_CHECKING:  # a layer above: only the shape of its data is used here
-    from fxsp.capture import Capture, ModuleCall
 
 __all__ = ["annotate"]
 
