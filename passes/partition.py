@@ -225,7 +225,8 @@ class _Partitioner:
             return self._cut(node, call, decision, first)
         if isinstance(result, Partial) and call.op in (*SUMS, *MEANS):
             return self._sum(call, arguments)
-        if isinstance(result, Shard) and (call.op in RESHAPES or call.op in EXPANDS):
+        # expand_as, always: its second operand lends a shape, and that may be local.
+        if call.op in EXPANDS or (isinstance(result, Shard) and call.op in RESHAPES):
             op = aten.expand.default if call.op in EXPANDS else aten.reshape.default
             return self.build.call(op, first, self._local_sizes(node, result))
         bound = Call.__new__(Call)
@@ -236,9 +237,10 @@ class _Partitioner:
             new = self.build.call(aten.to.dtype, new, torch.float32)
         return new
 
-    def _local_sizes(self, node: Node, type_: Shard) -> list[int | Node]:
+    def _local_sizes(self, node: Node, type_: Type) -> list[int | Node]:
         sizes = list(shape_of(node))
-        sizes[type_.dim] = type_.local_size(self.ranks.size)
+        if isinstance(type_, Shard):
+            sizes[type_.dim] = type_.local_size(self.ranks.size)
         return self.build.sizes(sizes)
 
     def _cut(self, node: Node, call: Call, decision: Decision, x: Node) -> Node | list[Node]:
