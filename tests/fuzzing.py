@@ -12,6 +12,7 @@ import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import VerificationError
 from fxsp.inspection import format_graph
 from fxsp.passes.base import Program
+from fxsp.passes.functionalize import functionalize
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.simulation import check_replicated, run
 from fxsp.types import Ranks
@@ -27,7 +28,8 @@ def trace(case: Case) -> torch.fx.GraphModule:
         return torch.ops.fxsp.annotate(x, kind, dim, text_len, entry)
 
     with torch.no_grad():
-        return make_fx(case.function(annotate), pre_dispatch=True, tracing_mode="fake")(*case.values())
+        gm = make_fx(case.function(annotate), pre_dispatch=True, tracing_mode="fake")(*case.values())
+    return functionalize(gm)
 
 
 def partition(case: Case, *, training: bool = False) -> Program:
