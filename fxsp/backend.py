@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from fxsp import torch_internals
 from fxsp.capture import Capture, capture, install
+from fxsp.checks import check_inputs, verify_outputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
 from fxsp.inner import compile_inner
@@ -98,7 +99,13 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callab
         _remove_annotations(gm)
         return _finish(gm, inputs, options, report, training)
     _say_gathers(report)
-    return _finish(program.gm, inputs, options, report, training, normalized=True)
+    names = [node.target for node in program.gm.graph.find_nodes(op="placeholder")]
+    run = _finish(program.gm, inputs, options, report, training, normalized=True)
+    if options.verify:
+        run = verify_outputs(run, gm.forward)
+    if options.check_inputs:
+        run = check_inputs(run, names, ranks, options.mesh.get_group() if options.mesh is not None else options.group)
+    return run
 
 
 def _partition(

@@ -6,6 +6,7 @@ __all__ = [
     "FxspError",
     "FxspWarning",
     "ImplicitGatherWarning",
+    "InputMismatchError",
     "OptionError",
     "PlanError",
     "StrictError",
@@ -29,6 +30,10 @@ class OptionError(FxspError, ValueError):
 
 class UnsupportedError(FxspError, NotImplementedError):
     """The program contains something that cannot be partitioned without changing its meaning."""
+
+
+class InputMismatchError(FxspError):
+    """``check_inputs=True`` and an input differs between ranks."""
 
 
 class StrictError(FxspError):

@@ -1,0 +1,105 @@
+"""Checks at run time that a user may ask for: are the inputs equal on all ranks, are the results those of one device?
+
+``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (parameters at the first call): two
+64-bit sums per tensor and one small all-gather.  ``options={"verify": True}`` runs the graph whole at the first call and
+compares the outputs.  Both synchronize with the host; neither is on by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fxsp.errors import InputMismatchError, VerificationError
+from fxsp.types import Ranks
+
+__all__ = ["check_inputs", "fingerprint", "relative_error", "verify_outputs"]
+
+#: Largest relative error (in the 2-norm) that :func:`verify_outputs` accepts, by dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def fingerprint(value: Any) -> list[int]:
+    """Two 64-bit numbers that differ, almost certainly, when dtype, shape or any bit of ``value`` differs."""
+    if not isinstance(value, Tensor):
+        return [_stable((value,)), 0]
+    shape = _stable((str(value.dtype), *value.shape))
+    flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    pad = -flat.numel() % 8
+    words = torch.nn.functional.pad(flat, (0, pad)).view(torch.int64)
+    weights = torch.arange(1, words.numel() + 1, device=words.device)
+    return [shape ^ (int(words.sum()) % 2**62), int((words * weights).sum())]
+
+
+def _stable(parts: tuple[Any, ...]) -> int:
+    """A hash that is the same in every process."""
+    result = 1469598103934665603
+    for byte in repr(parts).encode():
+        result = ((result ^ byte) * 1099511628211) % 2**62
+    return result
+
+
+def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, group: Any) -> Callable[..., Any]:
+    """``run``, but raising :class:`InputMismatchError` on every rank if an input differs between ranks."""
+    first = True
+
+    def checked(*args: Any) -> Any:
+        nonlocal first
+        picked = [(n, a) for n, a in zip(names, args, strict=True) if first or not isinstance(a, torch.nn.Parameter)]
+        first = False
+        mine = torch.tensor([fingerprint(a) for _, a in picked], dtype=torch.int64)
+        device = next((a.device for _, a in picked if isinstance(a, Tensor)), torch.device("cpu"))
+        everyone = [torch.empty_like(mine, device=device) for _ in range(ranks.size)]
+        dist.all_gather(everyone, mine.to(device), group=group)
+        for row, (name, value) in enumerate(picked):
+            others = [r for r in range(ranks.size) if not torch.equal(everyone[r][row], everyone[0][row])]
+            if others:
+                shape = list(value.shape) if isinstance(value, Tensor) else value
+                raise InputMismatchError(
+                    f"input {name} ({shape} on rank {ranks.rank}) differs between rank 0 and ranks {others}. Every rank "
+                    "must call the model with the same inputs: seed random inputs alike, or broadcast them."
+                )
+        return run(*args)
+
+    return checked
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """``|found - expected| / |expected|`` in the 2-norm, in float64 (0 if both are zero)."""
+    if found.dtype in (torch.bool, torch.int64, torch.int32):
+        return float((found != expected).any())
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    difference = (found.detach().to(wide) - expected.detach().to(wide)).norm().item()
+    scale = expected.detach().to(wide).norm().item()
+    return difference / scale if scale else difference
+
+
+def verify_outputs(run: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, but its first call also runs ``whole`` and raises :class:`VerificationError` if an output differs."""
+    done = False
+
+    def verified(*args: Any) -> Any:
+        nonlocal done
+        if done:
+            return run(*args)
+        done = True
+        with torch.no_grad():
+            copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+            expected = [x for x in tree_leaves(whole(*copies)) if isinstance(x, Tensor)]
+        result = run(*args)
+        found = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            error = relative_error(a, b)
+            if not error <= TOLERANCE.get(b.dtype, 0.0):
+                raise VerificationError(
+                    f"verify: output {i} ({b.dtype}, {list(b.shape)}) differs from the graph on one device by {error:.1e} "
+                    f"(relative); at most {TOLERANCE.get(b.dtype, 0.0):.0e} is accepted"
+                )
+        return result
+
+    return verified
