@@ -121,8 +121,11 @@ def _tracer() -> Any:
     return mode.tracer
 
 
-def record_call(target: Any, args: Any, kwargs: Any, result: Any, *, op: str = "call_function", name: str) -> Any:
-    """Write a node of value ``result`` (fakes) into the graph being traced.  Modules among the arguments come along."""
+def record_call(target: Any, args: Any, kwargs: Any, result: Any, *, name: str) -> torch.fx.Node:
+    """Write a node of value ``result`` (fakes) into the graph being traced, and return it.
+
+    Modules among the arguments come along as attributes.
+    """
     from torch.fx.experimental.proxy_tensor import track_tensor_tree
 
     tracer = _tracer()
@@ -133,12 +136,15 @@ def record_call(target: Any, args: Any, kwargs: Any, result: Any, *, op: str = "
         return tracer.unwrap_proxy(value)
 
     args, kwargs = torch.utils._pytree.tree_map(proxy_of, (args, kwargs))
-    if op == "call_module":
-        target = add_module(tracer.root, name, target)
-    proxy = tracer.create_proxy(op, target, args, kwargs, name=name)
+    proxy = tracer.create_proxy("call_function", target, args, kwargs, name=name)
     if isinstance(result, (torch.Tensor, torch.SymInt, tuple, list)):
         track_tensor_tree(result, proxy, constant=None, tracer=tracer)
-    return result
+    return proxy.node
+
+
+def wrap_operator() -> Any:
+    """The higher-order operator that calls its first argument with the others."""
+    return torch.ops.higher_order.wrap
 
 
 def record_constant(name: str, value: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -195,9 +201,29 @@ def checkpoint_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(TagActivationCheckpoint.divide_kwargs(kwargs)[1])
 
 
-def is_selective_checkpoint(body: torch.fx.GraphModule) -> bool:
-    """Whether a checkpoint body has its own policy for what to save."""
-    return "_checkpoint_context_fn" in body.meta
+def checkpoint_policy(body: torch.fx.GraphModule) -> Callable[..., Any] | None:
+    """The policy of a selective checkpoint: ``(result, op, *args, **kwargs)`` to the tag if it saves, else None.
+
+    None for a plain checkpoint, which saves nothing.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+
+    contexts = body.meta.get("_checkpoint_context_fn")
+    ask = getattr(contexts()[0], "policy_fn", None) if contexts is not None else None
+    if ask is None:
+        return None
+
+    def policy(result: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            context = SelectiveCheckpointContext(is_recompute=False, op_output=result)
+        except TypeError:  # torch < 2.12
+            context = SelectiveCheckpointContext(is_recompute=False)
+        answer = ask(context, op, *args, **kwargs)
+        if isinstance(answer, bool):
+            return CheckpointPolicy.MUST_SAVE if answer else None
+        return answer if answer in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE) else None
+
+    return policy
 
 
 def checkpoint_tags(graph_id: int) -> dict[str, Any]:

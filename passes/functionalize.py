@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.inplace import NEW_VIEW, functional_value, written_arguments
-from fxsp.passes.retrace import describe
+from fxsp.passes.retrace import describe, is_annotation
 from fxsp.passes.views import View, Writer, cover, view_of
 
 __all__ = ["functionalize"]
@@ -79,7 +79,7 @@ class _Tensor:
 
 def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """``gm`` (as *normalize* returns it) without in-place operators; the graph is changed in place."""
-    keys = {node: _keys(node) for node in gm.graph.nodes}
+    keys = _all_keys(gm.graph)
     written = {key for node in gm.graph.nodes for a in written_arguments(node) for key in keys[a]}
     if written:
         _Functionalizer(gm, keys, written).run()
@@ -92,6 +92,18 @@ def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def _keys(node: Node) -> set[int]:
     tensors = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
     return {torch_internals.storage_key(v) for v in tensors if v.layout == torch.strided}
+
+
+def _all_keys(graph: torch.fx.Graph) -> dict[Node, set[int]]:
+    """The storages of each node's value.  An annotation is a copy as an operator, but it stands for its argument."""
+    stands_for: dict[int, int] = {}
+    keys: dict[Node, set[int]] = {}
+    for node in graph.nodes:
+        if is_annotation(node.target):
+            (whole,) = keys[node.args[0]]
+            stands_for.update(dict.fromkeys(_keys(node), whole))
+        keys[node] = {stands_for.get(key, key) for key in _keys(node)}
+    return keys
 
 
 class _Functionalizer:

@@ -4,7 +4,7 @@ A custom ``autograd.Function``, control flow, a vmap: traced through, they would
 the backward of a custom function).  They stay one node, ``meta["island"]`` says why, and they run whole on every rank.
 
 Higher-order operators are one node already.  A functorch transform is a stretch of nodes between a call that opens a
-level and the call that closes it; :func:`enclose_functorch` makes each stretch one ``call_module`` node.
+level and the call that closes it; :func:`enclose_functorch` makes each stretch one call.
 
 Input::
 
@@ -16,25 +16,38 @@ Input::
 
 Output::
 
-    %d = call_module[target=functorch](args = (%x,))
+    %functorch = get_attr[target=functorch]
+    %wrap = call_function[target=torch.ops.higher_order.wrap](args = (%functorch, %x))
+    %d = call_function[target=operator.getitem](args = (%wrap, 0))
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from fxsp import torch_internals
 
-__all__ = ["INLINED", "enclose_functorch"]
+__all__ = ["INLINED", "enclose_functorch", "is_functorch_island"]
 
 #: Higher-order operators that only wrap a body, by name: the body is traced in their place.
 INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph"})
 
 
+#: How the body of an enclosed functorch transform is known.
+_CLASS_NAME = "FunctorchTransform"
+
+
+def is_functorch_island(args: Sequence[Any]) -> bool:
+    """Whether these are the arguments of a call that :func:`enclose_functorch` made."""
+    return bool(args) and type(args[0]).__name__ == _CLASS_NAME
+
+
 def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """``gm`` itself if no functorch transform is in it, else a copy with each outermost one as a module call."""
+    """``gm`` itself if no functorch transform is in it, else a copy with each outermost one as a call."""
     if not any(torch_internals.functorch_depth_change(n.target) for n in gm.graph.nodes if n.op == "call_function"):
         return gm
     copy = torch.fx.GraphModule(gm, torch.fx.Graph())
@@ -80,11 +93,13 @@ def _enclose(gm: torch.fx.GraphModule, stretch: list[torch.fx.Node]) -> None:
         new[node] = body.node_copy(node, new.__getitem__)
     body.output(tuple(new[n] for n in results))
 
-    name = torch_internals.add_module(gm, "functorch", torch.fx.GraphModule(gm, body))
+    module = torch.fx.GraphModule(gm, body, class_name=_CLASS_NAME)
+    name = torch_internals.add_module(gm, "functorch", module)
     with gm.graph.inserting_after(stretch[-1]):
-        call = gm.graph.call_module(name, tuple(inputs))
+        body_node = gm.graph.get_attr(name)
+    with gm.graph.inserting_after(body_node):
+        call = gm.graph.call_function(torch_internals.wrap_operator(), (body_node, *inputs))
     call.meta.update({k: v for k, v in stretch[-1].meta.items() if k != "example_value"})
-    call.meta["island"] = "functorch transform"
     previous = call
     for index, node in enumerate(results):
         with gm.graph.inserting_after(previous):

@@ -25,7 +25,7 @@ In-place operators are still there: *functionalize* takes them away.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
         after.meta["val"] = value
     torch_internals.carry_dynamo_facts(gm, new)
     new.recompile()
-    _compare(gm, inputs, outputs)
+    _compare(gm, inputs, outputs, tracer.storage_of)
     return new
 
 
@@ -106,7 +106,9 @@ def _fresh(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
-def _compare(gm: torch.fx.GraphModule, inputs: list[Any], outputs: list[Any]) -> None:
+def _compare(
+    gm: torch.fx.GraphModule, inputs: list[Any], outputs: list[Any], storage_of: Callable[[torch.Tensor], int]
+) -> None:
     """Outputs must have the facts that Dynamo recorded; values of the two fake modes never meet."""
     nodes = tree_leaves(gm.graph.output_node().args[0])
     expected = [n.meta.get("example_value", n.meta.get("val")) if isinstance(n, torch.fx.Node) else n for n in nodes]
@@ -120,7 +122,7 @@ def _compare(gm: torch.fx.GraphModule, inputs: list[Any], outputs: list[Any]) ->
                     f"traced to ATen operators its {fact} is {b}, but Dynamo recorded {a}"
                 )
     before = [p.meta.get("example_value", p.meta.get("val")) for p in gm.graph.find_nodes(op="placeholder")]
-    want_alias, found_alias = _aliases(before, expected), _aliases(inputs, outputs)
+    want_alias, found_alias = _aliases(before, expected), _aliases(inputs, outputs, storage_of)
     for index, (a, b) in enumerate(zip(want_alias, found_alias, strict=True)):
         if a != b and None not in (expected[index], outputs[index]):
             raise UnsupportedError(
@@ -153,16 +155,20 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _aliases(inputs: list[Any], outputs: list[Any]) -> list[str]:
+def _aliases(
+    inputs: list[Any],
+    outputs: list[Any],
+    storage_of: Callable[[torch.Tensor], int] = torch_internals.storage_key,
+) -> list[str]:
     """For each output the first input or earlier output with the same storage, ``""`` for none."""
     owners: dict[int, str] = {}
     for index, value in enumerate(inputs):
         if isinstance(value, torch.Tensor):
-            owners.setdefault(torch_internals.storage_key(value), f"input {index}")
+            owners.setdefault(storage_of(value), f"input {index}")
     found = []
     for index, value in enumerate(outputs):
         if isinstance(value, torch.Tensor):
-            key = torch_internals.storage_key(value)
+            key = storage_of(value)
             found.append(owners.get(key, ""))
             owners.setdefault(key, f"output {index}")
         else:

@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState
-from fxsp.passes.islands import INLINED
+from fxsp.passes.checkpoint import tag_checkpoint
+from fxsp.passes.islands import INLINED, is_functorch_island
 from fxsp.source import module_path, node_source
 
-__all__ = ["Retracer", "describe"]
+__all__ = ["Retracer", "describe", "is_annotation"]
 
 
 def describe(node: torch.fx.Node | None) -> str:
@@ -41,6 +42,11 @@ def describe(node: torch.fx.Node | None) -> str:
     return f"{target}{f' in {where}' if where else ''}{f' ({line})' if line else ''}"
 
 
+def is_annotation(target: Any) -> bool:
+    """Whether a node's target is ``fxsp.annotate``: an identity, the plan's marker."""
+    return torch_internals.is_operator(target) and torch_internals.schema(target).name == "fxsp::annotate"
+
+
 class _State:
     """What the interpreter of a graph shares with those of the bodies in it."""
 
@@ -50,6 +56,9 @@ class _State:
         #: Grad mode at this point of Dynamo's graph; the trace itself runs in the mode it began in.
         self.grad = self.ambient_grad = torch.is_grad_enabled()
         self.constants: dict[int, torch.Tensor] = {}
+        #: An annotation stands for its argument: storage of its result -> storage of the argument.
+        self.stands_for: dict[int, int] = {}
+        self.alive: list[Any] = []
         #: Numbers that increase in program order: the partitioner compares them.
         self.checkpoints = itertools.count(1)
 
@@ -121,19 +130,24 @@ class Retracer(torch.fx.Interpreter):
             return self.state.autocast.leave(*args)
         if torch_internals.is_higher_order(target):
             name = target.name()
+            if is_functorch_island(args):
+                return self._island(target, args, kwargs, "functorch transform", "functorch")
             if name in INLINED:
                 return self._inline(name, args, kwargs)
             return self._island(target, args, kwargs, f"higher-order operator {name}", name)
-        return self._run(super().call_function, target, args, kwargs)
+        result = self._run(super().call_function, target, args, kwargs)
+        if is_annotation(target):
+            self.state.stands_for[torch_internals.storage_key(result)] = self.storage_of(args[0])
+            self.state.alive.append(result)
+        return result
+
+    def storage_of(self, value: torch.Tensor) -> int:
+        """A key of a value's storage; annotations have that of their argument."""
+        key = torch_internals.storage_key(value)
+        return self.state.stands_for.get(key, key)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._run(super().call_method, target, args, kwargs)
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        reason = self._node.meta.get("island") if self._node else None
-        if reason is None:
-            return self._run(super().call_module, target, args, kwargs)
-        return self._island(self.fetch_attr(target), args, kwargs, reason, target, op="call_module")
 
     def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
         """Run one operation, in grad mode as the graph has it."""
@@ -143,7 +157,8 @@ class Retracer(torch.fx.Interpreter):
         args, kwargs, check = self._leave_grad(args, kwargs)
         result = call(target, args, kwargs)
         check()
-        _mark_after(last, {"no_grad": True})
+        for written in _after(last):
+            written.meta["no_grad"] = True
         return result
 
     def _leave_grad(self, args: Any, kwargs: Any) -> tuple[Any, Any, Callable[[], None]]:
@@ -164,34 +179,36 @@ class Retracer(torch.fx.Interpreter):
 
     def _inline(self, name: str, args: Any, kwargs: Any) -> Any:
         body, *inputs = args
+        number = None
         if name == "invoke_subgraph":
             inputs = inputs[1:]  # the first is an identifier
         if name == "tag_activation_checkpoint":
-            tags = torch_internals.checkpoint_tags(next(self.state.checkpoints))
-            for node in body.graph.nodes:
-                if node.op in ("call_function", "call_method", "call_module"):
-                    node.meta.update(tags)
+            number = next(self.state.checkpoints)
             kwargs = torch_internals.checkpoint_arguments(kwargs)
         if kwargs:
             raise UnsupportedError(f"{describe(self._node)} has keyword arguments: {', '.join(kwargs)}")
-        return Retracer(body, self.state.mode, self.state.autocast, _state=self.state).run(*inputs)
-
-    def _island(self, target: Any, args: Any, kwargs: Any, reason: str, name: str, *, op: str = "call_function") -> Any:
         last = _last()
-        marks: dict[str, Any] = {"island": reason}
+        result = Retracer(body, self.state.mode, self.state.autocast, _state=self.state).run(*inputs)
+        if number is not None:
+            tag_checkpoint(body, _after(last), number)
+        return result
+
+    def _island(self, target: Any, args: Any, kwargs: Any, reason: str, name: str) -> Any:
+        check = None
         if self.state.no_grad:
-            args, kwargs, _ = self._leave_grad(args, kwargs)
-            marks["no_grad"] = True
+            args, kwargs, check = self._leave_grad(args, kwargs)
         if states := self.state.autocast.active():
-            target, op = _InAutocast(target, states), "call_module"
+            args, target = (_InAutocast(target, states), *args), torch_internals.wrap_operator()
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         versions = [torch_internals.version(x) for x in inputs]
         with torch_internals.untraced():
             result = target(*args, **kwargs)
         if versions != [torch_internals.version(x) for x in inputs]:
             raise UnsupportedError(f"{describe(self._node)} ({reason}) writes to its arguments")
-        torch_internals.record_call(target, args, kwargs, result, op=op, name=name)
-        _mark_after(last, marks)
+        node = torch_internals.record_call(target, args, kwargs, result, name=name)
+        node.meta["island"] = reason
+        if check is not None:
+            node.meta["no_grad"] = True
         return result
 
 
@@ -200,9 +217,6 @@ def _last() -> torch.fx.Node | None:
     return next(iter(reversed(torch_internals.traced_graph().nodes)), None)
 
 
-def _mark_after(last: torch.fx.Node | None, marks: dict[str, Any]) -> None:
-    """Put ``marks`` into the metadata of all nodes written after ``last``."""
-    for node in reversed(torch_internals.traced_graph().nodes):
-        if node is last:
-            return
-        node.meta.update(marks)
+def _after(last: torch.fx.Node | None) -> list[torch.fx.Node]:
+    """The nodes written after ``last``, the latest first."""
+    return list(itertools.takewhile(lambda n: n is not last, reversed(torch_internals.traced_graph().nodes)))

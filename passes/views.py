@@ -19,6 +19,7 @@ import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
+from fxsp.passes.retrace import is_annotation
 
 __all__ = ["Piece", "View", "Writer", "arguments", "cover", "view_of"]
 
@@ -116,7 +117,7 @@ def arguments(node: Node) -> dict[str, Any]:
 def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
     """The view that ``node``, or its result ``index``, makes of ``whole``; None for an unknown one."""
     name = torch_internals.schema(node.target).name
-    if name == "fxsp::annotate":
+    if is_annotation(node.target):
         return View(_again(node, whole), _value, complete=True)
     make = _VIEWS.get(name.removeprefix("aten::").removesuffix("_"))
     view = make(node, whole, arguments(node), index) if make is not None and name.startswith("aten::") else None
