@@ -43,12 +43,23 @@ def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
         rows = _ceil(n, size)
         part = x.narrow(0, start, n)
         pads = size * rows - n
-        if not (isinstance(pads, int) and pads == 0):
+        if not isinstance(pads, int):
+            part = _padded_by_index(part, n, size * rows, zero_pads)
+        elif pads:
             pad = torch.zeros_like(part.narrow(0, 0, 1)) if zero_pads else part.narrow(0, n - 1, 1)
             part = torch.cat([part, pad.expand(pads, *x.shape[1:])])
         parts.append(part.reshape(size, rows, *x.shape[1:]))
         start = start + n
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _padded_by_index(x: Tensor, length: Any, padded: Any, zero_pads: bool) -> Tensor:
+    """``x`` with pads up to a symbolic length: no tensor has the number of pads as its size, so none is guarded on."""
+    rows = torch.arange(padded, device=x.device)
+    result = x.index_select(0, rows.clamp(max=length - 1))
+    if not zero_pads:
+        return result
+    return torch.where((rows < length).view(-1, *(1 for _ in x.shape[1:])), result, 0)
 
 
 def unpack_eager(x: Tensor, lengths: list[int], size: int) -> Tensor:
