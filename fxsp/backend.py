@@ -7,7 +7,7 @@ unsupported construct is an error before anything ran.
 
 from __future__ import annotations
 
-import logging
+import sys
 import threading
 import time
 import warnings
@@ -35,8 +35,6 @@ from fxsp.report import Report
 from fxsp.types import Ranks
 
 __all__ = ["reports", "sp"]
-
-log = logging.getLogger("fxsp")
 
 _reports: list[Report] = []
 _lock = threading.Lock()
@@ -185,7 +183,7 @@ class _Printer:
     def text(self, stage: str, gm: GraphModule, report: Report) -> None:
         if stage in self.watch:
             report.stages[stage] = format_graph(gm, self.ranks)
-            print(f"# fxsp: {stage}\n{report.stages[stage]}", flush=True)
+            sys.stdout.write(f"# fxsp: {stage}\n{report.stages[stage]}\n")
 
     def program(self, stage: str, program: Program) -> None:
         if stage in ("local", "partitioned"):

@@ -1,8 +1,8 @@
 """Checks at run time that a user may ask for: are the inputs equal on all ranks, are the results those of one device?
 
-``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (parameters at the first call): two
-64-bit sums per tensor and one small all-gather.  ``options={"verify": True}`` runs the graph whole at the first call and
-compares the outputs.  Both synchronize with the host; neither is on by default.
+``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (parameters at the first call):
+two 64-bit sums per tensor and one small all-gather.  ``options={"verify": True}`` runs the graph whole at the first
+call and compares the outputs.  Both synchronize with the host; neither is on by default.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, gr
 
     def checked(*args: Any) -> Any:
         nonlocal first
-        picked = [(n, a) for n, a in zip(names, args, strict=True) if first or not isinstance(a, torch.nn.Parameter)]
+        named = zip(names, args, strict=True)
+        picked = [(n, a) for n, a in named if first or not isinstance(a, torch.nn.Parameter)]
         first = False
         mine = torch.tensor([fingerprint(a) for _, a in picked], dtype=torch.int64)
         device = next((a.device for _, a in picked if isinstance(a, Tensor)), torch.device("cpu"))
@@ -61,8 +62,8 @@ def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, gr
             if others:
                 shape = list(value.shape) if isinstance(value, Tensor) else value
                 raise InputMismatchError(
-                    f"input {name} ({shape} on rank {ranks.rank}) differs between rank 0 and ranks {others}. Every rank "
-                    "must call the model with the same inputs: seed random inputs alike, or broadcast them."
+                    f"input {name} ({shape} on rank {ranks.rank}) differs between rank 0 and ranks {others}. Every "
+                    "rank must call the model with the same inputs: seed random inputs alike, or broadcast them."
                 )
         return run(*args)
 
@@ -94,11 +95,11 @@ def verify_outputs(run: Callable[..., Any], whole: Callable[..., Any]) -> Callab
         result = run(*args)
         found = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-            error = relative_error(a, b)
-            if not error <= TOLERANCE.get(b.dtype, 0.0):
+            error, accepted = relative_error(a, b), TOLERANCE.get(b.dtype, 0.0)
+            if not error <= accepted:
                 raise VerificationError(
-                    f"verify: output {i} ({b.dtype}, {list(b.shape)}) differs from the graph on one device by {error:.1e} "
-                    f"(relative); at most {TOLERANCE.get(b.dtype, 0.0):.0e} is accepted"
+                    f"verify: output {i} ({b.dtype}, {list(b.shape)}) differs from the graph on one device by "
+                    f"{error:.1e} (relative); at most {accepted:.0e} is accepted"
                 )
         return result
 

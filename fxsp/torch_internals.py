@@ -109,7 +109,8 @@ def retrace(
 
 def traced_graph() -> torch.fx.Graph:
     """The graph that the enclosing :func:`retrace` is writing."""
-    return _tracer().graph
+    graph: torch.fx.Graph = _tracer().graph
+    return graph
 
 
 def _tracer() -> Any:
@@ -139,7 +140,8 @@ def record_call(target: Any, args: Any, kwargs: Any, result: Any, *, name: str) 
     proxy = tracer.create_proxy("call_function", target, args, kwargs, name=name)
     if isinstance(result, (torch.Tensor, torch.SymInt, tuple, list)):
         track_tensor_tree(result, proxy, constant=None, tracer=tracer)
-    return proxy.node
+    node: torch.fx.Node = proxy.node
+    return node
 
 
 def wrap_operator() -> Any:
@@ -238,6 +240,26 @@ def is_set_grad(target: Any) -> bool:
     return target is torch._C._set_grad_enabled
 
 
+def is_enter_inference_mode(target: Any) -> bool:
+    """Whether a node's target opens an inference-mode region (its argument says whether it is one)."""
+    return target is torch.autograd.grad_mode._enter_inference_mode
+
+
+def is_exit_inference_mode(target: Any) -> bool:
+    """Whether a node's target closes an inference-mode region (its argument is the node that opened it)."""
+    return target is torch.autograd.grad_mode._exit_inference_mode
+
+
+def is_data_attribute(target: Any) -> bool:
+    """Whether a node's target reads ``tensor.data``."""
+    return target is getattr(torch._C._autograd, "_get_data_attr", None)
+
+
+def is_attention_preference(target: Any) -> bool:
+    """Whether a node's target says which kernels ``scaled_dot_product_attention`` may use from here on."""
+    return target is getattr(torch.nn.attention, "_sdpa_kernel", None)
+
+
 def is_enter_autocast(target: Any) -> bool:
     """Whether a node's target opens an autocast region."""
     return target is torch.amp.autocast_mode._enter_autocast
@@ -306,7 +328,7 @@ def autocast_key(device: str) -> Any:
 
 def has_kernel(op: Any, key: Any) -> bool:
     """Whether an operator has a kernel of its own at a dispatch key."""
-    return op.has_kernel_for_dispatch_key(key)
+    return bool(op.has_kernel_for_dispatch_key(key))
 
 
 def call_at(op: Any, key: Any, args: Any, kwargs: Any) -> Any:
@@ -316,19 +338,19 @@ def call_at(op: Any, key: Any, args: Any, kwargs: Any) -> Any:
 
 def overload_name(op: Any) -> str:
     """``"Tensor"`` for ``aten.add.Tensor``."""
-    return op._overloadname
+    return str(op._overloadname)
 
 
 def is_composite(op: Any) -> bool:
     """Whether an operator is defined by other operators at all times."""
-    return op._can_decompose()
+    return bool(op._can_decompose())
 
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for two tensors if and only if they share storage (while both live)."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    return StorageWeakRef(tensor.untyped_storage()).cdata
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)
 
 
 def remembers_item(tensor: torch.Tensor) -> bool:
@@ -338,10 +360,15 @@ def remembers_item(tensor: torch.Tensor) -> bool:
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes, either of them symbolic, are equal: as expressions, else for the sizes seen; adds no guard."""
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
     a, b = (size.node if isinstance(size, torch.SymInt) else size for size in (a, b))
     x, y = (size if isinstance(size, int) else size.expr for size in (a, b))
     if x == y:
         return True
+    if all(isinstance(size, sympy.Expr) and free_unbacked_symbols(size) for size in (x, y)):
+        return True  # each trace has symbols of its own for sizes that depend on data
     hints = [size if isinstance(size, int) else (size.hint if size.has_hint() else None) for size in (a, b)]
     return None not in hints and hints[0] == hints[1]
 
@@ -561,7 +588,8 @@ def finish_value(value: Any, tracer: Any) -> Any:
 def _node_in(proxy: torch.fx.Proxy, tracer: Any) -> torch.fx.Node | Opaque:
     """A value of an outer graph is an input of the body of a higher-order operator: that input's node."""
     if proxy.node.graph is tracer.graph:
-        return proxy.node
+        node: torch.fx.Node = proxy.node
+    return node
     lifted = tracer.lifted_freevars.get(proxy)
     if lifted is None and isinstance(number := proxy.node.meta.get("example_value"), torch.SymInt):
         lifted = tracer.bound_symbols.get(number.node.expr)

@@ -1,12 +1,12 @@
 """The order of tokens around an all-to-all: ``pack`` into blocks by rank, ``unpack`` into global order.
 
-``unpack(x, lengths)``: ``x [P, L, ...]`` holds block ``r`` of every segment at ``x[r]``; the result ``[S, ...]`` has the
-segments one after the other in global order, without pads.  ``pack(x, lengths, P)`` is the way back; its pad rows are
-copies of the segment's last row.  The adjoint of ``unpack`` is ``pack`` with zero pads, that of ``pack`` drops pads:
-both only move rows, and no gradient is ever index-added.
+``unpack(x, lengths, P)``: ``x [P, L, ...]`` holds block ``r`` of every segment at ``x[r]``; the result ``[S, ...]`` has
+the segments one after the other in global order, without pads.  ``pack(x, lengths, P)`` is the way back; its pad rows
+are copies of the segment's last row.  The adjoint of ``unpack`` is ``pack`` with zero pads, that of ``pack`` drops
+pads: both only move rows, and no gradient is ever index-added.
 
-Each has two spellings of one meaning: plain tensor operations, which *emit* writes into a compiled graph (Inductor fuses
-them into one pass), and an eager one that writes every row once.
+Each has two spellings of one meaning: plain tensor operations, which *emit* writes into a compiled graph (Inductor
+fuses them into one pass), and an eager one that writes every row once.
 """
 
 from __future__ import annotations

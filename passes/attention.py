@@ -53,7 +53,7 @@ def distributed_attention(*args: object, **kwargs: object) -> object:
 
 @rule([SDPA])
 def sdpa(call: Call) -> OpRule | None:
-    """Batch and query rows pass: ``([b0, h, m, d], [b0, h, n, d], [b0, h, n, e]) -> ([b0, h, m, e]) whole={d, e, n}``."""
+    """Batch and query rows pass: ``([b, h, m, d], [b, h, n, d], [b, h, n, e]) -> ([b, h, m, e]) whole={d, e, n}``."""
     q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
     (out,) = call.result_shapes()
     lead = out[:-2]
@@ -107,9 +107,7 @@ def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: i
     gather_bytes = (size - 1) * kv_bytes
     legal = _ulysses_refusal(q, k, size)
     if legal:
-        return decision(
-            AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", legal),)), rows
-        )
+        return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", legal),)), rows)
     q_bytes = product((*q[:-2], q_type.sequence.local_length(size), q[-1] + v[-1], itemsize))
     ulysses_bytes = (q_bytes + kv_bytes) * (size - 1) / size
     ulysses_bytes = ulysses_bytes if not isinstance(ulysses_bytes, float) else round(ulysses_bytes)
@@ -121,9 +119,7 @@ def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: i
     if len(mask_shape) >= 3 and not same_length(mask_shape[-3], 1):
         heads = Shard(len(mask_shape) - 3, Sequence.of(mask_shape[-3]), origin="the mask of a rank's own heads")
     other = f"sends {gather_bytes} bytes per rank, ulysses {ulysses_bytes}"
-    return decision(
-        AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, (("gather_kv", other),)), heads
-    )
+    return decision(AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, (("gather_kv", other),)), heads)
 
 
 def _ulysses_refusal(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> str:

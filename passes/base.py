@@ -56,6 +56,7 @@ class Program:
 class Pass(Protocol):
     """``apply(program) -> program``; see the module's docstring for the contract."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def apply(self, program: Program) -> Program: ...

@@ -96,7 +96,7 @@ class Builder:
         return self.call(op.default, x, dim, *self._sequence(sequence), *self._ranks())
 
     def leave(self, x: Node, length: Length) -> Node:
-        """Rows that are whole on every rank, as a replicated value: the data is the same, the gradient is shared out."""
+        """Rows that are whole on every rank, as a replicated value: the same data, the gradient is shared out."""
         return self.call(_ops.gather.default, x, 0, [self.size(length)], [True], *self._ranks())
 
     def use(self, x: Node) -> Node:

@@ -19,14 +19,15 @@ __all__ = ["tag_checkpoint"]
 
 
 def tag_checkpoint(body: torch.fx.GraphModule, nodes: Iterable[torch.fx.Node], number: int) -> None:
-    """Tag the nodes that were traced for ``body``; ``number`` increases in program order.  Inner checkpoints stay."""
+    """Tag the nodes that were traced for ``body``; ``number`` increases in program order.  Outer checkpoints win."""
     policy = torch_internals.checkpoint_policy(body)
     for node in nodes:
-        if node.op != "call_function" or "ac_graph_id" in node.meta:
+        if node.op != "call_function":
             continue
         node.meta.update(torch_internals.checkpoint_tags(number))
         if policy is not None and torch_internals.is_operator(node.target):
             listener = _Policy(policy)
+            assert callable(node.target)
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             with torch_internals.untraced(), listener:
                 node.target(*args, **kwargs)

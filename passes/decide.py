@@ -118,7 +118,10 @@ def decide(call: Call, rule: OpRule | None, types: list[Type], bytes_of: list[in
     if not any(isinstance(t, Shard) for t in types_read):
         kept = tuple(t if dims is None else Replicate() for t, dims in zip(types, rule.operands, strict=True))
         return Decision(kept, tuple(Replicate() for _ in rule.results))
-    placements = [locate(t, dims, rule.sizes) if isinstance(t, Shard) else None for t, dims in zip(types, rule.operands, strict=True)]
+    placements = [
+        locate(t, dims, rule.sizes) if isinstance(t, Shard) else None
+        for t, dims in zip(types, rule.operands, strict=True)
+    ]
     best: tuple[tuple[int, int], Decision] | None = None
     tried: list[_Placement] = []
     for position, placement in enumerate(placements):
@@ -142,7 +145,9 @@ def decide(call: Call, rule: OpRule | None, types: list[Type], bytes_of: list[in
     return best[1]
 
 
-def _with(placement: _Placement, call: Call, rule: OpRule, types: list[Type], placements: list[_Placement | None]) -> Decision | None:
+def _with(
+    placement: _Placement, call: Call, rule: OpRule, types: list[Type], placements: list[_Placement | None]
+) -> Decision | None:
     factor = placement.factor
     if factor in rule.whole:
         return None
@@ -166,7 +171,9 @@ def _with(placement: _Placement, call: Call, rule: OpRule, types: list[Type], pl
         placed = _place(placement, dims, rule.sizes, origin)
         operands.append(placed if placed is not None else Used(origin=origin))
         if isinstance(type_, Shard) and not type_.same_as(operands[-1]):
-            reason = f"operand {i} is {type_}, but {call.op} runs on {placed or 'a whole operand'} beside the other operands"
+            reason = (
+                f"operand {i} is {type_}, but {call.op} runs on {placed or 'a whole operand'} beside the other operands"
+            )
     holders = [i for i, t in enumerate(operands) if isinstance(t, Shard)]
     # Zero pads in one factor of each product are enough, but a NaN in the other would survive 0 * NaN.
     masked = tuple(holders) if reduces else ()

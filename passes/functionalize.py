@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -41,45 +40,19 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.inplace import NEW_VIEW, functional_value, written_arguments
-from fxsp.passes.retrace import describe, is_annotation
-from fxsp.passes.views import View, Writer, cover, view_of
+from fxsp.passes.retrace import describe
+from fxsp.passes.storages import Storage, Tensor, all_keys, keys_of, same_strides
+from fxsp.passes.views import View, cover, view_of
+from fxsp.passes.writer import Writer
 
 __all__ = ["functionalize"]
 
 aten = torch.ops.aten
 
 
-@dataclass(eq=False)
-class _Storage:
-    """A tensor that owns memory, and what it holds now."""
-
-    root: Node
-    value: Node
-    #: Writes to slices that are not part of ``value`` yet.
-    pending: list[tuple[View, Node]] = field(default_factory=list)
-    version: int = 0
-    #: How many tensors see it.
-    tensors: int = 0
-    #: When it was first written to, among all writes of the graph.
-    first: int = 0
-
-
-@dataclass(eq=False)
-class _Tensor:
-    """What a Python variable refers to: a storage seen through views."""
-
-    storage: _Storage
-    chain: tuple[View, ...]
-    #: A node with its facts (shape, strides), for messages and comparisons.
-    node: Node
-    #: The version of the storage that ``seen`` shows; -1: nothing yet.
-    version: int = -1
-    seen: Node | None = None
-
-
 def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """``gm`` (as *normalize* returns it) without in-place operators; the graph is changed in place."""
-    keys = _all_keys(gm.graph)
+    keys = all_keys(gm.graph)
     written = {key for node in gm.graph.nodes for a in written_arguments(node) for key in keys[a]}
     if written:
         _Functionalizer(gm, keys, written).run()
@@ -87,23 +60,6 @@ def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
         gm.graph.lint()
         gm.recompile()
     return gm
-
-
-def _keys(node: Node) -> set[int]:
-    tensors = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-    return {torch_internals.storage_key(v) for v in tensors if v.layout == torch.strided}
-
-
-def _all_keys(graph: torch.fx.Graph) -> dict[Node, set[int]]:
-    """The storages of each node's value.  An annotation is a copy as an operator, but it stands for its argument."""
-    stands_for: dict[int, int] = {}
-    keys: dict[Node, set[int]] = {}
-    for node in graph.nodes:
-        if is_annotation(node.target):
-            (whole,) = keys[node.args[0]]
-            stands_for.update(dict.fromkeys(_keys(node), whole))
-        keys[node] = {stands_for.get(key, key) for key in _keys(node)}
-    return keys
 
 
 class _Functionalizer:
@@ -120,9 +76,9 @@ class _Functionalizer:
             getattr(p.meta["val"], "requires_grad", False) for p in self.inputs
         )
         #: A node -> the tensor that it stands for, if its storage is written to somewhere.
-        self.tensors: dict[Node, _Tensor] = {}
+        self.tensors: dict[Node, Tensor] = {}
         #: Storage key -> the storage.
-        self.storages: dict[int, _Storage] = {}
+        self.storages: dict[int, Storage] = {}
         #: A node with several results, views of one tensor -> that tensor's node, and the version they show.
         self.several: dict[Node, tuple[Node, int]] = {}
         self.clock = count(1)
@@ -170,7 +126,7 @@ class _Functionalizer:
         tensor = self.tensors.get(node)
         return node if tensor is None else self._look(tensor)
 
-    def _look(self, tensor: _Tensor) -> Node:
+    def _look(self, tensor: Tensor) -> Node:
         """A node that has the present value of a tensor."""
         if tensor.seen is None or tensor.version != tensor.storage.version:
             value = self._settle(tensor.storage)
@@ -179,7 +135,7 @@ class _Functionalizer:
             tensor.seen, tensor.version = value, tensor.storage.version
         return tensor.seen
 
-    def _settle(self, storage: _Storage) -> Node:
+    def _settle(self, storage: Storage) -> Node:
         """The present value of a storage, with all writes done."""
         if storage.pending:
             pieces = [(view.piece, value) for view, value in storage.pending]
@@ -196,7 +152,7 @@ class _Functionalizer:
 
     def _laid_out(self, value: Node, like: Node) -> Node:
         """``value`` with the strides of ``like``, so that what is known of views of it stays true."""
-        if _same_strides(value, like):
+        if same_strides(value, like):
             return value
         strides = like.meta["val"].stride()
         if all(isinstance(stride, int) for stride in strides):
@@ -206,7 +162,7 @@ class _Functionalizer:
             value = self._permuted(value, inverse)
         else:
             value = self.w.call(aten.contiguous.default, value)
-        self.moved |= not _same_strides(value, like)
+        self.moved |= not same_strides(value, like)
         return value
 
     def _permuted(self, value: Node, order: list[int]) -> Node:
@@ -217,8 +173,8 @@ class _Functionalizer:
     def _alias(self, node: Node) -> None:
         """A node that makes, or is a view of, a tensor that is written to somewhere."""
         source, index = node, None
-        if node.target is operator.getitem and isinstance(node.args[0], Node):
-            source, index = node.args
+        if node.target is operator.getitem and isinstance(node.args[0], Node) and isinstance(node.args[1], int):
+            source, index = node.args[0], node.args[1]
         whole, version = self.several.get(source) or (self._whole(source, self.keys[node]), None)
         if whole is None:
             self._new_storage(node)
@@ -231,7 +187,7 @@ class _Functionalizer:
         view = view_of(source, whole, index) if torch_internals.is_operator(source.target) else None
         view = view or _unknown(source)
         chain = self.tensors[whole].chain
-        tensor = _Tensor(storage, chain if view.identity else (*chain, view), node)
+        tensor = Tensor(storage, chain if view.identity else (*chain, view), node)
         self._add(node, tensor)
         if index is None and not storage.pending:
             self._read_arguments(node)
@@ -252,10 +208,10 @@ class _Functionalizer:
         (key,) = self.keys[node]
         if key in self.storages:
             raise UnsupportedError(f"{describe(node)} shares memory that is written to in place, in an unknown way")
-        self.storages[key] = _Storage(node, node)
-        self._add(node, _Tensor(self.storages[key], (), node, 0, node))
+        self.storages[key] = Storage(node, node)
+        self._add(node, Tensor(self.storages[key], (), node, 0, node))
 
-    def _add(self, node: Node, tensor: _Tensor) -> None:
+    def _add(self, node: Node, tensor: Tensor) -> None:
         self.tensors[node] = tensor
         tensor.storage.tensors += 1
 
@@ -282,14 +238,14 @@ class _Functionalizer:
             self._put(tensor, value)
         self.tensors[node] = tensor
 
-    def _detach(self, tensor: _Tensor) -> None:
+    def _detach(self, tensor: Tensor) -> None:
         if tensor.storage.tensors == 1 and not tensor.chain:
             tensor.storage.value = self.w.call(aten.detach.default, self._settle(tensor.storage))
             tensor.seen, tensor.version = tensor.storage.value, tensor.storage.version
         elif self.training:
             raise UnsupportedError(f"{describe(self.w.origin)} detaches, in place, a tensor that has views")
 
-    def _put(self, tensor: _Tensor, value: Node) -> None:
+    def _put(self, tensor: Tensor, value: Node) -> None:
         storage = tensor.storage
         written = value
         storage.first = storage.first or next(self.clock)
@@ -307,10 +263,10 @@ class _Functionalizer:
         else:
             storage.pending.append((tensor.chain[0], value))
         storage.version += 1
-        if tensor.chain and _same_strides(written, tensor.node):
+        if tensor.chain and same_strides(written, tensor.node):
             tensor.seen, tensor.version = written, storage.version
 
-    def _around(self, storage: _Storage, chain: tuple[View, ...]) -> Node:
+    def _around(self, storage: Storage, chain: tuple[View, ...]) -> Node:
         value = self._settle(storage)
         for view in chain:
             value = view.see(self.w, value)
@@ -328,7 +284,7 @@ class _Functionalizer:
         # Values that the epilogue would overwrite before they are used are copied first.
         doomed = {key for s in epilogue for key in self.keys[s.root]}
         finals = [self._settle(s) for s in epilogue]
-        finals = [v if doomed.isdisjoint(_keys(v)) else self.w.call(aten.clone.default, v) for v in finals]
+        finals = [v if doomed.isdisjoint(keys_of(v)) else self.w.call(aten.clone.default, v) for v in finals]
         after = [n for n in results if n in self.tensors and self.tensors[n].storage in epilogue]
         new = self._results([n for n in results if n not in after], results)
         for storage, value in zip(epilogue, finals, strict=True):
@@ -349,7 +305,7 @@ class _Functionalizer:
             if node in self.tensors and any(uses[key] > 1 for key in self.keys[node]):
                 self.tensors[node].seen = None  # look at the storage itself, as the other views of it do
             value = self._read(node)
-            if any(owner.setdefault(key, self.keys[node]) != self.keys[node] for key in _keys(value)):
+            if any(owner.setdefault(key, self.keys[node]) != self.keys[node] for key in keys_of(value)):
                 value = self.w.call(aten.clone.default, value)
             new[node] = value
         return new
@@ -360,7 +316,7 @@ class _Functionalizer:
             if node.op == "call_function" and not written_arguments(node) and "island" not in node.meta:
                 self.w.refresh(node)
         for before, now in new.items():
-            if isinstance(before.meta["val"], torch.Tensor) and not _same_strides(before, now):
+            if isinstance(before.meta["val"], torch.Tensor) and not same_strides(before, now):
                 raise UnsupportedError(f"{describe(before)}: the memory layout of this output cannot be kept")
 
 
@@ -371,12 +327,3 @@ def _unknown(node: Node) -> View:
         )
 
     return View(refuse, refuse)
-
-
-def _same_strides(a: Node, b: Node) -> bool:
-    x, y = a.meta["val"], b.meta["val"]
-    return x.ndim == y.ndim and all(
-        torch_internals.same_size(p, q)
-        for size, p, q in zip(x.shape, x.stride(), y.stride(), strict=True)
-        if not isinstance(size, int) or size > 1
-    )

@@ -12,7 +12,7 @@ from torch.fx import Node
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.retrace import describe
-from fxsp.passes.views import Writer, arguments
+from fxsp.passes.writer import Writer, arguments
 
 __all__ = ["NEW_VIEW", "functional_value", "written_arguments"]
 

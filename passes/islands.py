@@ -51,7 +51,8 @@ def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     if not any(torch_internals.functorch_depth_change(n.target) for n in gm.graph.nodes if n.op == "call_function"):
         return gm
     copy = torch.fx.GraphModule(gm, torch.fx.Graph())
-    copy.graph.output(copy.graph.graph_copy(gm.graph, nodes := {}))
+    nodes: dict[torch.fx.Node, torch.fx.Node] = {}
+    copy.graph.output(copy.graph.graph_copy(gm.graph, nodes))
     for before, after in nodes.items():
         after.meta = dict(before.meta)
     copy.meta.update(gm.meta)

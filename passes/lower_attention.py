@@ -75,7 +75,7 @@ class _Lowering:
         self.device, self.itemsize = value.device, value.element_size()
 
     def lower(self) -> Node:
-        q, k, v = (self.args[n] for n in ("query", "key", "value"))
+        q, k, v = (_node(self.args[n]) for n in ("query", "key", "value"))
         if self.choice.method == "ulysses":
             return self._ulysses(q, k, v)
         if self.choice.keys is not None:
@@ -95,7 +95,7 @@ class _Lowering:
         return self._sdpa(q, k, v, mask, causal)
 
     def _causal_rows(self, k: Node) -> Node:
-        """``key position <= query position`` for this rank's rows, ``[Lq, S]``; the flag means the upper left corner."""
+        """``key position <= query position``, ``[Lq, S]``, for this rank's rows; the flag means the upper left."""
         length = _global(k, -2)
         key = ("causal", str(self.choice.queries), str(length), self.device)
         if key not in self.cache:
@@ -215,7 +215,7 @@ class _Lowering:
             packed = self.build.pack(rows, split)
         # Rows of whole segments travel to every rank with these heads.
         received = self._all_to_all(packed, sequence, heads, width, batch)
-        # [P, L, B, h, D] -> [B, L, P h, D]: the layout that the output projection reads, then heads in front by strides.
+        # [P, L, B, h, D] -> [B, L, P h, D]: as the output projection reads it; then heads in front by strides.
         turned = call(aten.permute.default, received, [2, 1, 0, 3, 4])
         merged = call(aten.flatten.using_ints, turned, 2, 3)
         return call(aten.transpose.int, merged, 1, 2)
@@ -239,12 +239,17 @@ class _Lowering:
         return new
 
 
+def _node(argument: Any) -> Node:
+    assert isinstance(argument, Node)
+    return argument
+
+
 def _global(x: Node, dim: int) -> Length:
     return as_length(x.meta["global_val"].shape[dim])
 
 
 def _heads(x: Node, size: int) -> int:
     heads = _global(x, 1)
-    assert isinstance(heads, int) and heads % size == 0
+    assert isinstance(heads, int)
+    assert heads % size == 0
     return heads // size
-

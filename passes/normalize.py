@@ -64,13 +64,16 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
 
         inputs = _stand_ins(values, mode)
         # The value of a placeholder shares storage with what is traced, but nothing else: that may yet be written to.
-        values = [_fresh(v) if v is not before else v for v, before in zip(inputs, values, strict=True)]
+        values = [_fresh(v) if v is not old else v for v, old in zip(inputs, values, strict=True)]
         new = torch_internals.retrace(run, inputs, mode, ExplicitAutocast())
 
     for before, after, value in zip(placeholders, new.graph.find_nodes(op="placeholder"), values, strict=True):
         after.target = before.target
         torch_internals.rename_node(after, before.name)
         after.meta["val"] = value
+    for node in new.graph.find_nodes(op="get_attr"):
+        if torch_internals.fake_mode_of(getattr(new, str(node.target))) is not None:
+            raise UnsupportedError(f"{describe(node)} is a value of the program that tracing took for a constant")
     torch_internals.carry_dynamo_facts(gm, new)
     new.recompile()
     _compare(gm, inputs, outputs, tracer.storage_of)
@@ -101,9 +104,9 @@ def _stand_in(value: torch.Tensor, owners: Mapping[int, int]) -> torch.Tensor:
     return _fresh(value).clone()
 
 
-def _fresh(value: Any) -> Any:
+def _fresh(value: torch.Tensor) -> torch.Tensor:
     """The same memory, and no history."""
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+    return value.detach().requires_grad_(value.requires_grad)
 
 
 def _compare(
@@ -117,9 +120,9 @@ def _compare(
             continue  # Dynamo recorded nothing
         for fact, a, b in _facts(want, found):
             if not _same(a, b):
+                where = describe(node) if isinstance(node, torch.fx.Node) else repr(node)
                 raise UnsupportedError(
-                    f"output {index}, {describe(node) if isinstance(node, torch.fx.Node) else node!r}: "
-                    f"traced to ATen operators its {fact} is {b}, but Dynamo recorded {a}"
+                    f"output {index}, {where}: traced to ATen operators its {fact} is {b}, but Dynamo recorded {a}"
                 )
     before = [p.meta.get("example_value", p.meta.get("val")) for p in gm.graph.find_nodes(op="placeholder")]
     want_alias, found_alias = _aliases(before, expected), _aliases(inputs, outputs, storage_of)
@@ -134,7 +137,7 @@ def _compare(
 def _facts(want: Any, found: Any) -> list[tuple[str, Any, Any]]:
     if not isinstance(want, torch.Tensor) or not isinstance(found, torch.Tensor):
         kinds = tuple("tensor" if isinstance(v, torch.Tensor) else "number" for v in (want, found))
-        return [("kind", *kinds)]
+        return [("kind", kinds[0], kinds[1])]
     facts = [
         ("dtype", want.dtype, found.dtype),
         ("device", want.device, found.device),

@@ -150,7 +150,8 @@ class _Partitioner:
 
     def _getitem(self, node: Node) -> None:
         producer, index = node.args
-        assert isinstance(producer, Node) and isinstance(index, int)
+        assert isinstance(producer, Node)
+        assert isinstance(index, int)
         made = self.copies[producer]
         new = made[index] if isinstance(made, list) else self.build.call(operator.getitem, made, index)
         self.values[node] = Value(node, [(node.meta["sp"], self._typed(new, node.meta["sp"], node))])
@@ -170,7 +171,7 @@ class _Partitioner:
     def _whole(self, node: Node) -> None:
         """A node that runs on whole operands: the same on every rank."""
         self.reason = f"{node.target} runs on whole operands"
-        new = self.graph.node_copy(node, lambda n: self._argument(n))
+        new = self.graph.node_copy(node, self._argument)
         self._copied(node, new)
 
     def _copied(self, node: Node, new: Node) -> None:
@@ -205,15 +206,13 @@ class _Partitioner:
             operands.setdefault(old, []).append(new)
         mapped = _map_in_order(call.arguments, operands, self.copies)
         results = self._local(node, call, decision, mapped)
-        if isinstance(results, list):
-            self.copies[node] = results
-        elif isinstance(node.meta["val"], (tuple, list)):
+        if isinstance(results, list) or isinstance(node.meta["val"], (tuple, list)):
             self.copies[node] = results
         else:
             self.values[node] = Value(node, [(decision.results[0], self._typed(results, decision.results[0], node))])
 
     def _whole_call(self, node: Node) -> None:
-        self._copied(node, self.graph.node_copy(node, lambda n: self._argument(n)))
+        self._copied(node, self.graph.node_copy(node, self._argument))
 
     def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Node | list[Node]:
         """Write the call for local operands."""
@@ -254,7 +253,9 @@ class _Partitioner:
                 piece = x
             else:
                 start, count = (as_length(sum(part, start=0)) for part in (locals_[:first], locals_[first:last]))
-                piece = self.build.call(aten.narrow.default, x, source.dim, self.build.size(start), self.build.size(count))
+                piece = self.build.call(
+                    aten.narrow.default, x, source.dim, self.build.size(start), self.build.size(count)
+                )
             if isinstance(type_, Replicate) and self.build.training:
                 length = as_length(sum((s.length for s in source.sequence.segments[first:last]), start=0))
                 moved = self.build.call(aten.movedim.int, piece, source.dim, 0)
@@ -281,7 +282,8 @@ class _Partitioner:
         if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
             return x
         exposed, dim, back = self._expose(x, shape, type_)
-        return back(self.build.mask_pads(exposed, dim, type_.sequence))
+        masked: Node = back(self.build.mask_pads(exposed, dim, type_.sequence))
+        return masked
 
     def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Node:
         self.program.report.attentions.append(
@@ -296,8 +298,8 @@ class _Partitioner:
     def _expose(self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False) -> Any:
         """``x`` with the tokens as a dimension of their own: ``(x, dim, back)``, where ``back`` undoes the reshape.
 
-        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask made
-        of it, so its sizes are those of the other side for shard and gather.
+        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask
+        made of it, so its sizes are those of the other side for shard and gather.
         """
         if type_.plain:
             return x, type_.dim, lambda y: y
@@ -324,7 +326,8 @@ class _Partitioner:
             differentiable = self.build.training and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
             if not differentiable:
                 return self.get(value, Replicate(), kind)
-            if value.find(Replicate()) is None and not self._whole_for_free(value):
+            split = any(isinstance(have, Shard) for have, _ in value.forms)
+            if split and value.find(Replicate()) is None and not self._whole_for_free(value):
                 new = self._gather(value, kind, used=True)
             else:
                 new = self.build.use(self.get(value, Replicate(), kind))
@@ -363,7 +366,7 @@ class _Partitioner:
         if value.node.meta.get("sp_free"):
             # Cheap operators on whole inputs: computing them again costs less than any communication.
             old = value.node
-            return self.graph.node_copy(old, lambda n: self._argument(n))
+            return self.graph.node_copy(old, self._argument)
         return self._gather(value, kind, used=False)
 
     def _gather(self, value: Value, kind: str, *, used: bool) -> Node:
@@ -409,7 +412,9 @@ def _is_impure(node: Node) -> bool:
     return node.is_impure() or node.op in ("placeholder", "output")
 
 
-def _map_in_order(arguments: dict[str, Any], operands: dict[Node, list[Node]], scalars: dict[Node, Any]) -> dict[str, Any]:
+def _map_in_order(
+    arguments: dict[str, Any], operands: dict[Node, list[Node]], scalars: dict[Node, Any]
+) -> dict[str, Any]:
     """The arguments with every operand replaced, occurrence by occurrence (one value may be needed in two forms)."""
     queues = {old: list(new) for old, new in operands.items()}
 

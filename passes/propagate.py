@@ -41,6 +41,7 @@ _FACTORIES = {"aten::new_zeros", "aten::new_ones", "aten::new_empty", "aten::new
 
 
 def is_annotate(node: Node) -> bool:
+    """Whether a node is a plan entry waiting to be carried out."""
     return node.op == "call_function" and node.target is torch.ops.fxsp.annotate.default
 
 
@@ -83,7 +84,7 @@ class Propagate:
         elif isinstance(value, torch.Tensor):
             meta["sp"] = Replicate(origin="an input of the graph" if node.op == "placeholder" else "")
             meta["sp_free"] = True
-        elif _holds_tensor(value):
+        elif isinstance(value, (tuple, list)) and _holds_tensor(value):
             meta["sp"] = tuple(Replicate() for v in value if isinstance(v, torch.Tensor))
             meta["sp_free"] = True
 
@@ -114,8 +115,8 @@ def _refuse_writes(call: Call) -> None:
             for target in tensor_nodes(call[argument.name]):
                 if target.op != "placeholder":
                     raise UnsupportedError(
-                        f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}) writes to "
-                        f"{target}, which is no input of the graph: in-place operators must be functionalized first"
+                        f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}) "
+                        f"writes to {target}, no input of the graph: functionalize in-place operators first"
                     )
 
 
@@ -132,7 +133,8 @@ def _holds_tensor(value: Any) -> bool:
 def _tensor_index(node: Node) -> int:
     """Position of this result among the tensor results of its producer."""
     producer, index = node.args
-    assert isinstance(producer, Node) and isinstance(index, int)
+    assert isinstance(producer, Node)
+    assert isinstance(index, int)
     return sum(isinstance(v, torch.Tensor) for v in producer.meta["val"][:index])
 
 
@@ -164,6 +166,8 @@ def _annotated(node: Node, source: Type) -> Type:
         return Shard(dim, Sequence.of(length), origin=str(entry))
     rest = as_length(length - text)
     if isinstance(rest, int) and rest <= 0:
-        raise PlanError(f"{entry}: the text part has {text} tokens, but the tensor has only {length} along dimension {dim}")
+        raise PlanError(
+            f"{entry}: the text part has {text} tokens, but the tensor has only {length} along dimension {dim}"
+        )
     segments = (Segment(text, False), Segment(rest)) if not same_length(text, 0) else (Segment(rest),)
     return Shard(dim, Sequence(segments), origin=str(entry))

@@ -124,6 +124,16 @@ class Retracer(torch.fx.Interpreter):
         if torch_internals.is_set_grad(target):
             self.state.grad = bool(args[0])
             return None
+        if torch_internals.is_enter_inference_mode(target):
+            before, self.state.grad = self.state.grad, self.state.grad and not args[0]
+            return before
+        if torch_internals.is_exit_inference_mode(target):
+            self.state.grad = args[0]
+            return None
+        if torch_internals.is_attention_preference(target):
+            return None  # of kernels that compute the same
+        if torch_internals.is_data_attribute(target):
+            return self._run(lambda _, args, __: args[0].detach(), target, args, kwargs)
         if torch_internals.is_enter_autocast(target):
             return self.state.autocast.enter(*args)
         if torch_internals.is_exit_autocast(target):
@@ -136,6 +146,8 @@ class Retracer(torch.fx.Interpreter):
                 return self._inline(name, args, kwargs)
             return self._island(target, args, kwargs, f"higher-order operator {name}", name)
         result = self._run(super().call_function, target, args, kwargs)
+        if result is None and not _may_return_nothing(target):
+            raise UnsupportedError(f"{describe(self._node)} changes a state that the traced operators depend on")
         if is_annotation(target):
             self.state.stands_for[torch_internals.storage_key(result)] = self.storage_of(args[0])
             self.state.alive.append(result)
@@ -210,6 +222,14 @@ class Retracer(torch.fx.Interpreter):
         if check is not None:
             node.meta["no_grad"] = True
         return result
+
+
+def _may_return_nothing(target: Any) -> bool:
+    """Writes to tensors, which are in the trace, and checks."""
+    name = getattr(target, "__name__", "")
+    return (
+        torch_internals.is_operator(target) or name in ("setitem", "delitem") or name.startswith(("_check", "_assert"))
+    )
 
 
 def _last() -> torch.fx.Node | None:

@@ -1,6 +1,6 @@
 """Sharding rules: how the dimensions of an operator's operands and results decompose into factors.
 
-A rule is data.  ``linear`` on ``[b, s, i]`` prints as ``([b, s, i], [o, i], [o]) -> ([b, s, o]) reduction={i}``: a factor
+A rule is data.  ``linear`` on ``[b, s, i]`` prints as ``([b, s, i], [o, i]) -> ([b, s, o]) reduction={i}``: a factor
 shared by an operand and a result passes a shard through; sharding a *reduction* factor gives a summand (Partial); a
 *whole* factor must not be sharded.  A dimension may be a product of factors: ``flatten`` of ``[b, s, c]`` is ``([b, s,
 c]) -> ([b s, c])``.  After Shardy's ``OpShardingRule``; the same rule serves typing, reports and costs.
@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from fxsp.types import Length, as_length
 
-__all__ = ["Call", "Dims", "Factors", "OpRule", "RULES", "names", "rule", "rule_of", "tensor_value"]
+__all__ = ["RULES", "Call", "Dims", "Factors", "OpRule", "names", "rule", "rule_of", "tensor_value"]
 
 #: Factors of one dimension, outermost first.
 Factors = tuple[str, ...]

@@ -17,15 +17,16 @@ _BINARY = (
 _UNARY = (
     "neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh "
     "atanh sigmoid silu gelu relu relu6 leaky_relu elu selu celu mish hardtanh hardswish hardsigmoid softplus softsign "
-    "log_sigmoid logsigmoid threshold erf erfc erfinv reciprocal square floor ceil round trunc frac clamp clip clamp_min "
-    "clamp_max isnan isinf isfinite logical_not bitwise_not nan_to_num sinc digamma lgamma polar complex real imag conj "
-    "_conj resolve_conj resolve_neg angle signbit positive sgn deg2rad rad2deg _to_copy to contiguous clone alias detach "
-    "lift_fresh_copy lift_fresh zeros_like ones_like empty_like full_like isclose "
+    "log_sigmoid logsigmoid threshold erf erfc erfinv reciprocal square floor ceil round trunc frac clamp clip "
+    "clamp_min clamp_max isnan isinf isfinite logical_not bitwise_not nan_to_num sinc digamma lgamma polar complex real "
+    "imag conj _conj resolve_conj resolve_neg angle signbit positive sgn deg2rad rad2deg _to_copy to contiguous clone alias "
+    "detach lift_fresh_copy lift_fresh zeros_like ones_like empty_like full_like isclose "
     "float_power alias_copy detach_copy"
 )
 #: Reads of data that view ops share; kept apart because their cost is nothing.
 _OVERLOADS = (
-    "default Tensor Scalar Tensor_Scalar Scalar_Tensor Tensor_Tensor Tensor_mode Scalar_mode Tensor_out_dtype self other ScalarOther ScalarSelf "
+    "default Tensor Scalar Tensor_Scalar Scalar_Tensor Tensor_Tensor Tensor_mode Scalar_mode self other ScalarOther "
+    "ScalarSelf "
     "dtype dtype_layout device prim_dtype this Scalar_Tensor decimals TensorScalar Tensor_float"
 ).split()
 
@@ -53,7 +54,9 @@ ELEMENTWISE = _elementwise_ops()
 CHEAP = {*ELEMENTWISE, *overloads("type_as")}
 
 
-def broadcast(shapes: list[tuple[Length, ...]], result: tuple[Length, ...], prefix: str = "d") -> tuple[list[Dims], Dims, dict[str, Length]]:
+def broadcast(
+    shapes: list[tuple[Length, ...]], result: tuple[Length, ...], prefix: str = "d"
+) -> tuple[list[Dims], Dims, dict[str, Length]]:
     """Factors of broadcast operands: one per result dimension; an operand's 1 against a larger size has none."""
     rank = len(result)
     sizes = {f"{prefix}{i}": n for i, n in enumerate(result)}
@@ -61,7 +64,9 @@ def broadcast(shapes: list[tuple[Length, ...]], result: tuple[Length, ...], pref
     operands: list[Dims] = []
     for shape in shapes:
         offset = rank - len(shape)
-        operands.append(tuple(out[offset + i] if same_length(n, result[offset + i]) else () for i, n in enumerate(shape)))
+        operands.append(
+            tuple(out[offset + i] if same_length(n, result[offset + i]) else () for i, n in enumerate(shape))
+        )
     return operands, out, sizes
 
 

@@ -22,8 +22,13 @@ def _pass_except(call: Call, changed: dict[int, None] | list[int], operand: int 
     return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), sizes, whole=frozenset(whole))
 
 
-@rule(overloads("slice.Tensor", "narrow", "chunk", "split.Tensor", "split.sizes", "split_with_sizes", "tensor_split.sections",
-                "tensor_split.indices", "repeat_interleave.self_int"))  # fmt: skip
+CUTS = overloads(
+    "slice.Tensor", "narrow", "chunk", "split.Tensor", "split.sizes", "split_with_sizes", "tensor_split.sections",
+    "tensor_split.indices", "repeat_interleave.self_int",
+)  # fmt: skip
+
+
+@rule(CUTS)
 def cut(call: Call) -> OpRule | None:
     """``chunk(2, dim=2)``: ``([d0, d1, d2]) -> ([d0, d1, w2], [d0, d1, w2]) whole={d2, w2}``."""
     (shape,) = call.operand_shapes()
@@ -61,7 +66,9 @@ def cat(call: Call) -> OpRule | None:
     if any(len(s) != rank for s in shapes):
         return None  # an empty 1-d tensor among the operands
     dim = call.dim("dim", rank)
-    operands: list[Dims] = [tuple((f"x{k}",) if i == dim else (f"d{i}",) for i in range(rank)) for k in range(len(shapes))]
+    operands: list[Dims] = [
+        tuple((f"x{k}",) if i == dim else (f"d{i}",) for i in range(rank)) for k in range(len(shapes))
+    ]
     out: Dims = tuple(("y",) if i == dim else (f"d{i}",) for i in range(rank))
     sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(result) if i != dim}
     return OpRule(tuple(operands), (out,), sizes, whole=frozenset({"y", *(f"x{k}" for k in range(len(shapes)))}))
@@ -154,7 +161,8 @@ def index(call: Call) -> OpRule | None:
     for value in values:
         offset = rank - value.dim()
         from_right = tuple(
-            new[offset + i] if same_length(_length(n), sizes[f"n{offset + i}"]) else () for i, n in enumerate(value.shape)
+            new[offset + i] if same_length(_length(n), sizes[f"n{offset + i}"]) else ()
+            for i, n in enumerate(value.shape)
         )
         operands.append(from_right)
     out = [*dims[: used[0]], *new, *dims[used[-1] + 1 :]]
@@ -198,7 +206,11 @@ def scatter_into(call: Call) -> OpRule | None:
     shape, part = call.operand_shapes()
     dim = call.dim("dim", len(shape))
     dims: list[tuple[str, ...]] = [("x",) if i == dim else (f"d{i}",) for i in range(len(shape))]
-    inner = [("y",) if i == dim else d for i, d in enumerate(dims)] if len(part) == len(shape) else [d for i, d in enumerate(dims) if i != dim]
+    inner = (
+        [("y",) if i == dim else d for i, d in enumerate(dims)]
+        if len(part) == len(shape)
+        else [d for i, d in enumerate(dims) if i != dim]
+    )
     sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape) if i != dim}
     whole = {"x", "y"} if len(part) == len(shape) else {"x"}
     return OpRule((tuple(dims), tuple(inner)), (tuple(dims),), sizes, whole=frozenset(whole))

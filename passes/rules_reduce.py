@@ -73,7 +73,9 @@ def addmm(call: Call) -> OpRule | None:
     (result,) = call.result_shapes()
     (bias_dims,), out, sizes = broadcast([bias], result)
     *lead, m, n = out
-    return OpRule((bias_dims, (*lead, m, ("k",)), (*lead, ("k",), n)), (out,), sizes | {"k": a[-1]}, whole=frozenset("k"))
+    return OpRule(
+        (bias_dims, (*lead, m, ("k",)), (*lead, ("k",), n)), (out,), sizes | {"k": a[-1]}, whole=frozenset("k")
+    )
 
 
 @rule(overloads("einsum"))
@@ -93,7 +95,8 @@ def einsum(call: Call) -> OpRule | None:
             if sizes.get(letter, 1) == 1:
                 sizes[letter] = n
     operands = tuple(
-        tuple((c,) if n == sizes[c] else () for c, n in zip(t, s, strict=True)) for t, s in zip(terms, shapes, strict=True)
+        tuple((c,) if n == sizes[c] else () for c, n in zip(t, s, strict=True))
+        for t, s in zip(terms, shapes, strict=True)
     )
     used = {f for dims in operands for dim in dims for f in dim}
     result = tuple((c,) for c in right)
@@ -166,14 +169,17 @@ def group_norm(call: Call) -> OpRule | None:
     "rot90", "renorm",
 ))  # fmt: skip
 def along(call: Call) -> OpRule | None:
-    """The operator reads across its dimensions, all others pass: ``softmax(1)``: ``([d0, d1]) -> ([d0, d1]) whole={d1}``."""
+    """Dimensions that it does not read across pass: ``softmax(1)``: ``([d0, d1]) -> ([d0, w1]) whole={d1, w1}``."""
     if len(call.operands) != 1 or call.op in overloads("rot90", "renorm"):
         return None
     (shape,) = call.operand_shapes()
     rank = len(shape)
     if call.op in overloads("triu", "tril"):
         mixed = [rank - 2, rank - 1]
-    elif call.op in overloads("argsort", "argsort.stable", "sort", "sort.stable", "topk", "glu", "diff") and "dim" not in call.arguments:
+    elif (
+        call.op in overloads("argsort", "argsort.stable", "sort", "sort.stable", "topk", "glu", "diff")
+        and "dim" not in call.arguments
+    ):
         return None
     else:
         mixed = reduced_dims(call, rank)

@@ -15,7 +15,8 @@ RESHAPES = overloads(
     "unsqueeze", "view_copy", "view_as", "reshape_as",
 )  # fmt: skip
 PERMUTES = overloads(
-    "transpose.int", "permute", "t", "numpy_T", "mT", "movedim", "movedim.intlist", "movedim.int", "swapaxes", "swapdims",
+    "transpose.int", "permute", "t", "numpy_T", "mT", "movedim", "movedim.intlist", "movedim.int", "swapaxes",
+    "swapdims",
     "adjoint", "matrix_H", "moveaxis.int", "moveaxis.intlist",
 )  # fmt: skip
 EXPANDS = overloads("expand", "expand_as", "broadcast_to")
@@ -30,12 +31,14 @@ def quotient(a: Length, b: Length) -> Length | None:
     return as_length(numerator) if denominator == 1 else None
 
 
-def reshape_factors(before: tuple[Length, ...], after: tuple[Length, ...]) -> tuple[Dims, Dims, dict[str, Length], set[str]]:
+def reshape_factors(
+    before: tuple[Length, ...], after: tuple[Length, ...]
+) -> tuple[Dims, Dims, dict[str, Length], set[str]]:
     """Common factors of two shapes with one number of elements, and the factors that have no counterpart.
 
-    Dimensions are consumed from the left; where one divides the other it becomes a factor of it.  Where neither divides,
-    the shortest group of dimensions with equal products is marked whole.  A dimension of 1 beside a larger one becomes a
-    factor of it, so that a sequence of one token keeps its place.
+    Dimensions are consumed from the left; where one divides the other it becomes a factor of it.  Where neither
+    divides, the shortest group of dimensions with equal products is marked whole.  A dimension of 1 beside a larger one
+    becomes a factor of it, so that a sequence of one token keeps its place.
     """
     ins: list[list[str]] = [[] for _ in before]
     outs: list[list[str]] = [[] for _ in after]

@@ -63,7 +63,9 @@ def infer_local(program: Program) -> None:
 def _run(node: Node) -> Any:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["local_val"])
     if node.target is distributed_attention:
-        return kwargs["query"].new_empty(*kwargs["query"].shape[:-1], kwargs["value"].shape[-1])
+        q: Any = kwargs["query"]
+        v: Any = kwargs["value"]
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
     plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
     if not plain and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return node.meta["val"]  # an island: whole operands, whole results
@@ -84,4 +86,6 @@ def verify_local(program: Program) -> None:
             expected[type_.dim] = type_.local_size(size)
         got = [as_length(n) for n in value.shape]
         if len(got) != len(expected) or not all(same_length(a, b) for a, b in zip(got, expected, strict=True)):
-            raise VerificationError(f"local shape {got}, but {type_} of {list(whole.shape)} is {expected}: {_where(node)}")
+            raise VerificationError(
+                f"local shape {got}, but {type_} of {list(whole.shape)} is {expected}: {_where(node)}"
+            )

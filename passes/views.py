@@ -20,56 +20,11 @@ from torch.fx import Node
 
 from fxsp import torch_internals
 from fxsp.passes.retrace import is_annotation
+from fxsp.passes.writer import Writer, arguments
 
-__all__ = ["Piece", "View", "Writer", "arguments", "cover", "view_of"]
+__all__ = ["Piece", "View", "cover", "view_of"]
 
 aten = torch.ops.aten
-
-#: Metadata that a new node does not take over from the node it is written for.
-_OWN_META = ("val", "tensor_meta", "example_value", "unbacked_bindings")
-
-
-class Writer:
-    """Writes nodes with their metadata: values by running the operator on fakes, origin from the ``origin`` node."""
-
-    def __init__(self, graph: torch.fx.Graph, mode: Any) -> None:
-        self.graph = graph
-        self.mode = mode
-        self.before: Node | None = None
-        self.origin: Node | None = None
-
-    def at(self, node: Node) -> None:
-        """Write before ``node`` from now on, and on its behalf."""
-        self.before = self.origin = node
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        """A ``call_function`` node with its metadata."""
-        node = self.write(target, *args, **kwargs)
-        self.refresh(node)
-        return node
-
-    def write(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        """The same, but without ``meta["val"]``."""
-        assert self.before is not None
-        assert self.origin is not None
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta.update({k: v for k, v in self.origin.meta.items() if k not in _OWN_META})
-        return node
-
-    def refresh(self, node: Node) -> None:
-        """Compute ``meta["val"]`` from the arguments' values."""
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        assert callable(node.target)
-        with self.mode, torch_internals.python_dispatch(), torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)
-
-    def sizes(self, node: Node) -> list[Any]:
-        """The sizes of a tensor as arguments: ints, and ``sym_size`` nodes where they are symbolic."""
-        shape = node.meta["val"].shape
-        return [
-            size if isinstance(size, int) else self.call(aten.sym_size.int, node, d) for d, size in enumerate(shape)
-        ]
 
 
 @dataclass(frozen=True)
@@ -99,19 +54,6 @@ class View:
 
 
 _IDENTITY = View(lambda _, whole: whole, lambda _, __, value: value, complete=True, identity=True)
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an operator call by name, defaults included."""
-    found: dict[str, Any] = {}
-    for index, argument in enumerate(torch_internals.schema(node.target).arguments):
-        if index < len(node.args) and not argument.kwarg_only:
-            found[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            found[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
-    return found
 
 
 def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:

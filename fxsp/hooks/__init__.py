@@ -1,0 +1,1 @@
+"""The hook registry for eager mode."""
