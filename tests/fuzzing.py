@@ -14,7 +14,7 @@ from fxsp.inspection import format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize import functionalize
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation import check_replicated, run
+from fxsp.simulation import check_replicated, run, simulate_with_grads
 from fxsp.types import Ranks
 
 #: Largest relative error (of the largest element) by dtype.
@@ -77,3 +77,28 @@ def difference(got: Any, want: torch.Tensor) -> str:
 
 def _show(case: Case, program: Program) -> str:
     return f"{case!r}\n{format_graph(program.gm, program.ranks)}"
+
+
+def check_gradients(case: Case) -> None:
+    """Outputs and gradients of all floating inputs, against autograd on one process."""
+    program = partition(case, training=True)
+    values = [x.requires_grad_() if x.dtype.is_floating_point else x for x in case.values()]
+    wanted = [x for x in values if x.requires_grad]
+    # A program may write to its inputs, which leaves must not see.
+    out = case.function()(*(x.clone() for x in values))
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    generator = torch.Generator().manual_seed(case.seed)
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+    expected = torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], allow_unused=True)
+    got_outputs, got_grads = simulate_with_grads(program.gm, case.size, values, grads)
+    try:
+        found = [*check_replicated(got_outputs), *check_replicated(got_grads)]
+    except VerificationError as error:
+        raise AssertionError(f"{error}\n{_show(case, program)}") from error
+    names = [f"output {i}" for i in range(len(outputs))]
+    names += [f"gradient of {spec.name}" for spec, x in zip(case.inputs, values, strict=True) if x.requires_grad]
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, expected, strict=True)]
+    for name, a, b in zip(names, found, [*outputs, *filled], strict=True):
+        problem = difference(a, b.detach())
+        assert not problem, f"{name}: {problem}\n{_show(case, program)}"
