@@ -10,18 +10,18 @@ from fxsp.types import Length, same_length
 __all__ = ["CHEAP", "ELEMENTWISE", "broadcast"]
 
 _BINARY = (
-    "add sub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin eq ne lt le gt ge "
-    "__and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor rsub copysign hypot "
-    "xlogy lerp where addcmul addcdiv masked_fill bitwise_left_shift bitwise_right_shift"
+    "add sub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin eq ne lt le gt "
+    "ge __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor rsub "
+    "copysign hypot xlogy lerp where addcmul addcdiv masked_fill bitwise_left_shift bitwise_right_shift"
 )
 _UNARY = (
-    "neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh "
-    "atanh sigmoid silu gelu relu relu6 leaky_relu elu selu celu mish hardtanh hardswish hardsigmoid softplus softsign "
-    "log_sigmoid logsigmoid threshold erf erfc erfinv reciprocal square floor ceil round trunc frac clamp clip "
-    "clamp_min clamp_max isnan isinf isfinite logical_not bitwise_not nan_to_num sinc digamma lgamma polar complex real "
-    "imag conj _conj resolve_conj resolve_neg angle signbit positive sgn deg2rad rad2deg _to_copy to contiguous clone alias "
-    "detach lift_fresh_copy lift_fresh zeros_like ones_like empty_like full_like isclose "
-    "float_power alias_copy detach_copy"
+    "neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh "
+    "acosh atanh sigmoid silu gelu relu relu6 leaky_relu elu selu celu mish hardtanh hardswish hardsigmoid "
+    "softplus softsign log_sigmoid logsigmoid threshold erf erfc erfinv reciprocal square floor ceil round trunc "
+    "frac clamp clip clamp_min clamp_max isnan isinf isfinite logical_not bitwise_not nan_to_num sinc digamma "
+    "lgamma polar complex real imag conj _conj resolve_conj resolve_neg angle signbit positive sgn deg2rad "
+    "rad2deg _to_copy to contiguous clone alias detach lift_fresh_copy lift_fresh zeros_like ones_like empty_like "
+    "full_like isclose float_power alias_copy detach_copy"
 )
 #: Reads of data that view ops share; kept apart because their cost is nothing.
 _OVERLOADS = (
