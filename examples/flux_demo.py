@@ -32,7 +32,7 @@ def inner_compiler() -> str:
     return "inductor" if compiler and headers else "aot_eager"
 
 
-def excerpt(graph: str, context: int = 7, width: int = 150) -> str:
+def excerpt(graph: str, context: int = 7, width: int = 200) -> str:
     """The lines around the first two exchanges, without the columns that are blank in all of them."""
     lines = graph.splitlines()
     exchanges = [i for i, line in enumerate(lines) if "all_to_all(" in line][:2] or [context]
