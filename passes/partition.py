@@ -27,6 +27,7 @@ from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, local_bytes
 from fxsp.passes.decide import Decision
+from fxsp.passes.losses import LossPlan, write_loss
 from fxsp.passes.propagate import is_annotate
 from fxsp.passes.rules import Call, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_reduce import MEANS, SUMS, reduced_dims
@@ -220,6 +221,10 @@ class _Partitioner:
         first = next(iter(arguments.values()))
         if isinstance(decision.detail, AttentionChoice):
             return self._attention(node, arguments, decision.detail)
+        if isinstance(decision.detail, LossPlan):
+            return write_loss(self.build, call, arguments, decision.detail, self._masked)
+        if isinstance(result, Shard) and decision.detail == "dropout":
+            return self._dropout(node, call, arguments, result)
         if call.op in CUTS and decision.detail is not None:
             return self._cut(node, call, decision, first)
         if isinstance(result, Partial) and call.op in (*SUMS, *MEANS):
@@ -228,9 +233,7 @@ class _Partitioner:
         if call.op in EXPANDS or (isinstance(result, Shard) and call.op in RESHAPES):
             op = aten.expand.default if call.op in EXPANDS else aten.reshape.default
             return self.build.call(op, first, self._local_sizes(node, result))
-        bound = Call.__new__(Call)
-        bound.node, bound.op, bound.arguments = call.node, call.op, arguments
-        args, kwargs = bound.rebuild()
+        args, kwargs = call.bound_to(arguments).rebuild()
         new = self.build.call(call.op, *args, **kwargs)
         if isinstance(result, Partial) and node.meta["val"].dtype in _LOW_PRECISION:
             new = self.build.call(aten.to.dtype, new, torch.float32)
@@ -276,6 +279,17 @@ class _Partitioner:
             count = product(shape[d] for d in dims)
             new = self.build.call(aten.div.Tensor, new, self.build.size(count))
         return new
+
+    def _dropout(self, node: Node, call: Call, arguments: dict[str, Any], type_: Shard) -> Node:
+        """Active dropout: every rank draws for the whole value, as one device does, and uses its own rows."""
+        like = node.meta["val"]
+        sizes = self.build.sizes(shape_of(node))
+        ones = self.build.call(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
+        draw = self.build.call(call.op, ones, *[arguments[n] for n in list(arguments)[1:]])
+        exposed, dim, back = self._expose(draw, shape_of(node), type_, whole=True)
+        own = self.build.shard(exposed, dim, type_.sequence)
+        own = own if type_.plain else back(own, type_.sequence.local_length(self.ranks.size))
+        return self.build.call(aten.mul.Tensor, arguments["input"], own)
 
     def _masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
         """``x`` with its pads zeroed, and with whole segments counted by one rank only."""

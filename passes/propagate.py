@@ -28,7 +28,8 @@ from fxsp.errors import PlanError, UnsupportedError
 from fxsp.passes.attention import decide_attention
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, decide, hint, replicate_all
-from fxsp.passes.rules import Call, rule_of, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.losses import decide_loss
+from fxsp.passes.rules import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_elementwise import CHEAP
 from fxsp.passes.structure import CATS, CUTS, decide_structure
 from fxsp.source import module_path, node_source
@@ -37,6 +38,7 @@ from fxsp.types import Partial, Replicate, Segment, Sequence, Shard, Type, as_le
 __all__ = ["Propagate", "is_annotate", "is_random"]
 
 #: Operators that take no data from their tensor operand, only its dtype and device.
+_DROPOUTS = set(overloads("dropout"))
 _FACTORIES = {"aten::new_zeros", "aten::new_ones", "aten::new_empty", "aten::new_full", "aten::new_empty_strided"}
 
 
@@ -99,9 +101,15 @@ class Propagate:
         if not any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, "all operands are whole")
         size = program.ranks.size
-        structural = decide_structure(call, types) or decide_attention(call, types, size, program.ulysses_degree)
+        structural = (
+            decide_structure(call, types)
+            or decide_loss(call, types)
+            or decide_attention(call, types, size, program.ulysses_degree)
+        )
         if structural is not None:
             return structural
+        if call.op in _DROPOUTS and not _inactive(call) and isinstance(types[0], Shard):
+            return Decision((types[0],), (types[0],), detail="dropout")
         free = [n.meta["sp_free"] for n in operands]
         bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
         rule = None if is_random(call.op) and not _inactive(call) else rule_of(node)

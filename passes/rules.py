@@ -121,6 +121,12 @@ class Call:
         value = int(self.arguments[name])
         return value + rank if value < 0 else value
 
+    def bound_to(self, arguments: dict[str, Any]) -> Call:
+        """The same call with other arguments (local ones, say)."""
+        other = Call(self.node)
+        other.arguments = arguments
+        return other
+
     def rebuild(self, **changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` of the call with some arguments replaced."""
         values = {**self.arguments, **changes}

@@ -37,8 +37,9 @@ def reshape_factors(
     """Common factors of two shapes with one number of elements, and the factors that have no counterpart.
 
     Dimensions are consumed from the left; where one divides the other it becomes a factor of it.  Where neither
-    divides, the shortest group of dimensions with equal products is marked whole.  A dimension of 1 beside a larger one
-    becomes a factor of it, so that a sequence of one token keeps its place.
+    divides, the shortest group of dimensions with equal products is marked whole.  A dimension of 1 without a counterpart
+    becomes a factor of its neighbour, of the one before it where there is a choice: a sequence of one token in ``[B, 1,
+    C]`` stays with the batch in ``[B, C]``.
     """
     ins: list[list[str]] = [[] for _ in before]
     outs: list[list[str]] = [[] for _ in after]
@@ -72,10 +73,10 @@ def reshape_factors(
             add(a, i, j)
             i, j, left_in, left_out = i + 1, j + 1, None, None
         elif same_length(a, 1):
-            add(1, i, j)
+            add(1, i, j - 1 if j and left_out is None else j)
             i, left_in = i + 1, None
         elif same_length(b, 1):
-            add(1, i, j)
+            add(1, i - 1 if i and left_in is None else i, j)
             j, left_out = j + 1, None
         elif (ratio := quotient(a, b)) is not None:
             add(b, i, j)

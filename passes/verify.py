@@ -55,7 +55,8 @@ def infer_local(program: Program) -> None:
             if node.op == "placeholder":
                 node.meta["local_val"] = node.meta.get("global_val", node.meta.get("val"))
             elif node.op == "get_attr":
-                node.meta["local_val"] = node.meta.get("val")
+                value = node.meta.get("val")
+                node.meta["local_val"] = mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             elif node.op == "call_function":
                 node.meta["local_val"] = _run(node)
 
