@@ -65,7 +65,7 @@ _INHERITED = (
 
 def fingerprint() -> str:
     """Hash of all that decides what :func:`emit` writes: part of the keys of compiler caches."""
-    files = [Path(__file__), Path(lowering.__file__), Path(collectives.__file__)]
+    files = [Path(__file__), *sorted(Path(lowering.__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

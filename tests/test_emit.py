@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from test_adjoints import PROGRAMS, cases, on, values_and_gradients
+from distributed import run_ranks
+from test_adjoints import PROGRAMS, cases, values_and_gradients
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp.inner
@@ -80,7 +80,7 @@ def test_no_fxsp_op_is_left_and_lines_are_kept():
 def test_what_emit_cannot_replace_is_an_error():
     graph = traced(lambda x: fx.use(x, GROUP) + 1, torch.randn(2))
     with (
-        mock.patch.object(emit_pass, "_replace", lambda node, value: None),
+        mock.patch.object(emit_pass, "_replace", return_value=None),
         pytest.raises(VerificationError, match="emit left fxsp ops in the graph: use"),
     ):
         emit_pass.emit(graph)
@@ -237,3 +237,37 @@ def run_segments(rank, size, pairs):
 
 def test_dynamic_segments(ranks):
     assert ranks(2).run(run_segments, [(5, 8), (6, 3), (9, 10)]) == [[1, 1]] * 2
+
+
+def run_inductor(rank, size):
+    from torch._dynamo.utils import counters
+
+    tokens = cases(size)[4]
+    torch.manual_seed(1)
+    args = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, tokens.total(), 4), (4, 4), (4, 4))]
+    counters.clear()
+    with Recorder("inductor", training=True) as recorder:
+        fn = recorder.compile(lambda x, w, v: PROGRAMS["attention"][1](x, w, v, tokens, rank, GROUP))
+        got = values_and_gradients(fn, *args)
+    expected = values_and_gradients(PROGRAMS["attention"][0], *args)
+    torch.testing.assert_close(got, expected)
+    return recorder.collectives, dict(counters["inductor"]), dict(counters["aot_autograd"])
+
+
+@pytest.mark.slow
+def test_inductor_and_its_caches(tmp_path, monkeypatch):
+    """Right, collectives visible, and a second process finds each rank's own artifact in one shared cache."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cold = run_ranks(2, run_inductor, timeout=600)
+    warm = run_ranks(2, run_inductor, timeout=600)
+    for collectives, _, _ in cold:
+        assert collectives == [
+            {"all_gather_into_tensor": 3},
+            {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 2, "all_reduce": 1},
+        ]
+    for collectives, inductor, aot in warm:
+        assert collectives == []
+        assert inductor["fxgraph_cache_hit"] == 2
+        assert aot["autograd_cache_hit"] == 1
+        assert "fxgraph_cache_miss" not in inductor
+        assert "autograd_cache_bypass" not in aot
