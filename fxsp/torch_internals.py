@@ -255,6 +255,11 @@ def is_data_attribute(target: Any) -> bool:
     return target is getattr(torch._C._autograd, "_get_data_attr", None)
 
 
+def is_hook_switch(target: Any) -> bool:
+    """Whether a node's target allows or forbids hooks on saved tensors (``torch.func.grad`` does)."""
+    return getattr(target, "__name__", "") in ("_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable")
+
+
 def is_attention_preference(target: Any) -> bool:
     """Whether a node's target says which kernels ``scaled_dot_product_attention`` may use from here on."""
     return target is getattr(torch.nn.attention, "_sdpa_kernel", None)
@@ -668,7 +673,8 @@ def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[s
     """Compile with Inductor, with settings for this compile only."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs, config_patches=dict(patches))  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, inputs, config_patches=dict(patches))
+    return compiled  # type: ignore[no-any-return]
 
 
 def aot_autograd(
@@ -686,8 +692,7 @@ def aot_autograd(
         graph.recompile()
         return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
 
-    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)
-    return backend(gm, inputs)  # type: ignore[no-any-return]
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)(gm, inputs)
 
 
 def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:

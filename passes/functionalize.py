@@ -130,25 +130,30 @@ class _Functionalizer:
         """A node that has the present value of a tensor."""
         if tensor.seen is None or tensor.version != tensor.storage.version:
             value = self._settle(tensor.storage)
-            for view in tensor.chain:
-                value = view.see(self.w, value)
+            with self.w.on_behalf_of(tensor.node):
+                for view in tensor.chain:
+                    value = view.see(self.w, value)
             tensor.seen, tensor.version = value, tensor.storage.version
         return tensor.seen
 
     def _settle(self, storage: Storage) -> Node:
         """The present value of a storage, with all writes done."""
         if storage.pending:
-            pieces = [(view.piece, value) for view, value in storage.pending]
-            shape = storage.root.meta["val"].shape
-            size = shape[pieces[0][0].dim] if pieces[0][0] is not None else None
-            value = cover(self.w, size, pieces)
-            if value is None:
-                value = storage.value
-                for view, part in storage.pending:
-                    value = view.put(self.w, value, part)
-            storage.value = self._laid_out(value, storage.root)
-            storage.pending.clear()
+            with self.w.on_behalf_of(storage.writer):
+                self._write_pending(storage)
         return storage.value
+
+    def _write_pending(self, storage: Storage) -> None:
+        pieces = [(view.piece, value) for view, value in storage.pending]
+        shape = storage.root.meta["val"].shape
+        size = shape[pieces[0][0].dim] if pieces[0][0] is not None else None
+        value = cover(self.w, size, pieces)
+        if value is None:
+            value = storage.value
+            for view, part in storage.pending:
+                value = view.put(self.w, value, part)
+        storage.value = self._laid_out(value, storage.root)
+        storage.pending.clear()
 
     def _laid_out(self, value: Node, like: Node) -> Node:
         """``value`` with the strides of ``like``, so that what is known of views of it stays true."""
@@ -220,7 +225,7 @@ class _Functionalizer:
     def _write(self, node: Node) -> None:
         targets = written_arguments(node)
         namespace, _, name = torch_internals.schema(node.target).name.partition("::")
-        if len(targets) != 1 or namespace != "aten":
+        if len(targets) != 1 or namespace != "aten" or targets[0] not in (*node.args, *node.kwargs.values()):
             raise UnsupportedError(f"{describe(node)} writes to its arguments in a way that is not known")
         tensor = self.tensors[targets[0]]
         if name == "detach_":
@@ -249,6 +254,7 @@ class _Functionalizer:
         storage = tensor.storage
         written = value
         storage.first = storage.first or next(self.clock)
+        storage.writer = self.w.origin
         if self.training and any(view.detaches for view in tensor.chain):
             raise UnsupportedError(f"{describe(self.w.origin)} writes through detach() while gradients are recorded")
         # From the innermost view outwards; what is around a view has to be looked at unless the view is all of it.
@@ -284,17 +290,25 @@ class _Functionalizer:
         # Values that the epilogue would overwrite before they are used are copied first.
         doomed = {key for s in epilogue for key in self.keys[s.root]}
         finals = [self._settle(s) for s in epilogue]
-        finals = [v if doomed.isdisjoint(keys_of(v)) else self.w.call(aten.clone.default, v) for v in finals]
+        finals = [
+            v if doomed.isdisjoint(keys_of(v)) else self._clone(v, s.writer)
+            for v, s in zip(finals, epilogue, strict=True)
+        ]
         after = [n for n in results if n in self.tensors and self.tensors[n].storage in epilogue]
         new = self._results([n for n in results if n not in after], results)
         for storage, value in zip(epilogue, finals, strict=True):
-            storage.value = self.w.write(aten.copy_.default, storage.root, value)
+            with self.w.on_behalf_of(storage.writer):
+                storage.value = self.w.write(aten.copy_.default, storage.root, value)
             storage.value.meta["val"] = storage.root.meta["val"]
             storage.version += 1
         new.update({n: self._read(n) for n in after})
         output.args = torch.fx.map_arg(output.args, new.__getitem__)
         if self.moved:
             self._propagate(new)
+
+    def _clone(self, value: Node, origin: Node | None) -> Node:
+        with self.w.on_behalf_of(origin):
+            return self.w.call(aten.clone.default, value)
 
     def _results(self, nodes: list[Node], results: list[Node]) -> dict[Node, Node]:
         """The values of outputs, which share memory with inputs and with each other as they did before."""
@@ -306,7 +320,7 @@ class _Functionalizer:
                 self.tensors[node].seen = None  # look at the storage itself, as the other views of it do
             value = self._read(node)
             if any(owner.setdefault(key, self.keys[node]) != self.keys[node] for key in keys_of(value)):
-                value = self.w.call(aten.clone.default, value)
+                value = self._clone(value, node)
             new[node] = value
         return new
 

@@ -130,8 +130,8 @@ class Retracer(torch.fx.Interpreter):
         if torch_internals.is_exit_inference_mode(target):
             self.state.grad = args[0]
             return None
-        if torch_internals.is_attention_preference(target):
-            return None  # of kernels that compute the same
+        if torch_internals.is_attention_preference(target) or torch_internals.is_hook_switch(target):
+            return None  # kernels that compute the same; what saved tensors may do
         if torch_internals.is_data_attribute(target):
             return self._run(lambda _, args, __: args[0].detach(), target, args, kwargs)
         if torch_internals.is_enter_autocast(target):
@@ -227,9 +227,9 @@ class Retracer(torch.fx.Interpreter):
 def _may_return_nothing(target: Any) -> bool:
     """Writes to tensors, which are in the trace, and checks."""
     name = getattr(target, "__name__", "")
-    return (
-        torch_internals.is_operator(target) or name in ("setitem", "delitem") or name.startswith(("_check", "_assert"))
-    )
+    if torch_internals.is_operator(target) or torch_internals.is_functorch(target):
+        return True
+    return name in ("setitem", "delitem", "_log_api_usage_once") or name.startswith(("_check", "_assert"))
 
 
 def _last() -> torch.fx.Node | None:

@@ -28,6 +28,8 @@ class Storage:
     tensors: int = 0
     #: When it was first written to, among all writes of the graph.
     first: int = 0
+    #: The last operator that wrote to it.
+    writer: Node | None = None
 
 
 @dataclass(eq=False)

@@ -61,11 +61,10 @@ def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
     name = torch_internals.schema(node.target).name
     if is_annotation(node.target):
         return View(_again(node, whole), _value, complete=True)
-    make = _VIEWS.get(name.removeprefix("aten::").removesuffix("_"))
-    view = make(node, whole, arguments(node), index) if make is not None and name.startswith("aten::") else None
-    if view is None and index is None and _same_place(node.meta["val"], whole.meta["val"]):
+    if index is None and name != "aten::detach" and _same_place(node.meta["val"], whole.meta["val"]):
         return _IDENTITY
-    return view
+    make = _VIEWS.get(name.removeprefix("aten::").removesuffix("_"))
+    return make(node, whole, arguments(node), index) if make is not None and name.startswith("aten::") else None
 
 
 def _same_place(a: Any, b: Any) -> bool:

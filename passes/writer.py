@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
+from fxsp.errors import UnsupportedError
+from fxsp.passes.retrace import describe
 
 __all__ = ["Writer", "arguments"]
 
@@ -31,6 +34,15 @@ class Writer:
         """Write before ``node`` from now on, and on its behalf."""
         self.before = self.origin = node
 
+    @contextlib.contextmanager
+    def on_behalf_of(self, origin: Node | None) -> Iterator[None]:
+        """Nodes written meanwhile take their origin from another node."""
+        before, self.origin = self.origin, origin or self.origin
+        try:
+            yield
+        finally:
+            self.origin = before
+
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A ``call_function`` node with its metadata."""
         node = self.write(target, *args, **kwargs)
@@ -50,8 +62,14 @@ class Writer:
         """Compute ``meta["val"]`` from the arguments' values."""
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target)
-        with self.mode, torch_internals.python_dispatch(), torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)
+        try:
+            with self.mode, torch_internals.python_dispatch(), torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
+        except Exception as error:
+            raise UnsupportedError(
+                f"{describe(self.origin)} writes in place; as a value, {node.target} fails: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def sizes(self, node: Node) -> list[Any]:
         """The sizes of a tensor as arguments: ints, and ``sym_size`` nodes where they are symbolic."""
