@@ -21,7 +21,8 @@ from fxsp.types import as_length, product, same_length
 
 __all__ = ["LOWERINGS", "known_dense", "local_length"]
 
-Size = int | torch.SymInt
+#: An ``int`` or a ``SymInt``; torch's annotations do not know that the latter is welcome wherever the former is.
+Size = Any
 
 
 def local_length(length: Size, whole: bool, size: int) -> Size:
@@ -61,7 +62,8 @@ def _cat(pieces: list[Tensor], dim: int) -> Tensor:
 def _rows_from(length: Size, rank: int, size: int, device: torch.device) -> Tensor:
     """Global indices of a split segment's local rows; the index of a pad is not below ``length``."""
     rows = local_length(length, False, size)
-    return torch.arange(rows, device=device) + rank * rows
+    index: Tensor = torch.arange(rows, device=device) + rank * rows
+    return index
 
 
 def annotate(x: Tensor, kind: str, dim: int, text_len: Size, entry: str) -> Tensor:
@@ -154,7 +156,7 @@ def _gathered(
         assert blocks is not None
         rows = blocks
         if len(split) > 1:
-            rows = blocks.narrow(1, start, count).reshape([size * count, *send.shape[1:]])
+            rows = blocks.narrow(1, start, count).reshape([size * count, *local.shape[1:]])
             start = start + count
         if not (isinstance(length, int) and size * count == length):
             rows = rows.narrow(0, 0, length)

@@ -172,14 +172,15 @@ class _Splicer:
         # Not the trace's own value: the trace serves many nodes, and each has its own storage.
         args, kwargs = torch.fx.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
         with _mode_or_nothing(self._mode):
-            val = node.target(*args, **kwargs)  # type: ignore[operator]
+            target: Any = node.target
+            val = target(*args, **kwargs)
         copy.meta = {key: like.meta[key] for key in _INHERITED if key in like.meta}
         copy.meta["val"] = val
         return copy
 
 
 def _mode_or_nothing(mode: Any) -> AbstractContextManager[Any]:
-    return contextlib.nullcontext() if mode is None else mode  # type: ignore[no-any-return]
+    return contextlib.nullcontext() if mode is None else mode
 
 
 def _description(value: Any) -> Any:
@@ -256,7 +257,7 @@ def _buckets(graph: Graph, limit: int) -> list[list[Node]]:
 
 def _reduce_together(splicer: _Splicer, bucket: list[Node]) -> None:
     """One all-reduce for ``bucket``: started after its last gradient, waited for at the end of the graph."""
-    gradients = [node.args[0] for node in bucket]
+    gradients: list[Any] = [node.args[0] for node in bucket]
     output = splicer.graph.output_node()
     at = gradients[-1].next
     while at.op == "placeholder":
