@@ -229,8 +229,8 @@ class _Partitioner:
             return self._cut(node, call, decision, first)
         if isinstance(result, Partial) and call.op in (*SUMS, *MEANS):
             return self._sum(call, arguments)
-        # expand_as, always: its second operand lends a shape, and that may be local.
-        if call.op in EXPANDS or (isinstance(result, Shard) and call.op in RESHAPES):
+        # Always where a second operand (of expand_as, view_as) lends a shape, because that may be local.
+        if call.op in EXPANDS or (call.op in RESHAPES and (isinstance(result, Shard) or len(call.operands) > 1)):
             op = aten.expand.default if call.op in EXPANDS else aten.reshape.default
             return self.build.call(op, first, self._local_sizes(node, result))
         args, kwargs = call.bound_to(arguments).rebuild()
@@ -362,6 +362,13 @@ class _Partitioner:
         new = self.build.shard(exposed, dim, needed.sequence)
         return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
 
+    def _leave(self, x: Node, shape: tuple[Length, ...]) -> Node:
+        """A used value as a replicated one: the same data, its gradient shared out over the ranks."""
+        if shape:
+            return self.build.leave(x, shape[0])
+        row = self.build.call(aten.reshape.default, x, [1])
+        return self.build.call(aten.reshape.default, self.build.leave(row, 1), [])
+
     def _whole_for_free(self, value: Value) -> bool:
         return bool(value.node.meta.get("sp_free"))
 
@@ -374,9 +381,10 @@ class _Partitioner:
             sent = 2 * (size - 1) * product((*shape_of(value.node), wide)) / size
             self.build.record("all_reduce", new, _number(sent), "sum over the ranks")
             return self.build.call(aten.to.dtype, new, dtype) if dtype in _LOW_PRECISION else new
-        if isinstance(type_, Used):
-            (length, *_), shape = (*shape_of(value.node), 1), shape_of(value.node)
-            return self.build.leave(node, length) if shape else node
+        used = value.find(Used())
+        if used is not None:
+            # The data is there already (a gather whose result is used with shards, a parameter): no second gather.
+            return self._leave(used, shape_of(value.node))
         if value.node.meta.get("sp_free"):
             # Cheap operators on whole inputs: computing them again costs less than any communication.
             old = value.node

@@ -30,7 +30,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, decide, hint, replicate_all
 from fxsp.passes.losses import decide_loss
 from fxsp.passes.rules import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.rules_elementwise import CHEAP
+from fxsp.passes.rules_elementwise import CHEAP, draws
 from fxsp.passes.structure import CATS, CUTS, decide_structure
 from fxsp.source import module_path, node_source
 from fxsp.types import Partial, Replicate, Segment, Sequence, Shard, Type, as_length, product, same_length
@@ -108,11 +108,11 @@ class Propagate:
         )
         if structural is not None:
             return structural
-        if call.op in _DROPOUTS and not _inactive(call) and isinstance(types[0], Shard):
+        if call.op in _DROPOUTS and draws(call) and isinstance(types[0], Shard):
             return Decision((types[0],), (types[0],), detail="dropout")
         free = [n.meta["sp_free"] for n in operands]
         bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
-        rule = None if is_random(call.op) and not _inactive(call) else rule_of(node)
+        rule = None if draws(call) else rule_of(node)
         return decide(call, rule, types, bytes_of, free)
 
 
@@ -126,10 +126,6 @@ def _refuse_writes(call: Call) -> None:
                         f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}) "
                         f"writes to {target}, no input of the graph: functionalize in-place operators first"
                     )
-
-
-def _inactive(call: Call) -> bool:
-    return "train" in call.arguments and not (call["train"] and call["p"])
 
 
 def _holds_tensor(value: Any) -> bool:

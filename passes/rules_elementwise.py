@@ -7,7 +7,7 @@ import torch
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.types import Length, same_length
 
-__all__ = ["CHEAP", "ELEMENTWISE", "broadcast"]
+__all__ = ["CHEAP", "ELEMENTWISE", "broadcast", "draws"]
 
 _BINARY = (
     "add sub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin eq ne lt le gt "
@@ -31,6 +31,10 @@ _OVERLOADS = (
 ).split()
 
 
+#: The second operand lends its dtype.
+_TYPE_AS = overloads("type_as", "to.other")
+
+
 def _elementwise_ops() -> list[object]:
     """Overloads by these names that have a tensor operand and one tensor result, and write to no argument."""
     found = []
@@ -43,7 +47,9 @@ def _elementwise_ops() -> list[object]:
             schema = op._schema
             tensors = [a for a in schema.arguments if "Tensor" in str(a.type)]
             writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
-            if overload in _OVERLOADS and tensors and len(schema.returns) == 1 and not writes:
+            results = [str(r.type) for r in schema.returns]
+            # `to.other` reads its second operand's dtype only; `where(x)` gives positions.
+            if overload in _OVERLOADS and tensors and results == ["Tensor"] and not writes and op not in _TYPE_AS:
                 if all(str(a.type) in ("Tensor", "Optional[Tensor]") for a in tensors):
                     found.append(op)
     return found
@@ -51,7 +57,7 @@ def _elementwise_ops() -> list[object]:
 
 ELEMENTWISE = _elementwise_ops()
 #: Operators so cheap that recomputing them on whole operands beats any communication.
-CHEAP = {*ELEMENTWISE, *overloads("type_as")}
+CHEAP = {*ELEMENTWISE, *_TYPE_AS}
 
 
 def broadcast(
@@ -78,7 +84,7 @@ def elementwise(call: Call) -> OpRule | None:
     return OpRule(tuple(operands), (out,), sizes)
 
 
-@rule(overloads("type_as"))
+@rule(_TYPE_AS)
 def type_as(call: Call) -> OpRule | None:
     """``([d0, d1], -) -> ([d0, d1])``."""
     shape = call.operand_shapes()[0]
@@ -86,9 +92,20 @@ def type_as(call: Call) -> OpRule | None:
     return OpRule((dims, None), (dims,), {f"d{i}": n for i, n in enumerate(shape)})
 
 
+def draws(call: Call) -> bool:
+    """Whether this call draws random numbers: dropout does not at p = 0, nor outside training (None is training)."""
+    if torch.Tag.nondeterministic_seeded not in call.op.tags:
+        return False
+    if "dropout_p" in call.arguments:  # attention
+        return bool(call["dropout_p"])
+    return not ("p" in call.arguments and "train" in call.arguments) or bool(call["train"] is not False and call["p"])
+
+
 @rule(overloads("dropout", "native_dropout", "feature_dropout"))
 def dropout(call: Call) -> OpRule | None:
     """Inactive dropout is elementwise; an active one draws for the whole value."""
-    if call.get("train", True) and call.get("p", 0.5):
+    if draws(call):
         return None
-    return elementwise(call)
+    dims: Dims = tuple((f"d{i}",) for i in range(len(call.operand_shapes()[0])))
+    sizes = {f"d{i}": n for i, n in enumerate(call.operand_shapes()[0])}
+    return OpRule((dims,), tuple(dims for _ in call.result_shapes()), sizes)

@@ -112,6 +112,8 @@ def repeat(call: Call) -> OpRule | None:
 @rule(overloads("embedding"))
 def embedding(call: Call) -> OpRule | None:
     """``([v, c], [d0, d1]) -> ([d0, d1, c]) whole={v}``."""
+    if call["scale_grad_by_freq"] or call["sparse"]:
+        return None  # its gradient counts all ids, or is sparse and cannot be summed over the ranks
     weight, ids = call.operand_shapes()
     dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(ids))]
     sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(ids)} | {"v": weight[0], "c": weight[1]}
@@ -179,7 +181,7 @@ def _length(size: object) -> Length:
 def gather(call: Call) -> OpRule | None:
     """Positions along ``dim`` are looked up, the other dimensions are aligned where their sizes are equal."""
     shape, index = call.operand_shapes()
-    if not shape:
+    if len(index) != len(shape) or not shape:
         return None
     dim = call.dim("dim", len(shape))
     left: list[tuple[str, ...]] = []
