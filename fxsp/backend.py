@@ -141,6 +141,11 @@ def _partition(
     )
     program = partition_program(program, Runner(frozenset(options.print), runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)
+    if options.inner == "eager":
+        # AOTAutograd traces the local graph again; without it the local values have to be known here.
+        infer_local(program)
+        for node in program.graph.nodes:
+            node.meta["val"] = node.meta.get("local_val")
     return program
 
 

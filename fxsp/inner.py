@@ -6,7 +6,7 @@
     AOTAutograd, *emit*, and then one ATen call after the other.  No code generation: for tests, and to tell a wrong
     graph from a wrong kernel.
 ``eager``
-    The graph as it is, one call after the other, autograd as in eager code.
+    The graph, one call after the other, autograd as in eager code.  For inference, *emit* comes first.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compile_inner(
     mode: str | None = None,
     training: bool = False,
 ) -> Callable[..., Any]:
-    """``gm``, a graph of ATen and fxsp ops, as a function of its inputs.
+    """``gm``, a graph of ATen and fxsp ops, as a function of its inputs.  ``gm`` may be edited in place.
 
     ``mode`` is that of ``torch.compile``, for Inductor.  ``training``: gradients may be asked for.
     Raises :class:`OptionError` for an unknown ``inner``.
@@ -108,8 +108,13 @@ def _use(x: Tensor, group: str) -> Tensor:
     return _Use.apply(x, group) if torch.is_grad_enabled() and x.requires_grad else x
 
 
+def _has_values(gm: GraphModule) -> bool:
+    """Whether emit finds the fakes that it needs."""
+    return all("val" in x.meta for node in gm.graph.nodes if op_name(node) for x in node.all_input_nodes)
+
+
 def _eager(gm: GraphModule, training: bool) -> Callable[..., Any]:
-    if not training:
+    if not training and _has_values(gm):
         emit(gm.graph)
     for node in gm.graph.nodes:
         if op_name(node) == "use":

@@ -11,6 +11,7 @@ Ulysses, for two ranks, four heads of 8, five tokens; two all-to-alls and nothin
     %all_to_all: [2, 3, B, 2, 8]     by source: the heads of each rank
     %result:     [B, 4, 3, 8]
 
+Several segments are put in global order by ``unpack`` on the way in, and back by ``pack``, unless no mask looks at it.
 After this pass no ``distributed_attention`` remains.
 """
 
@@ -73,6 +74,15 @@ class _Lowering:
         value = node.meta["global_val"]
         self.shape = [as_length(n) for n in value.shape]
         self.device, self.itemsize = value.device, value.element_size()
+        #: Attention without mask does not care for the order of tokens, as long as the output has that of the queries:
+        #: they may stay in the order in which they arrive, rank by rank, and no copy restores the segments.
+        self.any_order = (
+            self.args.get("attn_mask") is None
+            and not self.args.get("is_causal")
+            and not any(
+                s is None or s.has_pads(self.size) or any(s.whole) for s in (self.choice.queries, self.choice.keys)
+            )
+        )
 
     def lower(self) -> Node:
         q, k, v = (_node(self.args[n]) for n in ("query", "key", "value"))
@@ -178,7 +188,7 @@ class _Lowering:
             moved = self.build.call(aten.cat.default, kept, 1)
         received = self._all_to_all(moved, split, heads, width, batch)
         length = split.length
-        if len(split.segments) > 1:
+        if len(split.segments) > 1 and not self.any_order:
             tokens = self.build.unpack(received, split)
         else:
             tokens = self.build.call(aten.flatten.using_ints, received, 0, 1)
@@ -206,7 +216,7 @@ class _Lowering:
         rows = call(aten.permute.default, out, [2, 0, 1, 3])  # [S, B, h, D]
         if any(sequence.whole):
             packed = self._pack_with_whole(rows, places, heads)
-        elif len(split.segments) == 1 and not split.has_pads(self.size):
+        elif self.any_order or (len(split.segments) == 1 and not split.has_pads(self.size)):
             local = split.local_length(self.size)
             sizes = self.build.sizes([self.size, local, batch, heads, width])
             packed = call(aten.reshape.default, rows, sizes)

@@ -54,6 +54,9 @@ def _worker(rank: int, size: int, store: str, tasks: Connection) -> None:
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do, and taking down an interpreter full of torch takes seconds
 
 
 class Pool:

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fuzzing import check, check_gradients, partition
+from fuzzing import check, check_gradients
 from hypothesis import HealthCheck, Phase, given, note, settings
 from programs import INSTRUCTIONS, Case, Input, cases, script
 
@@ -39,11 +39,24 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@given(cases())
-@_settings(PROGRAMS)
-def test_partitioned_programs_compute_the_same(case: Case) -> None:
-    note(script(case))
-    check(case)
+def test_partitioned_programs_compute_the_same() -> None:
+    seen: Counter[str] = Counter()
+
+    @given(cases())
+    @_settings(PROGRAMS)
+    def draw(case: Case) -> None:
+        note(script(case))
+        report = check(case).report
+        seen.update(case.instructions)
+        seen.update(f"attention {record.method}" for record in report.attentions)
+        seen["sharded"] += bool(report.collectives)
+
+    draw()
+    if PROGRAMS >= DEFAULT:
+        # The generator covers what it is meant to: a condition that never holds would hide an instruction.
+        missing = (INSTRUCTIONS.keys() | {"attention ulysses", "attention gather_kv"}) - seen.keys()
+        assert not missing
+        assert seen["sharded"] >= PROGRAMS // 2
 
 
 @pytest.mark.skipif(TRAINING == 0, reason="FXSP_FUZZ_TRAINING is not set")
@@ -52,24 +65,6 @@ def test_partitioned_programs_compute_the_same(case: Case) -> None:
 def test_partitioned_programs_have_the_same_gradients(case: Case) -> None:
     note(script(case))
     check_gradients(case)
-
-
-def test_every_instruction_is_drawn_and_attention_has_each_method() -> None:
-    """The generator covers what it is meant to: a condition that never holds would hide an instruction."""
-    seen: Counter[str] = Counter()
-
-    @given(cases())
-    @settings(_settings(120), phases=(Phase.generate,), derandomize=True)
-    def draw(case: Case) -> None:
-        seen.update(case.instructions)
-        report = partition(case).report
-        seen.update(f"attention {record.method}" for record in report.attentions)
-        seen["sharded"] += bool(report.collectives)
-
-    draw()
-    missing = (INSTRUCTIONS.keys() | {"attention ulysses", "attention gather_kv"}) - seen.keys()
-    assert not missing
-    assert seen["sharded"] >= 80
 
 
 def test_a_wrong_partition_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
