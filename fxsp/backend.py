@@ -34,7 +34,7 @@ from fxsp.passes.verify import infer_local
 from fxsp.report import Report
 from fxsp.types import Ranks
 
-__all__ = ["reports", "sp"]
+__all__ = ["compile_graph", "reports", "sp"]
 
 _reports: list[Report] = []
 _lock = threading.Lock()
@@ -65,45 +65,63 @@ install(lambda backend: backend is sp)
 
 
 def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    _check_stages(options)
     ranks = resolve_ranks(options)
+    report, program = compile_graph(gm, inputs, options, ranks)
+    with _lock:
+        _reports.append(report)
+    if program is None:
+        return _finish(gm, inputs, options, report)
+    names = [node.target for node in program.gm.graph.find_nodes(op="placeholder")]
+    run = _finish(program.gm, inputs, options, report, normalized=True)
+    if options.verify:
+        run = verify_outputs(run, gm.forward)
+    if options.check_inputs:
+        run = check_inputs(run, names, ranks, options.mesh.get_group() if options.mesh is not None else options.group)
+    return run
+
+
+def compile_graph(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks
+) -> tuple[Report, Program | None]:
+    """Dynamo's graph as the program of one rank, up to the inner compiler; no program where it stays whole.
+
+    Where it stays whole, ``gm`` computes what it did before, and the report says why.
+    """
+    _check_stages(options)
     report = Report()
     captured = capture(gm, options.plan)
     report.notes.extend(captured.notes)
-    training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     runner = _Printer(options, ranks)
     runner.text("captured", gm, report)
     if captured.entries is None:
         report.unsharded = "no plan: give options={'plan': ...}, or the model a _sp_plan or _cp_plan"
         if ranks.size > 1:
             warnings.warn(UnshardedWarning(f"this graph is not split. {report.unsharded}"), stacklevel=2)
-        return _finish(gm, inputs, options, report, training)
+        return report, None
     report.plan.extend(annotate(gm, captured, captured.entries, ranks))
     runner.text("annotated", gm, report)
     if ranks.size == 1:
         report.unsharded = "one rank"
-        return _finish(gm, inputs, options, report, training)
+        return report, None
     if not any(record.applied for record in report.plan):
         report.unsharded = "no entry of the plan applies to this graph"
         _say_unsharded(report, captured)
-        return _finish(gm, inputs, options, report, training)
+        return report, None
     try:
-        program = _partition(gm, inputs, options, ranks, report, training, runner)
+        program = _partition(gm, inputs, options, ranks, report, runner)
     except UnsupportedError as error:
         if not getattr(error, "whole_graph", False):
             raise
         report.unsharded = str(error)
         _say_unsharded(report, captured)
         _remove_annotations(gm)
-        return _finish(gm, inputs, options, report, training)
+        return report, None
     _say_gathers(report)
-    names = [node.target for node in program.gm.graph.find_nodes(op="placeholder")]
-    run = _finish(program.gm, inputs, options, report, training, normalized=True)
-    if options.verify:
-        run = verify_outputs(run, gm.forward)
-    if options.check_inputs:
-        run = check_inputs(run, names, ranks, options.mesh.get_group() if options.mesh is not None else options.group)
-    return run
+    return report, program
+
+
+def _is_training(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 def _partition(
@@ -112,7 +130,6 @@ def _partition(
     options: Options,
     ranks: Ranks,
     report: Report,
-    training: bool,
     runner: _Printer,
 ) -> Program:
     start = time.perf_counter()
@@ -133,7 +150,7 @@ def _partition(
         normal,
         ranks,
         report,
-        training=training,
+        training=_is_training(inputs),
         strict=options.strict,
         grad_reduce=options.grad_reduce,
         ulysses_degree=degrees.ulysses,
@@ -150,17 +167,10 @@ def _partition(
 
 
 def _finish(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    report: Report,
-    training: bool,
-    *,
-    normalized: bool = False,
+    gm: GraphModule, inputs: Sequence[Any], options: Options, report: Report, *, normalized: bool = False
 ) -> Callable[..., Any]:
     """Hand the graph to the inner compiler."""
-    with _lock:
-        _reports.append(report)
+    training = _is_training(inputs)
     start = time.perf_counter()
     if not normalized or not torch_internals.any_autocast():
         compiled = compile_inner(gm, inputs, options.inner, options.mode, training)

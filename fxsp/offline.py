@@ -1,0 +1,75 @@
+"""Partitioning without a process group, without devices and without weights: what would ``backend="sp"`` do?
+
+:func:`partition_offline` traces a model as ``torch.compile`` does (meta tensors will do) and partitions every graph for
+a given number of ranks.  ``fxsp.explain`` and the compile-cost benchmark stand on it.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxsp.backend import compile_graph
+from fxsp.capture import install
+from fxsp.config import Options
+from fxsp.errors import FxspWarning
+from fxsp.passes.base import Program
+from fxsp.report import Report
+from fxsp.types import Ranks
+
+__all__ = ["OfflineResult", "partition_offline"]
+
+
+@dataclass
+class OfflineResult:
+    """One graph: its report, its partitioned program (None if it stays whole), and seconds spent in each."""
+
+    report: Report
+    program: Program | None
+    #: Seconds from the handing over of Dynamo's graph to the partitioned one.
+    seconds: float
+
+
+@dataclass
+class _Offline:
+    """A backend that partitions, keeps the result, and runs the graph as it was."""
+
+    options: Options
+    ranks: Ranks
+    results: list[OfflineResult] = field(default_factory=list)
+
+    __name__ = "fxsp_offline"
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        start = time.perf_counter()
+        report, program = compile_graph(gm, inputs, self.options, self.ranks)
+        self.results.append(OfflineResult(report, program, time.perf_counter() - start))
+        return gm.forward
+
+
+install(lambda backend: isinstance(backend, _Offline))
+
+
+def partition_offline(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    world_size: int,
+    options: Mapping[str, Any] | None = None,
+) -> list[OfflineResult]:
+    """Trace ``model(*args, **kwargs)`` and partition its graphs for rank 0 of ``world_size``.
+
+    ``options`` are those of the backend (``plan``, ``ulysses_degree``, ``strict``, ...).  Raises what it raises.
+    """
+    backend = _Offline(Options.parse(options), Ranks(0, world_size, "offline"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FxspWarning)
+        torch.compile(model, backend=backend)(*args, **(kwargs or {}))
+    return backend.results
