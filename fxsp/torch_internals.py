@@ -309,6 +309,19 @@ def without_autocast() -> AbstractContextManager[Any]:
     return torch._C._DisableAutocast()
 
 
+def listen(called: Callable[[Any, Any, Any, Any], None]) -> AbstractContextManager[Any]:
+    """``called(op, args, kwargs, result)`` for each operator below autograd that runs meanwhile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            called(func, args, kwargs or {}, result)
+            return result
+
+    return Listener()
+
+
 @contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:
     """An operator that fails on fakes raises, as ever, but torch does not log it: for trials that may fail."""
@@ -629,6 +642,13 @@ def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx
 
 
 # --- Inductor and AOTAutograd -----------------------------------------------------------------------------------------
+
+
+def functional_collectives() -> Any:
+    """The collectives that compilers see: ``all_reduce``, ``all_to_all_single``, ..., ``wait_tensor``."""
+    import torch.distributed._functional_collectives  # registers the shapes of their results
+
+    return torch.ops._c10d_functional
 
 
 def graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str) -> Any:

@@ -7,8 +7,9 @@ and accumulate in fp32.
 from __future__ import annotations
 
 import torch
-import torch.distributed._functional_collectives  # registers the shapes of the ops
 from torch import Tensor
+
+from fxsp.torch_internals import functional_collectives
 
 __all__ = [
     "all_gather",
@@ -21,7 +22,7 @@ __all__ = [
     "wait",
 ]
 
-_c10d = torch.ops._c10d_functional
+_c10d = functional_collectives()
 
 
 def _wire(x: Tensor) -> Tensor:
