@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxsp import torch_internals
@@ -84,27 +83,21 @@ def _signature(leaf: Any) -> Any:
 
 
 def _calls(op: Any, args: Any, kwargs: Any) -> list[tuple[Any, ...]] | None:
-    """The operators that a composite operator calls; None if it fails (on dtypes that only autocast lets it mix)."""
-    listener = _Calls()
+    """The operators, with the dtypes of their arguments, that a composite operator calls.
+
+    None if it fails, on dtypes that only autocast lets it mix.
+    """
+    calls: list[tuple[Any, ...]] = []
+
+    def called(inner: Any, args: Any, kwargs: Any, _: Any) -> None:
+        calls.append((inner, *(leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))))
+
     try:
-        with torch_internals.quiet_fakes(), listener:
+        with torch_internals.quiet_fakes(), torch_internals.listen(called):
             op(*args, **kwargs)
     except RuntimeError:
         return None
-    return listener.calls
-
-
-class _Calls(TorchDispatchMode):
-    """Records which operators are called, and on which dtypes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        dtypes = [leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        self.calls.append((func, *dtypes))
-        return func(*args, **(kwargs or {}))
+    return calls
 
 
 class AutocastState:

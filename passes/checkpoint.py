@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxsp import torch_internals
 
@@ -26,24 +25,19 @@ def tag_checkpoint(body: torch.fx.GraphModule, nodes: Iterable[torch.fx.Node], n
             continue
         node.meta.update(torch_internals.checkpoint_tags(number))
         if policy is not None and torch_internals.is_operator(node.target):
-            listener = _Policy(policy)
-            assert callable(node.target)
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with torch_internals.untraced(), listener:
-                node.target(*args, **kwargs)
-            if listener.saved is not None:
-                node.meta["recompute"] = listener.saved
+            saved = _saved(policy, node)
+            if saved is not None:
+                node.meta["recompute"] = saved
 
 
-class _Policy(TorchDispatchMode):
-    """Asks a policy about each operator that is called."""
-
-    def __init__(self, policy: Callable[..., Any]) -> None:
-        super().__init__()
-        self.policy = policy
-        self.saved: Any = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.saved = self.saved or self.policy(result, func, *args, **(kwargs or {}))
-        return result
+def _saved(policy: Callable[..., Any], node: torch.fx.Node) -> Any:
+    """The policy's tag if it saves one of the operators that a node consists of."""
+    answers: list[Any] = []
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    with (
+        torch_internals.untraced(),
+        torch_internals.listen(lambda op, args, kwargs, result: answers.append(policy(result, op, *args, **kwargs))),
+    ):
+        node.target(*args, **kwargs)
+    return next((answer for answer in answers if answer is not None), None)
