@@ -11,7 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fxsp.passes import rules_index, rules_reduce, rules_views  # noqa: F401  (they fill the rule table)
+from fxsp.passes import (  # noqa: F401  (they fill the rule table)
+    rules_index,
+    rules_reduce,
+    rules_scatter,
+    rules_spatial,
+    rules_views,
+)
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.partition import Partition

@@ -12,7 +12,8 @@ __all__ = ["CHEAP", "ELEMENTWISE", "broadcast", "draws"]
 _BINARY = (
     "add sub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin eq ne lt le gt "
     "ge __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor rsub "
-    "copysign hypot xlogy lerp where addcmul addcdiv masked_fill bitwise_left_shift bitwise_right_shift"
+    "copysign hypot xlogy lerp where addcmul addcdiv masked_fill bitwise_left_shift bitwise_right_shift logaddexp "
+    "logaddexp2 heaviside ldexp gcd lcm nextafter"
 )
 _UNARY = (
     "neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh "
@@ -21,7 +22,7 @@ _UNARY = (
     "frac clamp clip clamp_min clamp_max isnan isinf isfinite logical_not bitwise_not nan_to_num sinc digamma "
     "lgamma polar complex real imag conj _conj resolve_conj resolve_neg angle signbit positive sgn deg2rad "
     "rad2deg _to_copy to contiguous clone alias detach lift_fresh_copy lift_fresh zeros_like ones_like empty_like "
-    "full_like isclose float_power alias_copy detach_copy"
+    "full_like isclose float_power alias_copy detach_copy hardshrink softshrink tanhshrink logit isposinf isneginf i0"
 )
 #: Reads of data that view ops share; kept apart because their cost is nothing.
 _OVERLOADS = (
@@ -55,7 +56,7 @@ def _elementwise_ops() -> list[object]:
     return found
 
 
-ELEMENTWISE = _elementwise_ops()
+ELEMENTWISE = [*_elementwise_ops(), *overloads("max.other", "min.other")]
 #: Operators so cheap that recomputing them on whole operands beats any communication.
 CHEAP = {*ELEMENTWISE, *_TYPE_AS}
 

@@ -51,12 +51,6 @@ def select(call: Call) -> OpRule | None:
     return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), sizes, whole=frozenset({f"d{dim}"}))
 
 
-@rule(overloads("diagonal", "diag_embed"))
-def diagonal(call: Call) -> OpRule | None:
-    """No dimension passes safely in general; all are made whole."""
-    return None
-
-
 @rule(overloads("cat", "concat", "concatenate"))
 def cat(call: Call) -> OpRule | None:
     """``cat([x, y], 2)``: ``([d0, d1, x0], [d0, d1, x1]) -> ([d0, d1, y]) whole={x0, x1, y}``."""
@@ -94,11 +88,12 @@ def pad(call: Call) -> OpRule | None:
     return _pass_except(call, changed)
 
 
-@rule(overloads("repeat"))
+@rule(overloads("repeat", "tile"))
 def repeat(call: Call) -> OpRule | None:
     """Repeated dimensions are whole, the others pass."""
     (shape,) = call.operand_shapes()
-    repeats = call["repeats"]
+    given = call["repeats"] if "repeats" in call.arguments else call["dims"]
+    repeats = [*([1] * (len(shape) - len(given))), *given]  # tile may name fewer than there are
     extra = len(repeats) - len(shape)
     dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
     sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}

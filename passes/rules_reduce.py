@@ -151,26 +151,25 @@ def layer_norm(call: Call) -> OpRule | None:
     return OpRule(operands, tuple(results), sizes, whole=frozenset(f for d in tail for f in d))
 
 
-@rule(overloads("group_norm", "native_group_norm", "instance_norm"))
+@rule(overloads("group_norm", "instance_norm"))
 def group_norm(call: Call) -> OpRule | None:
     """Only the batch passes: ``([d0, d1, d2], [c], [c]) -> ([d0, d1, d2]) whole={c, d1, d2}``."""
-    x = call.operand_shapes()[0]
-    if len(call.result_shapes()) != 1:
-        return None
+    x, *others = call.operand_shapes()
+    if call.get("running_mean") is not None and call.get("use_input_stats"):
+        return None  # it writes statistics of the whole batch
     dims, sizes = _rows("d", x)
-    operands = (tuple(dims), *((("c",),) for _ in call.operands[1:]))
-    whole = {f"d{i}" for i in range(1, len(x))} | ({"c"} if len(operands) > 1 else set())
+    operands = (tuple(dims), *((("c",),) for _ in others))
+    whole = {f"d{i}" for i in range(1, len(x))} | ({"c"} if others else set())
     return OpRule(operands, (tuple(dims),), sizes | {"c": x[1]}, whole=frozenset(whole))
 
 
 @rule(overloads(
     "softmax.int", "log_softmax.int", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll",
     "sort", "sort.stable", "argsort", "argsort.stable", "topk", "diff", "triu", "tril", "glu", "cummax", "cummin",
-    "rot90", "renorm",
 ))  # fmt: skip
 def along(call: Call) -> OpRule | None:
     """Dimensions that it does not read across pass: ``softmax(1)``: ``([d0, d1]) -> ([d0, w1]) whole={d1, w1}``."""
-    if len(call.operands) != 1 or call.op in overloads("rot90", "renorm"):
+    if len(call.operands) != 1:
         return None
     (shape,) = call.operand_shapes()
     rank = len(shape)

@@ -12,12 +12,12 @@ __all__ = ["reshape_factors"]
 
 RESHAPES = overloads(
     "view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int", "squeeze", "squeeze.dim", "squeeze.dims",
-    "unsqueeze", "view_copy", "view_as", "reshape_as",
+    "unsqueeze", "view_copy", "view_as", "reshape_as", "ravel",
 )  # fmt: skip
 PERMUTES = overloads(
     "transpose.int", "permute", "t", "numpy_T", "mT", "movedim", "movedim.intlist", "movedim.int", "swapaxes",
     "swapdims",
-    "adjoint", "matrix_H", "moveaxis.int", "moveaxis.intlist",
+    "adjoint", "matrix_H", "mH", "moveaxis.int", "moveaxis.intlist",
 )  # fmt: skip
 EXPANDS = overloads("expand", "expand_as", "broadcast_to")
 
@@ -126,7 +126,7 @@ def _order(call: Call, rank: int) -> list[int]:
         return dims
     if name == "permute":
         return [d % rank for d in call["dims"]]
-    if name in ("mT", "adjoint", "matrix_H"):
+    if name in ("mT", "mH", "adjoint", "matrix_H"):
         return [*range(rank - 2), rank - 1, rank - 2]
     if name in ("movedim", "moveaxis"):
         source, target = call["source"], call["destination"]

@@ -102,6 +102,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "reshape": [(X, [10, 2, 3]), (X, [4, 15]), (T((1, 5, 1)), [5, 1, 1]), (T((4, 1)), [2, 2]), (T((2, 12)), [4, 6])],
     "_unsafe_view": [(X, [10, 6])],
     "view_copy": [(X, [10, 6])],
+    "ravel": [(X,), (T((5,)),)],
     "view_as": [(X, T((10, 6))), (T((4, 6)), T((2, 2, 6)))],
     "reshape_as": [(X, T((10, 6)))],
     "flatten.using_ints": [(X, 0, 1), (X,), (T((4, 2, 3)), 1, 2)],
@@ -113,8 +114,9 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "transpose.int": [(X, 1, 2), (X, -1, 0)],
     "permute": [(X, [2, 0, 1]), (X, [0, -1, 1])],
     "t": [(N,), (T((5,)),)],
-    "numpy_T": [(N,), (X,)],
+    "numpy_T": [(N,)],
     "mT": [(X,)],
+    "mH": [(X,)],
     "adjoint": [(X,), (T((2, 5, 4), "complex"),)],
     "matrix_H": [(N,)],
     "movedim.int": [(X, 0, 2), (X, -1, 0)],
@@ -159,8 +161,72 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "gather": [(X, 1, T((2, 3, 6), "index", 5)), (X, -1, T((2, 5, 4), "index", 6)), (T((4, 5)), 0, T((6, 2), "index", 4))],
     "slice_scatter": [(X, T((2, 2, 6)), 1, 1, 3), (X, T((2, 5, 3)), -1, 0, 6, 2)],
     "select_scatter": [(X, T((2, 6)), 1, 2)],
-    "diagonal": [(T((4, 5, 6)), 0, 1, 2)],
-    "diag_embed": [(T((4, 5)),)],
+    "tile": [(X, [2]), (X, [2, 1, 1, 1])],
+    # rules_scatter
+    "scatter.src": [(X, 1, T((2, 3, 6), "index", 5), T((2, 3, 6))), (X, 0, T((2, 4, 6), "index", 2), T((2, 4, 6)))],
+    "scatter.value": [(X, -1, T((2, 5, 1), "index", 6), 0.5)],
+    "scatter.reduce": [(X, 1, T((2, 1, 6), "index", 5), T((2, 1, 6)), {"reduce": "add"})],
+    "scatter.value_reduce": [(X, 1, T((2, 1, 6), "index", 5), 0.5, {"reduce": "multiply"})],
+    "scatter_add": [(X, 1, T((2, 4, 6), "index", 5), T((2, 4, 6))), (T((5,)), 0, T((6,), "index", 5), T((6,)))],
+    "scatter_reduce.two": [(X, 1, T((2, 4, 6), "index", 5), T((2, 4, 6)), "amax")],
+    "index_add": [(X, 1, T((4,), "index", 5), T((2, 4, 6))), (T((5,)), 0, T((4,), "index", 5), T((4,)))],
+    "index_copy": [(X, 1, T((5,), "order"), T((2, 5, 6)))],
+    "index_fill.int_Scalar": [(X, 1, T((2,), "index", 5), 0.5)],
+    "index_fill.int_Tensor": [(X, -1, T((2,), "index", 5), T(()))],
+    "index_reduce": [(X, 1, T((4,), "index", 5), T((2, 4, 6)), "amax")],
+    "index_put": [
+        (X, [None, T((5,), "order")], T((2, 5, 6))),
+        (X, [None, T((2,), "index", 5)], T((1, 6)), True),
+        (T((5, 4, 6)), [T((3,), "index", 5), T((1,), "index", 4)], T((3, 6)), True),
+        (T((5, 4)), [T((5,), "order")], T(())),
+    ],
+    "_unsafe_index_put": [(X, [None, T((5,), "order")], T((2, 5, 6)))],
+    # rules_spatial
+    "avg_pool1d": [(T((5, 2, 6)), [2]), (T((4, 6)), [3])],
+    "max_pool1d": [(T((5, 2, 6)), [2])],
+    "max_pool1d_with_indices": [(T((5, 2, 6)), [2])],
+    "adaptive_avg_pool1d": [(T((5, 2, 6)), [3])],
+    "adaptive_max_pool1d": [(T((5, 2, 6)), [3])],
+    "upsample_nearest1d": [(T((5, 2, 3)), [6])],
+    "upsample_nearest1d.vec": [(T((5, 2, 3)), None, [2.0])],
+    "upsample_linear1d": [(T((5, 2, 3)), [6], False)],
+    "upsample_linear1d.vec": [(T((5, 2, 3)), [6], False, None)],
+    "diag_embed": [(T((4, 5)),), (T((5,)), 1)],
+    "avg_pool2d": [(T((5, 2, 4, 4)), [2, 2])],
+    "max_pool2d": [(T((5, 2, 4, 4)), [2, 2])],
+    "max_pool2d_with_indices": [(T((5, 2, 4, 4)), [2, 2])],
+    "adaptive_avg_pool2d": [(T((5, 2, 4, 4)), [2, 2])],
+    "_adaptive_avg_pool2d": [(T((5, 2, 4, 4)), [2, 2])],
+    "adaptive_max_pool2d": [(T((5, 2, 4, 4)), [2, 2])],
+    **{f"upsample_{n}2d.vec": [(T((5, 2, 2, 3)), [4, 6], False, None)] for n in ("bilinear", "bicubic")},
+    **{f"upsample_{n}2d": [(T((5, 2, 2, 3)), [4, 6], False)] for n in ("bilinear", "bicubic")},
+    "_upsample_bilinear2d_aa.vec": [(T((5, 2, 2, 3)), [4, 6], False, None)],
+    "upsample_nearest2d": [(T((5, 2, 2, 3)), [4, 6])],
+    "upsample_nearest2d.vec": [(T((5, 2, 2, 3)), None, [2.0, 2.0])],
+    "_upsample_nearest_exact2d.vec": [(T((5, 2, 2, 3)), [4, 6], None)],
+    **{n: [(T((5, 3, 3)),)] for n in ("linalg_qr", "linalg_inv", "inverse", "linalg_det", "matrix_exp", "linalg_matrix_exp")},
+    "linalg_svd": [(T((5, 3, 2)), False)],
+    "avg_pool3d": [(T((5, 2, 2, 2, 2)), [2, 2, 2])],
+    "max_pool3d": [(T((5, 2, 2, 2, 2)), [2, 2, 2])],
+    "max_pool3d_with_indices": [(T((5, 2, 2, 2, 2)), [2, 2, 2])],
+    "adaptive_avg_pool3d": [(T((5, 2, 2, 2, 2)), [1, 1, 1])],
+    "upsample_nearest3d": [(T((5, 2, 1, 2, 2)), [2, 4, 4])],
+    "upsample_nearest3d.vec": [(T((5, 2, 1, 2, 2)), [2, 4, 4], None)],
+    "upsample_trilinear3d": [(T((5, 2, 1, 2, 2)), [2, 4, 4], False)],
+    "upsample_trilinear3d.vec": [(T((5, 2, 1, 2, 2)), [2, 4, 4], False, None)],
+    "pixel_shuffle": [(T((5, 4, 2, 3)), 2)],
+    "pixel_unshuffle": [(T((5, 2, 2, 4)), 2)],
+    "channel_shuffle": [(T((5, 4, 2, 3)), 2)],
+    "batch_norm": [(T((4, 5, 3)), T((5,)), T((5,)), T((5,), "buffer"), T((5,), "buffer"), False, 0.1, 1e-5, False)],
+    "prelu": [(X, T((5,))), (X, T((1,)))],
+    "_prelu_kernel": [(X, T((1, 5, 1)))],
+    "meshgrid": [([T((5,)), T((6,))],)],
+    "meshgrid.indexing": [([T((4,)), T((5,)), T((2,))], {"indexing": "xy"}), ([T((5,)), T(())], {"indexing": "ij"})],
+    "unfold": [(X, 1, 2, 1), (T((5,)), 0, 2, 3)],
+    "cdist": [(T((2, 5, 3)), T((2, 4, 3)))],
+    "_cdist_forward": [(T((2, 5, 3)), T((2, 4, 3)), 2.0, None)],
+    "bucketize.Tensor": [(T((4, 5)), T((3,), "order"))],
+    "cosine_similarity": [(X, X, 2), (X, T((1, 5, 6)), 1)],
     # attention
     "scaled_dot_product_attention": [
         (T((2, 2, 5, 4)), T((2, 2, 6, 4)), T((2, 2, 6, 3))),
@@ -196,10 +262,16 @@ for _name in "prod max min all any argmax argmin var std norm.Scalar count_nonze
     _CALLS.setdefault(_name, []).append((T((4, 5), "bool") if _name in ("all", "any") else T((4, 5)),))
 
 
+_NO_DERIVATIVE = {
+    "detach_copy", "floor_divide", "floor_divide.Scalar", "remainder.Scalar_Tensor", "scatter.reduce", "scatter.value_reduce",
+    "heaviside", "nextafter",
+}  # fmt: skip
+
+
 def _sample(name: str, call: tuple[Any, ...]) -> Sample:
     (op,) = overloads(name)
     kwargs = call[-1] if call and isinstance(call[-1], dict) else {}
-    return Sample(op, call[: len(call) - bool(kwargs)], kwargs)
+    return Sample(op, call[: len(call) - bool(kwargs)], kwargs, grads=name not in _NO_DERIVATIVE)
 
 
 #: Operators defined on part of the numbers.
@@ -234,6 +306,9 @@ _GIVEN: dict[str, tuple[Any, ...]] = {
     "relu6": (X,),
     "gelu": (X, {"approximate": "tanh"}),
     "isclose": (X, T((5, 1))),
+    "logit": (T((2, 5, 6), "unit"), None),
+    "max.other": (X, T((5, 1))),
+    "min.other": (X, T((5, 1))),
 }
 
 
@@ -266,7 +341,7 @@ def _elementwise(op: Any) -> Sample:
             op(*(a.draw(generator) if isinstance(a, T) else a for a in args))
         except RuntimeError:  # not for operands of this dtype
             continue
-        return Sample(op, tuple(args), grads=name != "detach_copy", value=name != "empty_like")  # no derivative, no value
+        return Sample(op, tuple(args), grads=full not in _NO_DERIVATIVE, value=name != "empty_like")
     raise AssertionError(f"{op} needs an entry among the given arguments")
 
 
