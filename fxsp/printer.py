@@ -189,7 +189,7 @@ def _fxsp_text(node: torch.fx.Node) -> str:
         if name == "rank":
             operands.append("rank")
         elif name == "lengths":
-            operands.append(_segments(value, arguments.get("whole", ())))
+            operands.append(_segments(value, arguments.get("whole", [False] * len(value))))
         elif name == "zero_pads":
             operands += ["zero_pads"] if value else []
         elif name not in ("whole", "size", "group"):
@@ -198,7 +198,8 @@ def _fxsp_text(node: torch.fx.Node) -> str:
 
 
 def _segments(lengths: Any, whole: Any) -> str:
-    parts = [f"{_operand(n)} whole" if w else _operand(n) for n, w in zip(lengths, whole, strict=False)]
+    texts = [str(_operand(n) if (known := _length(n)) is None else known) for n in lengths]
+    parts = [f"{text} whole" if w else text for text, w in zip(texts, whole, strict=False)]
     return f"[{'|'.join(parts)}]"
 
 
@@ -240,6 +241,8 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
     name = fxsp_name(node)
     if name not in COLLECTIVES:
         return None
+    if "fxsp_bytes" in node.meta:  # the pass that made it has counted
+        return as_length(node.meta["fxsp_bytes"])
     operand = node.args[0]
     shape = local_shape(operand, ranks) if isinstance(operand, torch.fx.Node) else None
     val = _val(operand) if isinstance(operand, torch.fx.Node) else None
@@ -257,6 +260,9 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
     rows: Length = 0
     for length, whole in zip(arguments["lengths"], arguments["whole"], strict=True):
         n = _length(length)
+        if n is None:  # a size that nobody described: all rows travel, at most
+            rows = shape[dim]
+            break
         if not whole:
             rows = rows + ceil_div(n, size)
         elif name == "gather_sum":  # summed by an all-reduce
@@ -265,8 +271,9 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
     return product((*others, as_length(rows), item, size - 1))
 
 
-def _length(arg: Any) -> Length:
-    return as_length(_val(arg)) if isinstance(arg, torch.fx.Node) else as_length(arg)
+def _length(arg: Any) -> Length | None:
+    value = _val(arg) if isinstance(arg, torch.fx.Node) else arg
+    return None if value is None else as_length(value)
 
 
 def _part(total: Length, numerator: int, denominator: int) -> Length:

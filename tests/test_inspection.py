@@ -10,7 +10,7 @@ import sympy
 import torch
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp.inspection import bytes_sent, format_bytes, format_graph, format_report, local_shape
+from fxsp.inspection import bytes_sent, format_bytes, format_graph, format_report, local_shape, op_text
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import Ranks, Replicate, Sequence, Shard, parse
 
@@ -105,6 +105,23 @@ def test_symbolic_lengths_are_formulas() -> None:
     x.meta.update(sp=Shard(0, Sequence.of(n)), val=_value(7, 3))
     rows.meta["sp"] = Replicate()
     assert str(local_shape(x, Ranks(0, 2, "g"))) == "(((s0 + 1)//2), 3)"
+
+
+def test_bytes_of_lengths_that_are_nodes() -> None:
+    """From what the pass counted, else from the length's value, else from the operand's rows."""
+    graph = torch.fx.Graph()
+    x, length = graph.placeholder("x"), graph.placeholder("length")
+    rows = graph.call_function(ops.gather.default, (x, 0, [length], [False], 0, 2, "g"))
+    x.meta["local_val"] = _value(4, 3)
+    ranks = Ranks(0, 2, "g")
+    assert bytes_sent(rows, ranks) == 4 * 3 * 4
+    assert op_text(rows) == "gather(x, 0, [length], rank)"
+    length.meta["val"] = 7
+    assert bytes_sent(rows, ranks) == 4 * 3 * 4
+    assert op_text(rows) == "gather(x, 0, [7], rank)"
+    assert op_text(graph.call_function(ops.pack.default, (x, [3, 2], 2, False))) == "pack(x, [3|2])"
+    rows.meta["fxsp_bytes"] = 12
+    assert bytes_sent(rows, ranks) == 12
 
 
 @pytest.mark.parametrize(
