@@ -27,6 +27,7 @@ stages: $(VENV)/.models
 
 bench: $(VENV)/.models
 	$(TORCHRUN) examples/bench.py
+	$(BIN)/python examples/compile_cost.py
 
 test: lint types pytest
 
