@@ -1,6 +1,6 @@
 """Checks at run time that a user may ask for: are the inputs equal on all ranks, are the results those of one device?
 
-``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (parameters at the first call):
+``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (each parameter once):
 two 64-bit sums per tensor and one small all-gather.  ``options={"verify": True}`` runs the graph whole at the first
 call and compares the outputs.  Both synchronize with the host; neither is on by default.
 """
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxsp.errors import InputMismatchError, VerificationError
 from fxsp.types import Ranks
@@ -46,13 +47,14 @@ def _stable(parts: tuple[Any, ...]) -> int:
 
 def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, group: Any) -> Callable[..., Any]:
     """``run``, but raising :class:`InputMismatchError` on every rank if an input differs between ranks."""
-    first = True
+    # One graph may serve several instances of a model: each has parameters of its own.
+    checked_parameters = WeakIdKeyDictionary()
 
     def checked(*args: Any) -> Any:
-        nonlocal first
-        named = zip(names, args, strict=True)
-        picked = [(n, a) for n, a in named if first or not isinstance(a, torch.nn.Parameter)]
-        first = False
+        picked = [(n, a) for n, a in zip(names, args, strict=True) if a not in checked_parameters]
+        for _, value in picked:
+            if isinstance(value, torch.nn.Parameter):
+                checked_parameters[value] = None
         mine = torch.tensor([fingerprint(a) for _, a in picked], dtype=torch.int64)
         device = next((a.device for _, a in picked if isinstance(a, Tensor)), torch.device("cpu"))
         everyone = [torch.empty_like(mine, device=device) for _ in range(ranks.size)]
