@@ -607,7 +607,7 @@ def _node_in(proxy: torch.fx.Proxy, tracer: Any) -> torch.fx.Node | Opaque:
     """A value of an outer graph is an input of the body of a higher-order operator: that input's node."""
     if proxy.node.graph is tracer.graph:
         node: torch.fx.Node = proxy.node
-    return node
+        return node
     lifted = tracer.lifted_freevars.get(proxy)
     if lifted is None and isinstance(number := proxy.node.meta.get("example_value"), torch.SymInt):
         lifted = tracer.bound_symbols.get(number.node.expr)
