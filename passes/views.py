@@ -106,7 +106,7 @@ def _permuted(dims: Callable[[dict[str, Any], int], Sequence[int]]) -> Callable[
         order = [d % n for d in dims(a, n)]
         inverse = [order.index(d) for d in range(n)]
         see = _again(node, whole)
-        return View(see, lambda w, base, v: w.call(aten.permute.default, v, order), complete=True)
+        return View(see, lambda w, base, v: w.call(aten.permute.default, v, inverse), complete=True)
 
     return make
 
