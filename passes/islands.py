@@ -100,7 +100,9 @@ def _enclose(gm: torch.fx.GraphModule, stretch: list[torch.fx.Node]) -> None:
         body_node = gm.graph.get_attr(name)
     with gm.graph.inserting_after(body_node):
         call = gm.graph.call_function(torch_internals.wrap_operator(), (body_node, *inputs))
-    call.meta.update({k: v for k, v in stretch[-1].meta.items() if k != "example_value"})
+    # The calls that open and close a level have no source line; what is computed between them does.
+    telling = next((n for n in reversed(stretch) if n.meta.get("stack_trace")), stretch[-1])
+    call.meta.update({k: v for k, v in telling.meta.items() if k != "example_value"})
     previous = call
     for index, node in enumerate(results):
         with gm.graph.inserting_after(previous):

@@ -171,7 +171,8 @@ class _Partitioner:
 
     def _whole(self, node: Node) -> None:
         """A node that runs on whole operands: the same on every rank."""
-        self.reason = f"{node.target} runs on whole operands"
+        island = node.meta.get("island")
+        self.reason = f"{island}: not opened, it runs whole" if island else f"{node.target} runs on whole operands"
         new = self.graph.node_copy(node, self._argument)
         self._copied(node, new)
 
