@@ -164,11 +164,11 @@ def _with(
             return None
     operands: list[Type] = []
     reason = ""
-    for i, (dims, type_) in enumerate(zip(rule.operands, types, strict=True)):
-        if dims is None:
+    for i, (operand, type_) in enumerate(zip(rule.operands, types, strict=True)):
+        if operand is None:
             operands.append(type_)
             continue
-        placed = _place(placement, dims, rule.sizes, origin)
+        placed = _place(placement, operand, rule.sizes, origin)
         operands.append(placed if placed is not None else Used(origin=origin))
         if isinstance(type_, Shard) and not type_.same_as(operands[-1]):
             reason = (

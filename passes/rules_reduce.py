@@ -37,7 +37,7 @@ def linear(call: Call) -> OpRule | None:
         operands.append((("o",),))
     # The bias would be added once per rank: the contraction must stay whole where there is one.
     kind = "whole" if len(operands) > 2 else "reduction"
-    return OpRule(tuple(operands), ((*lead, ("o",)),), sizes, **{kind: frozenset("i")})  # type: ignore[arg-type]
+    return OpRule(tuple(operands), ((*lead, ("o",)),), sizes, **{kind: frozenset("i")})
 
 
 @rule(overloads("mm", "bmm", "matmul", "dot", "mv", "outer", "linalg_matmul"))
@@ -121,7 +121,7 @@ def _reduction(call: Call, kind: str) -> OpRule | None:
     out = [() if i in reduced else d for i, d in enumerate(dims) if keep or i not in reduced]
     factors = frozenset(f"d{i}" for i in reduced)
     results = tuple(tuple(out) for _ in call.result_shapes())
-    return OpRule((tuple(dims),), results, sizes, **{kind: factors})  # type: ignore[arg-type]
+    return OpRule((tuple(dims),), results, sizes, **{kind: factors})
 
 
 @rule([*SUMS, *MEANS])

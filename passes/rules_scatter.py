@@ -17,7 +17,7 @@ __all__ = []
     "scatter.src", "scatter.value", "scatter.reduce", "scatter.value_reduce", "scatter_add", "scatter_reduce.two",
 ))  # fmt: skip
 def scatter(call: Call) -> OpRule | None:
-    """``scatter_add(x, 1, i, y)``: ``([d0, w], [d0, n], [d0, m]) -> ([d0, w]) whole={m, n, w}``, if ``d0`` is one size."""
+    """``scatter_add(x, 1, i, y)``: ``([d0, w], [d0, n], [d0, m]) -> ([d0, w]) whole={m, n, w}``."""
     shapes = call.operand_shapes()
     rank = len(shapes[0])
     if rank == 0 or any(len(s) != rank for s in shapes):

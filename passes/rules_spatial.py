@@ -42,7 +42,7 @@ def last_dims(call: Call) -> OpRule | None:
 
 @rule(overloads("batch_norm"))
 def batch_norm(call: Call) -> OpRule | None:
-    """Outside training: ``([d0, d1, d2], [d1], [d1], [d1], [d1]) -> ([d0, d1, d2])``; in training it mixes the batch."""
+    """Outside training ``([d0, d1, d2], [d1], [d1], [d1], [d1]) -> ([d0, d1, d2])``; training mixes the batch."""
     if call["training"] or call["running_mean"] is None:
         return None
     x = call.shape("input")

@@ -37,9 +37,9 @@ def reshape_factors(
     """Common factors of two shapes with one number of elements, and the factors that have no counterpart.
 
     Dimensions are consumed from the left; where one divides the other it becomes a factor of it.  Where neither
-    divides, the shortest group of dimensions with equal products is marked whole.  A dimension of 1 without a counterpart
-    becomes a factor of its neighbour, of the one before it where there is a choice: a sequence of one token in ``[B, 1,
-    C]`` stays with the batch in ``[B, C]``.
+    divides, the shortest group of dimensions with equal products is marked whole.  A dimension of 1 without a
+    counterpart becomes a factor of its neighbour, of the one before it where there is a choice: a sequence of one token
+    in ``[B, 1, C]`` stays with the batch in ``[B, C]``.
     """
     ins: list[list[str]] = [[] for _ in before]
     outs: list[list[str]] = [[] for _ in after]

@@ -109,4 +109,5 @@ def gradients(
     flat = [x for rank in leaves for x in rank]
     found = torch.autograd.grad([p[0] for p in pairs], flat, [p[1] for p in pairs], materialize_grads=True)
     count = len(leaves[0])
-    return outputs, [list(found[r * count : (r + 1) * count]) for r in range(size)]
+    detached = [tuple(y.detach() if isinstance(y, torch.Tensor) else y for y in out) for out in outputs]
+    return detached, [list(found[r * count : (r + 1) * count]) for r in range(size)]

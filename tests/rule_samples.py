@@ -1,7 +1,7 @@
 """Sample calls of every operator in the rule table: data for ``rule_validation``.
 
-Sizes are small and of all kinds: 1; below the number of ranks; primes; with divisors, so that a factor can be an inner or
-outer part of a dimension.  Elementwise operators get their samples from their schemas.
+Sizes are small and of all kinds: 1; below the number of ranks; primes; with divisors, so that a factor can be an inner
+or outer part of a dimension.  Elementwise operators get their samples from their schemas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "native_dropout": [(X, 0.5, False)],
     "feature_dropout": [(X, 0.5, False)],
     # rules_reduce
-    "linear": [(T((2, 5, 6)), T((4, 6))), (T((2, 5, 6)), T((4, 6)), T((4,))), (T((1, 6)), T((1, 6))), (T((5,)), T((4, 5)))],
+    "linear": [(T((2, 5, 6)), T((4, 6))), (T((2, 5, 6)), T((4, 6)), T((4,))), (T((1, 6)), T((1, 6))), (T((5,)),
+        T((4, 5)))],
     "mm": [(T((5, 6)), T((6, 4)))],
     "bmm": [(T((2, 5, 6)), T((2, 6, 4)))],
     "matmul": [
@@ -56,12 +57,14 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     ],
     "sum": [(X,), (T((2, 5), "small"),), (T((6, 2), "bool"),)],
     "sum.dim_IntList": [
-        (X, [1]), (X, [0, -1], True), (X, []), (X, None), (T((5, 6), "bool"), [0]), (T((4, 6), "small"), [1], False, {"dtype": torch.float64}),
+        (X, [1]), (X, [0, -1], True), (X, []), (X, None), (T((5, 6), "bool"), [0]), (T((4, 6), "small"),
+        [1], False, {"dtype": torch.float64}),
         (T((4, 5), "complex"), [0]),
     ],
     "mean": [(X,), (T((4,)),)],
     "mean.dim": [(X, [1]), (X, [0, -1], True), (X, None), (T((4, 6), "small"), [0], {"dtype": torch.float64})],
-    "layer_norm": [(X, [6], T((6,)), T((6,))), (X, [6]), (T((4, 2, 6)), [2, 6], T((2, 6)), T((2, 6))), (X, [6], None, T((6,)))],
+    "layer_norm": [(X, [6], T((6,)), T((6,))), (X, [6]), (T((4, 2, 6)), [2, 6], T((2, 6)), T((2, 6))),
+        (X, [6], None, T((6,)))],
     "rms_norm": [(X, [6], T((6,)), 1e-6), (X, [6]), (T((4, 2, 3)), [2, 3], T((2, 3)))],
     "native_layer_norm": [(X, [6], T((6,)), T((6,)), 1e-5), (T((4, 2, 3)), [2, 3], None, None, 1e-5)],
     "_fused_rms_norm": [(X, [6], T((6,)), 1e-6)],
@@ -158,7 +161,8 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         (X, [None, T((4, 1), "index", 5), T((6,), "index", 6)]),
         (T((5, 4)), [T((2, 6), "index", 5)]),
     ],
-    "gather": [(X, 1, T((2, 3, 6), "index", 5)), (X, -1, T((2, 5, 4), "index", 6)), (T((4, 5)), 0, T((6, 2), "index", 4))],
+    "gather": [(X, 1, T((2, 3, 6), "index", 5)), (X, -1, T((2, 5, 4), "index", 6)), (T((4, 5)), 0, T((6, 2),
+        "index", 4))],
     "slice_scatter": [(X, T((2, 2, 6)), 1, 1, 3), (X, T((2, 5, 3)), -1, 0, 6, 2)],
     "select_scatter": [(X, T((2, 6)), 1, 2)],
     "tile": [(X, [2]), (X, [2, 1, 1, 1])],
@@ -204,7 +208,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "upsample_nearest2d": [(T((5, 2, 2, 3)), [4, 6])],
     "upsample_nearest2d.vec": [(T((5, 2, 2, 3)), None, [2.0, 2.0])],
     "_upsample_nearest_exact2d.vec": [(T((5, 2, 2, 3)), [4, 6], None)],
-    **{n: [(T((5, 3, 3)),)] for n in ("linalg_qr", "linalg_inv", "inverse", "linalg_det", "matrix_exp", "linalg_matrix_exp")},
+    **{n: [(T((5, 3, 3)),)] for n in "linalg_qr linalg_inv inverse linalg_det matrix_exp linalg_matrix_exp".split()},
     "linalg_svd": [(T((5, 3, 2)), False)],
     "avg_pool3d": [(T((5, 2, 2, 2, 2)), [2, 2, 2])],
     "max_pool3d": [(T((5, 2, 2, 2, 2)), [2, 2, 2])],
@@ -239,12 +243,18 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
 
 #: Reductions over one dimension, with their other arguments before it.
 for _name in (
-    "prod.dim_int amax amin max.dim min.dim all.dim any.dim argmax argmin logsumexp median.dim mode count_nonzero.dim_IntList "
+    "prod.dim_int amax amin max.dim min.dim all.dim any.dim argmax argmin logsumexp median.dim mode "
+    "count_nonzero.dim_IntList "
     "nansum linalg_vector_norm kthvalue norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype var.dim std.dim var.correction "
     "std.correction var_mean.dim var_mean.correction std_mean.correction all.dims any.dims aminmax"
 ).split():
     _x = T((2, 5, 6), "bool") if _name.startswith(("all", "any")) else T((2, 5, 6))
-    _before = {"linalg_vector_norm": (2,), "kthvalue": (2,), "norm.ScalarOpt_dim": (2,), "norm.ScalarOpt_dim_dtype": (2,)}
+    _before = {
+        "linalg_vector_norm": (2,),
+        "kthvalue": (2,),
+        "norm.ScalarOpt_dim": (2,),
+        "norm.ScalarOpt_dim_dtype": (2,),
+    }
     _list = _name in ("amax", "amin", "logsumexp", "nansum", "linalg_vector_norm", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype", "count_nonzero.dim_IntList") or _name.startswith(("var", "std", "all.dims", "any.dims"))  # fmt: skip # noqa: E501
     _dim: Any = [1] if _list else 1
     _CALLS[_name] = [(_x, *_before.get(_name, ()), _dim)]
@@ -263,8 +273,9 @@ for _name in "prod max min all any argmax argmin var std norm.Scalar count_nonze
 
 
 _NO_DERIVATIVE = {
-    "detach_copy", "floor_divide", "floor_divide.Scalar", "remainder.Scalar_Tensor", "scatter.reduce", "scatter.value_reduce",
-    "heaviside", "nextafter",
+    "detach_copy", "floor_divide", "floor_divide.Scalar", "remainder.Scalar_Tensor", "scatter.reduce",
+    "scatter.value_reduce",
+    "heaviside", "nextafter", "histc", "searchsorted.Tensor",
 }  # fmt: skip
 
 
@@ -344,6 +355,28 @@ def _elementwise(op: Any) -> Sample:
         return Sample(op, tuple(args), grads=full not in _NO_DERIVATIVE, value=name != "empty_like")
     raise AssertionError(f"{op} needs an entry among the given arguments")
 
+
+#: Calls without rule, of operators that need their operands whole, or that have no rule for this use.
+WHOLE_SAMPLES = [
+    _sample(name, call)
+    for name, call in {
+        "histc": (X, 4),
+        "renorm": (T((4, 5)), 2, 0, 1.0),
+        "rot90": (X, 1, [0, 1]),
+        "diagonal": (T((4, 5, 6)), 0, 1, 2),
+        "native_group_norm": (T((4, 6, 5)), T((6,)), T((6,)), 4, 6, 5, 3, 1e-5),
+        "masked_select": (T((4, 5)), T((4, 5), "bool")),
+        "repeat_interleave.Tensor": (T((5,), "small"),),
+        "searchsorted.Tensor": (T((5,), "order"), T((4, 6))),
+        "fft_rfft": (X, None, 1),
+        "kron": (T((2, 3)), T((4, 1))),
+        "embedding": (T((7, 3)), T((2, 5), "index", 7), -1, True),
+        "index.Tensor": (T((4, 5)), [T((4, 5), "bool")]),
+        "index_put": (T((4, 5)), [T((4, 5), "bool")], T(())),
+        "argmax": (T((4, 5)),),
+        "conv1d": (T((3, 6)), T((4, 3, 3))),
+    }.items()
+]
 
 #: Operator -> samples of it.
 SAMPLES: dict[Any, list[Sample]] = {}
