@@ -15,7 +15,10 @@ specialised to one axis.  A length is an ``int`` or a sympy expression, always g
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,6 +72,13 @@ def ceil_div(length: Length, size: int) -> Length:
     return as_length(FloorDiv(length + size - 1, size))
 
 
+def _check_length(length: Length, what: str) -> None:
+    if not isinstance(length, (int, sympy.Expr)) or isinstance(length, bool):
+        raise TypeError(f"{what} has a length that is an int or a sympy expression, not {length!r}")
+    if isinstance(length, int) and length < 1:
+        raise ValueError(f"{what} has at least one token, not {length}")
+
+
 def product(lengths: Any) -> Length:
     """The product of lengths (1 for none)."""
     result: Length = 1
@@ -97,6 +107,9 @@ class Segment:
     length: Length
     sharded: bool = True
 
+    def __post_init__(self) -> None:
+        _check_length(self.length, "a segment")
+
     def local_length(self, size: int) -> Length:
         """Tokens per rank, the pads at the tail included: ``ceil(length / size)``."""
         return ceil_div(self.length, size) if self.sharded else self.length
@@ -119,6 +132,8 @@ class Sequence:
     def __post_init__(self) -> None:
         if not self.segments:
             raise ValueError("a sequence has at least one segment")
+        if self.layout not in ("contiguous", "head_tail"):
+            raise ValueError(f"a layout is contiguous or head_tail, not {self.layout!r}")
         if not any(s.sharded for s in self.segments):
             raise ValueError("a sequence has at least one sharded segment; without one the value is Replicate")
 
@@ -209,6 +224,8 @@ class Shard(_Base):
             raise TypeError("Shard needs a Sequence")
         if self.dim < 0:
             raise ValueError("Shard.dim is counted from the front: it is not negative")
+        _check_length(self.outer, "Shard.outer")
+        _check_length(self.inner, "Shard.inner")
 
     @property
     def plain(self) -> bool:
@@ -234,7 +251,7 @@ class Shard(_Base):
     def __str__(self) -> str:
         body = str(self.sequence)
         if not self.plain:
-            body = f"{self.outer}*{body}*{self.inner}"
+            body = f"{_factor(self.outer)}*{body}*{_factor(self.inner)}"
         return f"S({self.dim}, {body})"
 
 
@@ -245,9 +262,9 @@ _SHARD = re.compile(r"^S\((\d+), (?:([^\[\]]*)\*)?\[([^\]]*)\](?:\*([^\[\]]*))?\
 
 def parse(text: str) -> Type:
     """The inverse of ``str``: ``parse(str(t)) == t``.  Raises ``ValueError`` for anything else."""
-    simple = {"R": Replicate, "U": Used, "P": Partial}.get(text)
-    if simple is not None:
-        return simple()
+    simple: dict[str, Type] = {"R": Replicate(), "U": Used(), "P": Partial()}
+    if text in simple:
+        return simple[text]
     match = _SHARD.match(text)
     if match is None:
         raise ValueError(f"not a sharding type: {text!r}; write R, U, P or S(dim, [n|m whole])")
@@ -261,10 +278,48 @@ def parse(text: str) -> Type:
     return Shard(int(dim), sequence, _parse_length(outer or "1"), _parse_length(inner or "1"))
 
 
+def _factor(length: Length) -> str:
+    return f"({length})" if isinstance(length, sympy.Add) else str(length)
+
+
 def _parse_length(text: str) -> Length:
+    try:
+        return as_length(_evaluate(ast.parse(text.strip(), mode="eval").body))
+    except SyntaxError as error:
+        raise ValueError(f"not a length: {text!r}") from error
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """The expression that torch prints: names are sizes, ``//`` is torch's own floor division."""
     from torch.utils._sympy.functions import CeilDiv, FloorDiv, Mod
 
-    names: dict[str, Any] = {"FloorDiv": FloorDiv, "CeilDiv": CeilDiv, "Mod": Mod}
-    for name in re.findall(r"\b[a-z]\w*\b", text):
-        names[name] = sympy.Symbol(name, positive=True, integer=True)
-    return as_length(sympy.sympify(text, locals=names))
+    functions: dict[str, Any] = {
+        "CeilDiv": CeilDiv,
+        "FloorDiv": FloorDiv,
+        "Mod": Mod,
+        "Max": sympy.Max,
+        "Min": sympy.Min,
+    }
+    match node:
+        case ast.Constant(value=int(value)):
+            return sympy.Integer(value)
+        case ast.Name(id=name):
+            return sympy.Symbol(name, positive=True, integer=True)
+        case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
+            return FloorDiv(_evaluate(left), _evaluate(right))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_evaluate(left), _evaluate(right))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand)
+        case ast.Call(func=ast.Name(id=name), args=args) if name in functions:
+            return functions[name](*map(_evaluate, args))
+    raise ValueError(f"not a length: {ast.unparse(node)}")
