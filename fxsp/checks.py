@@ -79,7 +79,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     wide = torch.complex128 if expected.is_complex() else torch.float64
     difference = (found.detach().to(wide) - expected.detach().to(wide)).norm().item()
     scale = expected.detach().to(wide).norm().item()
-    return difference / scale if scale else difference
+    return float(difference / scale if scale else difference)
 
 
 def verify_outputs(run: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """Losses over split tokens: each rank sums over its own tokens, the divisor counts all of them.
 
-A loss with ``reduction="none"`` is elementwise over the tokens.  Its sum is a summand per rank (Partial), pads zeroed;
-a mean divides by the global number of elements, and ``cross_entropy_loss`` by the global number (or the class weights) of
-targets that are not ignored, which is one more sum over ranks of a single number.
+A loss with ``reduction="none"`` is elementwise over the tokens.  Its sum is a summand per rank (Partial), pads
+zeroed; a mean divides by the global number of elements, and ``cross_entropy_loss`` by the global number (or the class
+weights) of targets that are not ignored, which is one more sum over ranks of a single number.
 """
 
 from __future__ import annotations

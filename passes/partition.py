@@ -1,7 +1,7 @@
 """partition: the global program becomes the program of one rank.
 
-Every value is kept in the *forms* that someone needs: its own, and conversions of it, each made once.  Calls are
-rewritten for local sizes, which are derived again from global shape and type.
+Operands are converted to the types that the decisions want (see ``fxsp.passes.convert``); calls are rewritten for local
+sizes, which are derived again from global shape and type.
 
 Input, with types, and output for two ranks::
 
@@ -16,16 +16,15 @@ After this pass every tensor in the graph is local, except inputs and outputs, w
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from fxsp.errors import StrictError, UnsupportedError
-from fxsp.passes.attention import AttentionChoice, distributed_attention
+from fxsp.passes.attention import SDPA, AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder, local_bytes
+from fxsp.passes.convert import LOW_PRECISION, Converter, Value
 from fxsp.passes.decide import Decision
 from fxsp.passes.losses import LossPlan, write_loss
 from fxsp.passes.propagate import is_annotate
@@ -33,30 +32,13 @@ from fxsp.passes.rules import Call, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_reduce import MEANS, SUMS, reduced_dims
 from fxsp.passes.rules_views import EXPANDS, RESHAPES
 from fxsp.passes.structure import CUTS
-from fxsp.report import AttentionRecord, GatherRecord
+from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
-from fxsp.types import Length, Partial, Replicate, Shard, Type, Used, as_length, product
+from fxsp.types import Partial, Replicate, Shard, Type, Used, as_length, product
 
 __all__ = ["Partition"]
 
 aten = torch.ops.aten
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-@dataclass
-class Value:
-    """One value of the global program in the forms that exist of it; the first is the one it was computed in."""
-
-    node: Node
-    forms: list[tuple[Type, Node]] = field(default_factory=list)
-    #: The plan entry that asks for the whole value: gathering it is not implicit.
-    wanted: str = ""
-
-    def find(self, type_: Type) -> Node | None:
-        for have, node in self.forms:
-            if have.same_as(type_) if isinstance(have, Shard) else type(have) is type(type_):
-                return node
-        return None
 
 
 @dataclass(frozen=True)
@@ -69,16 +51,8 @@ class Partition:
         return _Partitioner(program).run()
 
 
-class _Partitioner:
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.ranks = program.ranks
-        self.graph = Graph()
-        self.build = Builder(self.graph, program.ranks, program.report, training=program.training)
-        self.values: dict[Node, Value] = {}
-        #: Nodes that are copied as they are: scalars, submodules, tuples of several results.
-        self.copies: dict[Node, Any] = {}
-        self.reason = ""
+class _Partitioner(Converter):
+    """Walks the global graph and writes the local one."""
 
     def run(self) -> Program:
         old = self.program.gm
@@ -110,7 +84,7 @@ class _Partitioner:
         kind: Type = Replicate()
         if self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training:
             kind = Used(origin="gradients of parameters are left to an outer reducer")
-        self.values[node] = Value(node, [(kind, self._typed(new, kind, node))])
+        self.values[node] = Value(node, [(kind, self.typed(new, kind, node))])
 
     def _node_of_input(self, node: Node) -> Node:
         return self.copies[node] if node in self.copies else self.values[node].forms[0][1]
@@ -155,7 +129,7 @@ class _Partitioner:
         assert isinstance(index, int)
         made = self.copies[producer]
         new = made[index] if isinstance(made, list) else self.build.call(operator.getitem, made, index)
-        self.values[node] = Value(node, [(node.meta["sp"], self._typed(new, node.meta["sp"], node))])
+        self.values[node] = Value(node, [(node.meta["sp"], self.typed(new, node.meta["sp"], node))])
 
     def _scalar(self, node: Node) -> None:
         """Sizes keep their global meaning: they are computed again from the sizes of the inputs."""
@@ -173,24 +147,14 @@ class _Partitioner:
         """A node that runs on whole operands: the same on every rank."""
         island = node.meta.get("island")
         self.reason = f"{island}: not opened, it runs whole" if island else f"{node.target} runs on whole operands"
-        new = self.graph.node_copy(node, self._argument)
+        new = self.graph.node_copy(node, self.argument)
         self._copied(node, new)
 
     def _copied(self, node: Node, new: Node) -> None:
         if tensor_value(node) is not None:
-            self.values[node] = Value(node, [(Replicate(), self._typed(new, Replicate(), node))])
+            self.values[node] = Value(node, [(Replicate(), self.typed(new, Replicate(), node))])
         else:
             self.copies[node] = new
-
-    def _argument(self, old: Node) -> Any:
-        return self.get(self.values[old], Replicate()) if old in self.values else self.copies[old]
-
-    def _typed(self, new: Node, type_: Type, old: Node) -> Node:
-        new.meta["sp"] = type_
-        new.meta["global_val"] = old.meta["val"]
-        if isinstance(type_, Shard):
-            new.meta.pop("val", None)
-        return new
 
     # Calls.
 
@@ -204,17 +168,17 @@ class _Partitioner:
         for i, (old, needed) in enumerate(zip(call.operands, decision.operands, strict=True)):
             new = self.get(self.values[old], needed)
             if i in decision.masked[:1] and isinstance(needed, Shard):
-                new = self._masked(new, shape_of(old), needed)
+                new = self.masked(new, shape_of(old), needed)
             operands.setdefault(old, []).append(new)
         mapped = _map_in_order(call.arguments, operands, self.copies)
         results = self._local(node, call, decision, mapped)
         if isinstance(results, list) or isinstance(node.meta["val"], (tuple, list)):
             self.copies[node] = results
         else:
-            self.values[node] = Value(node, [(decision.results[0], self._typed(results, decision.results[0], node))])
+            self.values[node] = Value(node, [(decision.results[0], self.typed(results, decision.results[0], node))])
 
     def _whole_call(self, node: Node) -> None:
-        self._copied(node, self.graph.node_copy(node, self._argument))
+        self._copied(node, self.graph.node_copy(node, self.argument))
 
     def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Node | list[Node]:
         """Write the call for local operands."""
@@ -223,7 +187,7 @@ class _Partitioner:
         if isinstance(decision.detail, AttentionChoice):
             return self._attention(node, arguments, decision.detail)
         if isinstance(decision.detail, LossPlan):
-            return write_loss(self.build, call, arguments, decision.detail, self._masked)
+            return write_loss(self.build, call, arguments, decision.detail, self.masked)
         if isinstance(result, Shard) and decision.detail == "dropout":
             return self._dropout(node, call, arguments, result)
         if call.op in CUTS and decision.detail is not None:
@@ -236,7 +200,7 @@ class _Partitioner:
             return self.build.call(op, first, self._local_sizes(node, result))
         args, kwargs = call.bound_to(arguments).rebuild()
         new = self.build.call(call.op, *args, **kwargs)
-        if isinstance(result, Partial) and node.meta["val"].dtype in _LOW_PRECISION:
+        if isinstance(result, Partial) and node.meta["val"].dtype in LOW_PRECISION:
             new = self.build.call(aten.to.dtype, new, torch.float32)
         return new
 
@@ -270,7 +234,7 @@ class _Partitioner:
     def _sum(self, call: Call, arguments: dict[str, Any]) -> Node:
         """A sum or mean over tokens: this rank's summand, accumulated in fp32 at least, divided by the global count."""
         value = call.node.meta["val"]
-        wide = torch.float32 if value.dtype in _LOW_PRECISION else value.dtype
+        wide = torch.float32 if value.dtype in LOW_PRECISION else value.dtype
         shape = shape_of(call.operands[0])
         dims = reduced_dims(call, len(shape))
         new = self.build.call(
@@ -287,18 +251,10 @@ class _Partitioner:
         sizes = self.build.sizes(shape_of(node))
         ones = self.build.call(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
         draw = self.build.call(call.op, ones, *[arguments[n] for n in list(arguments)[1:]])
-        exposed, dim, back = self._expose(draw, shape_of(node), type_, whole=True)
+        exposed, dim, back = self.expose(draw, shape_of(node), type_, whole=True)
         own = self.build.shard(exposed, dim, type_.sequence)
         own = own if type_.plain else back(own, type_.sequence.local_length(self.ranks.size))
         return self.build.call(aten.mul.Tensor, arguments["input"], own)
-
-    def _masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
-        """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
-        if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
-            return x
-        exposed, dim, back = self._expose(x, shape, type_)
-        masked: Node = back(self.build.mask_pads(exposed, dim, type_.sequence))
-        return masked
 
     def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Node:
         self.program.report.attentions.append(
@@ -307,124 +263,6 @@ class _Partitioner:
         new = self.build.call(distributed_attention, **arguments)
         new.meta["attention"] = choice
         return new
-
-    # Conversions.
-
-    def _expose(self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False) -> Any:
-        """``x`` with the tokens as a dimension of their own: ``(x, dim, back)``, where ``back`` undoes the reshape.
-
-        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask
-        made of it, so its sizes are those of the other side for shard and gather.
-        """
-        if type_.plain:
-            return x, type_.dim, lambda y: y
-        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
-        before = [*shape[: type_.dim], type_.outer]
-        after = [type_.inner, *shape[type_.dim + 1 :]]
-        middle = full if whole else local
-        exposed = self.build.call(aten.reshape.default, x, self.build.sizes([*before, middle, *after]))
-
-        def back(y: Node, tokens: Length = middle) -> Node:
-            merged = product((type_.outer, tokens, type_.inner))
-            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
-            return self.build.call(aten.reshape.default, y, self.build.sizes(sizes))
-
-        return exposed, type_.dim + 1, back
-
-    def get(self, value: Value, needed: Type, kind: str = "implicit") -> Node:
-        """``value`` in the needed form; conversions are made once per value."""
-        found = value.find(needed)
-        if found is not None:
-            return found
-        tensor = value.node.meta["val"]
-        if isinstance(needed, Used):
-            differentiable = self.build.training and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
-            if not differentiable:
-                return self.get(value, Replicate(), kind)
-            split = any(isinstance(have, Shard) for have, _ in value.forms)
-            if split and value.find(Replicate()) is None and not self._whole_for_free(value):
-                new = self._gather(value, kind, used=True)
-            else:
-                new = self.build.use(self.get(value, Replicate(), kind))
-        elif isinstance(needed, Replicate):
-            new = self._make_whole(value, kind)
-        elif isinstance(needed, Shard):
-            new = self._shard(value, needed, kind)
-        else:
-            raise UnsupportedError(f"a value cannot become {needed}")
-        self._typed(new, needed, value.node)
-        value.forms.append((needed, new))
-        return new
-
-    def _shard(self, value: Value, needed: Shard, kind: str) -> Node:
-        x = self.get(value, Replicate(), kind)
-        shape = shape_of(value.node)
-        exposed, dim, back = self._expose(x, shape, needed, whole=True)
-        new = self.build.shard(exposed, dim, needed.sequence)
-        return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
-
-    def _leave(self, x: Node, shape: tuple[Length, ...]) -> Node:
-        """A used value as a replicated one: the same data, its gradient shared out over the ranks."""
-        if shape:
-            return self.build.leave(x, shape[0])
-        row = self.build.call(aten.reshape.default, x, [1])
-        return self.build.call(aten.reshape.default, self.build.leave(row, 1), [])
-
-    def _whole_for_free(self, value: Value) -> bool:
-        return bool(value.node.meta.get("sp_free"))
-
-    def _make_whole(self, value: Value, kind: str) -> Node:
-        type_, node = value.forms[0]
-        if isinstance(type_, Partial):
-            new = self.build.all_reduce(node)
-            size, dtype = self.ranks.size, value.node.meta["val"].dtype
-            wide = 4 if dtype in _LOW_PRECISION else dtype.itemsize
-            sent = 2 * (size - 1) * product((*shape_of(value.node), wide)) / size
-            self.build.record("all_reduce", new, _number(sent), "sum over the ranks")
-            return self.build.call(aten.to.dtype, new, dtype) if dtype in _LOW_PRECISION else new
-        used = value.find(Used())
-        if used is not None:
-            # The data is there already (a gather whose result is used with shards, a parameter): no second gather.
-            return self._leave(used, shape_of(value.node))
-        if value.node.meta.get("sp_free"):
-            # Cheap operators on whole inputs: computing them again costs less than any communication.
-            old = value.node
-            return self.graph.node_copy(old, self._argument)
-        return self._gather(value, kind, used=False)
-
-    def _gather(self, value: Value, kind: str, *, used: bool) -> Node:
-        type_, node = next((t, n) for t, n in value.forms if isinstance(t, Shard))
-        old, shape, size = value.node, shape_of(value.node), self.ranks.size
-        sent = (size - 1) * local_bytes(shape, type_, old.meta["val"].element_size(), size)
-        self._report_gather(value, kind, sent)
-        exposed, dim, back = self._expose(node, shape, type_)
-        new = self.build.gather(exposed, dim, type_.sequence, used=used)
-        self.build.record("all_gather", new, sent, value.wanted or self.reason)
-        return new if type_.plain else back(new, type_.sequence.length)
-
-    def _report_gather(self, value: Value, kind: str, sent: Length) -> None:
-        if value.wanted:
-            return
-        user = self.build._origin
-        assert user is not None
-        record = GatherRecord(
-            op=str(user.target) if user.op == "call_function" else user.op,
-            module=module_path(user if kind == "implicit" else value.node),
-            source=node_source(user if kind == "implicit" else value.node),
-            reason=self.reason,
-            bytes=sent,
-            kind=kind,
-        )
-        if self.program.strict and kind == "implicit":
-            raise StrictError(
-                f"implicit gather: {record}. With strict=True this is an error: annotate the value with a "
-                "SequenceParallelOutput before this operator, or leave its tokens whole."
-            )
-        self.program.report.implicit_gathers.append(record)
-
-
-def _number(value: Any) -> Length:
-    return round(value) if isinstance(value, float) else as_length(value)
 
 
 def _is_parameter(node: Node) -> bool:

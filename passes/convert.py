@@ -1,0 +1,218 @@
+"""The forms of a value: whole, used, split one way or another, and the conversions between them.
+
+Every value of the global program is kept in the forms that someone needs; a conversion is made once per value.  What a
+conversion costs, and why it is needed, goes to the report; one that nobody asked for is an *implicit gather*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fxsp.errors import StrictError, UnsupportedError
+from fxsp.passes.attention import SDPA
+from fxsp.passes.base import Program
+from fxsp.passes.builder import Builder, local_bytes
+from fxsp.passes.decide import hint
+from fxsp.passes.rules import shape_of
+from fxsp.report import GatherRecord
+from fxsp.source import module_path, node_source
+from fxsp.types import Length, Partial, Replicate, Shard, Type, Used, as_length, product, same_length
+
+__all__ = ["LOW_PRECISION", "Converter", "Value"]
+
+aten = torch.ops.aten
+#: Sums over ranks of these are accumulated in float32.
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Value:
+    """One value of the global program in the forms that exist of it; the first is the one it was computed in."""
+
+    node: Node
+    forms: list[tuple[Type, Node]] = field(default_factory=list)
+    #: The plan entry that asks for the whole value: gathering it is not implicit.
+    wanted: str = ""
+
+    def find(self, type_: Type) -> Node | None:
+        for have, node in self.forms:
+            if have.same_as(type_) if isinstance(have, Shard) else type(have) is type(type_):
+                return node
+        return None
+
+
+class Converter:
+    """Values and their forms in the local graph under construction."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.ranks = program.ranks
+        self.graph = Graph()
+        self.build = Builder(self.graph, program.ranks, program.report, training=program.training)
+        self.values: dict[Node, Value] = {}
+        #: Nodes that are copied as they are: scalars, submodules, tuples of several results.
+        self.copies: dict[Node, Any] = {}
+        #: Why the call at hand needs its operands as it does.
+        self.reason = ""
+
+    def argument(self, old: Node) -> Any:
+        return self.get(self.values[old], Replicate()) if old in self.values else self.copies[old]
+
+    def typed(self, new: Node, type_: Type, old: Node) -> Node:
+        new.meta["sp"] = type_
+        new.meta["global_val"] = old.meta["val"]
+        if isinstance(type_, Shard):
+            new.meta.pop("val", None)
+        return new
+
+    def masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
+        """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
+        if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
+            return x
+        exposed, dim, back = self.expose(x, shape, type_)
+        masked: Node = back(self.build.mask_pads(exposed, dim, type_.sequence))
+        return masked
+
+    def expose(
+        self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False
+    ) -> tuple[Node, int, Callable[..., Node]]:
+        """``x`` with the tokens as a dimension of their own: ``(x, dim, back)``, where ``back`` undoes the reshape.
+
+        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask
+        made of it, so its sizes are those of the other side for shard and gather.
+        """
+        if type_.plain:
+            return x, type_.dim, lambda y: y
+        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
+        before = [*shape[: type_.dim], type_.outer]
+        after = [type_.inner, *shape[type_.dim + 1 :]]
+        middle = full if whole else local
+        exposed = self.build.call(aten.reshape.default, x, self.build.sizes([*before, middle, *after]))
+
+        def back(y: Node, tokens: Length = middle) -> Node:
+            merged = product((type_.outer, tokens, type_.inner))
+            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
+            return self.build.call(aten.reshape.default, y, self.build.sizes(sizes))
+
+        return exposed, type_.dim + 1, back
+
+    def get(self, value: Value, needed: Type, kind: str = "implicit") -> Node:
+        """``value`` in the needed form; conversions are made once per value."""
+        found = value.find(needed)
+        if found is not None:
+            return found
+        tensor = value.node.meta["val"]
+        if isinstance(needed, Used):
+            differentiable = self.build.training and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+            if not differentiable:
+                return self.get(value, Replicate(), kind)
+            split = any(isinstance(have, Shard) for have, _ in value.forms)
+            if split and value.find(Replicate()) is None and not self._whole_for_free(value):
+                new = self._gather(value, kind, used=True)
+            else:
+                new = self.build.use(self.get(value, Replicate(), kind))
+        elif isinstance(needed, Replicate):
+            new = self._make_whole(value, kind)
+        elif isinstance(needed, Shard):
+            new = self._shard(value, needed, kind)
+        else:
+            raise UnsupportedError(f"a value cannot become {needed}")
+        self.typed(new, needed, value.node)
+        value.forms.append((needed, new))
+        return new
+
+    def _shard(self, value: Value, needed: Shard, kind: str) -> Node:
+        x = self.get(value, Replicate(), kind)
+        shape = shape_of(value.node)
+        exposed, dim, back = self.expose(x, shape, needed, whole=True)
+        new = self.build.shard(exposed, dim, needed.sequence)
+        return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
+
+    def _leave(self, x: Node, shape: tuple[Length, ...]) -> Node:
+        """A used value as a replicated one: the same data, its gradient shared out over the ranks."""
+        if shape:
+            return self.build.leave(x, shape[0])
+        row = self.build.call(aten.reshape.default, x, [1])
+        return self.build.call(aten.reshape.default, self.build.leave(row, 1), [])
+
+    def _whole_for_free(self, value: Value) -> bool:
+        return bool(value.node.meta.get("sp_free"))
+
+    def _make_whole(self, value: Value, kind: str) -> Node:
+        type_, node = value.forms[0]
+        if isinstance(type_, Partial):
+            new = self.build.all_reduce(node)
+            size, dtype = self.ranks.size, value.node.meta["val"].dtype
+            wide = 4 if dtype in LOW_PRECISION else dtype.itemsize
+            sent = 2 * (size - 1) * product((*shape_of(value.node), wide)) / size
+            self.build.record("all_reduce", new, _number(sent), "sum over the ranks")
+            return self.build.call(aten.to.dtype, new, dtype) if dtype in LOW_PRECISION else new
+        used = value.find(Used())
+        if used is not None:
+            # The data is there already (a gather whose result is used with shards, a parameter): no second gather.
+            return self._leave(used, shape_of(value.node))
+        if value.node.meta.get("sp_free"):
+            # Cheap operators on whole inputs: computing them again costs less than any communication.
+            old = value.node
+            return self.graph.node_copy(old, self.argument)
+        return self._gather(value, kind, used=False)
+
+    def _gather(self, value: Value, kind: str, *, used: bool) -> Node:
+        type_, node = next((t, n) for t, n in value.forms if isinstance(t, Shard))
+        old, shape, size = value.node, shape_of(value.node), self.ranks.size
+        sent = (size - 1) * local_bytes(shape, type_, old.meta["val"].element_size(), size)
+        self._report_gather(value, kind, sent)
+        exposed, dim, back = self.expose(node, shape, type_)
+        new = self.build.gather(exposed, dim, type_.sequence, used=used)
+        self.build.record("all_gather", new, sent, value.wanted or self.reason)
+        return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
+
+    def _laid_out(self, x: Node, value: Value, tokens: int) -> Node:
+        """A gathered value (its tokens are outermost in memory) with the dimensions in the order of the global value.
+
+        What runs on it next may depend on that: random numbers are drawn in the order of memory, the branches of a
+        ``cond`` must agree, and code outside of the graph may take a view of an output.  Attention does not care.
+        """
+        if all(user.target is SDPA for user in value.node.users):
+            return x
+        shape, strides = shape_of(value.node), value.node.meta["val"].stride()
+        dims = list(range(len(shape)))
+        steps = [hint(as_length(stride)) for stride in strides]
+        order = dims if 0 in steps else sorted(dims, key=lambda d: -steps[d])
+        real = [d for d in order if not same_length(shape[d], 1)]
+        if real == sorted(real, key=lambda d: (d != tokens, d)):
+            return x
+        inverse = [order.index(d) for d in dims]
+        if order == dims:
+            return self.build.call(aten.contiguous.default, x)
+        dense = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
+        return self.build.call(aten.permute.default, dense, inverse)
+
+    def _report_gather(self, value: Value, kind: str, sent: Length) -> None:
+        if value.wanted:
+            return
+        user = self.build._origin
+        assert user is not None
+        record = GatherRecord(
+            op=str(user.target) if user.op == "call_function" else user.op,
+            module=module_path(user if kind == "implicit" else value.node),
+            source=node_source(user if kind == "implicit" else value.node),
+            reason=self.reason,
+            bytes=sent,
+            kind=kind,
+        )
+        if self.program.strict and kind == "implicit":
+            raise StrictError(
+                f"implicit gather: {record}. With strict=True this is an error: annotate the value with a "
+                "SequenceParallelOutput before this operator, or leave its tokens whole."
+            )
+        self.program.report.implicit_gathers.append(record)
+
+
+def _number(value: Any) -> Length:
+    return round(value) if isinstance(value, float) else as_length(value)
