@@ -15,7 +15,7 @@ _STATE = "its state runs along the tokens"
 _CORNER = "it moves elements between dimensions"
 _FREQUENCIES = "every frequency reads all tokens; along other dimensions it is rare in these models"
 
-#: ``namespace::name`` of an operator -> why its operands are made whole.
+#: ``namespace::name`` of an operator (and the overload, if it is not all of them) -> why its operands are made whole.
 WHOLE: dict[str, str] = {
     "aten::histc": _COUNTS,
     "aten::bincount": _COUNTS,
@@ -26,7 +26,7 @@ WHOLE: dict[str, str] = {
     "aten::masked_scatter": "which element goes where depends on how many were written before it",
     "aten::unique_consecutive": _SIZE,
     "aten::_unique2": _SIZE,
-    "aten::repeat_interleave": _SIZE,
+    "aten::repeat_interleave.Tensor": _SIZE,
     "aten::pad_sequence": "it joins sequences of different lengths, each with pads of its own",
     "aten::diagonal": _CORNER,
     "aten::rot90": _CORNER,

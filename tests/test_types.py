@@ -89,8 +89,8 @@ def test_notation(type_: Type, text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "X", "S", "S(1)", "S(1, 5)", "S(-1, [5])", "S(1, [])", "S(1, [5 whole])", "S(1, [0])", "S(1, [5; ring])", "S(1, [a.b])",
-     "S(1, 0*[5]*1)", "S(1, [print(1)])", "S(1, [5|])"],
+    ["", "X", "S", "S(1)", "S(1, 5)", "S(-1, [5])", "S(1, [])", "S(1, [5 whole])", "S(1, [0])", "S(1, [5; ring])",
+     "S(1, [a.b])", "S(1, 0*[5]*1)", "S(1, [print(1)])", "S(1, [5|])"],
 )  # fmt: skip
 def test_what_is_no_type_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"not a|at least|layout|sharded|Replicate"):
