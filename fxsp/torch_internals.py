@@ -469,6 +469,24 @@ def _observed(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
+def keep_graphs_whole(is_ours: Callable[[object], bool]) -> None:
+    """Have Dynamo's DDPOptimizer leave graphs whole for backends that are ours: in pieces their bindings are lost."""
+    try:
+        from torch._dynamo.backends.distributed import DDPOptimizer
+
+        original = DDPOptimizer.compile_fn
+    except (ImportError, AttributeError) as error:
+        raise _missing("torch._dynamo.backends.distributed.DDPOptimizer.compile_fn", error) from error
+
+    @functools.wraps(original)
+    def compile_fn(self: Any, gm: torch.fx.GraphModule, example_inputs: Any, **settings: Any) -> Any:
+        if any(is_ours(layer) for layer in backend_layers(self.backend_compile_fn)):
+            return self.backend_compile_fn(gm, example_inputs, **settings)
+        return original(self, gm, example_inputs, **settings)
+
+    DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
+
+
 def _missing(what: str, error: Exception | None = None) -> RuntimeError:
     reason = f": {error}" if error else ""
     return RuntimeError(f"torch {torch.__version__} has no {what}{reason}; fxsp supports torch 2.11 to 2.15")
@@ -504,7 +522,9 @@ class Translation:
 
     def compiler(self) -> Any:
         """The backend as Dynamo holds it, wrapped; the same object for all frames of one ``torch.compile``."""
-        return self._output.compiler_fn
+        compiler = self._output.compiler_fn
+        # Under DistributedDataParallel it is a method of an optimizer made for this frame, which holds the backend.
+        return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
 
     def notes(self, create: Callable[[], _T]) -> _T:
         """An object of ours that lives as long as this attempt; a restart of the analysis begins with a fresh one."""
