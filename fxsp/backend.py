@@ -62,6 +62,7 @@ def sp(
 
 
 install(lambda backend: backend is sp)
+torch_internals.keep_graphs_whole(lambda backend: backend is sp)
 
 
 def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
