@@ -368,6 +368,9 @@ def storage_key(tensor: torch.Tensor) -> int:
     """Equal for two tensors if and only if they share storage (while both live)."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):  # inside a vmap or grad: it has no storage of its own
+        tensor = functorch.get_unwrapped(tensor)
     return int(StorageWeakRef(tensor.untyped_storage()).cdata)
 
 

@@ -50,9 +50,10 @@ def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """``gm`` itself if no functorch transform is in it, else a copy with each outermost one as a call."""
     if not any(torch_internals.functorch_depth_change(n.target) for n in gm.graph.nodes if n.op == "call_function"):
         return gm
-    copy = torch.fx.GraphModule(gm, torch.fx.Graph())
+    graph = torch.fx.Graph()
     nodes: dict[torch.fx.Node, torch.fx.Node] = {}
-    copy.graph.output(copy.graph.graph_copy(gm.graph, nodes))
+    graph.output(graph.graph_copy(gm.graph, nodes))
+    copy = torch.fx.GraphModule(gm, graph)  # with the modules and constants that the graph refers to
     for before, after in nodes.items():
         after.meta = dict(before.meta)
     copy.meta.update(gm.meta)

@@ -14,6 +14,7 @@ What is not simply run:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +146,9 @@ class Retracer(torch.fx.Interpreter):
             if name in INLINED:
                 return self._inline(name, args, kwargs)
             return self._island(target, args, kwargs, f"higher-order operator {name}", name)
-        result = self._run(super().call_function, target, args, kwargs)
+        # An annotation stands for its argument wherever it is written: a region without grad may come before the others.
+        run = super().call_function if is_annotation(target) else functools.partial(self._run, super().call_function)
+        result = run(target, args, kwargs)
         if result is None and not _may_return_nothing(target):
             raise UnsupportedError(f"{describe(self._node)} changes a state that the traced operators depend on")
         if is_annotation(target):
