@@ -145,6 +145,8 @@ def _partition(
         # Nothing is known about the types of such a graph: it can still run whole.
         error.whole_graph = True  # type: ignore[attr-defined]
         raise
+    for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
     runner.text("functionalized", normal, report)
     degrees = resolve_degrees(options, ranks.size)
     if (degrees.ring or 1) > 1:
