@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import models
+import zoo
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -27,7 +28,7 @@ __all__ = ["Case", "Outcome", "build", "collectives", "compiled", "error_of", "r
 
 @dataclass(frozen=True)
 class Case:
-    """One model on several ranks.  ``arguments`` are those of its builder in :mod:`models`."""
+    """One model on several ranks.  ``arguments`` are those of its builder in :mod:`models` or :mod:`zoo`."""
 
     model: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -114,8 +115,8 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 
 
 def build(name: str, arguments: dict[str, Any]) -> models.Built:
-    """A model of :mod:`models` and its inputs."""
-    builder: Callable[..., models.Built] = getattr(models, name)
+    """A model of :mod:`models` or :mod:`zoo`, and its inputs."""
+    builder: Callable[..., models.Built] = getattr(models if hasattr(models, name) else zoo, name)
     return builder(**arguments)
 
 

@@ -11,47 +11,13 @@ import pytest
 import torch
 from distributed import Pool
 from running import compiled, recorded
-from torch import Tensor, nn
+from small import SPLIT, Model, inputs
+from torch import nn
 
 import fxsp
 from fxsp import SequenceParallelInput, SequenceParallelOutput, SequenceParallelPartialInput
 
 Ranks = Callable[[int], Pool]
-
-
-class Attention(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.qkv, self.out, self.dropout = nn.Linear(8, 24), nn.Linear(8, 8), dropout
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind()
-        p = self.dropout if self.training else 0.0
-        y = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
-        return hidden + self.out(y.transpose(1, 2).flatten(2))
-
-
-class Model(nn.Module):
-    """``[batch, tokens, 8]`` in and out; ``mix`` adds an operator that needs all tokens."""
-
-    def __init__(self, mix: bool = False, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Attention(dropout), Attention(dropout)])
-        self.head, self.mix = nn.Linear(8, 5), mix
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        if self.mix:
-            x = x.cumsum(1)
-        return self.head(x if scale is None else x * scale)
-
-
-SPLIT = {"": {"x": SequenceParallelInput(1)}}
-
-
-def inputs(tokens: int = 5) -> Tensor:
-    return torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(3))
 
 
 def failure(run: Callable[[], Any]) -> tuple[str, str]:
@@ -210,8 +176,8 @@ def test_other_errors_on_two_ranks(ranks: Ranks) -> None:
         "degree": ("OptionError", ["ulysses_degree=3 does not match", "2 ranks", "(1, 2), (2, 1)"]),
         "degrees": ("OptionError", ["ulysses_degree=2 * ring_degree=2 does not match", "2 ranks"]),
         # Two batches of five tokens of 8 floats: each rank sends its three to the other one.
-        "strict": ("StrictError", ["aten.cumsum", "test_errors.py:", "192 bytes", "strict=True"]),
-        "dropout": ("UnsupportedError", ["blocks.0", "dropout_p=0.3", "test_errors.py:", "eval()"]),
+        "strict": ("StrictError", ["aten.cumsum", "small.py:", "192 bytes", "strict=True"]),
+        "dropout": ("UnsupportedError", ["blocks.0", "dropout_p=0.3", "small.py:", "eval()"]),
         "inputs": ("InputMismatchError", ["[2, 5, 8]", "between rank 0 and ranks [1]", "same inputs"]),
         "weights": ("InputMismatchError", ["bias", "between rank 0 and ranks [1]"]),
         "fine": ("", []),
@@ -249,7 +215,7 @@ def test_what_does_not_apply_is_listed_and_what_is_gathered_is_warned_about(rank
         kinds = [text.partition(":")[0] for text in found["warnings"]]
         assert kinds == ["ImplicitGatherWarning", "UnshardedWarning", "UnshardedWarning"]
         assert "cumsum" in found["warnings"][0]
-        assert "test_errors.py:" in found["warnings"][0]
+        assert "small.py:" in found["warnings"][0]
         assert "no plan" in found["warnings"][2]
         (gather, *outputs) = found["gathers"]
         assert "aten.cumsum" in gather
