@@ -26,7 +26,7 @@ from fxsp.passes.decide import Decision, hint
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import broadcast
 from fxsp.source import module_path, node_source
-from fxsp.types import Length, Replicate, Sequence, Shard, Type, Used, product, same_length
+from fxsp.types import Length, Sequence, Shard, Type, Used, as_length, product, same_length
 
 __all__ = ["SDPA", "AttentionChoice", "decide_attention", "distributed_attention"]
 
@@ -85,8 +85,10 @@ def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: i
     q_type, *kv_types = types[:3]
     if not (isinstance(q_type, Shard) and q_type.dim == tokens and q_type.plain):
         return None
-    if any(isinstance(t, Shard) and not (t.dim == len(k) - 2 and t.plain) for t in kv_types) or len(v) != len(k):
+    if any(isinstance(t, Shard) and not (t.dim == tokens and t.plain) for t in kv_types):
         return None
+    if not len(q) == len(k) == len(v) or not all(same_length(a, b) for a, b in zip(k[:-1], v[:-1], strict=True)):
+        return None  # broadcast in ways that no exchange knows
     _refuse_dropout(call)
     itemsize = call["query"].meta["val"].element_size()
     keys = next((t.sequence for t in kv_types if isinstance(t, Shard)), None)
@@ -96,19 +98,21 @@ def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: i
 
     def decision(choice: AttentionChoice, mask_type: Type) -> Decision:
         kv: Type = Used() if keys is None else Shard(tokens, keys)
-        operands = (q_type, kv, kv, mask_type) if mask_shape else (q_type, kv, kv)
-        return Decision(operands, (result,), _mask_reason(types, mask_type), detail=choice)
+        operands = (q_type, kv, kv, mask_type) if isinstance(mask, Node) else (q_type, kv, kv)
+        return Decision(operands, (result,), _reason(types, operands), detail=choice)
 
     rows = _mask_rows(mask_shape, q, q_type.sequence)
     if keys is None:
         return decision(AttentionChoice("local", q_type.sequence, None, 0), rows)
 
-    kv_bytes = product((*k[:-2], keys.local_length(size), k[-1] + v[-1], itemsize))
+    # Rows of whole segments travel in one place only: the output of an exchange brings them the other ranks' heads.
+    kv_bytes = product((*k[:-2], _split_rows(keys, size), k[-1] + v[-1], itemsize))
     gather_bytes = (size - 1) * kv_bytes
     legal = _ulysses_refusal(q, k, size)
     if legal:
         return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", legal),)), rows)
-    q_bytes = product((*q[:-2], q_type.sequence.local_length(size), q[-1] + v[-1], itemsize))
+    q_width = _split_rows(q_type.sequence, size) * q[-1] + q_type.sequence.local_length(size) * v[-1]
+    q_bytes = product((*q[:-2], as_length(q_width), itemsize))
     ulysses_bytes = (q_bytes + kv_bytes) * (size - 1) / size
     ulysses_bytes = ulysses_bytes if not isinstance(ulysses_bytes, float) else round(ulysses_bytes)
     same = q_type.sequence.same_as(keys)
@@ -141,10 +145,17 @@ def _mask_rows(mask: tuple[Length, ...], q: tuple[Length, ...], sequence: Sequen
     return Shard(len(mask) - 2, sequence, origin="the mask of a rank's own query rows")
 
 
-def _mask_reason(types: list[Type], needed: Type) -> str:
-    if len(types) < 4 or not isinstance(types[3], Shard) or types[3].same_as(needed):
-        return ""
-    return f"the attention mask is {types[3]}, and is needed as {needed}"
+def _split_rows(sequence: Sequence, size: int) -> Length:
+    """Local rows of the split segments."""
+    return as_length(sum((s.local_length(size) for s in sequence.segments if s.sharded), start=0))
+
+
+def _reason(types: list[Type], needed: tuple[Type, ...]) -> str:
+    """Why an operand that is split is needed otherwise."""
+    for name, have, want in zip(("query", "key", "value", "mask"), types, needed, strict=False):
+        if isinstance(have, Shard) and not have.same_as(want):
+            return f"the {name} of the attention is {have}, and is needed as {want}"
+    return ""
 
 
 def _refuse_dropout(call: Call) -> None:
@@ -154,11 +165,6 @@ def _refuse_dropout(call: Call) -> None:
             f"(dropout_p={call['dropout_p']}) on split tokens cannot draw the same mask as one device. "
             "Set the dropout of attention to 0, or call model.eval()."
         )
-
-
-def collapse(types: list[Type]) -> list[Type]:
-    """Partial operands are summed before an attention."""
-    return [Replicate() if not isinstance(t, Shard) else t for t in types]
 
 
 assert overloads("scaled_dot_product_attention") == [SDPA]
