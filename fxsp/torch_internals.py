@@ -235,6 +235,13 @@ def checkpoint_tags(graph_id: int) -> dict[str, Any]:
     return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": graph_id}
 
 
+def saved_tag() -> dict[str, Any]:
+    """The node metadata by which AOTAutograd's partitioner saves a value of a checkpoint."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.MUST_SAVE}
+
+
 def is_set_grad(target: Any) -> bool:
     """Whether a node's target sets grad mode."""
     return target is torch._C._set_grad_enabled
