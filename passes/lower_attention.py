@@ -27,11 +27,13 @@ from torch.fx import Node
 from fxsp.passes.attention import SDPA, AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
+from fxsp.torch_internals import saved_tag
 from fxsp.types import Length, Segment, Sequence, as_length
 
 __all__ = ["LowerAttention"]
 
 aten = torch.ops.aten
+_SAVED = (torch.ops.fxsp.all_to_all.default, torch.ops.fxsp.gather_used.default, SDPA)
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,25 @@ class LowerAttention:
             if node.target is not distributed_attention:
                 continue
             build.at(node)
+            before = node.prev
             with graph.inserting_before(node):
                 new = _Lowering(build, node, cache).lower()
+            if "recompute" in node.meta:
+                _save_exchanges(before, node)
             new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
             node.replace_all_uses_with(new)
             graph.erase_node(node)
         program.gm.recompile()
         return program
+
+
+def _save_exchanges(before: Node, after: Node) -> None:
+    """In an activation checkpoint, what was exchanged is saved: the backward pass would exchange it once more."""
+    node = before.next
+    while node is not after:
+        if node.target in _SAVED:
+            node.meta.update(saved_tag())
+        node = node.next
 
 
 class _Lowering:
