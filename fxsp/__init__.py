@@ -22,8 +22,10 @@ from fxsp.plan import (
     SequenceParallelPartialInput,
 )
 from fxsp.report import Report
+from fxsp.verification import Evidence, verify
 
 __all__ = [
+    "Evidence",
     "FxspError",
     "FxspWarning",
     "ImplicitGatherWarning",
@@ -40,4 +42,5 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "reports",
+    "verify",
 ]

@@ -18,9 +18,10 @@ from torch.fx import GraphModule
 from fxsp.backend import compile_graph
 from fxsp.capture import install
 from fxsp.config import Options
-from fxsp.errors import FxspWarning
+from fxsp.errors import FxspError, FxspWarning
 from fxsp.passes.base import Program
 from fxsp.report import Report
+from fxsp.torch_internals import unwrapped_by_dynamo
 from fxsp.types import Ranks
 
 __all__ = ["OfflineResult", "partition_offline"]
@@ -28,12 +29,15 @@ __all__ = ["OfflineResult", "partition_offline"]
 
 @dataclass
 class OfflineResult:
-    """One graph: its report, its partitioned program (None if it stays whole), and seconds spent in each."""
+    """One graph: its report, and its partitioned program (None if it stays whole)."""
 
     report: Report
     program: Program | None
     #: Seconds from the handing over of Dynamo's graph to the partitioned one.
     seconds: float
+    #: Dynamo's graph as a function, and what it was called with.
+    whole: Callable[..., Any]
+    inputs: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -48,9 +52,18 @@ class _Offline:
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
-        report, program = compile_graph(gm, inputs, self.options, self.ranks)
-        self.results.append(OfflineResult(report, program, time.perf_counter() - start))
-        return gm.forward
+        try:
+            report, program = compile_graph(gm, inputs, self.options, self.ranks)
+        except FxspError as error:
+            raise unwrapped_by_dynamo(error) from error.__cause__
+        result = OfflineResult(report, program, time.perf_counter() - start, gm.forward)
+        self.results.append(result)
+
+        def run(*args: Any) -> Any:
+            result.inputs = args
+            return gm.forward(*args)
+
+        return run
 
 
 install(lambda backend: isinstance(backend, _Offline))

@@ -16,9 +16,11 @@ from torch.fx import Graph, Node
 from fxsp.errors import StrictError, UnsupportedError
 from fxsp.passes.attention import SDPA
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder, local_bytes
+from fxsp.passes.builder import Builder, split_bytes
 from fxsp.passes.decide import hint
 from fxsp.passes.rules import shape_of
+from fxsp.passes.rules_elementwise import CHEAP
+from fxsp.passes.structure import CATS, SLICES
 from fxsp.report import GatherRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Replicate, Shard, Type, Used, as_length, product, same_length
@@ -59,6 +61,7 @@ class Converter:
         self.copies: dict[Node, Any] = {}
         #: Why the call at hand needs its operands as it does.
         self.reason = ""
+        self._masked: dict[tuple[Node, str], Node] = {}
 
     def argument(self, old: Node) -> Any:
         return self.get(self.values[old], Replicate()) if old in self.values else self.copies[old]
@@ -66,6 +69,7 @@ class Converter:
     def typed(self, new: Node, type_: Type, old: Node) -> Node:
         new.meta["sp"] = type_
         new.meta["global_val"] = old.meta["val"]
+        new.meta["global_name"] = old.name
         if isinstance(type_, Shard):
             new.meta.pop("val", None)
         return new
@@ -74,9 +78,11 @@ class Converter:
         """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
         if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
             return x
-        exposed, dim, back = self.expose(x, shape, type_)
-        masked: Node = back(self.build.mask_pads(exposed, dim, type_.sequence))
-        return masked
+        key = (x, str(type_))
+        if key not in self._masked:
+            exposed, dim, back = self.expose(x, shape, type_)
+            self._masked[key] = back(self.build.mask_pads(exposed, dim, type_.sequence))
+        return self._masked[key]
 
     def expose(
         self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False
@@ -140,8 +146,15 @@ class Converter:
         row = self.build.call(aten.reshape.default, x, [1])
         return self.build.call(aten.reshape.default, self.build.leave(row, 1), [])
 
-    def _whole_for_free(self, value: Value) -> bool:
-        return bool(value.node.meta.get("sp_free"))
+    def _whole_for_free(self, value: Value, depth: int = 4) -> bool:
+        """Whether cheap operators compute the whole value from what is whole already: inputs, or gathered values."""
+        node = value.node
+        if node.meta.get("sp_free"):
+            return True
+        if depth == 0 or not (node.target in CHEAP or node.target in CATS or node.target in SLICES):
+            return False
+        operands = [self.values[n] for n in node.all_input_nodes if n in self.values]
+        return all(v.find(Replicate()) is not None or self._whole_for_free(v, depth - 1) for v in operands)
 
     def _make_whole(self, value: Value, kind: str) -> Node:
         type_, node = value.forms[0]
@@ -156,8 +169,8 @@ class Converter:
         if used is not None:
             # The data is there already (a gather whose result is used with shards, a parameter): no second gather.
             return self._leave(used, shape_of(value.node))
-        if value.node.meta.get("sp_free"):
-            # Cheap operators on whole inputs: computing them again costs less than any communication.
+        if self._whole_for_free(value):
+            # Computing cheap operators again costs less than any communication.
             old = value.node
             return self.graph.node_copy(old, self.argument)
         return self._gather(value, kind, used=False)
@@ -165,7 +178,7 @@ class Converter:
     def _gather(self, value: Value, kind: str, *, used: bool) -> Node:
         type_, node = next((t, n) for t, n in value.forms if isinstance(t, Shard))
         old, shape, size = value.node, shape_of(value.node), self.ranks.size
-        sent = (size - 1) * local_bytes(shape, type_, old.meta["val"].element_size(), size)
+        sent = (size - 1) * split_bytes(shape, type_, old.meta["val"].element_size(), size)
         self._report_gather(value, kind, sent)
         exposed, dim, back = self.expose(node, shape, type_)
         new = self.build.gather(exposed, dim, type_.sequence, used=used)

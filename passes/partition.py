@@ -11,6 +11,7 @@ Input, with types, and output for two ranks::
     return flatten                              %gather = fxsp.gather(...)
 
 After this pass every tensor in the graph is local, except inputs and outputs, which are global and equal on all ranks.
+``facts["global"]`` keeps the global graph; ``meta["global_name"]`` names the value of it that a local node stands for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxsp.passes.attention import SDPA, AttentionChoice, distributed_attention
+from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, Converter, Value
 from fxsp.passes.decide import Decision
@@ -71,6 +72,7 @@ class _Partitioner(Converter):
         self.graph.lint()
         gm = GraphModule(old, self.graph, old.__class__.__name__)
         gm.meta.update(old.meta)
+        self.program.facts["global"] = old
         self.program.gm = gm
         return self.program
 
