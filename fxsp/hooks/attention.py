@@ -1,0 +1,278 @@
+"""Attention over split tokens in eager mode: the methods of ``fxsp.passes.attention``, on tensors.
+
+========== ==================================== ======================================================================
+method     when                                 what moves
+========== ==================================== ======================================================================
+local      queries split, keys/values whole     nothing
+ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output
+gather_kv  both split, otherwise                one all-gather of keys and values
+whole      queries whole, keys/values split     one all-gather of keys and values; the result is whole
+========== ==================================== ======================================================================
+
+``ulysses_degree`` of the configuration asks for the exchange of heads, ``ring_degree`` and ``allgather_degree`` for
+gathered keys and values (there is no eager ring: the numbers are those of one, the memory is not).  In every method
+keys and values are whole, without pads and in their original order, so masks and the causal flag keep their meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxsp.hooks.layout import (
+    Layout,
+    gather,
+    layout_of,
+    local_size,
+    mark,
+    moved,
+    note_gather,
+    refuse,
+    rule,
+    same_tokens,
+    shard,
+    use,
+)
+from fxsp.hooks.region import Region
+from fxsp.hooks.rules import aligned, argument
+from fxsp.kernels.lowering import local_length
+from fxsp.report import AttentionRecord
+
+__all__ = ["attention"]
+
+_ops = torch.ops.fxsp
+
+
+class _Call(NamedTuple):
+    """One call of SDPA: ``q [.., H, m, d]``, ``k [.., h, n, d]``, ``v [.., h, n, e]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float | None
+    gqa: bool
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.gqa
+        )
+
+
+@rule("scaled_dot_product_attention")
+def attention(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """SDPA where any argument is split; the result is split as the queries are."""
+    q, k, v = (argument(args, kwargs, i, key) for i, key in enumerate(("query", "key", "value")))
+    if argument(args, kwargs, 4, "dropout_p", 0.0):
+        refuse(name, "with dropout on split tokens cannot draw the mask of one device; set it to 0")
+    mask = argument(args, kwargs, 3, "attn_mask")
+    causal = bool(argument(args, kwargs, 5, "is_causal", False))
+    call = _Call(q, k, v, mask, causal, kwargs.get("scale"), bool(kwargs.get("enable_gqa", False)))
+    if mask is not None and call.causal:
+        refuse(name, "takes a mask or is_causal, not both")
+    layouts = [layout_of(x) for x in (q, k, v)]
+    if all(layout is None or layout.dim < x.dim() - 2 for layout, x in zip(layouts, (q, k, v), strict=True)):
+        return _stacked(name, call)
+    for layout, x in zip(layouts, (q, k, v), strict=True):
+        if layout is not None and (layout.dim != x.dim() - 2 or layout.outer != 1 or layout.inner != 1):
+            refuse(name, f"has tokens split along dimension {layout.dim} of {x.dim()}, beside others")
+    return _by_tokens(name, call, *layouts)
+
+
+def _stacked(name: str, call: _Call) -> Tensor:
+    """Tokens along a dimension that attention treats one by one (the batch: attention within each frame, say)."""
+    operands = [call.q, call.k, call.v] + ([call.mask] if call.mask is not None else [])
+    ndim = max(x.dim() for x in operands)
+    layout = next((layout for layout in map(layout_of, operands) if layout is not None), None)
+    assert layout is not None
+    if call.gqa and layout.dim == ndim - 3:
+        refuse(name, "with shared heads has tokens split along the heads")
+    new, layout, back = aligned(name, operands)
+    mask = new[3] if call.mask is not None else None
+    out = call.run(new[0], new[1], new[2], mask, call.causal)
+    _record(layout.region, "local", "tokens in the batch")
+    return mark(out, moved(layout, out.dim() + back))
+
+
+def _by_tokens(name: str, call: _Call, lq: Layout | None, lk: Layout | None, lv: Layout | None) -> Tensor:
+    k, v = call.k, call.v
+    if (lk is None) != (lv is None):  # one of them alone is whole
+        k, lk = (gather(k, lk, used=lq is not None), None) if lk is not None else (k, None)
+        v, lv = (gather(v, lv, used=lq is not None), None) if lv is not None else (v, None)
+    if lq is None:
+        region = next(layout.region for layout in (lk, layout_of(call.v), layout_of(call.k)) if layout is not None)
+        k = gather(k, lk, used=False) if lk is not None else k
+        v = gather(v, lv, used=False) if lv is not None else v
+        _record(region, "whole", "queries are whole")
+        return call.run(call.q, k, v, _whole_mask(call.mask, used=False), call.causal)
+    if lk is None:
+        _record(lq.region, "local", "keys and values are whole")
+        return _rows(name, call, use(k, lq.region), use(v, lq.region), lq)
+    assert lv is not None
+    if not same_tokens(lk, lv):
+        refuse(name, "has keys and values of different tokens")
+    if lq.region.allgather > 1:
+        why = "allgather_degree asks for it"
+    elif lq.region.ring > 1:
+        why = "ring_degree: there is no eager ring"
+    else:
+        why = _ulysses_refusal(call, lq.region.size)
+        if not why:
+            _record(lq.region, "ulysses", "")
+            return _ulysses(name, call, lq, lk)
+    _record(lq.region, "gather_kv", why)
+    width = k.shape[-1]
+    both = gather(torch.cat([k, v], -1), lk, used=True)
+    return _rows(name, call, both[..., :width], both[..., width:], lq)
+
+
+def _ulysses_refusal(call: _Call, size: int) -> str:
+    if call.q.dim() != 4 or call.k.dim() != 4 or call.v.dim() != 4:
+        return "no dimension of heads"
+    for what, x in (("query", call.q), ("key", call.k), ("value", call.v)):
+        if x.shape[1] % size:
+            return f"{x.shape[1]} {what} heads do not divide over {size} ranks"
+    return "" if call.q.shape[0] == call.k.shape[0] == call.v.shape[0] else "queries and keys differ in batch size"
+
+
+def _record(region: Region, method: str, why: str) -> None:
+    if not torch.compiler.is_compiling():
+        rejected = (("ulysses", why),) if method == "gather_kv" else ()
+        region.report.attentions.append(AttentionRecord("", "", method, None, rejected, why))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def _whole_mask(mask: Tensor | None, *, used: bool) -> Tensor | None:
+    """All rows and columns of a mask."""
+    layout = layout_of(mask)
+    return mask if mask is None or layout is None else gather(mask, layout, used=used)
+
+
+def _check_columns(name: str, mask: Tensor, keys: int) -> None:
+    if mask.shape[-1] not in (1, keys):
+        refuse(
+            name,
+            f"has a mask for {mask.shape[-1]} keys, and there are {keys} in all.  A mask made from a local length is "
+            "of no use: make it of the global one, or name it in the plan",
+        )
+
+
+def _row_mask(name: str, call: _Call, keys: int, lq: Layout) -> Tensor | None:
+    """The mask for this rank's queries and all keys."""
+    if call.causal:
+        places = (list(lq.lengths), list(lq.whole), lq.region.rank, lq.region.size, call.q.device)
+        return _ops.positions.default(*places)[:, None] >= torch.arange(keys, device=call.q.device)
+    mask = call.mask
+    if mask is None:
+        return None
+    layout = layout_of(mask)
+    if layout is not None and layout.dim == mask.dim() - 2 and same_tokens(layout, lq):
+        _check_columns(name, mask, keys)
+        return mask
+    per_row = mask.dim() >= 2 and mask.shape[-2] != 1
+    if layout is not None:
+        mask = gather(mask, layout, used=not per_row)
+    elif not per_row:
+        mask = use(mask, lq.region)
+    assert mask is not None
+    _check_columns(name, mask, keys)
+    _check_rows(name, mask, sum(lq.lengths))
+    # Rows are cut by `shard`, which gathers their gradient; a row for all queries has a summand on each rank.
+    return shard(mask, moved(lq, mask.dim() - 2)) if per_row else mask
+
+
+def _check_rows(name: str, mask: Tensor, queries: int) -> None:
+    if mask.dim() >= 2 and mask.shape[-2] not in (1, queries):
+        refuse(name, f"has a mask for {mask.shape[-2]} queries, and there are {queries} in all")
+
+
+def _rows(name: str, call: _Call, k: Tensor, v: Tensor, lq: Layout) -> Tensor:
+    """This rank's queries against all keys."""
+    out = call.run(call.q, k, v, _row_mask(name, call, k.shape[-2], lq), False)
+    return mark(out, moved(lq, out.dim() - 2))
+
+
+# --- Ulysses ----------------------------------------------------------------------------------------------------------
+
+
+def _ulysses(name: str, call: _Call, lq: Layout, lk: Layout) -> Tensor:
+    """Exchange tokens for heads, attend, exchange back; two all-to-alls where q, k and v can travel together."""
+    q, k, v = call.q, call.k, call.v
+    if same_tokens(lq, lk) and q.shape[-1] == v.shape[-1]:
+        q, k, v = _to_heads([q, k, v], lq)
+    elif k.shape[-1] == v.shape[-1]:
+        (q,), (k, v) = _to_heads([q], lq), _to_heads([k, v], lk)
+    else:
+        (q,), (k,), (v,) = _to_heads([q], lq), _to_heads([k], lk), _to_heads([v], lk)
+    region, mask = lq.region, call.mask
+    if mask is not None:
+        layout = layout_of(mask)
+        if layout is not None:
+            note_gather(name, layout, mask, "needs the whole mask")
+        mask = gather(mask, layout, used=True) if layout is not None else use(mask, region)
+        assert mask is not None
+        _check_columns(name, mask, sum(lk.lengths))
+        _check_rows(name, mask, sum(lq.lengths))
+        if mask.dim() >= 3 and mask.shape[-3] != 1:
+            mask = _ops.take.default(mask, mask.dim() - 3, region.rank, region.size)
+    return _to_tokens(call.run(q, k, v, mask, call.causal), lq)
+
+
+def _segments(layout: Layout) -> list[tuple[int, int, int, bool]]:
+    """Of each segment: where its local rows begin and how many there are, its global length, whether it is whole."""
+    result, start = [], 0
+    for n, whole in zip(layout.lengths, layout.whole, strict=True):
+        rows = local_length(n, whole, layout.region.size)
+        result.append((start, rows, n, whole))
+        start = start + rows
+    return result
+
+
+def _to_heads(tensors: list[Tensor], layout: Layout) -> list[Tensor]:
+    """``[B, H, L, D]`` each, split by tokens -> ``[B, H/P, S, D]`` each, split by heads; one all-to-all."""
+    region = layout.region
+    size, heads = region.size, [x.shape[1] // region.size for x in tensors]
+    packed = torch.cat([x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in tensors], 3)  # [P, L, B, h, D]
+    segments = _segments(layout)
+    split = [n for _, _, n, whole in segments if not whole]
+    sent = packed
+    if len(split) < len(segments):
+        sent = torch.cat([packed.narrow(1, at, rows) for at, rows, _, whole in segments if not whole], 1)
+    tokens = _ops.unpack.default(_ops.all_to_all.default(sent.contiguous(), region.group), split, size)
+    if len(split) < len(segments):  # what every rank has stays at home: each keeps the rows of its own heads
+        parts, start = [], 0
+        for at, rows, n, whole in segments:
+            if whole:
+                own = _ops.take.default(packed.narrow(1, at, rows), 0, region.rank, size)
+                parts.append(own.squeeze(0))
+            else:
+                parts.append(tokens.narrow(0, start, n))
+                start = start + n
+        tokens = torch.cat(parts)
+    return list(tokens.permute(1, 2, 0, 3).split(heads, 1))
+
+
+def _to_tokens(out: Tensor, layout: Layout) -> Tensor:
+    """``[B, H/P, S, D]`` split by heads -> ``[B, H, L, D]`` split by tokens; one all-to-all."""
+    region, size = layout.region, layout.region.size
+    tokens = out.permute(2, 0, 1, 3)
+    if any(layout.whole):  # rows of whole segments go to everyone
+        blocks, start = [], 0
+        for _, _, n, whole in _segments(layout):
+            rows = tokens.narrow(0, start, n)
+            start = start + n
+            blocks.append(rows.expand(size, *rows.shape) if whole else _ops.pack.default(rows, [n], size, False))
+        packed = torch.cat(blocks, 1)
+    else:
+        packed = _ops.pack.default(tokens, list(layout.lengths), size, False)
+    received = _ops.all_to_all.default(packed, region.group)  # [P, L, B, h, D]: the heads of each rank
+    result = received.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+    assert result.shape[2] == local_size(layout)
+    return mark(result, moved(layout, 2))

@@ -1,0 +1,139 @@
+"""The ranks that one model's hooks split over, and what they did: the only state that hooks of a model share."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fxsp.config import Options, resolve_degrees, resolve_ranks
+from fxsp.plan import SequenceParallelConfig
+from fxsp.report import Report
+from fxsp.torch_internals import group_named
+
+__all__ = ["EagerCall", "Region"]
+
+
+class _Call:
+    """One call of the model."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, int] = {}
+        #: Lengths of split values, and their local lengths.
+        self.whole: set[int] = set()
+        self.local: set[int] = set()
+
+
+class Region:
+    """Shared by the hooks of one ``apply_sequence_parallel``; a copied or unpickled model gets one of its own.
+
+    ``config=None`` exchanges heads over all ranks of the group.  Raises :class:`~fxsp.errors.OptionError` if the
+    degrees do not match the group.
+    """
+
+    def __init__(self, config: SequenceParallelConfig | None, group: dist.ProcessGroup | None = None) -> None:
+        self.group_name = group.group_name if group is not None else None
+        options = Options.parse({"group": group, "config": config})
+        ranks = resolve_ranks(options)
+        degrees = resolve_degrees(options, ranks.size)
+        self.config = options.config or SequenceParallelConfig(ulysses_degree=ranks.size)
+        self.rank, self.size, self.group = ranks.rank, ranks.size, ranks.group
+        self.ring, self.allgather = degrees.ring or 1, degrees.allgather or 1
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.report = Report()
+        #: Functions whose implicit gather was warned about.
+        self.warned: set[str] = set()
+        self._threads = threading.local()
+        self._traced: dict[str, int] = {}
+
+    # --- the model's call in progress in this thread, under its hooks
+
+    @property
+    def running(self) -> bool:
+        """Whether the model runs eagerly, called through its hooks, in this thread."""
+        return bool(getattr(self._threads, "calls", None))
+
+    def enter(self) -> None:
+        """The model is called."""
+        if not hasattr(self._threads, "calls"):
+            self._threads.calls = []
+        if not self._threads.calls:
+            self.report = Report()
+        self._threads.calls.append(_Call())
+
+    def leave(self) -> None:
+        """The call ends, normally or not."""
+        self._threads.calls.pop()
+
+    def saw(self, length: int, local: int) -> None:
+        """A value of ``length`` tokens is split into ``local`` rows."""
+        if not torch.compiler.is_compiling() and self.running:
+            call = self._threads.calls[-1]
+            call.whole.add(length)
+            call.local.add(local)
+
+    def looks_local(self, size: int) -> bool:
+        """Whether a size is the local length of some split value, and the whole length of none."""
+        if torch.compiler.is_compiling() or not self.running:
+            return False
+        call = self._threads.calls[-1]
+        return size in call.local and size not in call.whole
+
+    # --- lengths of text, from the model's arguments
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of the model's arguments that the plan asks for."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        return self._threads.calls[-1].lengths if self.running else {}
+
+    def set_lengths(self, lengths: dict[str, int]) -> None:
+        """Called with the model's arguments at hand (and with nothing, at the end of a traced call)."""
+        if torch.compiler.is_compiling():
+            self._traced = lengths
+        elif self.running:
+            self._threads.calls[-1].lengths = lengths
+
+    def remember(self, hook: Any, lengths: dict[str, int]) -> None:
+        """From a hook's ``pre_forward`` to its ``post_forward``."""
+        if torch.compiler.is_compiling():
+            hook.remembered = lengths
+        else:
+            self._threads.__dict__.setdefault("hooks", {})[id(hook)] = lengths
+
+    def recall(self, hook: Any) -> dict[str, int] | None:
+        if torch.compiler.is_compiling():
+            return getattr(hook, "remembered", None)
+        return self._threads.__dict__.get("hooks", {}).pop(id(hook), None)
+
+    # --- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("config", "group_name", "rank", "size", "group", "ring", "allgather")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fresh()
+        if dist.is_available() and dist.is_initialized():  # perhaps another process than the one that pickled
+            group = dist.group.WORLD if self.group_name is None else group_named(self.group_name)
+            if group is not None and dist.get_world_size(group) == self.size:
+                self.rank, self.group = dist.get_rank(group), group.group_name
+
+
+class EagerCall:
+    """The context of one call of the model."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+
+    def __enter__(self) -> None:
+        self._region.enter()
+
+    def __exit__(self, *error: object) -> None:
+        self._region.leave()

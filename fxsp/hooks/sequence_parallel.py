@@ -1,0 +1,188 @@
+"""Sequence parallelism by hooks, with the API of ``vllm_omni.diffusion.hooks.sequence_parallel``.
+
+A plan (``fxsp.plan``) says where values are split and gathered; between the two, modules run on this rank's tokens.
+The same plan drives ``torch.compile(model, backend="sp")``: while that backend traces a model, its hooks stand aside::
+
+    enable_sequence_parallel_for_model(model)         # eager; reads model._sp_plan
+    fast = torch.compile(model, backend="sp")         # the same model, the same plan, compiled
+
+Attention, gradients and what the hooks refuse: see ``fxsp.hooks.layout``, ``rules`` and ``attention``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+import fxsp.hooks.attention
+import fxsp.hooks.rules_index
+import fxsp.hooks.rules_mix  # noqa: F401  (each registers its rules)
+from fxsp.config import Options
+from fxsp.errors import PlanError
+from fxsp.hooks.base import HookRegistry, ModelHook
+from fxsp.hooks.region import Region
+from fxsp.hooks.split import (
+    ModuleForwardMetadata,
+    SequenceParallelGatherHook,
+    SequenceParallelRootHook,
+    SequenceParallelSplitHook,
+    needs_lengths,
+)
+from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, find_plan, parse_plan
+from fxsp.report import Report
+from fxsp.resolve import forward_signature, resolve_plan, unwrap
+
+__all__ = [
+    "ModuleForwardMetadata",
+    "SequenceParallelGatherHook",
+    "SequenceParallelSplitHook",
+    "apply_sequence_parallel",
+    "disable_sequence_parallel_for_model",
+    "enable_sequence_parallel_for_model",
+    "remove_sequence_parallel",
+    "report_of",
+]
+
+_INPUT = "sp_input---{}"
+_OUTPUT = "sp_output---{}"
+#: Of the hooks of sequence parallelism, the first before forward and the last after it.
+_ROOT = "sp_---root"
+
+
+def apply_sequence_parallel(
+    module: nn.Module, config: SequenceParallelConfig | None, plan: Any, *, group: dist.ProcessGroup | None = None
+) -> None:
+    """Attach the hooks of ``plan`` to the modules below ``module``.
+
+    ``config`` has the degrees of attention; None exchanges heads over all ranks of ``group`` (default: all processes).
+    Everything is checked before anything is attached.  Raises :class:`~fxsp.errors.PlanError` (a ``ValueError``) for a
+    plan that names what does not exist or has no meaning, or for hooks that are there already, and
+    :class:`~fxsp.errors.OptionError` (a ``ValueError``) for degrees that do not match the group.
+    """
+    root = unwrap(module)
+    found = _hooks(root, plan)
+    region = Region(Options.parse({"config": config}).config, group)
+    if _root_hook(root) is not None:
+        raise PlanError(f"{type(root).__name__} has hooks of sequence parallelism; remove them first")
+    attached: list[tuple[nn.Module, str]] = []
+    try:
+        for target, name, make, metadata in found:
+            registry = HookRegistry.get_or_create(target)
+            attached.append((target, name))
+            registry.register_hook(name, make(metadata, region.config, region))
+    except BaseException:
+        _detach(attached)
+        raise
+
+
+def remove_sequence_parallel(module: nn.Module, plan: Any) -> None:
+    """Remove the hooks that :func:`apply_sequence_parallel` attached for ``plan``; modules without any are let be."""
+    root = unwrap(module)
+    _detach([(target, name) for target, name, _, _ in _hooks(root, plan) if name != _ROOT])
+    hook = _root_hook(root)
+    if hook is not None and not any(_belongs(module, hook.region) for module in root.modules()):
+        _detach([(root, _ROOT)])
+
+
+def enable_sequence_parallel_for_model(
+    model: nn.Module, config: SequenceParallelConfig | None = None, *, group: dist.ProcessGroup | None = None
+) -> None:
+    """:func:`apply_sequence_parallel` with the model's own plan, its ``_sp_plan`` (else its ``_cp_plan``).
+
+    Without ``config``, heads are exchanged over all ranks.  Raises ``ValueError`` if the model has no plan.
+    """
+    apply_sequence_parallel(model, config, _own_plan(model), group=group)
+
+
+def disable_sequence_parallel_for_model(model: nn.Module) -> None:
+    """Remove the hooks of the model's own plan.  Raises ``ValueError`` if it has none."""
+    remove_sequence_parallel(model, _own_plan(model))
+
+
+def report_of(model: nn.Module) -> Report:
+    """What the hooks did in the model's last eager call: attentions, implicit gathers, parts that ran whole."""
+    hook = _root_hook(unwrap(model))
+    if hook is None:
+        raise ValueError(f"{type(model).__name__} has no hooks of sequence parallelism")
+    return hook.region.report
+
+
+def _own_plan(model: nn.Module) -> Any:
+    root = unwrap(model)
+    plan = find_plan(root)
+    if plan is None:
+        raise ValueError(
+            f"{type(root).__name__} has no _sp_plan (and no _cp_plan): give it one, or use apply_sequence_parallel"
+        )
+    return plan
+
+
+def _root_hook(root: nn.Module) -> SequenceParallelRootHook | None:
+    registry = root.__dict__.get("_hook_registry")
+    hook = None if registry is None else registry.get_hook(_ROOT)
+    return hook if isinstance(hook, SequenceParallelRootHook) else None
+
+
+def _detach(attached: Sequence[tuple[nn.Module, str]]) -> None:
+    for module, name in attached:
+        registry = module.__dict__.get("_hook_registry")
+        if registry is not None:
+            registry.remove_hook(name)
+            if not registry.names:
+                registry.reset()
+
+
+def _belongs(module: nn.Module, region: Region) -> bool:
+    """Whether a module has hooks that split or gather for a region."""
+    registry = module.__dict__.get("_hook_registry")
+    hooks = [] if registry is None else [registry.get_hook(name) for name in registry.names if name != _ROOT]
+    return any(getattr(hook, "region", None) is region for hook in hooks)
+
+
+# --- from a plan to hooks ---------------------------------------------------------------------------------------------
+
+
+def _hooks(root: nn.Module, plan: Any) -> list[tuple[nn.Module, str, Any, Any]]:
+    """``(module, hook name, class of the hook, its metadata)`` in the order of the plan; checks everything."""
+    entries = parse_plan(plan)
+    rows = resolve_plan(entries, root)
+    wanted: dict[tuple[int, str], tuple[nn.Module, list[PlanEntry]]] = {}
+    for row in rows:
+        template = _OUTPUT if isinstance(row.entry.spec, SequenceParallelOutput) else _INPUT
+        key = (id(row.module), template.format(row.entry.pattern))
+        wanted.setdefault(key, (row.module, []))[1].append(row.entry)
+    known = forward_signature(root).parameters
+    sources = [name for name in needs_lengths([row.entry.spec for row in rows]) if name in known]
+    result: list[tuple[nn.Module, str, Any, Any]] = [(root, _ROOT, SequenceParallelRootHook, sources)]
+    for (_, name), (module, own) in wanted.items():
+        if isinstance(own[0].spec, SequenceParallelOutput):
+            result.append((module, name, SequenceParallelGatherHook, _output_metadata(own)))
+        else:
+            result.append((module, name, SequenceParallelSplitHook, _input_metadata(own)))
+    return result
+
+
+def _input_metadata(entries: Sequence[PlanEntry]) -> dict[str | int, Any]:
+    metadata: dict[str | int, Any] = {}
+    for entry in entries:
+        target = 0 if entry.target is None else entry.target
+        if entry.part is None:
+            metadata[target] = entry.spec
+        else:
+            index, count = entry.part
+            metadata.setdefault(target, [None] * count)[index] = entry.spec
+    return metadata
+
+
+def _output_metadata(entries: Sequence[PlanEntry]) -> Any:
+    if entries[0].target is None:
+        return entries[0].spec
+    targets = [entry.target for entry in entries if isinstance(entry.target, int)]
+    metadata: list[Any] = [None] * (max(targets) + 1)
+    for entry in entries:
+        assert isinstance(entry.target, int)
+        metadata[entry.target] = entry.spec
+    return metadata

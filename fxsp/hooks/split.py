@@ -1,0 +1,369 @@
+"""The hooks that split and gather, and the one around the model that knows whether it runs eagerly."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxsp.hooks.base import ModelHook
+from fxsp.hooks.layout import Layout, SplitMode, gather, layout_of, local_size, shard
+from fxsp.hooks.region import EagerCall, Region
+from fxsp.hooks.tracing import sp_is_tracing
+from fxsp.plan import (
+    SequenceParallelConfig,
+    SequenceParallelOutput,
+    SequenceParallelPartialInput,
+    did_you_mean,
+    listing,
+    refuse,
+)
+from fxsp.resolve import unwrap
+from fxsp.torch_internals import in_backward
+
+__all__ = [
+    "ModuleForwardMetadata",
+    "SequenceParallelGatherHook",
+    "SequenceParallelRootHook",
+    "SequenceParallelSplitHook",
+    "token_count",
+]
+
+
+@dataclass
+class ModuleForwardMetadata:
+    """Where the arguments of a class's ``forward`` stand, by name; looked up once."""
+
+    cached_parameter_indices: dict[str, int] | None = None
+    _cls: type | None = None
+    _takes_any: bool = False
+
+    def _get_parameter_from_args_kwargs(
+        self, identifier: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[Any, bool, int | None]:
+        """``(value, is it in kwargs, place in args)``; the value of an argument that was left out is None.
+
+        Raises ``ValueError`` for a name that forward does not have.
+        """
+        if kwargs and identifier in kwargs:
+            return kwargs[identifier], True, None
+        if self.cached_parameter_indices is None:
+            if self._cls is None:
+                raise ValueError("the class whose forward is meant is not set")
+            parameters = list(inspect.signature(self._cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+            self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            self.cached_parameter_indices = {
+                p.name: i for i, p in enumerate(parameters) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            }
+        index = self.cached_parameter_indices.get(identifier)
+        if index is None:
+            if self._takes_any:
+                return None, False, None
+            known = self.cached_parameter_indices
+            raise ValueError(
+                f'forward has no argument "{identifier}".\n  It has: {listing(known)}.{did_you_mean(identifier, known)}'
+            )
+        return (args[index] if index < len(args) else None), False, index
+
+
+def token_count(value: Any) -> int | None:
+    """What the argument that ``text_len_source`` names tells: a number, or the tokens of a tensor; None: nothing."""
+    if isinstance(value, Tensor) and value.dim():
+        dim = 0 if value.dim() <= 2 else 1
+        layout = layout_of(value)
+        return sum(layout.lengths) if layout is not None and layout.dim == dim else value.shape[dim]
+    return value if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else None
+
+
+class _RegionHook(ModelHook):
+    """What the hooks of one plan share."""
+
+    def __init__(self, metadata: Any, config: SequenceParallelConfig | None, region: Region | None = None) -> None:
+        self.metadata = metadata
+        self.config = config
+        self.module_forward_metadata: ModuleForwardMetadata | None = None
+        #: Registered by itself, and not by ``apply_sequence_parallel``.
+        self._alone = region is None
+        self._region = region
+        #: Whether the last call in a forward pass split; a recomputation in the backward pass does the same.
+        self._acted = False
+
+    @property
+    def region(self) -> Region:
+        """The ranks; a hook that is registered by itself takes the default process group."""
+        if self._region is None:
+            self._region = Region(self.config)
+        return self._region
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.module_forward_metadata = ModuleForwardMetadata(_cls=type(unwrap(module)))
+        assert self.region is not None  # a configuration that does not fit is refused now
+        return module
+
+    def _acts(self, module: nn.Module) -> bool:
+        """Whether the hook is to do its work in this call."""
+        region = self.region
+        if region.size == 1:
+            return False
+        if torch.compiler.is_compiling():
+            if sp_is_tracing():
+                return False
+            if self._alone:
+                raise RuntimeError("torch.compile needs hooks that are attached by apply_sequence_parallel")
+            return True
+        if self._alone or region.running:
+            self._acted = True
+        elif not in_backward():
+            # A part of a model that backend "sp" compiles, or of one that is not called as a whole: whole values.
+            self._acted = False
+            note = f"{type(module).__name__}: hooks of the plan stand aside, the model's own call is not under hooks"
+            if note not in region.report.notes:
+                region.report.notes.append(note)
+        return self._acted
+
+
+class SequenceParallelSplitHook(_RegionHook):
+    """Splits arguments before forward, and outputs with ``split_output=True`` after it.
+
+    ``metadata`` maps names of arguments, or indices of outputs, to specs (or to lists of them, for arguments that are
+    lists or tuples).  What was left out, is None or has not ``expected_dims`` dimensions stays as it is.
+    """
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self._acts(module):
+            return args, kwargs
+        assert self.module_forward_metadata is not None
+        values = list(args)
+        lengths: dict[str, int] = {}
+        for name, spec in self.metadata.items():
+            for one in spec if isinstance(spec, (list, tuple)) else [spec]:
+                source = getattr(one, "text_len_source", None)
+                if isinstance(source, str) and source not in lengths:
+                    count = self._text_length(source, args, kwargs)
+                    if count is not None:
+                        lengths[source] = count
+        for name, spec in self.metadata.items():
+            if isinstance(name, int):
+                continue
+            value, is_kwarg, index = self.module_forward_metadata._get_parameter_from_args_kwargs(name, args, kwargs)
+            if value is None:
+                continue
+            new = self._split_argument(name, value, spec, lengths)
+            if is_kwarg:
+                kwargs[name] = new
+            else:
+                assert index is not None
+                values[index] = new
+        if lengths and any(isinstance(name, int) for name in self.metadata):
+            self.region.remember(self, lengths)
+        return tuple(values), kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        specs = {index: spec for index, spec in self.metadata.items() if isinstance(index, int)}
+        if not specs or not self._acts(module):
+            return output
+        lengths = self.region.recall(self) or {}
+        outputs = _Outputs(output)
+        for index, spec in specs.items():
+            label = f"output {index} of {type(module).__name__}: {spec!r}"
+            if index >= len(outputs.values):
+                raise refuse(label, f"the module returns {len(outputs.values)} value(s)")
+            if isinstance(outputs.values[index], Tensor):
+                outputs.values[index] = self._split(label, outputs.values[index], spec, lengths)
+        return outputs.packed()
+
+    def _split_argument(self, name: str, value: Any, spec: Any, lengths: Mapping[str, int]) -> Any:
+        label = f"[{name}]: {spec!r}"
+        if isinstance(value, Tensor):
+            if isinstance(spec, (list, tuple)):
+                raise refuse(label, f'"{name}" is a tensor, not a tuple; give one spec instead of a list')
+            return self._split(label, value, spec, lengths)
+        if not isinstance(value, (list, tuple)):
+            raise refuse(label, f'"{name}" is of type {type(value).__name__}, which cannot be split')
+        if not isinstance(spec, (list, tuple)):
+            raise refuse(
+                label, f'"{name}" is a {type(value).__name__} of {len(value)} values; give a list of {len(value)} specs'
+            )
+        if len(value) != len(spec):
+            raise refuse(label, f'"{name}" has {len(value)} values, and the plan lists {len(spec)} specs for it')
+        items = [
+            self._split(label, x, s, lengths) if isinstance(x, Tensor) and s is not None else x
+            for x, s in zip(value, spec, strict=True)
+        ]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    def _split(self, label: str, x: Tensor, spec: Any, lengths: Mapping[str, int]) -> Tensor:
+        if spec.expected_dims is not None and x.dim() != spec.expected_dims:
+            return x
+        if not -x.dim() <= spec.split_dim < x.dim():
+            raise refuse(
+                label, f"dimension {spec.split_dim} is out of range: the tensor {list(x.shape)} is {x.dim()}-D"
+            )
+        dim = spec.split_dim % x.dim()
+        present = layout_of(x)
+        if present is not None:
+            if present.dim != dim:
+                raise refuse(label, f"the value is split already, along dimension {present.dim}")
+            return x
+        size = x.shape[dim]
+        text = 0
+        if hasattr(spec, "text_len_source"):
+            source = spec.text_len_source
+            if isinstance(source, str) and source not in lengths:
+                self._note(f"{label}: not applied, {source!r} is not passed")
+                return x
+            text = lengths[source] if isinstance(source, str) else source
+        if size <= text:  # nothing is left to split
+            return x
+        region = self.region
+        lengths_, whole = ((text, size - text), (True, False)) if text else ((size,), (False,))
+        layout = Layout(dim, lengths_, whole, region)
+        region.saw(size, local_size(layout))
+        return shard(x, layout)
+
+    def _text_length(self, source: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+        """From the module's own argument, else from the model's."""
+        assert self.module_forward_metadata is not None
+        try:
+            value, _, _ = self.module_forward_metadata._get_parameter_from_args_kwargs(source, args, kwargs)
+        except ValueError:
+            value = None
+        count = token_count(value)
+        return self.region.lengths.get(source) if count is None else count
+
+    def _note(self, note: str) -> None:
+        if not torch.compiler.is_compiling() and note not in self.region.report.notes:
+            self.region.report.notes.append(note)
+
+
+class SequenceParallelGatherHook(_RegionHook):
+    """Makes outputs whole again: pads are dropped, and the tokens are in their global order on every rank.
+
+    ``metadata`` is the spec of the only output, or a list with one for each output (None leaves it as it is).  The
+    gradient of a gathered value is the one that every rank has.
+    """
+
+    def __init__(
+        self,
+        metadata: SequenceParallelOutput | Sequence[SequenceParallelOutput | None],
+        config: SequenceParallelConfig | None,
+        region: Region | None = None,
+    ) -> None:
+        super().__init__(list(metadata) if isinstance(metadata, (list, tuple)) else [metadata], config, region)
+        self._only = not isinstance(metadata, (list, tuple))
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if not self._acts(module):
+            return output
+        outputs = _Outputs(output)
+        label = f"{type(module).__name__}: {self.metadata!r}"
+        present = [i for i, value in enumerate(outputs.values) if value is not None]
+        if self._only and len(present) != 1:
+            raise refuse(label, f"the module returns {len(present)} values; give a list of specs")
+        places = present if self._only else range(len(self.metadata))
+        for index, spec in zip(places, self.metadata, strict=True):
+            if spec is None:
+                continue
+            if index >= len(outputs.values):
+                raise refuse(label, f"there is no output {index}; the module returns {len(outputs.values)}")
+            if isinstance(outputs.values[index], Tensor):
+                outputs.values[index] = self._gather(label, outputs.values[index], spec)
+        return outputs.packed()
+
+    def _gather(self, label: str, x: Tensor, spec: Any) -> Tensor:
+        if spec.expected_dims is not None and x.dim() != spec.expected_dims:
+            return x
+        if not -x.dim() <= spec.gather_dim < x.dim():
+            raise refuse(label, f"dimension {spec.gather_dim} is out of range: the tensor is {x.dim()}-D")
+        layout = layout_of(x)
+        if layout is None:
+            if self.region.looks_local(x.shape[spec.gather_dim % x.dim()]):
+                raise RuntimeError(
+                    f"`{label}`: the output has the local length {x.shape[spec.gather_dim]}, but it came out of code "
+                    "that hooks cannot see (a C++ extension, numpy): which tokens it holds is not known"
+                )
+            return x
+        return gather(x, layout, used=False)
+
+
+class SequenceParallelRootHook(_RegionHook):
+    """Around the model: what is split in its output becomes whole, whatever the plan says of it.
+
+    ``metadata`` has the names of the model's arguments that some ``text_len_source`` of the plan may mean.
+    """
+
+    def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:
+        if self.region.size == 1:
+            return nullcontext()
+        if torch.compiler.is_compiling():
+            return nullcontext() if sp_is_tracing() else SplitMode()
+        return EagerCall(self.region)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.metadata and self.region.size > 1:
+            assert self.module_forward_metadata is not None
+            lengths = {}
+            for name in self.metadata:
+                value, _, _ = self.module_forward_metadata._get_parameter_from_args_kwargs(name, args, kwargs)
+                count = token_count(value)
+                if count is not None:
+                    lengths[name] = count
+            self.region.set_lengths(lengths)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if self.metadata and torch.compiler.is_compiling():
+            self.region.set_lengths({})
+        if self.region.size == 1 or (torch.compiler.is_compiling() and sp_is_tracing()):
+            return output
+        return _made_whole(output)
+
+
+def _made_whole(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        layout = layout_of(output)
+        return output if layout is None else gather(output, layout, used=False)
+    if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
+        for field in dataclasses.fields(output):
+            setattr(output, field.name, _made_whole(getattr(output, field.name)))
+        return output
+    leaves, structure = pytree.tree_flatten(output)
+    if all(layout_of(leaf) is None for leaf in leaves):
+        return output
+    return pytree.tree_unflatten(
+        [_made_whole(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+    )
+
+
+class _Outputs:
+    """The values of a module's output, and the way back to what it was."""
+
+    def __init__(self, output: Any) -> None:
+        self._output = output
+        if isinstance(output, Mapping):
+            self.values = list(output.values())
+        else:
+            self.values = list(output) if isinstance(output, (list, tuple)) else [output]
+
+    def packed(self) -> Any:
+        output = self._output
+        if isinstance(output, Mapping):
+            for key, value in zip(list(output), self.values, strict=True):
+                output[key] = value  # type: ignore[index]
+            return output
+        if not isinstance(output, (list, tuple)):
+            return self.values[0]
+        return type(output)(*self.values) if hasattr(output, "_fields") else type(output)(self.values)
+
+
+def needs_lengths(specs: Sequence[Any]) -> list[str]:
+    """The arguments that tell a number of text tokens."""
+    sources = [s.text_len_source for s in specs if isinstance(s, SequenceParallelPartialInput)]
+    return [source for source in dict.fromkeys(sources) if isinstance(source, str)]
