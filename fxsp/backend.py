@@ -92,6 +92,8 @@ def compile_graph(
     report = Report()
     captured = capture(gm, options.plan)
     report.notes.extend(captured.notes)
+    translation = torch_internals.Translation.current()
+    report.notes.extend(translation.said() if translation is not None else [])
     runner = _Printer(options, ranks)
     runner.text("captured", gm, report)
     if captured.entries is None:

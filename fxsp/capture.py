@@ -7,6 +7,7 @@ arguments, the outputs and the region of nodes that were created during the call
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import types
@@ -251,6 +252,7 @@ def _forward_codes(module: nn.Module) -> list[types.CodeType]:
     for function in (vars(module).get("forward"), type(module).forward):
         while function is not None:
             plain = getattr(function, "__func__", function)
+            plain = plain.func if isinstance(plain, functools.partial) else plain  # a registry of hooks
             if hasattr(plain, "__code__"):
                 codes.append(plain.__code__)
             function = getattr(function, "__wrapped__", None)

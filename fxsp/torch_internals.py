@@ -540,6 +540,17 @@ class Translation:
         """An object of ours that lives as long as this attempt; a restart of the analysis begins with a fresh one."""
         return keep(self._output, create)
 
+    def say(self, note: str) -> None:
+        """Leave a note for the report of the graph that is being traced."""
+        said = self.said()
+        if note not in said:
+            said.append(note)
+
+    def said(self) -> list[str]:
+        """The notes that were left."""
+        notes: list[str] = self._output.__dict__.setdefault("_fxsp_said", [])
+        return notes
+
     def graph(self) -> torch.fx.Graph:
         """The graph that is being built now: the frame's, or that of the body of a higher-order operator."""
         graph: torch.fx.Graph = self._output.current_tracer.graph
@@ -758,6 +769,27 @@ def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+# --- hooks: functions on split tensors, and who is looking -------------------------------------------------------------
+
+#: A context in which functions treat tensors of a subclass as plain ones.  The class itself: Dynamo knows it.
+plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunctionSubclass
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass (where checkpoints recompute)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def group_named(name: str) -> Any:
+    """The process group of this name; None if there is none."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        return _resolve_process_group(name)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, LookupError):
+        return None
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
