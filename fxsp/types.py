@@ -160,6 +160,10 @@ class Sequence:
         """Rows per rank, pads included."""
         return as_length(sum((s.local_length(size) for s in self.segments), start=0))
 
+    def split_length(self, size: int) -> Length:
+        """Rows per rank of the split segments, pads included: those that a gather sends."""
+        return as_length(sum((s.local_length(size) for s in self.segments if s.sharded), start=0))
+
     def has_pads(self, size: int) -> bool:
         """Whether some rank may hold pad rows (a symbolic length may)."""
         return any(s.sharded and not (isinstance(s.length, int) and s.length % size == 0) for s in self.segments)

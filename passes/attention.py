@@ -106,12 +106,12 @@ def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: i
         return decision(AttentionChoice("local", q_type.sequence, None, 0), rows)
 
     # Rows of whole segments travel in one place only: the output of an exchange brings them the other ranks' heads.
-    kv_bytes = product((*k[:-2], _split_rows(keys, size), k[-1] + v[-1], itemsize))
+    kv_bytes = product((*k[:-2], keys.split_length(size), k[-1] + v[-1], itemsize))
     gather_bytes = (size - 1) * kv_bytes
     legal = _ulysses_refusal(q, k, size)
     if legal:
         return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", legal),)), rows)
-    q_width = _split_rows(q_type.sequence, size) * q[-1] + q_type.sequence.local_length(size) * v[-1]
+    q_width = q_type.sequence.split_length(size) * q[-1] + q_type.sequence.local_length(size) * v[-1]
     q_bytes = product((*q[:-2], as_length(q_width), itemsize))
     ulysses_bytes = (q_bytes + kv_bytes) * (size - 1) / size
     ulysses_bytes = ulysses_bytes if not isinstance(ulysses_bytes, float) else round(ulysses_bytes)
@@ -143,11 +143,6 @@ def _mask_rows(mask: tuple[Length, ...], q: tuple[Length, ...], sequence: Sequen
     if len(mask) < 2 or (same_length(mask[-2], 1) and not same_length(q[-2], 1)):
         return Used()
     return Shard(len(mask) - 2, sequence, origin="the mask of a rank's own query rows")
-
-
-def _split_rows(sequence: Sequence, size: int) -> Length:
-    """Local rows of the split segments."""
-    return as_length(sum((s.local_length(size) for s in sequence.segments if s.sharded), start=0))
 
 
 def _reason(types: list[Type], needed: tuple[Type, ...]) -> str:

@@ -15,16 +15,16 @@ from fxsp.source import module_path
 from fxsp.torch_internals import sympy_to_fx
 from fxsp.types import Length, Ranks, Sequence, Shard, as_length, product
 
-__all__ = ["Builder", "local_bytes"]
+__all__ = ["Builder", "split_bytes"]
 
 _ops = torch.ops.fxsp
 aten = torch.ops.aten
 
 
-def local_bytes(shape: Seq[Length], shard: Shard | None, itemsize: int, size: int) -> Length:
-    """Bytes of a value on one rank: its global shape with the sharded dimension made local."""
-    dims = [shard.local_size(size) if shard is not None and i == shard.dim else n for i, n in enumerate(shape)]
-    return product((*dims, itemsize))
+def split_bytes(shape: Seq[Length], shard: Shard, itemsize: int, size: int) -> Length:
+    """Bytes of a rank's rows of split segments: what it sends to each other rank in a gather."""
+    rows = product((shard.outer, shard.sequence.split_length(size), shard.inner))
+    return product((*(rows if i == shard.dim else n for i, n in enumerate(shape)), itemsize))
 
 
 class Builder:

@@ -14,7 +14,7 @@ from fxsp.passes.decide import Decision
 from fxsp.passes.rules import Call, overloads, shape_of
 from fxsp.types import Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
-__all__ = ["CATS", "CUTS", "decide_structure"]
+__all__ = ["CATS", "CUTS", "SLICES", "decide_structure"]
 
 CATS = set(overloads("cat", "concat", "concatenate"))
 SLICES = set(overloads("slice.Tensor", "narrow"))
