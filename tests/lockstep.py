@@ -81,7 +81,8 @@ def lanes_of(
         if node.op == "placeholder":
             env[node] = list(next(queue))
         elif node.op == "output":
-            return [torch.fx.map_arg(tuple(node.args[0]), lambda n, r=r: env[n][r]) for r in range(size)]
+            outputs: Any = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+            return [torch.fx.map_arg(tuple(outputs), lambda n, r=r: env[n][r]) for r in range(size)]
         else:
             assert node.op == "call_function", node.op
             env[node] = run(node.target, node)
