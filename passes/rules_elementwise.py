@@ -85,6 +85,14 @@ def elementwise(call: Call) -> OpRule | None:
     return OpRule(tuple(operands), (out,), sizes)
 
 
+@rule(overloads("broadcast_tensors"))
+def broadcast_tensors(call: Call) -> OpRule | None:
+    """``broadcast_tensors([x, y])``: ``([d0, d1], [d1]) -> ([d0, d1], [d0, d1])``; ``mse_loss`` begins with one."""
+    results = call.result_shapes()
+    operands, out, sizes = broadcast(call.operand_shapes(), results[0])
+    return OpRule(tuple(operands), tuple(out for _ in results), sizes)
+
+
 @rule(_TYPE_AS)
 def type_as(call: Call) -> OpRule | None:
     """``([d0, d1], -) -> ([d0, d1])``."""

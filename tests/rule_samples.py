@@ -224,6 +224,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "batch_norm": [(T((4, 5, 3)), T((5,)), T((5,)), T((5,), "buffer"), T((5,), "buffer"), False, 0.1, 1e-5, False)],
     "prelu": [(X, T((5,))), (X, T((1,)))],
     "_prelu_kernel": [(X, T((1, 5, 1)))],
+    "broadcast_tensors": [([X, T((5, 1))],), ([X, X],), ([T((6,)), X, T(())],)],
     "meshgrid": [([T((5,)), T((6,))],)],
     "meshgrid.indexing": [([T((4,)), T((5,)), T((2,))], {"indexing": "xy"}), ([T((5,)), T(())], {"indexing": "ij"})],
     "unfold": [(X, 1, 2, 1), (T((5,)), 0, 2, 3)],
