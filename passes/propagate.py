@@ -29,6 +29,7 @@ from fxsp.passes.attention import decide_attention
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, decide, hint, replicate_all
 from fxsp.passes.losses import decide_loss
+from fxsp.passes.pick import decide_pick
 from fxsp.passes.rules import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_elementwise import CHEAP, draws
 from fxsp.passes.structure import CATS, CUTS, decide_structure
@@ -106,6 +107,8 @@ class Propagate:
             or decide_loss(call, types)
             or decide_attention(call, types, size, program.ulysses_degree)
         )
+        if structural is None and not operands[0].meta["sp_free"]:
+            structural = decide_pick(call, types)
         if structural is not None:
             return structural
         if call.op in _DROPOUTS and draws(call) and isinstance(types[0], Shard):

@@ -56,7 +56,7 @@ def _cat(call: Call, types: list[Type]) -> Decision | None:
     return Decision(tuple(operands), (result,))
 
 
-def _bounds(call: Call, length: Length, rank: int, dim: int) -> list[tuple[Length, Length]] | None:
+def cut_bounds(call: Call, length: Length, rank: int, dim: int) -> list[tuple[Length, Length]] | None:
     """Global ``[start, end)`` of every result along the cut dimension, or None if it is not a plain cut."""
     if call.op in SLICES:
         start = _resolve(call.get("start"), 0, length)
@@ -117,7 +117,7 @@ def _cut(call: Call, types: list[Type]) -> Decision | None:
     dim = call.dim("dim", len(shape))
     if type_.dim != dim or not type_.plain:
         return None
-    bounds = _bounds(call, shape[dim], len(shape), dim)
+    bounds = cut_bounds(call, shape[dim], len(shape), dim)
     if bounds is None:
         return None
     results: list[Type] = []
