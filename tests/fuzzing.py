@@ -68,6 +68,7 @@ def check(case: Case, *, poison_pads: bool = True) -> Program:
 
 def _compare(case: Case, program: Program, poison_pads: bool) -> None:
     wanted_outputs, wanted_inputs = expect(case)
+    exact: list[torch.Tensor] = []
     try:
         result = run(program.gm, case.size, case.values(), poison_pads=poison_pads)
         outputs, inputs = check_replicated(result.outputs), check_replicated(result.inputs)
@@ -76,7 +77,21 @@ def _compare(case: Case, program: Program, poison_pads: bool) -> None:
     for what, got, want in (("output", outputs, wanted_outputs), ("input", inputs, wanted_inputs)):
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             problem = difference(a, b)
+            if problem and what == "output" and not case.double and b.dtype == torch.float32:
+                # A long random program may amplify rounding: then float64 tells who is how far from the truth.
+                exact = exact or expect(replace(case, double=True))[0]
+                problem = "" if _is_rounding(a, b, exact[i]) else problem
             assert not problem, f"{what} {i}: {problem}\n{_show(case, program)}"
+    if exact:
+        check(replace(case, double=True), poison_pads=poison_pads)
+
+
+def _is_rounding(got: torch.Tensor, want: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether the partitioned program is about as near to the exact result as the program itself is."""
+    if got.shape != exact.shape or not torch.equal(got.isnan(), exact.isnan()):
+        return False
+    error, own = ((x.double() - exact).nan_to_num().norm() for x in (got, want))
+    return bool(error <= 8 * own)
 
 
 def _longer(case: Case, program: Program) -> Case | None:
