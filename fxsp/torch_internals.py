@@ -417,6 +417,10 @@ def carry_dynamo_facts(old: torch.fx.GraphModule, new: torch.fx.GraphModule) -> 
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
+    # AOTAutograd takes buffers for inputs with a source; a constant, which ``GraphModule`` makes a buffer, is none.
+    for name in [name for name in new._buffers if name not in getattr(old, "_param_name_to_source", {})]:
+        constant = new._buffers.pop(name)
+        setattr(new, name, constant)
     inputs, new_inputs = (g.graph.find_nodes(op="placeholder") for g in (old, new))
     for before, after in zip(inputs, new_inputs, strict=True):
         after.meta.update({key: value for key, value in before.meta.items() if key not in ("example_value", "val")})
