@@ -675,6 +675,14 @@ def input_example(node: torch.fx.Node) -> Any:
 # --- symbolic sizes ---------------------------------------------------------------------------------------------------
 
 
+def depends_on_data(size: Any) -> bool:
+    """Whether a size (as an expression) is known at run time only: the number of places where a mask is true."""
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return isinstance(size, sympy.Expr) and bool(free_unbacked_symbols(size))
+
+
 def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx.Graph) -> torch.fx.Node:
     """Nodes at the end of ``graph`` that compute a sympy expression of sizes from the nodes of its symbols."""
     from torch.fx.proxy import GraphAppendingTracer, Proxy
@@ -777,8 +785,8 @@ def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 
 # --- hooks: functions on split tensors, and who is looking -------------------------------------------------------------
 
-#: A context in which functions treat tensors of a subclass as plain ones.  The class itself: Dynamo knows it.
-plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunctionSubclass
+#: A context in which functions take all tensors as plain ones, and no mode sees them.  The class itself: Dynamo knows it.
+plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
 
 
 def in_backward() -> bool:

@@ -83,6 +83,8 @@ def lanes_of(
         elif node.op == "output":
             outputs: Any = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
             return [torch.fx.map_arg(tuple(outputs), lambda n, r=r: env[n][r]) for r in range(size)]
+        elif node.op == "get_attr":
+            env[node] = [getattr(gm, str(node.target))] * size
         else:
             assert node.op == "call_function", node.op
             env[node] = run(node.target, node)

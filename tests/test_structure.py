@@ -42,14 +42,11 @@ AT_BOUNDARIES: list[tuple[Any, str]] = [
 ]
 
 OFF_BOUNDARIES: list[Any] = [
-    lambda x: x[:, :2],
-    lambda x: x[:, 4:],
     lambda x: x[:, 1:-1],
     lambda x: x[:, ::2],
     lambda x: x[:, 3:3],
     lambda x: x.split([4, 4], 1),
     lambda x: x.chunk(2, 1),
-    lambda x: x[:, 3],
     lambda x: x.unbind(1)[2],
     lambda x: x.flatten(1, 2)[:, : 3 * 4],
 ]
@@ -89,6 +86,15 @@ def test_cuts_elsewhere_gather(function: Any) -> None:
     assert "whole (the tokens [3|5])" in record.reason
     # Two rows of text and three of images, of four float64, in two batches, to one other rank.
     assert record.bytes == (2 + 3) * 4 * 8 * 2
+
+
+@pytest.mark.parametrize("function", [lambda x: x[:, :1], lambda x: x[:, 3], lambda x: x[:, -2:], lambda x: x[:, 2:4]])
+@pytest.mark.parametrize("make", [joined, whole_text])
+def test_a_few_tokens_cost_less_than_all(function: Any, make: Any) -> None:
+    """The first token, the last: no more than a gather, often a small all-reduce."""
+    for size in (2, 3):
+        program = check(_outputs(function, make), TEXT, IMAGE, size=size)
+        assert sum(collectives(program).values()) <= 1
 
 
 @pytest.mark.parametrize("function", [*(f for f, _ in AT_BOUNDARIES), *OFF_BOUNDARIES])
@@ -166,11 +172,12 @@ def test_boundaries_of_symbolic_lengths() -> None:
         both = torch.softmax(torch.cat([shard(t), shard(i)], 1), -1)
         return both[:, : t.shape[1]], both[:, t.shape[1] :]
 
+    from tracing import trace
+
     from fxsp.passes.base import Program
     from fxsp.passes.pipeline import Runner, partition_program
     from fxsp.simulation import check_replicated, simulate
     from fxsp.types import Ranks
-    from tracing import trace
 
     gm = trace(function, TEXT, IMAGE, symbolic=True)
     shape_env = gm.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode.shape_env

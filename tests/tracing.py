@@ -68,8 +68,8 @@ def partition(
 
 
 def collectives(program: Program) -> dict[str, int]:
-    """How often each collective is called."""
-    names = [n.target._opname for n in program.graph.nodes if bytes_sent(n, program.ranks) is not None]
+    """How often each collective is called (a gather of rows that are whole on every rank sends nothing)."""
+    names = [n.target._opname for n in program.graph.nodes if bytes_sent(n, program.ranks)]
     return dict(Counter(names))
 
 
@@ -91,7 +91,7 @@ def text_of(function: Function, *inputs: Any, size: int = 2, **options: Any) -> 
 def check(
     function: Function, *inputs: torch.Tensor, size: int = 2, training: bool = True, tolerance: float = 1e-9
 ) -> Program:
-    """Values, with pads that are copies and others, and gradients, are those of the function; the program (inference)."""
+    """Values, with pads that are copies and others, and gradients, are those of the function; the program."""
     program = partition(function, *inputs, size=size)
     expected = function(*inputs)
     wanted = list(expected) if isinstance(expected, (tuple, list)) else [expected]
