@@ -30,7 +30,6 @@ from fxsp.hooks.layout import (
     local_size,
     mark,
     moved,
-    note_gather,
     refuse,
     rule,
     same_tokens,
@@ -214,8 +213,6 @@ def _ulysses(name: str, call: _Call, lq: Layout, lk: Layout) -> Tensor:
     region, mask = lq.region, call.mask
     if mask is not None:
         layout = layout_of(mask)
-        if layout is not None:
-            note_gather(name, layout, mask, "needs the whole mask")
         mask = gather(mask, layout, used=True) if layout is not None else use(mask, region)
         assert mask is not None
         _check_columns(name, mask, sum(lk.lengths))

@@ -107,7 +107,9 @@ class _Forward(functools.partial):  # type: ignore[type-arg]
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(_registry_of(self.args[0])._original_forward())
+        module = self.args[0]
+        own = _registry_of(module)._instance_forward
+        return inspect.signature(type(module).forward.__get__(module) if own is None else own)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +133,8 @@ class HookRegistry:
         self._sorted_hooks: list[ModelHook] = []
         self._around: list[ModelHook] = []
         self._override: ModelHook | None = None
-        #: ``forward`` if it was an attribute of the instance; otherwise it is looked up in the class.
+        self._class_forward: Callable[..., Any] = type(module).forward
+        #: ``forward`` if it was an attribute of the instance.
         self._instance_forward: Callable[..., Any] | None = None
 
     @classmethod
@@ -232,19 +235,22 @@ class HookRegistry:
             args, kwargs = hook.pre_forward(module, *args, **kwargs)
         if self._override is not None:
             output = self._override.new_forward(module, *args, **kwargs)
+        elif self._instance_forward is not None:
+            output = self._instance_forward(*args, **kwargs)
         else:
-            output = self._original_forward()(*args, **kwargs)
+            output = self._class_forward(module, *args, **kwargs)
         for hook in reversed(hooks):
             output = hook.post_forward(module, output)
         return output
 
     # --- the module's forward
 
-    def _original_forward(self) -> Callable[..., Any]:
-        if self._instance_forward is not None:
-            return self._instance_forward
-        # Looked up at each call: a copy of the module has a method of its own.
-        return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_class_forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._class_forward = type(self.module).forward
 
     def _attach(self) -> None:
         self._instance_forward = self.module.__dict__.get("forward")

@@ -4,7 +4,8 @@ Between a split and a gather, modules run on local tensors.  A local tensor carr
 that holds tokens, and the sequence they come from.  In eager mode such a tensor is a :class:`SplitTensor`, so every
 torch function that gets one is seen, wherever it is called: by a block in its forward, by the recomputation of a
 checkpoint in the backward pass, on any thread, with nothing switched on or off anywhere.  While Dynamo traces, a
-:class:`SplitMode` around the hooked module does the same.  ``fxsp.hooks.rules`` says what each function does.
+:class:`SplitMode` around the hooked module does the same.  (A mode alone would not do: when a checkpoint recomputes a
+function that is no module, none is active.)  ``fxsp.hooks.rules`` says what each function does.
 
 A value without a layout is whole, and equal on all ranks.  Whole values that meet split ones pass through
 :func:`use`, whose adjoint sums their gradient over the ranks: parameters and conditioning get the gradients of one
@@ -35,6 +36,9 @@ __all__ = [
     "SplitTensor",
     "gather",
     "global_size",
+    "is_constant",
+    "is_in_place",
+    "is_reflected",
     "layout_of",
     "leave",
     "local_size",
@@ -193,6 +197,7 @@ def rule(names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+@torch.compiler.assume_constant_result  # Dynamo does not know the name of a builtin
 def _name(func: Any) -> str:
     """``"add"`` for ``torch.add``, ``x.add_``, ``x + y``, ``torch.ops.aten.add.Tensor``; ``".shape"``."""
     name: str = func.__name__
@@ -204,6 +209,21 @@ def _name(func: Any) -> str:
         namespace = getattr(func, "namespace", "aten")
         name = name.partition(".")[0] if namespace == "aten" else f"{namespace}::{name}"
     return name.rstrip("_") or name
+
+
+@torch.compiler.assume_constant_result
+def is_in_place(func: Any) -> bool:
+    """Whether a function writes to its first argument."""
+    name: str = func.__name__
+    if name.startswith("__"):
+        return name.startswith("__i") and name != "__invert__"
+    return name.partition(".")[0].endswith("_")
+
+
+@torch.compiler.assume_constant_result
+def is_reflected(func: Any) -> bool:
+    """Whether a function is the reflected operator, ``y.__radd__(x)`` for ``x + y``."""
+    return bool(func.__name__.startswith("__r"))
 
 
 _BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
@@ -225,15 +245,35 @@ def layouts_in(values: Any) -> Iterator[Layout]:
                 yield layout
 
 
+#: What makes a tensor of one value: it has a row for each token, whichever tokens a rank has.
+_CONSTANT = frozenset({torch.ones, torch.zeros, torch.full, torch.empty})
+_KEEPS_CONSTANT = frozenset("to type bool float half bfloat16 int long cuda cpu contiguous clone detach".split())
+
+
+def is_constant(x: Any) -> bool:
+    """Whether a whole tensor has one value everywhere (known only where a :class:`SplitMode` saw how it was made)."""
+    return isinstance(x, Tensor) and getattr(x, "_fxsp_constant", False)
+
+
 def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a torch function that may have split arguments."""
     if not any(True for _ in layouts_in((*args, *kwargs.values()))):
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in _CONSTANT or (args and is_constant(args[0]) and _name(func) in _KEEPS_CONSTANT):
+            out._fxsp_constant = True
+        return out
     name = _name(func)
     run = RULES.get(name)
     if run is None:
         refuse(name, "is not known to work on split tokens")
+    if name == "unflatten" and torch.compiler.is_compiling():
+        func = _unflatten
     return run(name, func, args, kwargs)
+
+
+def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Dynamo does not follow the method itself, which calls `super()`."""
+    return x.unflatten(dim, sizes)
 
 
 def _handle_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -256,7 +296,7 @@ class SplitTensor(Tensor):
 
 
 class SplitMode(TorchFunctionMode):
-    """While Dynamo traces a hooked module: the rules for its split values."""
+    """Around a hooked module: the rules for its split values where Dynamo traces; and constants are recognised."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -13,17 +13,27 @@ from fxsp.plan import SequenceParallelConfig
 from fxsp.report import Report
 from fxsp.torch_internals import group_named
 
-__all__ = ["EagerCall", "Region"]
+__all__ = ["Call", "Region"]
 
 
-class _Call:
-    """One call of the model."""
+class Call:
+    """What hooks know of one call of the model."""
 
     def __init__(self) -> None:
+        #: Tokens of the model's arguments that the plan asks for.
         self.lengths: dict[str, int] = {}
-        #: Lengths of split values, and their local lengths.
-        self.whole: set[int] = set()
-        self.local: set[int] = set()
+        #: Local length of a split value -> its global lengths.
+        self.split: dict[int, list[int]] = {}
+
+    def saw(self, length: int, local: int) -> None:
+        """A value of ``length`` tokens is split into ``local`` rows."""
+        known = self.split.setdefault(local, [])
+        if length not in known:
+            known.append(length)
+
+    def looks_local(self, size: int) -> bool:
+        """Whether a size is the local length of some split value, and the whole length of none."""
+        return size in self.split and not any(size in lengths for lengths in self.split.values())
 
 
 class Region:
@@ -48,7 +58,8 @@ class Region:
         #: Functions whose implicit gather was warned about.
         self.warned: set[str] = set()
         self._threads = threading.local()
-        self._traced: dict[str, int] = {}
+        self._traced: Call | None = None
+        self._last = Call()
 
     # --- the model's call in progress in this thread, under its hooks
 
@@ -63,41 +74,22 @@ class Region:
             self._threads.calls = []
         if not self._threads.calls:
             self.report = Report()
-        self._threads.calls.append(_Call())
+        self._threads.calls.append(Call())
 
     def leave(self) -> None:
         """The call ends, normally or not."""
-        self._threads.calls.pop()
+        self._last = self._threads.calls.pop()
 
-    def saw(self, length: int, local: int) -> None:
-        """A value of ``length`` tokens is split into ``local`` rows."""
-        if not torch.compiler.is_compiling() and self.running:
-            call = self._threads.calls[-1]
-            call.whole.add(length)
-            call.local.add(local)
-
-    def looks_local(self, size: int) -> bool:
-        """Whether a size is the local length of some split value, and the whole length of none."""
-        if torch.compiler.is_compiling() or not self.running:
-            return False
-        call = self._threads.calls[-1]
-        return size in call.local and size not in call.whole
-
-    # --- lengths of text, from the model's arguments
+    def trace(self, call: Call | None) -> None:
+        """Dynamo traces a call of the model; None: it ends."""
+        self._traced = call
 
     @property
-    def lengths(self) -> dict[str, int]:
-        """Tokens of the model's arguments that the plan asks for."""
+    def call(self) -> Call:
+        """The call in progress; in a backward pass, the last one."""
         if torch.compiler.is_compiling():
-            return self._traced
-        return self._threads.calls[-1].lengths if self.running else {}
-
-    def set_lengths(self, lengths: dict[str, int]) -> None:
-        """Called with the model's arguments at hand (and with nothing, at the end of a traced call)."""
-        if torch.compiler.is_compiling():
-            self._traced = lengths
-        elif self.running:
-            self._threads.calls[-1].lengths = lengths
+            return self._traced or Call()
+        return self._threads.calls[-1] if self.running else self._last
 
     def remember(self, hook: Any, lengths: dict[str, int]) -> None:
         """From a hook's ``pre_forward`` to its ``post_forward``."""
@@ -106,10 +98,12 @@ class Region:
         else:
             self._threads.__dict__.setdefault("hooks", {})[id(hook)] = lengths
 
-    def recall(self, hook: Any) -> dict[str, int] | None:
+    def recall(self, hook: Any) -> dict[str, int]:
+        """What was remembered."""
         if torch.compiler.is_compiling():
-            return getattr(hook, "remembered", None)
-        return self._threads.__dict__.get("hooks", {}).pop(id(hook), None)
+            lengths: dict[str, int] = hook.remembered
+            return lengths
+        return self._threads.__dict__.get("hooks", {}).pop(id(hook), {})
 
     # --- copies
 
@@ -124,16 +118,3 @@ class Region:
             group = dist.group.WORLD if self.group_name is None else group_named(self.group_name)
             if group is not None and dist.get_world_size(group) == self.size:
                 self.rank, self.group = dist.get_rank(group), group.group_name
-
-
-class EagerCall:
-    """The context of one call of the model."""
-
-    def __init__(self, region: Region) -> None:
-        self._region = region
-
-    def __enter__(self) -> None:
-        self._region.enter()
-
-    def __exit__(self, *error: object) -> None:
-        self._region.leave()

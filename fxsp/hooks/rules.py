@@ -18,6 +18,8 @@ from fxsp.hooks.layout import (
     Layout,
     gather,
     global_size,
+    is_constant,
+    is_in_place,
     layout_of,
     local_size,
     mark,
@@ -30,7 +32,7 @@ from fxsp.hooks.layout import (
     use,
 )
 
-__all__ = ["aligned", "argument", "fit", "marked", "tensors_in"]
+__all__ = ["aligned", "argument", "fit", "marked", "separate", "tensors_in"]
 
 Func = Callable[..., Any]
 
@@ -54,9 +56,15 @@ def marked(out: Any, layout: Layout | None) -> Any:
     if isinstance(out, Tensor):
         return mark(out, layout)
     if isinstance(out, (tuple, list)):
-        for item in out:
-            marked(item, layout)
+        return type(out)([marked(item, layout) for item in separate(out)])
     return out
+
+
+def separate(items: Sequence[Any]) -> list[Any]:
+    """The values of one function; for Dynamo, which allows no attributes on them otherwise, values of their own."""
+    if not torch.compiler.is_compiling():
+        return list(items)
+    return [item.view_as(item) if isinstance(item, Tensor) else item for item in items]
 
 
 def fit(name: str, x: Tensor, layout: Layout, back: int) -> Tensor:
@@ -66,7 +74,7 @@ def fit(name: str, x: Tensor, layout: Layout, back: int) -> Tensor:
     size, whole, local = x.shape[back], global_size(layout), local_size(layout)
     if size == whole and whole != 1:
         return shard(x, moved(layout, x.dim() + back))
-    if size == local and size != 1 and x.stride(back) != 0:
+    if size == local and size != 1 and x.stride(back) != 0 and not is_constant(x):
         refuse(
             name,
             f"combines split tokens with a value of the local length {local}, of which hooks do not know which tokens "
@@ -106,13 +114,6 @@ def aligned(name: str, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Layout,
     return result, best, back
 
 
-def _in_place(func: Func) -> bool:
-    name: str = func.__name__
-    if name.startswith("__"):
-        return name.startswith("__i") and name != "__invert__"
-    return name.partition(".")[0].endswith("_")
-
-
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +137,7 @@ def elementwise(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str,
     if name == "where" and len(values) == 1:
         refuse(name, "with one argument lists positions, which differ by rank")
     new, layout, back = aligned(name, [values[i] for i in places])
-    if _in_place(func) and new[0] is not args[0]:
+    if is_in_place(func) and new[0] is not args[0]:
         refuse(name, "writes split tokens into a whole tensor, in place")
     for i, value in zip(places, new, strict=True):
         values[i] = value
@@ -225,7 +226,7 @@ def random(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]
     """The draw of one process, of which each rank takes its rows."""
     x = args[0]
     layout = layout_of(x)
-    if layout is None or _in_place(func):
+    if layout is None or is_in_place(func):
         refuse(name, "draws in place")
     whole = gather(x, layout, used=False) if name == "bernoulli" else _global_like(x.detach(), layout)
     return shard(func(whole, *args[1:], **kwargs), layout)

@@ -16,6 +16,8 @@ from fxsp.hooks.layout import (
     Layout,
     gather,
     global_size,
+    is_in_place,
+    is_reflected,
     layout_of,
     mark,
     moved,
@@ -37,7 +39,7 @@ def on_whole(
     name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any], keep: Layout | None, why: str
 ) -> Any:
     """Call ``func`` on gathered values; results with a row for each token are split like ``keep`` again."""
-    if func.__name__.endswith("_") and not func.__name__.startswith("__"):
+    if is_in_place(func):
         refuse(name, "works on all tokens, in place")
 
     def whole(value: Any) -> Any:
@@ -75,7 +77,7 @@ def linear(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]
 def matmul(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """``[.., m, k] @ [.., k, n]``: queries stay split, and keys are gathered beside them; so is what is contracted."""
     a, b = args[0], argument(args, kwargs, 1, "other mat2 vec")
-    if func.__name__ == "__rmatmul__":
+    if is_reflected(func):
         a, b = b, a
     if a.dim() < 2 or b.dim() < 2:
         return on_whole(name, torch.matmul, (a, b), {}, None, "of vectors is not followed")

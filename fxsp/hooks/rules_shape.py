@@ -9,8 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import Layout, gather, layout_of, leave, local_size, mark, moved, note_gather, refuse, rule, use
-from fxsp.hooks.rules import aligned, argument, fit, marked, tensors_in
+from fxsp.hooks.layout import (
+    Layout,
+    gather,
+    is_constant,
+    layout_of,
+    leave,
+    local_size,
+    mark,
+    moved,
+    note_gather,
+    refuse,
+    rule,
+    use,
+)
+from fxsp.hooks.region import Region
+from fxsp.hooks.rules import aligned, argument, fit, marked, separate, tensors_in
 from fxsp.kernels.lowering import local_length
 
 __all__ = ["only_layout"]
@@ -188,7 +202,7 @@ def split(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any])
     if dim != layout.dim:
         return marked(out, layout)
     pieces, start = [], 0
-    for piece in out:
+    for piece in separate(out):
         stop = start + piece.shape[dim]
         pieces.append(part(name, piece, layout, start, stop))
         start = stop
@@ -255,7 +269,8 @@ def cat(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -
                 lengths, whole = lengths + layout.lengths, whole + layout.whole
             elif x.shape[dim]:
                 parts[i] = use(x, region)
-                lengths, whole = (*lengths, x.shape[dim]), (*whole, True)
+                meant = _meant(name, x, region, x.shape[dim])
+                lengths, whole = (*lengths, meant or x.shape[dim]), (*whole, meant is None)
         return mark(func(parts, dim), Layout(dim, lengths, whole, region))
     if any(layout.dim == dim for layout in layouts):
         refuse(name, "joins values along a dimension that holds tokens in some of them only")
@@ -263,6 +278,16 @@ def cat(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     new = [x if layout_of(x) is not None else fit(name, x, layouts[0], back) for x in parts]
     new, layout, _ = aligned(name, new) if len(layouts) > 1 else (new, layouts[0], 0)
     return mark(func(new, dim), layout)
+
+
+def _meant(name: str, x: Tensor, region: Region, size: int) -> int | None:
+    """The global length of a constant that was made of a local length (a mask of ones); None: the value is whole."""
+    call = region.call
+    if not is_constant(x) or not call.looks_local(size):
+        return None
+    if len(call.split[size]) > 1:
+        refuse(name, f"joins a constant of {size} tokens: are they the local ones of {call.split[size]}?")
+    return call.split[size][0]
 
 
 @rule("stack")

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxsp.hooks.base import ModelHook
 from fxsp.hooks.layout import Layout, SplitMode, gather, layout_of, local_size, shard
-from fxsp.hooks.region import EagerCall, Region
+from fxsp.hooks.region import Call, Region
 from fxsp.hooks.tracing import sp_is_tracing
 from fxsp.plan import (
     SequenceParallelConfig,
@@ -102,6 +102,12 @@ class _RegionHook(ModelHook):
             self._region = Region(self.config)
         return self._region
 
+    def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Within the model the mode is there already; a checkpoint calls the module by itself once more."""
+        if torch.compiler.is_compiling() or self.region.running or not self._acts(module):
+            return nullcontext()
+        return SplitMode()
+
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.module_forward_metadata = ModuleForwardMetadata(_cls=type(unwrap(module)))
         assert self.region is not None  # a configuration that does not fit is refused now
@@ -169,7 +175,7 @@ class SequenceParallelSplitHook(_RegionHook):
         specs = {index: spec for index, spec in self.metadata.items() if isinstance(index, int)}
         if not specs or not self._acts(module):
             return output
-        lengths = self.region.recall(self) or {}
+        lengths = self.region.recall(self)
         outputs = _Outputs(output)
         for index, spec in specs.items():
             label = f"output {index} of {type(module).__name__}: {spec!r}"
@@ -225,7 +231,7 @@ class SequenceParallelSplitHook(_RegionHook):
         region = self.region
         lengths_, whole = ((text, size - text), (True, False)) if text else ((size,), (False,))
         layout = Layout(dim, lengths_, whole, region)
-        region.saw(size, local_size(layout))
+        region.call.saw(sum(lengths_), local_size(layout))
         return shard(x, layout)
 
     def _text_length(self, source: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -236,7 +242,7 @@ class SequenceParallelSplitHook(_RegionHook):
         except ValueError:
             value = None
         count = token_count(value)
-        return self.region.lengths.get(source) if count is None else count
+        return self.region.call.lengths.get(source) if count is None else count
 
     def _note(self, note: str) -> None:
         if not torch.compiler.is_compiling() and note not in self.region.report.notes:
@@ -284,7 +290,7 @@ class SequenceParallelGatherHook(_RegionHook):
             raise refuse(label, f"dimension {spec.gather_dim} is out of range: the tensor is {x.dim()}-D")
         layout = layout_of(x)
         if layout is None:
-            if self.region.looks_local(x.shape[spec.gather_dim % x.dim()]):
+            if self.region.call.looks_local(x.shape[spec.gather_dim % x.dim()]):
                 raise RuntimeError(
                     f"`{label}`: the output has the local length {x.shape[spec.gather_dim]}, but it came out of code "
                     "that hooks cannot see (a C++ extension, numpy): which tokens it holds is not known"
@@ -304,26 +310,47 @@ class SequenceParallelRootHook(_RegionHook):
             return nullcontext()
         if torch.compiler.is_compiling():
             return nullcontext() if sp_is_tracing() else SplitMode()
-        return EagerCall(self.region)
+        return _EagerCall(self.region)
+
+    def _acts(self, module: nn.Module) -> bool:
+        if self.region.size == 1:
+            return False
+        return not (torch.compiler.is_compiling() and sp_is_tracing())
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.metadata and self.region.size > 1:
+        if self._acts(module):
+            if torch.compiler.is_compiling():
+                self.region.trace(Call())
             assert self.module_forward_metadata is not None
-            lengths = {}
             for name in self.metadata:
                 value, _, _ = self.module_forward_metadata._get_parameter_from_args_kwargs(name, args, kwargs)
                 count = token_count(value)
                 if count is not None:
-                    lengths[name] = count
-            self.region.set_lengths(lengths)
+                    self.region.call.lengths[name] = count
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        if self.metadata and torch.compiler.is_compiling():
-            self.region.set_lengths({})
-        if self.region.size == 1 or (torch.compiler.is_compiling() and sp_is_tracing()):
+        if not self._acts(module):
             return output
+        if torch.compiler.is_compiling():
+            self.region.trace(None)
         return _made_whole(output)
+
+
+class _EagerCall:
+    """The context of one eager call of the model."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._mode = SplitMode()
+
+    def __enter__(self) -> None:
+        self._region.enter()
+        self._mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+        self._region.leave()
 
 
 def _made_whole(output: Any) -> Any:
