@@ -783,9 +783,9 @@ def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
     return run
 
 
-# --- hooks: functions on split tensors, and who is looking -------------------------------------------------------------
+# --- hooks: functions on split tensors, and who is looking ------------------------------------------------------------
 
-#: A context in which functions take all tensors as plain ones, and no mode sees them.  The class itself: Dynamo knows it.
+#: A context in which functions take all tensors as plain ones, and no mode sees them.  Dynamo knows the class itself.
 plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
 
 

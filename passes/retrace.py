@@ -146,7 +146,7 @@ class Retracer(torch.fx.Interpreter):
             if name in INLINED:
                 return self._inline(name, args, kwargs)
             return self._island(target, args, kwargs, f"higher-order operator {name}", name)
-        # An annotation stands for its argument wherever it is written: a region without grad may come before the others.
+        # An annotation stands for its argument wherever it is written: a region without grad may come first.
         run = super().call_function if is_annotation(target) else functools.partial(self._run, super().call_function)
         result = run(target, args, kwargs)
         if result is None and not _may_return_nothing(target):

@@ -1,4 +1,4 @@
-"""A small transformer of our own: for tests of what surrounds the compiler, where a real model would only take longer."""
+"""A small transformer of our own: for what surrounds the compiler, where a real model would only take longer."""
 
 from __future__ import annotations
 

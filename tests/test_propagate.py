@@ -1,4 +1,4 @@
-"""Types of values: what flows from a plan entry, what wins where two shards meet, and that no decision reads a number."""
+"""Types of values: what flows from a plan entry, what wins where two shards meet; no decision reads a number."""
 
 from __future__ import annotations
 

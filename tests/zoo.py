@@ -109,7 +109,7 @@ def cogvideox(batch: int = 1, frames: int = 2, size: int = 6, text: int = 5, lay
 def hunyuan_video(
     batch: int = 1, frames: int = 2, size: int = 6, text: int = 5, layers: int = 1, single_layers: int = 1
 ) -> Built:
-    """diffusers' ``HunyuanVideoTransformer3DModel``: joint attention under a text mask, a token refiner for the text."""
+    """diffusers' ``HunyuanVideoTransformer3DModel``: joint attention under a text mask, a refiner of the text."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     torch.manual_seed(0)

@@ -276,7 +276,7 @@ def windows(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any
     """``[batch, channels, ...]``: tokens in the batch are independent of one another."""
     x, *rest = args
     layout = only_layout(name, x)
-    if layout.dim != 0 or name.endswith("d") and x.dim() < int(name[-2]) + 2:
+    if layout.dim != 0 or (name.endswith("d") and x.dim() < int(name[-2]) + 2):
         return on_whole(name, func, args, kwargs, layout, "works along the tokens")
     kwargs = {key: use(value, layout.region) for key, value in kwargs.items()}
     return mark(func(x, *[use(value, layout.region) for value in rest], **kwargs), layout)

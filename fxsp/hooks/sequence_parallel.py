@@ -22,7 +22,7 @@ import fxsp.hooks.rules_index
 import fxsp.hooks.rules_mix  # noqa: F401  (each registers its rules)
 from fxsp.config import Options
 from fxsp.errors import PlanError
-from fxsp.hooks.base import HookRegistry, ModelHook
+from fxsp.hooks.base import HookRegistry
 from fxsp.hooks.region import Region
 from fxsp.hooks.split import (
     ModuleForwardMetadata,

@@ -94,6 +94,7 @@ class _RegionHook(ModelHook):
         self._region = region
         #: Whether the last call in a forward pass split; a recomputation in the backward pass does the same.
         self._acted = False
+        self.traced_lengths: dict[str, int] = {}
 
     @property
     def region(self) -> Region:
@@ -148,7 +149,7 @@ class SequenceParallelSplitHook(_RegionHook):
         assert self.module_forward_metadata is not None
         values = list(args)
         lengths: dict[str, int] = {}
-        for name, spec in self.metadata.items():
+        for spec in self.metadata.values():
             for one in spec if isinstance(spec, (list, tuple)) else [spec]:
                 source = getattr(one, "text_len_source", None)
                 if isinstance(source, str) and source not in lengths:
