@@ -84,7 +84,7 @@ def verify(
     raises (``PlanError``, ...); a difference is not raised but returned.
     """
     sizes = [world_size] if isinstance(world_size, int) else list(world_size)
-    found = []
+    found: list[GraphEvidence] = []
     for size in sizes:
         torch.compiler.reset()
         results = partition_offline(model, args, kwargs, world_size=size, options=options)

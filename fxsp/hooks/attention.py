@@ -167,7 +167,8 @@ def _row_mask(name: str, call: _Call, keys: int, lq: Layout) -> Tensor | None:
     """The mask for this rank's queries and all keys."""
     if call.causal:
         places = (list(lq.lengths), list(lq.whole), lq.region.rank, lq.region.size, call.q.device)
-        return _ops.positions.default(*places)[:, None] >= torch.arange(keys, device=call.q.device)
+        rows: Tensor = _ops.positions.default(*places)
+        return rows[:, None] >= torch.arange(keys, device=call.q.device)
     mask = call.mask
     if mask is None:
         return None

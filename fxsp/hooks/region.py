@@ -94,16 +94,17 @@ class Region:
     def remember(self, hook: Any, lengths: dict[str, int]) -> None:
         """From a hook's ``pre_forward`` to its ``post_forward``."""
         if torch.compiler.is_compiling():
-            hook.remembered = lengths
+            hook.traced_lengths = lengths
         else:
             self._threads.__dict__.setdefault("hooks", {})[id(hook)] = lengths
 
     def recall(self, hook: Any) -> dict[str, int]:
-        """What was remembered."""
-        if torch.compiler.is_compiling():
-            lengths: dict[str, int] = hook.remembered
-            return lengths
-        return self._threads.__dict__.get("hooks", {}).pop(id(hook), {})
+        """What was remembered, once."""
+        if not torch.compiler.is_compiling():
+            return self._threads.__dict__.get("hooks", {}).pop(id(hook), {})  # type: ignore[no-any-return]
+        lengths: dict[str, int] = hook.traced_lengths
+        hook.traced_lengths = {}
+        return lengths
 
     # --- copies
 

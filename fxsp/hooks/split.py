@@ -73,7 +73,7 @@ class ModuleForwardMetadata:
         return (args[index] if index < len(args) else None), False, index
 
 
-def token_count(value: Any) -> int | None:
+def token_count(value: Any) -> Any:
     """What the argument that ``text_len_source`` names tells: a number, or the tokens of a tensor; None: nothing."""
     if isinstance(value, Tensor) and value.dim():
         dim = 0 if value.dim() <= 2 else 1
