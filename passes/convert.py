@@ -63,8 +63,8 @@ class Converter:
         self.reason = ""
         self._masked: dict[tuple[Node, str], Node] = {}
 
-    def argument(self, old: Node) -> Any:
-        return self.get(self.values[old], Replicate()) if old in self.values else self.copies[old]
+    def argument(self, old: Node, kind: str = "implicit") -> Any:
+        return self.get(self.values[old], Replicate(), kind) if old in self.values else self.copies[old]
 
     def typed(self, new: Node, type_: Type, old: Node) -> Node:
         new.meta["sp"] = type_
@@ -133,6 +133,7 @@ class Converter:
         return new
 
     def _shard(self, value: Value, needed: Shard, kind: str) -> Node:
+        self.reason = self.reason or f"it is {value.forms[0][0]}, and is needed as {needed}"
         x = self.get(value, Replicate(), kind)
         shape = shape_of(value.node)
         exposed, dim, back = self.expose(x, shape, needed, whole=True)

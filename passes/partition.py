@@ -165,7 +165,12 @@ class _Partitioner(Converter):
         call = Call(node)
         self.reason = decision.reason
         if all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
-            self._whole_call(node)
+            if call.op is aten.copy_.default:
+                # The epilogue of a written input: as for an output, nobody asked for split data there.
+                self.reason = "an input that is written to has its global shape"
+                self._whole_call(node, "output")
+            else:
+                self._whole_call(node)
             return
         operands: dict[Node, list[Node]] = {}
         for i, (old, needed) in enumerate(zip(call.operands, decision.operands, strict=True)):
@@ -180,8 +185,8 @@ class _Partitioner(Converter):
         else:
             self.values[node] = Value(node, [(decision.results[0], self.typed(results, decision.results[0], node))])
 
-    def _whole_call(self, node: Node) -> None:
-        self._copied(node, self.graph.node_copy(node, self.argument))
+    def _whole_call(self, node: Node, kind: str = "implicit") -> None:
+        self._copied(node, self.graph.node_copy(node, lambda n: self.argument(n, kind)))
 
     def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Node | list[Node]:
         """Write the call for local operands."""

@@ -341,6 +341,26 @@ def test_other_layouts_of_an_input_cost_nothing() -> None:
     assert collectives(program) == {"gather": 1}
 
 
+def test_a_written_input_is_an_output() -> None:
+    """It has its global value afterwards; strict allows that, as it allows outputs."""
+
+    def function(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        y = tokens(x)
+        state.copy_(y)
+        return y.sum()
+
+    program = partition(function, X, Y.clone(), strict=True)
+    (record,) = program.report.implicit_gathers
+    assert (record.kind, record.reason) == ("output", "an input that is written to has its global shape")
+
+
+def test_an_entry_that_splits_another_dimension_says_so() -> None:
+    program = check(lambda x: torch.softmax(shard(tokens(x), 0), -1), X)
+    assert collectives(program) == {"gather": 2}
+    (record,) = implicit(program)
+    assert record.reason == "it is S(1, [5]), and is needed as S(0, [2])"
+
+
 # Text that stays whole.
 
 
