@@ -122,7 +122,8 @@ class Normed(nn.Module):
         self.attention = Attention()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(self.norm(self.first(x).transpose(1, 2).contiguous()).transpose(1, 2))
+        x = self.first(x)
+        return self.attention(self.norm(x.flatten(0, 1)).view_as(x))
 
 
 def _normed(wrap: Wrap) -> tuple[Callable[..., Any], nn.Module]:
