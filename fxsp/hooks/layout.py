@@ -15,7 +15,7 @@ process, whether by ``backward()`` or ``torch.autograd.grad``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -234,15 +234,15 @@ _DUNDER |= {f"__{op}__": op for op in "eq ne lt le gt ge neg abs getitem setitem
 _DUNDER |= {"__invert__": "bitwise_not", "__div__": "div", "__idiv__": "div", "__rdiv__": "div", "__pos__": "positive"}
 
 
-def layouts_in(values: Any) -> Iterator[Layout]:
-    """The layouts of tensors among arguments, lists and tuples of them included."""
+def any_split(values: Any) -> bool:
+    """Whether there is a split tensor among arguments, lists and tuples of them included."""
     for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from layouts_in(value)
-        else:
-            layout = layout_of(value)
-            if layout is not None:
-                yield layout
+        if isinstance(value, Tensor):
+            if layout_of(value) is not None:
+                return True
+        elif isinstance(value, (list, tuple)) and any_split(value):
+            return True
+    return False
 
 
 #: What makes a tensor of one value: it has a row for each token, whichever tokens a rank has.
@@ -257,24 +257,23 @@ def is_constant(x: Any) -> bool:
 
 def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a torch function that may have split arguments."""
-    if not any(True for _ in layouts_in((*args, *kwargs.values()))):
+    name = _name(func)
+    if name == "unflatten" and torch.compiler.is_compiling():
+        func = _unflatten
+    if not any_split(args) and not (kwargs and any_split(kwargs.values())):
         out = func(*args, **kwargs)
-        if func in _CONSTANT or (args and is_constant(args[0]) and _name(func) in _KEEPS_CONSTANT):
+        if func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0])):
             out._fxsp_constant = True
         return out
-    name = _name(func)
     run = RULES.get(name)
     if run is None:
         refuse(name, "is not known to work on split tokens")
-    if name == "unflatten" and torch.compiler.is_compiling():
-        func = _unflatten
     return run(name, func, args, kwargs)
 
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Dynamo does not follow the method itself, which calls `super()`."""
-    out: Tensor = x.unflatten(dim, sizes)
-    return out
+    return x.unflatten(dim, sizes)
 
 
 def _handle_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

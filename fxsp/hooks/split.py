@@ -55,22 +55,25 @@ class ModuleForwardMetadata:
         if kwargs and identifier in kwargs:
             return kwargs[identifier], True, None
         if self.cached_parameter_indices is None:
-            if self._cls is None:
-                raise ValueError("the class whose forward is meant is not set")
-            parameters = list(inspect.signature(self._cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
-            self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-            self.cached_parameter_indices = {
-                p.name: i for i, p in enumerate(parameters) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-            }
-        index = self.cached_parameter_indices.get(identifier)
+            self._look_up()
+        known = self.cached_parameter_indices or {}
+        index = known.get(identifier)
         if index is None:
             if self._takes_any:
                 return None, False, None
-            known = self.cached_parameter_indices
             raise ValueError(
                 f'forward has no argument "{identifier}".\n  It has: {listing(known)}.{did_you_mean(identifier, known)}'
             )
         return (args[index] if index < len(args) else None), False, index
+
+    def _look_up(self) -> None:
+        if self._cls is None:
+            raise ValueError("the class whose forward is meant is not set")
+        parameters = list(inspect.signature(self._cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.cached_parameter_indices = {
+            p.name: i for i, p in enumerate(parameters) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
 
 
 def token_count(value: Any) -> Any:
@@ -111,6 +114,7 @@ class _RegionHook(ModelHook):
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.module_forward_metadata = ModuleForwardMetadata(_cls=type(unwrap(module)))
+        self.module_forward_metadata._look_up()  # now: Dynamo does not follow `inspect`
         assert self.region is not None  # a configuration that does not fit is refused now
         return module
 
