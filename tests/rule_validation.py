@@ -25,6 +25,7 @@ import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import FxspError
 from fxsp.passes import propagate
 from fxsp.passes.base import Program
+from fxsp.passes.convert import Converter
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.rules import Dims, OpRule, rule_of, tensor_nodes
 from fxsp.simulation import check_replicated, simulate
@@ -331,7 +332,10 @@ def problems(cases: list[Case], *, grads: bool = True) -> list[str]:
     program = Program(recorder.finish(), Ranks(0, size, "simulated"), training=grads)
     try:
         # Cheap operators on whole inputs would be computed again instead of gathered, and their shards never looked at.
-        with mock.patch.object(propagate, "_is_free", lambda node, type_: isinstance(type_, Replicate)):
+        with (
+            mock.patch.object(propagate, "_is_free", lambda node, type_: isinstance(type_, Replicate)),
+            mock.patch.object(Converter, "_whole_for_free", return_value=False),
+        ):
             gm = partition_program(program).gm
         found = _compare(recorder, gm, placed, size, grads)
     except (
