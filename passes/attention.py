@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from fxsp.errors import UnsupportedError
 from fxsp.passes.decide import Decision, hint
+from fxsp.passes.grouped import repeated_heads
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import broadcast
 from fxsp.source import module_path, node_source
@@ -44,6 +45,9 @@ class AttentionChoice:
     #: Bytes that each rank sends, forward.
     sent: Length
     rejected: tuple[tuple[str, str], ...] = ()
+    #: How often each key/value head is repeated for the query heads, and how often before the exchange already.
+    repeat: int = 1
+    spread: int = 1
 
 
 def distributed_attention(*args: object, **kwargs: object) -> object:
@@ -105,25 +109,50 @@ def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: i
     if keys is None:
         return decision(AttentionChoice("local", q_type.sequence, None, 0), rows)
 
+    repeat = _repeats(call, kv_types)
+    if repeat > 1:
+        k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
     # Rows of whole segments travel in one place only: the output of an exchange brings them the other ranks' heads.
     kv_bytes = product((*k[:-2], keys.split_length(size), k[-1] + v[-1], itemsize))
     gather_bytes = (size - 1) * kv_bytes
-    legal = _ulysses_refusal(q, k, size)
+    spread = _spread(k, repeat, size)
+    legal = _ulysses_refusal(q, (k[0], as_length(k[1] * spread), *k[2:]) if len(k) == 4 else k, size)
+
+    def gather_kv(why: str) -> Decision:
+        rejected = (("ulysses", why),)
+        return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, rejected, repeat), rows)
+
     if legal:
-        return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", legal),)), rows)
+        return gather_kv(legal)
     q_width = q_type.sequence.split_length(size) * q[-1] + q_type.sequence.local_length(size) * v[-1]
     q_bytes = product((*q[:-2], as_length(q_width), itemsize))
-    ulysses_bytes = (q_bytes + kv_bytes) * (size - 1) / size
+    ulysses_bytes = (q_bytes + kv_bytes * spread) * (size - 1) / size
     ulysses_bytes = ulysses_bytes if not isinstance(ulysses_bytes, float) else round(ulysses_bytes)
-    same = q_type.sequence.same_as(keys)
-    if not same and ulysses_degree in (None, 1) and hint(gather_bytes) < hint(ulysses_bytes):
-        why = f"sends {ulysses_bytes} bytes per rank, gather_kv {gather_bytes}"
-        return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, (("ulysses", why),)), rows)
+    usual = q_type.sequence.same_as(keys) and spread == 1
+    if not usual and ulysses_degree in (None, 1) and hint(gather_bytes) < hint(ulysses_bytes):
+        return gather_kv(f"sends {ulysses_bytes} bytes per rank, gather_kv {gather_bytes}")
     heads: Type = Used()
     if len(mask_shape) >= 3 and not same_length(mask_shape[-3], 1):
         heads = Shard(len(mask_shape) - 3, Sequence.of(mask_shape[-3]), origin="the mask of a rank's own heads")
-    other = f"sends {gather_bytes} bytes per rank, ulysses {ulysses_bytes}"
-    return decision(AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, (("gather_kv", other),)), heads)
+    rejected = (("gather_kv", f"sends {gather_bytes} bytes per rank, ulysses {ulysses_bytes}"),)
+    return decision(AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, rejected, repeat, spread), heads)
+
+
+def _repeats(call: Call, kv_types: list[Type]) -> int:
+    """How often keys and values repeat the heads of tensors that are split as they are; 1 if they do not."""
+    found = set()
+    for name, type_ in zip(("key", "value"), kv_types, strict=True):
+        x, times = repeated_heads(call[name])
+        if times > 1 and not x.meta["sp"].same_as(type_):
+            return 1
+        found.add(times)
+    return found.pop() if len(found) == 1 else 1
+
+
+def _spread(k: tuple[Length, ...], repeat: int, size: int) -> int:
+    """How often to repeat key/value heads before the exchange, so that they divide over the ranks; 1 if it is moot."""
+    fits = (n for n in range(1, repeat + 1) if repeat % n == 0 and same_length(as_length(k[1] * n % size), 0))
+    return next(fits, 1) if repeat > 1 else 1
 
 
 def _ulysses_refusal(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> str:

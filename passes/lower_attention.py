@@ -27,6 +27,7 @@ from torch.fx import Node
 from fxsp.passes.attention import SDPA, AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
+from fxsp.passes.grouped import chain_of, repeat_heads, repeated_heads
 from fxsp.torch_internals import saved_tag
 from fxsp.types import Length, Segment, Sequence, as_length
 
@@ -64,7 +65,11 @@ class LowerAttention:
                 _save_exchanges(before, node)
             new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
             node.replace_all_uses_with(new)
+            repeats = [n for name in ("key", "value") for n in list(chain_of(_node(node.kwargs[name])))[:-1]]
             graph.erase_node(node)
+            for old in dict.fromkeys(repeats):
+                if not old.users:
+                    graph.erase_node(old)
         program.gm.recompile()
         return program
 
@@ -85,6 +90,7 @@ class _Lowering:
         self.cache = cache
         self.choice: AttentionChoice = node.meta["attention"]
         self.args = dict(node.kwargs)
+        self.repeat = 1
         value = node.meta["global_val"]
         self.shape = [as_length(n) for n in value.shape]
         self.device, self.itemsize = value.device, value.element_size()
@@ -100,14 +106,28 @@ class _Lowering:
 
     def lower(self) -> Node:
         q, k, v = (_node(self.args[n]) for n in ("query", "key", "value"))
+        (plain_k, times), (plain_v, others) = repeated_heads(k), repeated_heads(v)
+        if times == others == self.choice.repeat:
+            # Otherwise a conversion stands between, and they are exchanged repeated.
+            k, v, self.repeat = plain_k, plain_v, times
+            if self.choice.spread > 1:
+                k, v = (self._spread(x, self.choice.spread) for x in (k, v))
+                self.repeat //= self.choice.spread
         if self.choice.method == "ulysses":
             return self._ulysses(q, k, v)
         if self.choice.keys is not None:
             k, v = self._gather_kv(k, v, self.choice.keys)
         return self._rows(q, k, v)
 
+    def _spread(self, x: Node, times: int) -> Node:
+        """Heads repeated before the exchange, so that they divide over the ranks."""
+        new = repeat_heads(self.build, x, times)
+        new.meta["sp"], new.meta["global_val"] = x.meta["sp"], x.meta["global_val"].repeat_interleave(times, 1)
+        return new
+
     def _sdpa(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
         extra = {n: self.args[n] for n in ("scale", "enable_gqa") if self.args.get(n) not in (None, False)}
+        k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
         return self.build.call(SDPA, q, k, v, mask, 0.0, causal, **extra)
 
     # Queries stay, keys and values are whole.
