@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import models
-import zoo
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import fxsp
 from fxsp.report import Report
 
-__all__ = ["Case", "Outcome", "build", "collectives", "compiled", "error_of", "recorded", "run_case", "run_cases"]
+__all__ = ["Case", "Outcome", "build", "collectives", "compiled", "error_of", "recorded", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,3 @@ def run_case(rank: int, size: int, case: Case) -> Outcome:
         warnings=texts,
         not_applied=[f"{r.entry}: {r.detail}" for r in first.plan if not r.applied],
     )
-
-
-def run_cases(rank: int, size: int, cases: list[Case]) -> list[Outcome]:
-    """Several cases, one after the other, each compiled afresh."""
-    outcomes = []
-    for case in cases:
-        torch.compiler.reset()
-        outcomes.append(run_case(rank, size, case))
-    return outcomes

@@ -192,7 +192,7 @@ def test_second_override_is_refused_and_changes_nothing() -> None:
     first, second = Override("first", log), Override("second", log)
     module, registry = hooked(("m", first), ("n", ModelHook()))
     log.clear()
-    with pytest.raises(RuntimeError, match="'x' .*Override.* and so does 'm'"):
+    with pytest.raises(RuntimeError, match=r"'x' .*Override.* and so does 'm'"):
         registry.register_hook("x", second)
     assert log == []
     assert registry.names == ["m", "n"]
