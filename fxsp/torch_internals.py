@@ -683,6 +683,17 @@ def depends_on_data(size: Any) -> bool:
     return isinstance(size, sympy.Expr) and bool(free_unbacked_symbols(size))
 
 
+def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:
+    """Expressions of sizes that are zero: what tracing the graph has found out, and the compiled code has guards on."""
+    import sympy
+
+    modes = (fake_mode_of(node.meta.get("val")) for node in gm.graph.find_nodes(op="placeholder"))
+    env = next((mode.shape_env for mode in modes if mode is not None and mode.shape_env is not None), None)
+    if env is None:
+        return []
+    return [guard.expr.lhs - guard.expr.rhs for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
+
+
 def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx.Graph) -> torch.fx.Node:
     """Nodes at the end of ``graph`` that compute a sympy expression of sizes from the nodes of its symbols."""
     from torch.fx.proxy import GraphAppendingTracer, Proxy
