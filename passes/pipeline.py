@@ -23,6 +23,8 @@ from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
 from fxsp.passes.verify import verify_local, verify_types
+from fxsp.torch_internals import known_equalities
+from fxsp.types import equal_lengths
 
 __all__ = ["PIPELINE", "STAGES", "Runner", "Stage", "partition_program"]
 
@@ -75,4 +77,5 @@ class Runner:
 
 def partition_program(program: Program, runner: Runner | None = None) -> Program:
     """An annotated, normalized, functional program -> the program of one rank, with visible collectives."""
-    return (runner or Runner()).run(program)
+    with equal_lengths(known_equalities(program.gm)):
+        return (runner or Runner()).run(program)
