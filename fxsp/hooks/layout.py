@@ -273,7 +273,8 @@ def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Dynamo does not follow the method itself, which calls `super()`."""
-    return x.unflatten(dim, sizes)
+    out: Tensor = x.unflatten(dim, sizes)
+    return out
 
 
 def _handle_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
