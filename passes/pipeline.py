@@ -23,8 +23,6 @@ from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
 from fxsp.passes.verify import verify_local, verify_types
-from fxsp.torch_internals import known_equalities
-from fxsp.types import equal_lengths
 
 __all__ = ["PIPELINE", "STAGES", "Runner", "Stage", "partition_program"]
 
@@ -77,5 +75,4 @@ class Runner:
 
 def partition_program(program: Program, runner: Runner | None = None) -> Program:
     """An annotated, normalized, functional program -> the program of one rank, with visible collectives."""
-    with equal_lengths(known_equalities(program.gm)):
-        return (runner or Runner()).run(program)
+    return (runner or Runner()).run(program)
