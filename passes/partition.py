@@ -28,6 +28,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, Converter, Value
 from fxsp.passes.decide import Decision
 from fxsp.passes.losses import LossPlan, write_loss
+from fxsp.passes.overwrite import OverwritePlan, write_overwrite
 from fxsp.passes.pick import PickPlan, write_pick
 from fxsp.passes.propagate import is_annotate
 from fxsp.passes.rules import Call, shape_of, tensor_nodes, tensor_value
@@ -196,6 +197,8 @@ class _Partitioner(Converter):
             return self._attention(node, arguments, decision.detail)
         if isinstance(decision.detail, LossPlan):
             return write_loss(self.build, call, arguments, decision.detail, self.masked)
+        if isinstance(decision.detail, OverwritePlan):
+            return write_overwrite(self.build, call, arguments, decision.detail)
         if isinstance(decision.detail, PickPlan):
             return write_pick(self.build, call, first, decision.detail)
         if isinstance(result, Shard) and decision.detail == "dropout":

@@ -29,6 +29,7 @@ from fxsp.passes.attention import decide_attention
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, decide, hint, replicate_all
 from fxsp.passes.losses import decide_loss
+from fxsp.passes.overwrite import decide_overwrite
 from fxsp.passes.pick import decide_pick
 from fxsp.passes.rules import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_elementwise import CHEAP, draws
@@ -104,6 +105,7 @@ class Propagate:
         size = program.ranks.size
         structural = (
             decide_structure(call, types)
+            or decide_overwrite(call, types)
             or decide_loss(call, types)
             or decide_attention(call, types, size, program.ulysses_degree)
         )

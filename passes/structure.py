@@ -58,7 +58,7 @@ def _cat(call: Call, types: list[Type]) -> Decision | None:
 
 def cut_bounds(call: Call, length: Length, rank: int, dim: int) -> list[tuple[Length, Length]] | None:
     """Global ``[start, end)`` of every result along the cut dimension, or None if it is not a plain cut."""
-    if call.op in SLICES:
+    if "start" in call.arguments:  # slice, narrow, slice_scatter
         start = _resolve(call.get("start"), 0, length)
         if "length" in call.arguments:
             end = None if start is None else _add(start, call["length"])
@@ -123,7 +123,7 @@ def _cut(call: Call, types: list[Type]) -> Decision | None:
     results: list[Type] = []
     pieces: list[tuple[int, int]] = []
     for start, end in bounds:
-        piece = _segments_between(type_.sequence, start, end)
+        piece = segments_between(type_.sequence, start, end)
         if piece is None:
             return None
         pieces.append(piece)
@@ -135,7 +135,7 @@ def _cut(call: Call, types: list[Type]) -> Decision | None:
     return Decision((type_,), tuple(results), detail=pieces)
 
 
-def _segments_between(sequence: Sequence, start: Length, end: Length) -> tuple[int, int] | None:
+def segments_between(sequence: Sequence, start: Length, end: Length) -> tuple[int, int] | None:
     """Segments ``[i, j)`` that cover exactly the global positions ``[start, end)``."""
     position: Length = 0
     edges: list[Length] = [0]
