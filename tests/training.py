@@ -44,6 +44,11 @@ class StepCase:
     reduce: bool = False
     dynamic: bool | None = None
 
+    def __str__(self) -> str:
+        options = {k: v for k, v in self.options.items() if k != "plan"}
+        shown = [*self.arguments.items(), *options.items(), ("loss", self.loss), ("checkpoint", self.checkpoint)]
+        return f"{self.model}({', '.join(f'{k}={v}' for k, v in shown)})"
+
 
 @dataclass
 class Step:
@@ -56,7 +61,6 @@ class Step:
     #: Parameters and inputs with a gradient here and none on one process, or the other way round.
     mismatched: list[str]
     gradients: int
-    #: Whether each rank had a different gradient before ``reduce``.
     compiles: int
     attentions: list[str]
     implicit: list[str]
