@@ -113,6 +113,11 @@ def _frame_module(translation: Translation) -> nn.Module | None:
     first = code.co_varnames[0] if code.co_argcount else "self"
     owner = variables.get(first, variables.get("self"))
     owner = owner if isinstance(owner, nn.Module) else variables.get("self")
+    if owner is None and not code.co_argcount and code.co_flags & inspect.CO_VARARGS:
+        # A decorator around forward that names no argument: `def wrapped(*args, **kwargs)`.
+        given = variables.get(code.co_varnames[code.co_kwonlyargcount], ())
+        if given and isinstance(given[0], nn.Module) and any(code is known for known in _forward_codes(given[0])):
+            owner = given[0]
     return unwrap(owner) if isinstance(owner, nn.Module) else None
 
 

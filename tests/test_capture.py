@@ -107,14 +107,26 @@ def test_arguments_left_out_or_unused() -> None:
     assert root["number"] == Opaque("not used by the traced code")
 
 
-def test_decorated_forwards_bind_to_the_undecorated_signature() -> None:
-    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return function(self, *args, **kwargs)
+def _names_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
 
-        return wrapper
+    return wrapper
 
+
+def _names_nothing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As transformers' `deprecate_kwarg` does."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("decorated", [_names_self, _names_nothing])
+def test_decorated_forwards_bind_to_the_undecorated_signature(decorated: Callable[..., Any]) -> None:
     class Decorated(Model):
         @decorated
         @decorated
