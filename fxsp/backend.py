@@ -151,11 +151,6 @@ def _partition(
         node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
     runner.text("functionalized", normal, report)
     degrees = resolve_degrees(options, ranks.size)
-    if (degrees.ring or 1) > 1:
-        report.notes.append(
-            f"ring_degree={degrees.ring}: there is no ring attention yet; attention runs as ulysses, or as gather_kv "
-            "where heads do not divide"
-        )
     program = Program(
         normal,
         ranks,

@@ -29,14 +29,24 @@ from fxsp.passes.rules_elementwise import broadcast
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Sequence, Shard, Type, Used, as_length, product, same_length
 
-__all__ = ["SDPA", "AttentionChoice", "decide_attention", "distributed_attention"]
+__all__ = [
+    "SDPA",
+    "AttentionChoice",
+    "decide_attention",
+    "distributed_attention",
+    "exchange_bytes",
+    "ring_refusal",
+]
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The method of one attention; ``Decision.detail`` of its call."""
+    """The method of one attention; ``Decision.detail`` of its call.
+
+    ``method`` is ``"local"``, ``"gather_kv"``, ``"ulysses"``, ``"ring"`` or ``"hybrid"``.
+    """
 
     method: str
     #: The tokens of the queries, and of the keys and values (None: whole on every rank).
@@ -45,6 +55,10 @@ class AttentionChoice:
     #: Bytes that each rank sends, forward.
     sent: Length
     rejected: tuple[tuple[str, str], ...] = ()
+    #: Ranks that exchange heads, and ranks in a ring.  ulysses is (P, 1), ring (1, P), hybrid has both above 1: ranks
+    #: ``i*u .. (i+1)*u`` exchange heads, and pass keys and values on to the ranks ``u`` further.
+    ulysses: int = 1
+    ring: int = 1
     #: How often each key/value head is repeated for the query heads, and how often before the exchange already.
     repeat: int = 1
     spread: int = 1
@@ -80,8 +94,13 @@ def sdpa(call: Call) -> OpRule | None:
     return OpRule(tuple(operands), ((*batch, ("m",), ("e",)),), sizes, whole=frozenset(whole))
 
 
-def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: int | None = None) -> Decision | None:
-    """A decision where queries are split by tokens; None where the factor rule decides (split batch, whole queries)."""
+def decide_attention(
+    call: Call, types: list[Type], size: int, ulysses_degree: int | None = None, ring_degree: int | None = None
+) -> Decision | None:
+    """A decision where queries are split by tokens; None where the factor rule decides (split batch, whole queries).
+
+    ``ring_degree`` above 1 asks for a ring of so many ranks, each of them ``ulysses_degree`` ranks that exchange heads.
+    """
     if call.op is not SDPA or not any(isinstance(t, Shard) for t in types[:3]):
         return None
     q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
@@ -115,27 +134,41 @@ def decide_attention(call: Call, types: list[Type], size: int, ulysses_degree: i
     # Rows of whole segments travel in one place only: the output of an exchange brings them the other ranks' heads.
     kv_bytes = product((*k[:-2], keys.split_length(size), k[-1] + v[-1], itemsize))
     gather_bytes = (size - 1) * kv_bytes
+    q_width = q_type.sequence.split_length(size) * q[-1] + q_type.sequence.local_length(size) * v[-1]
+    q_bytes = product((*q[:-2], as_length(q_width), itemsize))
+    asked: tuple[tuple[str, str], ...] = ()
+    if ring_degree is not None and ring_degree > 1:
+        method, ulysses = ("ring", 1) if ring_degree == size else ("hybrid", size // ring_degree)
+        spread = _spread(k, repeat, ulysses)
+        why = ring_refusal(q, k, repeat) or _ulysses_refusal(q, (k[0], as_length(k[1] * spread), *k[2:]), ulysses)
+        if not why:
+            sent = exchange_bytes(q_bytes, as_length(kv_bytes * spread), ulysses, ring_degree)
+            choice = AttentionChoice(
+                method, q_type.sequence, keys, sent, (), repeat=repeat, spread=spread, ulysses=ulysses, ring=ring_degree
+            )
+            return decision(choice, rows if ulysses == 1 or not mask_shape else Used())
+        asked = ((method, why),)
     spread = _spread(k, repeat, size)
     legal = _ulysses_refusal(q, (k[0], as_length(k[1] * spread), *k[2:]) if len(k) == 4 else k, size)
 
     def gather_kv(why: str) -> Decision:
-        rejected = (("ulysses", why),)
-        return decision(AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, rejected, repeat), rows)
+        rejected = (*asked, ("ulysses", why))
+        return decision(
+            AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, rejected, repeat=repeat), rows
+        )
 
     if legal:
         return gather_kv(legal)
-    q_width = q_type.sequence.split_length(size) * q[-1] + q_type.sequence.local_length(size) * v[-1]
-    q_bytes = product((*q[:-2], as_length(q_width), itemsize))
-    ulysses_bytes = (q_bytes + kv_bytes * spread) * (size - 1) / size
-    ulysses_bytes = ulysses_bytes if not isinstance(ulysses_bytes, float) else round(ulysses_bytes)
+    ulysses_bytes = exchange_bytes(q_bytes, as_length(kv_bytes * spread), size, 1)
     usual = q_type.sequence.same_as(keys) and spread == 1
     if not usual and ulysses_degree in (None, 1) and hint(gather_bytes) < hint(ulysses_bytes):
         return gather_kv(f"sends {ulysses_bytes} bytes per rank, gather_kv {gather_bytes}")
     heads: Type = Used()
     if len(mask_shape) >= 3 and not same_length(mask_shape[-3], 1):
         heads = Shard(len(mask_shape) - 3, Sequence.of(mask_shape[-3]), origin="the mask of a rank's own heads")
-    rejected = (("gather_kv", f"sends {gather_bytes} bytes per rank, ulysses {ulysses_bytes}"),)
-    return decision(AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, rejected, repeat, spread), heads)
+    rejected = (*asked, ("gather_kv", f"sends {gather_bytes} bytes per rank, ulysses {ulysses_bytes}"))
+    choice = AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, rejected, size, 1, repeat, spread)
+    return decision(choice, heads)
 
 
 def _repeats(call: Call, kv_types: list[Type]) -> int:
@@ -153,6 +186,30 @@ def _spread(k: tuple[Length, ...], repeat: int, size: int) -> int:
     """How often to repeat key/value heads before the exchange, so that they divide over the ranks; 1 if it is moot."""
     fits = (n for n in range(1, repeat + 1) if repeat % n == 0 and same_length(as_length(k[1] * n % size), 0))
     return next(fits, 1) if repeat > 1 else 1
+
+
+def exchange_bytes(q_bytes: Length, kv_bytes: Length, ulysses: int, ring: int) -> Length:
+    """Bytes that a rank sends, forward: ``u`` ranks exchange heads, then keys and values go around ``r`` ranks.
+
+    ``q_bytes`` are the local bytes of queries and output, ``kv_bytes`` those of keys and values.
+    """
+    sent = (q_bytes + kv_bytes) * (ulysses - 1) / ulysses + kv_bytes * (ring - 1)
+    return round(sent) if isinstance(sent, float) else as_length(sent)
+
+
+#: Why no attention can run as a ring yet.
+_NO_RING = "there is no ring attention yet"
+
+
+def ring_refusal(q: tuple[Length, ...], k: tuple[Length, ...], repeat: int) -> str:
+    """Why keys and values cannot go around a ring, or nothing; ``k`` has the heads that travel."""
+    if len(q) != 4 or len(k) != 4:
+        return f"queries of {len(q)} dimensions have no head dimension"
+    if not isinstance(q[1], int) or not isinstance(k[1], int) or q[1] % (k[1] * repeat):
+        return f"{k[1]} key/value heads do not divide {q[1]} query heads"
+    if not same_length(q[0], k[0]):
+        return "queries and keys differ in batch size"
+    return _NO_RING
 
 
 def _ulysses_refusal(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> str:
