@@ -56,10 +56,19 @@ def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     written = {key for node in gm.graph.nodes for a in written_arguments(node) for key in keys[a]}
     if written:
         _Functionalizer(gm, keys, written).run()
-        gm.graph.eliminate_dead_code(lambda n: n.is_impure() or "island" in n.meta)
+        _erase_unused(gm.graph)
         gm.graph.lint()
         gm.recompile()
     return gm
+
+
+def _erase_unused(graph: torch.fx.Graph) -> None:
+    """Erase dead code, but not in the bodies of islands, as torch does: what has no user there, the end of a functorch
+    level say, is needed all the same.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure() and "island" not in node.meta:
+            graph.erase_node(node)
 
 
 class _Functionalizer:

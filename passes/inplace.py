@@ -13,6 +13,7 @@ from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.retrace import describe
 from fxsp.passes.writer import Writer, arguments
+from fxsp.types import as_length, same_length
 
 __all__ = ["NEW_VIEW", "functional_value", "written_arguments"]
 
@@ -116,7 +117,9 @@ def _fitted(w: Writer, value: Node, written: Node, read: Callable[[Node], Node])
         value = w.call(aten.to.device, value, want.device, want.dtype)
     elif have.dtype != want.dtype:
         value = w.call(aten.to.dtype, value, want.dtype)
-    same = have.ndim == want.ndim and all(map(torch_internals.same_size, have.shape, want.shape))
+    same = have.ndim == want.ndim and all(
+        same_length(as_length(a), as_length(b)) for a, b in zip(have.shape, want.shape, strict=True)
+    )
     return value if same else w.call(aten.expand.default, value, _sizes(w, written, read))
 
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.passes.retrace import is_annotation
 from fxsp.passes.views import View
+from fxsp.types import as_length, same_length
 
 __all__ = ["Storage", "Tensor", "all_keys", "keys_of", "same_strides"]
 
@@ -67,7 +68,7 @@ def same_strides(a: Node, b: Node) -> bool:
     """Whether two values of the same shape lie in memory in the same way."""
     x, y = a.meta["val"], b.meta["val"]
     return x.ndim == y.ndim and all(
-        torch_internals.same_size(p, q)
+        same_length(as_length(p), as_length(q))
         for size, p, q in zip(x.shape, x.stride(), y.stride(), strict=True)
         if not isinstance(size, int) or size > 1
     )

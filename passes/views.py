@@ -21,6 +21,7 @@ from torch.fx import Node
 from fxsp import torch_internals
 from fxsp.passes.retrace import is_annotation
 from fxsp.passes.writer import Writer, arguments
+from fxsp.types import as_length, same_length
 
 __all__ = ["Piece", "View", "cover", "view_of"]
 
@@ -71,7 +72,8 @@ def _same_place(a: Any, b: Any) -> bool:
     if a.ndim != b.ndim or a.dtype != b.dtype:
         return False
     facts = ((*t.shape, *t.stride(), t.storage_offset()) for t in (a, b))
-    return all(torch_internals.same_size(x, y) for x, y in zip(*facts, strict=True))
+    # Certainly: a slice that is all of the tensor at the length seen may be a part of it at another.
+    return all(same_length(as_length(x), as_length(y)) for x, y in zip(*facts, strict=True))
 
 
 def _again(node: Node, whole: Node) -> Callable[[Writer, Node], Node]:

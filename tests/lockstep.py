@@ -21,6 +21,11 @@ from fxsp.torch_internals import is_operator, schema
 __all__ = ["gradients", "lanes_of"]
 
 
+def is_random(target: Any) -> bool:
+    """Whether a call draws random numbers."""
+    return is_operator(target) and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def _call(name: str, lanes: Sequence[torch.Tensor], *args: Any, poison: bool = False) -> list[torch.Tensor]:
     call = oracle.bind(name, [Lanes(lanes), *args], {}, len(lanes))
     return list(call.run(poison_pads=poison))
@@ -60,14 +65,23 @@ class _OnAllRanks(torch.autograd.Function):
 def lanes_of(
     gm: GraphModule, size: int, inputs: Sequence[Sequence[Any]], *, poison_pads: bool = False
 ) -> list[tuple[Any, ...]]:
-    """The outputs of every rank; ``inputs[i][rank]``.  Differentiable."""
+    """The outputs of every rank; ``inputs[i][rank]``, which the graph may write to.  Differentiable.
+
+    Random numbers are those of one seed on every rank.
+    """
     env: dict[Node, list[Any]] = {}
     queue = iter(inputs)
 
     def run(target: Callable[..., Any], node: Node) -> list[Any]:
         per_rank = [torch.fx.map_arg((node.args, node.kwargs), lambda n, r=r: env[n][r]) for r in range(size)]
         if not (is_operator(target) and schema(target).name.startswith("fxsp::")):
-            return [target(*args, **kwargs) for args, kwargs in per_rank]
+            state = torch.get_rng_state() if is_random(target) else None
+            results = []
+            for args, kwargs in per_rank:
+                if state is not None:
+                    torch.set_rng_state(state)
+                results.append(target(*args, **kwargs))
+            return results
         name = schema(target).name.removeprefix("fxsp::")
         args = per_rank[0][0]
         if name == "positions":
@@ -104,7 +118,9 @@ def gradients(
         [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for _ in range(size)]
         for x in inputs
     ]
-    outputs = lanes_of(gm, size, lanes, poison_pads=poison_pads)
+    # The graph may write to its inputs, which leaves must not see.
+    own = [[x.clone() if isinstance(x, torch.Tensor) else x for x in ranks] for ranks in lanes]
+    outputs = lanes_of(gm, size, own, poison_pads=poison_pads)
     pairs = [
         (y, g) for out in outputs for y, g in zip(out, grad_outputs, strict=True) if getattr(y, "requires_grad", False)
     ]

@@ -1,7 +1,7 @@
 """Random small programs over tokens, as Python source, with a plan and a number of ranks: what the fuzz test runs.
 
-A program is a list of lines; each instruction below draws its operands with hypothesis and appends a line or a few.
-So a failure shrinks to few lines, and :func:`script` prints a file that reproduces it::
+A program is a list of lines; each instruction draws its operands with hypothesis and appends a line or a few.  So a
+failure shrinks to few lines, and ``fuzzing.script`` prints a file that reproduces it::
 
     def program(x0, w1):
         x0 = annotate(x0, "shard", 1, -1, "x0")
@@ -12,6 +12,7 @@ So a failure shrinks to few lines, and :func:`script` prints a file that reprodu
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import re
@@ -19,98 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from fuzzing import Case, Input, Size
 from hypothesis import strategies as st
 
-__all__ = ["Case", "Input", "cases", "script"]
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input: its shape, and how its values are drawn."""
-
-    name: str
-    shape: tuple[int, ...]
-    #: ``normal``; ``ids`` (below 7); ``mask`` (bool, true in the first place of the last dimension); ``index``
-    #: (positions below ``bound``).
-    kind: str = "normal"
-    bound: int = 7
-    #: Its dimensions of tokens.
-    tokens: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Case:
-    """A program, its inputs, and the ranks to split it over."""
-
-    lines: tuple[str, ...]
-    inputs: tuple[Input, ...]
-    size: int
-    double: bool = True
-    #: Whether the numbers of tokens are symbols in the traced graph.
-    dynamic: bool = False
-    seed: int = 0
-    #: The instructions that wrote the lines, for statistics.
-    instructions: tuple[str, ...] = ()
-
-    @property
-    def source(self) -> str:
-        body = "\n".join(f"    {line}" for line in self.lines)
-        return f"def program({', '.join(i.name for i in self.inputs)}):\n{body}\n"
-
-    def function(self, annotate: Callable[..., torch.Tensor] | None = None) -> Callable[..., Any]:
-        """The program; without ``annotate`` its annotations do nothing."""
-        namespace: dict[str, Any] = {
-            "torch": torch,
-            "F": F,
-            "math": math,
-            "annotate": annotate or (lambda x, *_: x),
-        }
-        exec(compile(self.source, "<program>", "exec"), namespace)
-        return namespace["program"]  # type: ignore[no-any-return]
-
-    def values(self) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return [self._value(spec, generator) for spec in self.inputs]
-
-    def _value(self, spec: Input, generator: torch.Generator) -> torch.Tensor:
-        if spec.kind in ("ids", "index"):
-            return torch.randint(0, spec.bound, spec.shape, generator=generator)
-        if spec.kind == "mask":
-            mask = torch.rand(spec.shape, generator=generator) < 0.7
-            mask[..., 0] = True
-            return mask
-        dtype = torch.float64 if self.double else torch.float32
-        return torch.randn(spec.shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def __repr__(self) -> str:
-        inputs = ", ".join(f"{i.name}{list(i.shape)}{'' if i.kind == 'normal' else ' ' + i.kind}" for i in self.inputs)
-        facts = f"{self.size} ranks, {'float64' if self.double else 'float32'}{', dynamic' if self.dynamic else ''}"
-        return f"\n# {facts}; {inputs}\n{self.source}"
-
-
-def script(case: Case) -> str:
-    """A file that runs the case: ``python repro.py`` in ``tests``."""
-    return f'''"""Reproduces a mismatch between a program and its partitioned form."""
-
-from fuzzing import check
-from programs import Case, Input
-
-check(
-    Case(
-        lines={case.lines!r},
-        inputs={case.inputs!r},
-        size={case.size},
-        double={case.double},
-        dynamic={case.dynamic},
-        seed={case.seed},
-    )
-)
-'''
-
-
-# --- the program while it is written ---------------------------------------------------------------------------------
+__all__ = ["INSTRUCTIONS", "Builder", "Var", "cases", "instruction"]
 
 
 @dataclass(frozen=True)
@@ -142,8 +55,14 @@ class Builder:
     lines: list[str] = field(default_factory=list)
     inputs: list[Input] = field(default_factory=list)
     values: list[Var] = field(default_factory=list)
+    #: A token dimension -> its length as an expression of the sequences that inputs bring.
+    expressions: dict[str, str] = field(default_factory=dict)
     #: A token dimension made by cat -> the dimensions it was made of.
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Whether the lines are the body of a checkpoint or the like.
+    inside: bool = False
+    #: Whether the program has what only Dynamo sees.
+    dynamo: bool = False
     count: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     # choices
@@ -158,9 +77,11 @@ class Builder:
         found = [v for v in reversed(self.values) if where(v)]
         return self.pick(found[:4]) if found else None
 
-    def canonical(self, seq: str | None = None) -> Var | None:
+    def canonical(self, seq: str | None = None) -> Var:
         """A value ``[B, S, C]``."""
-        return self.value(lambda v: len(v.dims) == 3 and self._canonical(v) and seq in (None, v.seq))
+        found = self.value(lambda v: len(v.dims) == 3 and self._canonical(v) and seq in (None, v.seq))
+        assert found is not None, "the inputs are such values"
+        return found
 
     @staticmethod
     def _canonical(v: Var) -> bool:
@@ -170,15 +91,26 @@ class Builder:
     def size(self, dim: str) -> int:
         return math.prod(self.sizes[d] for d in dim.split("*"))
 
-    def shape(self, dims: Sequence[str]) -> tuple[int, ...]:
-        return tuple(self.size(d) for d in dims)
+    def expression(self, dim: str) -> Size:
+        """A size that follows the lengths of sequences."""
+        if not any(map(_is_seq, dim.split("*"))):
+            return self.size(dim)
+        return " * ".join(f"({self.expressions[d]})" if _is_seq(d) else str(self.size(d)) for d in dim.split("*"))
 
-    def sequence(self, length: int, parts: tuple[str, ...] = ()) -> str:
+    def sequence(self, length: int, expression: str = "", parts: tuple[str, ...] = ()) -> str:
+        """A new token dimension; ``expression`` may name others (a base sequence has none)."""
         name = f"S{sum(1 for d in self.sizes if _is_seq(d))}"
         self.sizes[name] = length
+        known = re.sub(r"S\d+", lambda m: f"({self.expressions[m[0]]})", expression)
+        self.expressions[name] = known or name
         if parts:
             self.parts[name] = parts
         return name
+
+    def length(self, seq: str) -> str:
+        """Source of the length of a sequence: a value's size, or the number where no value has it."""
+        v = self.value(lambda v: seq in v.dims)
+        return f"{v.name}.shape[{v.at(seq)}]" if v is not None else str(self.size(seq))
 
     # lines
     def line(self, text: str) -> None:
@@ -199,11 +131,10 @@ class Builder:
         self.values.append(var)
         return var
 
-    def input(self, dims: Sequence[str], kind: str = "normal", prefix: str = "w", bound: int = 7) -> str:
-        tokens = tuple(i for i, d in enumerate(dims) if _is_seq(d))
-        spec = Input(self.fresh(prefix), self.shape(dims), kind, bound, tokens)
-        self.inputs.append(spec)
-        return spec.name
+    def input(self, dims: Sequence[str], kind: str = "normal", prefix: str = "w", bound: Size = 7) -> str:
+        shape = tuple(self.expression(d) for d in dims)
+        self.inputs.append(Input(self.fresh(prefix), shape, kind, bound))
+        return self.inputs[-1].name
 
 
 Instruction = Callable[[Builder], Any]
@@ -222,34 +153,43 @@ def instruction(function: Instruction) -> Instruction:
 #: Instructions that are drawn more often than once.
 OFTEN = {
     "annotated": 3,
-    "attention": 4,
-    "concatenate": 2,
+    "attention": 5,
+    "concatenate": 3,
     "flatten": 2,
     "heads": 2,
     "in_place": 2,
     "linear": 2,
+    "loss": 2,
     "permute": 2,
     "reduce_tokens": 2,
     "split": 2,
+    "write_through_view": 2,
 }
+#: Instructions that need Dynamo, which takes long: drawn in one program of five.
+SLOW = ("piece", "opaque", "write")
 
 
 @st.composite
 def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | None = None) -> Case:
-    """A program with one or two inputs of tokens, for 1 to 8 ranks and 1 to 4P + 1 tokens."""
-    import instructions  # noqa: F401  (fills INSTRUCTIONS)
+    """A program with one to three inputs of tokens, for 1 to 8 ranks and 1 to 4P + 1 tokens."""
+    for module in ("instructions", "instructions_tokens", "instructions_parts", "instructions_dynamo"):
+        importlib.import_module(module)  # they fill INSTRUCTIONS
 
     size = draw(st.sampled_from([2, 3, 4, 8, 5, 6, 7, 1]))
     h = draw(st.sampled_from([4, 1, 2, 3, 6, 8, size, 2 * size]))
     d = draw(st.sampled_from([2, 4, 1]))
     n = h * d if draw(st.integers(0, 4)) == 4 else draw(st.integers(1, 4 * size + 1))
-    b = Builder(draw, {"1": 1, "B": draw(st.integers(1, 2)), "H": h, "D": d, "C": h * d, "S0": n})
-    _add_tokens(b, "S0", ("shard", "shard", "text"))
-    if draw(st.booleans()):
-        b.sizes["S1"] = draw(st.integers(1, 9))
-        _add_tokens(b, "S1", ("shard", "text", "plain"))
-    names = [name for name in only or INSTRUCTIONS for _ in range(OFTEN.get(name, 1))]
-    used = []
+    b = Builder(draw, {"1": 1, "B": draw(st.integers(1, 2)), "H": h, "D": d, "C": h * d})
+    _add_tokens(b, b.sequence(n), ("shard", "shard", "text"))
+    sequences = draw(st.sampled_from([1, 2, 3]))
+    for _ in range(1, sequences):
+        _add_tokens(b, b.sequence(draw(st.integers(1, 9))), ("shard", "text", "plain"))
+    lengths = {name: b.sizes[name] for name in b.expressions}
+    slow = draw(st.integers(0, 4)) == 4
+    names = [name for name in only or INSTRUCTIONS for _ in range(OFTEN.get(name, 1)) if slow or name not in SLOW]
+    if slow:
+        names += [name for name in SLOW for _ in range(5) if only is None]
+    used: list[str] = []
     for _ in range(draw(st.integers(1, max_instructions))):
         name = b.pick(names)
         before = len(b.lines)
@@ -258,13 +198,16 @@ def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | N
     # What nothing reads is returned, so that no line is dead; late values first.
     text = "\n".join(b.lines)
     results = [v.name for v in reversed(b.values) if len(re.findall(rf"\b{v.name}\b", text)) == 1 or v is b.values[-1]]
-    b.line(f"return {', '.join(results)}")
+    body = "".join(f"    {line}\n" for line in [*b.lines, f"return {', '.join(results)}"])
     return Case(
-        tuple(b.lines),
+        f"def program({', '.join(i.name for i in b.inputs)}):\n{body}",
         tuple(b.inputs),
+        lengths,
         size,
         double=draw(st.integers(0, 3)) > 0,
+        training=draw(st.booleans()),
         dynamic=draw(st.integers(0, 2)) == 2,
+        dynamo=b.dynamo,
         seed=draw(st.integers(0, 9)),
         instructions=tuple(used),
     )

@@ -236,6 +236,34 @@ def test_parts_of_a_split() -> None:
     compare(parts, X, dynamic=True)
 
 
+def test_a_slice_that_is_all_of_the_length_seen_is_a_slice_at_another_length() -> None:
+    def first_four(x):
+        x = x * 1
+        x.narrow(0, 0, 4).mul_(2)
+        return x
+
+    backend = Passes()
+    torch._dynamo.reset()
+    compiled = torch.compile(first_four, backend=backend, fullgraph=True)
+    for rows in (4, 7):
+        x = torch.randn(rows, 8)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), first_four(x))
+    assert len(backend.graphs) == 1
+
+
+def test_bodies_of_islands_lose_nothing() -> None:
+    """The calls that end a level of functorch have no users, and are no dead code."""
+
+    def mapped(x, y):
+        x = x * 1
+        x.mul_(2)
+        return torch.func.vmap(lambda row: row.softmax(0) * row.sum())(x) + y
+
+    compare(mapped, X, Y)
+    compare(mapped, X, Y)
+
+
 def test_interleaved_writes_become_one_stack() -> None:
     targets = compare(rotary, X, Y).targets()
     assert targets.count(aten.stack.default) == targets.count(aten.flatten.using_ints) == 1
