@@ -28,7 +28,7 @@ ShapeOf = Callable[[Any], Shape | None]
 
 
 def attention_flops(q: Shape, k: Shape, v: Shape, *, causal: bool) -> int:
-    """``[..., m, d], [..., n, d], [..., n, e]``: two products over the allowed pairs of ``m`` queries and ``n`` keys."""
+    """``[..., m, d], [..., n, d], [..., n, e]``: two products over the allowed pairs of queries and keys."""
     m, n = q[-2], k[-2]
     pairs = m * n
     if causal:  # the flag means the upper left corner: query i sees keys 0..i
@@ -52,7 +52,7 @@ def _linear(call: Call, shape_of: ShapeOf) -> int:
 
 
 def _matmul(call: Call, shape_of: ShapeOf) -> int:
-    a, b, out = shape_of(call["self"]), shape_of(call["other"]), shape_of(call.node)
+    a, out = shape_of(call["self"]), shape_of(call.node)
     assert a is not None
     assert out is not None
     return 2 * _numel(out) * a[-1]
@@ -64,6 +64,21 @@ def _attention(call: Call, shape_of: ShapeOf) -> int:
     assert k is not None
     assert v is not None
     return attention_flops(q, k, v, causal=bool(call.get("is_causal")))
+
+
+def _convolution(call: Call, shape_of: ShapeOf) -> int:
+    """The weight is ``[out, in / groups, *kernel]``: every output element is a sum over all but its first dimension."""
+    weight, out = shape_of(call["weight"]), shape_of(call.node)
+    assert weight is not None
+    assert out is not None
+    return 2 * _numel(out) * _numel(weight[1:])
+
+
+def _transposed_convolution(call: Call, shape_of: ShapeOf) -> int:
+    weight, x = shape_of(call["weight"]), shape_of(call["input"])
+    assert weight is not None
+    assert x is not None
+    return 2 * _numel(x) * _numel(weight[1:])
 
 
 def _einsum(call: Call, shape_of: ShapeOf) -> int:
@@ -87,6 +102,8 @@ FORMULAS: dict[str, Callable[[Call, ShapeOf], int]] = {
     "aten::matmul": _matmul,
     "aten::einsum": _einsum,
     "aten::scaled_dot_product_attention": _attention,
+    **{f"aten::conv{n}d": _convolution for n in (1, 2, 3)},
+    **{f"aten::conv_transpose{n}d": _transposed_convolution for n in (1, 2, 3)},
 }
 
 
@@ -101,12 +118,8 @@ def node_flops(node: Node, shape_of: ShapeOf) -> int:
     count = known.get(packet_of(node.target))
     if count is None:
         return 0
-    with torch.no_grad():
-        values = {node: torch.empty(shape, device="meta") for node in _tensors(node) if (shape := shape_of(node))}
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values.get(n, n))
-        out = shape_of(node)
-        return int(count(*args, **kwargs, out_val=torch.empty(out or (), device="meta")))
-
-
-def _tensors(node: Node) -> list[Node]:
-    return [*node.all_input_nodes]
+    stand_ins = {
+        n: torch.empty(shape, device="meta") for n in node.all_input_nodes if (shape := shape_of(n)) is not None
+    }
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: stand_ins.get(n, n))
+    return int(count(*args, **kwargs, out_val=torch.empty(shape_of(node) or (), device="meta")))

@@ -1,8 +1,8 @@
 """What a rank sends, as a formula in the lengths of the sequences and the number of ranks.
 
-A collective that moves tokens sends ``c * rows * share`` bytes: ``c`` bytes for each token, the local rows of the tokens
-that travel, ``ceil(S/P)`` for each segment that is split and ``S`` for one that is whole, and the share that leaves the
-rank::
+A collective that moves tokens sends ``c * rows * share`` bytes: ``c`` bytes for each token, the local rows of the
+tokens that travel, ``ceil(S/P)`` for each segment that is split and ``S`` for one that is whole, and the share that
+leaves the rank::
 
     gather, all_gather          (P - 1)      everyone else gets the rank's rows
     all_to_all, reduce_scatter  (P - 1)/P    one part in P stays at home
@@ -21,7 +21,7 @@ from fractions import Fraction
 
 from fxsp.types import Sequence
 
-__all__ = ["Formula", "Names", "formula_of", "format_formulas"]
+__all__ = ["Formula", "Names", "format_formulas", "formula_of"]
 
 #: Kind of collective -> the share that leaves a rank, as text and as a function of P.
 _SHARES = {

@@ -103,7 +103,7 @@ def format_graph(gm: torch.fx.GraphModule, ranks: Ranks) -> str:
 def format_rows(lines: Sequence[Row], ranks: Ranks) -> str:
     """The text of :func:`format_graph` from its lines."""
     sent = [row.sent for row in lines if row.sent is not None]
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (
             MARKER if row.sent is not None else "",
             row.name,
