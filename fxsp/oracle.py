@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from fxsp import oracle_attention
 from fxsp.errors import UnsupportedError, VerificationError
 
 __all__ = ["Call", "Lanes", "bind", "gather", "shard", "total"]
 
 
-class Lanes(list[torch.Tensor]):
-    """One tensor per rank."""
+class Lanes(list[Any]):
+    """One tensor per rank (a tuple of them, of an operator with several results)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> C
     if function is None:
         raise UnsupportedError(f"the simulator does not know fxsp::{name}; it knows {', '.join(sorted(_OPERATORS))}")
     arguments = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    if name in _LOCAL and size % arguments["size"] == 0:
+        # Among some consecutive ranks.
+        return Call(name, function, arguments)
     if arguments.get("size", size) != size:
         raise VerificationError(f"fxsp::{name} is for {arguments['size']} ranks, the simulation has {size}")
     arguments["size"] = size
@@ -109,7 +113,8 @@ def total(lanes: Sequence[torch.Tensor]) -> torch.Tensor:
     result = lanes[0].to(wide, copy=True)
     for lane in lanes[1:]:
         result = result + lane.to(wide)
-    return result.to(dtype)
+    summed: torch.Tensor = result.to(dtype)
+    return summed
 
 
 def _fresh(x: Lanes) -> Lanes:
@@ -165,7 +170,8 @@ def gather(
 
     def rows_of(piece: _Piece, r: int) -> torch.Tensor:
         if piece.whole:
-            return x[r].narrow(dim, piece.local_start, piece.local_length)
+            own: torch.Tensor = x[r].narrow(dim, piece.local_start, piece.local_length)
+            return own
         blocks = [lane.narrow(dim, piece.local_start, piece.local_length) for lane in x]
         return torch.cat(blocks, dim).narrow(dim, 0, piece.length)
 
@@ -247,7 +253,7 @@ def take(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:
     if any(lane.shape[dim] % size for lane in x):
         raise VerificationError(f"fxsp::take of {list(x[0].shape)}: {size} ranks do not divide dimension {dim}")
     block = x[0].shape[dim] // size
-    return Lanes([lane.narrow(dim, r * block, block).clone() for r, lane in enumerate(x)])
+    return Lanes([lane.narrow(dim, r % size * block, block).clone() for r, lane in enumerate(x)])
 
 
 def gather_sum(
@@ -284,7 +290,10 @@ def scale_whole(x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool
 def put(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:
     """The adjoint of :func:`take`: the rank-th of ``size`` blocks along ``dim``, zeros in the others."""
     return Lanes(
-        [torch.cat([lane if j == r else torch.zeros_like(lane) for j in range(size)], dim) for r, lane in enumerate(x)]
+        [
+            torch.cat([lane if j == r % size else torch.zeros_like(lane) for j in range(size)], dim)
+            for r, lane in enumerate(x)
+        ]
     )
 
 
@@ -306,7 +315,19 @@ def _each(x: Lanes, function: Callable[[torch.Tensor], torch.Tensor]) -> Lanes:
     return Lanes([results[id(lane)] for lane in x])
 
 
+def all_to_all_within(x: Lanes, rank: int = 0, size: int = 1, group: str = "") -> Lanes:
+    """An all-to-all in each set of ``u`` consecutive ranks, ``u`` the first size of ``x``."""
+    u = x[0].shape[0]
+    return Lanes([torch.stack([sender[r % u] for sender in x[r - r % u : r - r % u + u]]) for r in range(size)])
+
+
+#: Operators without communication: their size may be that of a part of the ranks.
+_LOCAL = frozenset({"pack", "put", "take", "unpack"})
+
 _OPERATORS: dict[str, Callable[..., Lanes]] = {
+    "all_to_all_within": all_to_all_within,
+    "ring_attention": oracle_attention.ring_attention,
+    "ring_attention_backward": oracle_attention.ring_attention_backward,
     "all_reduce": all_reduce,
     "all_to_all": all_to_all,
     "annotate": annotate,
@@ -315,6 +336,7 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "gather_used": gather,
     "mask_pads": mask_pads,
     "pack": pack,
+    "place_positions": oracle_attention.place_positions,
     "positions": positions,
     "put": put,
     "reduce_grad": all_reduce,

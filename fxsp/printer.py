@@ -41,7 +41,17 @@ MARKER = "▶"
 
 #: The fxsp operators that communicate.
 COLLECTIVES = frozenset(
-    {"all_reduce", "all_to_all", "gather", "gather_sum", "gather_used", "reduce_grad", "reduce_scatter"}
+    {
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_within",
+        "gather",
+        "gather_sum",
+        "gather_used",
+        "reduce_grad",
+        "reduce_scatter",
+        "ring_attention",
+    }
 )
 
 _DTYPES = {
@@ -299,6 +309,10 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
         item = 4
     if name == "all_to_all":
         return _part(product((*shape, item)), size - 1, size)
+    if name == "all_to_all_within":
+        return as_length(product((*shape[1:], item)) * (shape[0] - 1))
+    if name == "ring_attention":
+        return _rotations(node, ranks)
     if name in ("all_reduce", "reduce_grad"):
         return _part(product((*shape, item)), 2 * (size - 1), size)
     arguments = _arguments(node)
@@ -315,6 +329,23 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
             rows = rows + _part(2 * n, 1, size)
     others = [n for i, n in enumerate(shape) if i != dim]
     return product((*others, as_length(rows), item, size - 1))
+
+
+def _rotations(node: torch.fx.Node, ranks: Ranks) -> Length:
+    """A ring sends the split rows of keys and values once for each other place."""
+    arguments = _arguments(node)
+    shapes = [local_shape(arguments[name], ranks) for name in ("k", "v")]
+    if shapes[0] is None or shapes[1] is None:
+        return 0
+    rows: Length = 0
+    size, ulysses = ranks.size, arguments["ulysses"]
+    for length, whole in zip(arguments["k_lengths"], arguments["k_whole"], strict=True):
+        n = _length(length)
+        if not whole:
+            rows = rows + (0 if n is None else ulysses * ceil_div(n, size))
+    width = as_length(shapes[0][3] + shapes[1][3])
+    item = _val(arguments["k"]).element_size()
+    return product((*shapes[0][:2], as_length(rows), width, item, size // ulysses - 1))
 
 
 def _length(arg: Any) -> Length | None:

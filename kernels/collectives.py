@@ -15,8 +15,10 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "all_to_all_within",
     "reduce_scatter",
     "start_all_reduce",
+    "start_shift",
     "summand",
     "summand_dtype",
     "wait",
@@ -83,3 +85,26 @@ def all_to_all(x: Tensor, group: str) -> Tensor:
     """``x`` is ``[P, ...]``: row j goes to rank j, and row i of the result comes from rank i."""
     ones = [1] * int(x.shape[0])
     return _moved(_c10d.all_to_all_single.default(_wire(x), ones, ones, group), x)
+
+
+def all_to_all_within(x: Tensor, rank: int, size: int, group: str) -> Tensor:
+    """An all-to-all of ``x [u, ...]`` among the ``u`` consecutive ranks that this one is among.
+
+    The others take part with empty parts: it needs no group of its own.
+    """
+    members = int(x.shape[0])
+    first = rank - rank % members
+    parts = [int(first <= j < first + members) for j in range(size)]
+    return _moved(_c10d.all_to_all_single.default(_wire(x), parts, parts, group), x)
+
+
+def start_shift(x: Tensor, by: int, rank: int, size: int, group: str) -> Tensor:
+    """Start to send ``x [n]`` to the rank ``by`` further, and to receive as much from the rank ``by`` before.
+
+    An all-to-all in which all other parts are empty: it needs no group of its own, and no order of sends and receives.
+    """
+    n = x.shape[0]
+    to, source = (rank + by) % size, (rank - by) % size
+    send = [n if j == to else 0 for j in range(size)]
+    receive = [n if j == source else 0 for j in range(size)]
+    return _c10d.all_to_all_single.default(x, receive, send, group)  # type: ignore[no-any-return]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives, exchange
+from fxsp.kernels.ring import RING
+from fxsp.kernels.ring_blocks import chunks_of
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["LOWERINGS", "known_dense", "local_length"]
@@ -81,6 +83,11 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
 def all_to_all(x: Tensor, group: str) -> Tensor:
     size = x.shape[0]
     return collectives.all_to_all(x, group) if group and size != 1 else x
+
+
+def all_to_all_within(x: Tensor, rank: int, size: int, group: str) -> Tensor:
+    members = x.shape[0]
+    return collectives.all_to_all_within(x, rank, size, group) if members != 1 else x
 
 
 def _own_rows(x: Tensor, dim: int, start: Size, length: Size, zero_pads: bool, rank: int, size: int) -> Tensor:
@@ -255,6 +262,14 @@ def positions(lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: i
     return _cat(pieces, 0)
 
 
+def place_positions(
+    lengths: Sequence[Size], whole: Sequence[bool], ulysses: int, rank: int, size: int, device: torch.device
+) -> Tensor:
+    chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses)
+    rows = [(torch.arange(c.rows, device=device) + c.first).clamp(max=c.limit - 1) for c in chunks]
+    return _cat(rows, 0)
+
+
 def take(x: Tensor, dim: int, rank: int, size: int) -> Tensor:
     block = x.shape[dim] // size
     return dense(x.narrow(dim, rank * block, block))
@@ -278,11 +293,14 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "reduce_grad": all_reduce,
     "use": use,
     "all_to_all": all_to_all,
+    "all_to_all_within": all_to_all_within,
     "mask_pads": mask_pads,
     "scale_whole": scale_whole,
     "positions": positions,
+    "place_positions": place_positions,
     "take": take,
     "put": put,
     "pack": exchange.pack,
     "unpack": exchange.unpack,
+    **RING,
 }

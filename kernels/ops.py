@@ -24,6 +24,8 @@ summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P`
     put             S -> P     take
     pack            U -> S     unpack       (see fxsp.kernels.exchange)
     unpack          S -> U     pack(zero_pads=True)
+    ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.ring_ops)
+    all_to_all_within          all_to_all_within       (of the first dimension's size of consecutive ranks)
 
 With ``size == 1`` (or ``group == ""`` where an op has no size) no process group is needed.
 """
@@ -36,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import exchange
+from fxsp.kernels import exchange, ring_ops
 from fxsp.kernels.lowering import LOWERINGS
 
 __all__ = ["INTERNAL", "OPS"]
@@ -53,8 +55,10 @@ OPS: dict[str, str] = {
     "all_reduce": "Tensor x, str group",
     "use": "Tensor x, str group",
     "all_to_all": "Tensor x, str group",
+    "all_to_all_within": "Tensor x, int rank, int size, str group",
     "mask_pads": f"Tensor x, {_SEQ}, int rank, int size",
     "positions": "SymInt[] lengths, bool[] whole, int rank, int size, Device device",
+    "place_positions": "SymInt[] lengths, bool[] whole, int ulysses, int rank, int size, Device device",
     "take": "Tensor x, int dim, int rank, int size",
     "pack": "Tensor x, SymInt[] lengths, int size, bool zero_pads",
     "unpack": "Tensor x, SymInt[] lengths, int size",
@@ -82,7 +86,7 @@ def _copy(x: Tensor) -> Tensor:
 
 def _real(name: str) -> Callable[..., Tensor]:
     lowering = LOWERINGS[name]
-    if name == "positions":
+    if name in ("positions", "place_positions"):
         return lowering
     if name in _EAGER:
         return _EAGER[name]
@@ -128,6 +132,7 @@ _ADJOINT = {
     "all_reduce": "use",
     "reduce_grad": "use",
     "all_to_all": "all_to_all",
+    "all_to_all_within": "all_to_all_within",
     "mask_pads": "mask_pads",
     "scale_whole": "scale_whole",
     "take": "put",
@@ -168,3 +173,4 @@ for _name, _arguments in {**OPS, **INTERNAL}.items():
     _register(_name, _arguments)
 for _name in {**_ADJOINT, **_FORMULA}:
     torch.library.register_autograd(f"fxsp::{_name}", _backward(_name), setup_context=_args_of, lib=_library)
+ring_ops.register(_library)

@@ -197,10 +197,6 @@ def exchange_bytes(q_bytes: Length, kv_bytes: Length, ulysses: int, ring: int) -
     return round(sent) if isinstance(sent, float) else as_length(sent)
 
 
-#: Why no attention can run as a ring yet.
-_NO_RING = "there is no ring attention yet"
-
-
 def ring_refusal(q: tuple[Length, ...], k: tuple[Length, ...], repeat: int) -> str:
     """Why keys and values cannot go around a ring, or nothing; ``k`` has the heads that travel."""
     if len(q) != 4 or len(k) != 4:
@@ -209,7 +205,7 @@ def ring_refusal(q: tuple[Length, ...], k: tuple[Length, ...], repeat: int) -> s
         return f"{k[1]} key/value heads do not divide {q[1]} query heads"
     if not same_length(q[0], k[0]):
         return "queries and keys differ in batch size"
-    return _NO_RING
+    return ""
 
 
 def _ulysses_refusal(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> str:

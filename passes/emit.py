@@ -115,6 +115,11 @@ def _arguments(node: Node) -> tuple[Any, ...]:
 
 
 def _replace(node: Node, value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for user in list(node.users):
+            _replace(user, value[user.args[1]])  # type: ignore[index]  # getitem
+        node.graph.erase_node(node)
+        return
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
 

@@ -28,13 +28,20 @@ from fxsp.passes.attention import SDPA, AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.grouped import chain_of, repeat_heads, repeated_heads
+from fxsp.passes.lower_ring import lower_ring
 from fxsp.torch_internals import saved_tag
 from fxsp.types import Length, Segment, Sequence, as_length
 
 __all__ = ["LowerAttention"]
 
 aten = torch.ops.aten
-_SAVED = (torch.ops.fxsp.all_to_all.default, torch.ops.fxsp.gather_used.default, SDPA)
+_SAVED = (
+    torch.ops.fxsp.all_to_all.default,
+    torch.ops.fxsp.all_to_all_within.default,
+    torch.ops.fxsp.gather_used.default,
+    torch.ops.fxsp.ring_attention.default,
+    SDPA,
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ class _Lowering:
             if self.choice.spread > 1:
                 k, v = (self._spread(x, self.choice.spread) for x in (k, v))
                 self.repeat //= self.choice.spread
+        if self.choice.method in ("ring", "hybrid"):
+            return lower_ring(self.build, self.choice, q, k, v, self.args)
         if self.choice.method == "ulysses":
             return self._ulysses(q, k, v)
         if self.choice.keys is not None:

@@ -47,8 +47,8 @@ def _adjoint(name: str, grads: Sequence[torch.Tensor], args: Sequence[Any]) -> S
         return _call("unpack", grads, *args[:2])
     if name == "unpack":
         return _call("pack", grads, *args, True)
-    pairs = {"gather_used": "reduce_scatter", "all_to_all": "all_to_all", "mask_pads": "mask_pads", "take": "put"}
-    return _call(pairs[name], grads, *args)
+    pairs = {"gather_used": "reduce_scatter", "take": "put"}
+    return _call(pairs.get(name, name), grads, *args)
 
 
 class _OnAllRanks(torch.autograd.Function):
@@ -84,8 +84,12 @@ def lanes_of(
             return results
         name = schema(target).name.removeprefix("fxsp::")
         args = per_rank[0][0]
-        if name == "positions":
+        if name in ("positions", "place_positions"):
             return list(oracle.bind(name, args, {}, size).run())
+        if name == "ring_attention":
+            # Plain attention on the lanes: autograd differentiates it as it stands.
+            operands = [None if args[i] is None else Lanes([a[i] for a, _ in per_rank]) for i in range(4)]
+            return list(oracle.bind(name, [*operands, *args[4:]], {}, size).run())
         lanes = [a[0] for a, _ in per_rank]
         if lanes[0].requires_grad:
             return list(_OnAllRanks.apply(name, args[1:], poison_pads, *lanes))

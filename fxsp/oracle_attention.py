@@ -1,0 +1,105 @@
+"""What ``fxsp.ring_attention`` means, on lists with one tensor per rank: attention by its definition.
+
+Every rank's queries over the keys of all ranks of its ring, put in global order without pads: scores, mask, softmax.
+Nothing goes around, nothing is merged, and gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["place_positions", "ring_attention", "ring_attention_backward"]
+
+
+def _tokens(lengths: Sequence[int], whole: Sequence[bool], ulysses: int, ring: int, place: int) -> list[int]:
+    """The global position of each row of one place of the ring; -1 - n for a pad, n that of its segment's last row."""
+    result: list[int] = []
+    start = 0
+    for n, entire in zip(lengths, whole, strict=True):
+        rows = n if entire else ulysses * -(-n // (ulysses * ring))
+        first = 0 if entire else place * rows
+        result += [start + i if i < n else -1 - (start + n - 1) for i in range(first, first + rows)]
+        start += n
+    return result
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float | None) -> Any:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    groups = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bhmd,bhnd->bhmn", q.to(dtype), k.to(dtype).repeat_interleave(groups, 1)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if past is not None:
+        scores = scores.masked_fill(~past, -torch.inf)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+    out = torch.einsum("bhmn,bhne->bhme", weights, v.to(dtype).repeat_interleave(groups, 1))
+    return out.to(q.dtype), scores.logsumexp(-1)
+
+
+def ring_attention(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
+    q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
+    causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
+) -> Any:  # fmt: skip
+    """``(out, lse)`` of each rank; differentiable."""
+    from fxsp.oracle import Lanes
+
+    ring = size // ulysses
+    results = []
+    for r in range(size):
+        place, peer = divmod(r, ulysses)
+        tokens = _tokens(q_lengths, q_whole, ulysses, ring, place)
+        rows = torch.tensor([p if p >= 0 else -1 - p for p in tokens])
+        # Where each key is: a whole segment's at home, a split one's where its token lies.
+        at: dict[int, tuple[int, int]] = {}
+        for other in (*range(ring), place):
+            for row, position in enumerate(_tokens(k_lengths, k_whole, ulysses, ring, other)):
+                if position >= 0:
+                    at[position] = (other * ulysses + peer, row)
+        keys = torch.stack([k[lane][:, :, row] for lane, row in (at[n] for n in range(len(at)))], 2)
+        values = torch.stack([v[lane][:, :, row] for lane, row in (at[n] for n in range(len(at)))], 2)
+        past = torch.arange(len(at)) <= rows.unsqueeze(1) if causal else None
+        results.append(_attention(q[r], keys, values, None if mask is None else mask[r], past, scale))
+    return Lanes(results)
+
+
+def place_positions(
+    lengths: Sequence[int], whole: Sequence[bool], ulysses: int, rank: int = 0, size: int = 1, device: Any = "cpu"
+) -> Any:
+    """The global index of each row of a rank's place in the ring; a pad has that of its segment's last row."""
+    from fxsp.oracle import Lanes
+
+    places = [_tokens(lengths, whole, ulysses, size // ulysses, r // ulysses) for r in range(size)]
+    return Lanes([torch.tensor([p if p >= 0 else -1 - p for p in rows], device=device) for rows in places])
+
+
+def ring_attention_backward(
+    grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
+    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], q_lengths: Sequence[int],
+    q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
+    mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
+) -> Any:  # fmt: skip
+    """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
+    from fxsp.oracle import Lanes
+
+    with torch.enable_grad():
+        operands = [[x.detach().requires_grad_() for x in lanes] for lanes in (q, k, v)]
+        masks = None if mask is None else [m.detach().requires_grad_(mask_grad) for m in mask]
+        queries, keys, values = operands
+        results = ring_attention(
+            queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size
+        )
+        leaves = [x for lanes in operands for x in lanes]
+        if masks is not None and mask_grad:
+            leaves += masks
+        found = torch.autograd.grad([o for o, _ in results], leaves, list(grad), materialize_grads=True)
+    columns = [found[i : i + size] for i in range(0, len(found), size)]
+    if len(columns) == 3:
+        columns.append(tuple(x.new_zeros(0) for x in q))
+    return Lanes(list(zip(*columns, strict=True)))

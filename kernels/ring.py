@@ -1,0 +1,312 @@
+"""Ring attention: keys and values go around the ranks, block after block, while the queries stay.
+
+Step ``t`` sees the keys of the place ``t`` before this one.  The block of the next step is on its way while this one is
+computed: the exchange is started before the attention and waited for after it.  Keys and values travel in one message,
+as an all-to-all in which only the next rank gets anything.  Results are merged by their log-sum-exp in fp32.
+
+The backward pass sends keys and values around once more; their gradients travel with them, one step behind, in fp32,
+and arrive home after the last step.  A rank holds two blocks at a time: O(S/P) of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsp.kernels import collectives
+from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of, meetings, same_sequence
+from fxsp.kernels.ring_kernels import block_backward, block_forward, merge, wide
+from fxsp.types import as_length, same_length
+
+__all__ = ["ring_attention", "ring_attention_backward"]
+
+Size = Any
+
+
+class _Ring:
+    """The places of the ring, and what each step has to do."""
+
+    def __init__(
+        self, q: Tensor, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None,
+        ulysses: int, rank: int, size: int, group: str,
+    ) -> None:  # fmt: skip
+        self.ring = size // ulysses
+        self.place = rank // ulysses
+        self.causal = causal
+        self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole)
+        self.at = (ulysses, rank, size, group)
+        self.queries = chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place)
+        self.keys = [chunks_of(k_lengths, k_whole, ulysses, self.ring, place) for place in range(self.ring)]
+        self.scale = scale if scale is not None else float(q.shape[-1]) ** -0.5
+
+    def step(self, t: int) -> tuple[list[Chunk], list[Meeting]]:
+        """The keys that are here in step ``t``, and who meets them; only split segments travel."""
+        keys = self.keys[(self.place - t) % self.ring]
+        if t > 0:
+            moving, row = [], 0
+            for k in keys:
+                if not k.whole:
+                    moving.append(Chunk(k.segment, k.place, row, k.rows, k.first, k.limit, False))
+                    row = row + k.rows
+            keys = moving
+        return keys, meetings(self.queries, keys, self.causal, self.same)
+
+    def split_rows(self, x: Tensor) -> Tensor:
+        """The rows that travel."""
+        keys = self.keys[self.place]
+        if not any(k.whole for k in keys):
+            return x
+        return torch.cat([x.narrow(2, k.row, k.rows) for k in keys if not k.whole], 2)
+
+    def send(self, parts: Sequence[Tensor]) -> Tensor:
+        """Start to send these to the next place, in one message."""
+        ulysses, rank, size, group = self.at
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        return collectives.start_shift(flat, ulysses, rank, size, group)
+
+    def receive(self, pending: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """What the place before has sent, in the shapes of what was sent."""
+        flat = collectives.wait(pending)
+        result: list[Tensor] = []
+        start: Size = 0
+        for x in like:
+            result.append(flat.narrow(0, start, x.numel()).view(x.shape))
+            start = start + x.numel()
+        return result
+
+
+def _range(chunks: Sequence[Chunk], which: Sequence[int]) -> tuple[Size, Size]:
+    """First row and number of rows of adjacent chunks."""
+    rows = chunks[which[0]].rows
+    for i in which[1:]:
+        rows = rows + chunks[i].rows
+    return chunks[which[0]].row, rows
+
+
+def _keys_of(x: Tensor, chunks: Sequence[Chunk], which: Sequence[int]) -> Tensor:
+    """The first ``real`` rows of these chunks."""
+    if len(which) == len(chunks) and all(same_length(as_length(k.real), as_length(k.rows)) for k in chunks):
+        return x
+    pieces = [x.narrow(2, chunks[j].row, chunks[j].real) for j in which]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def _one(n: Size) -> bool:
+    return same_length(as_length(n), 1)
+
+
+def _bias(mask: Tensor | None, ring: _Ring, keys: Sequence[Chunk], meeting: Meeting, like: Tensor) -> Tensor | None:
+    """The additive bias of one call: this call's rows and columns of the mask, and what positions and pads forbid."""
+    bias = None
+    if mask is not None:
+        rows, columns = mask.shape[-2:]
+        part = mask
+        if not _one(rows):
+            part = part.narrow(-2, *_range(ring.queries, meeting.queries))
+        if not _one(columns):
+            part = _columns(part, keys, meeting.keys)
+        if part.dtype == torch.bool:
+            bias = torch.zeros([], dtype=like.dtype, device=like.device).where(part, float("-inf"))
+        else:
+            bias = part.to(like.dtype)
+    allowed = _allowed(ring, keys, meeting, like.device)
+    if allowed is not None:
+        zero = torch.zeros([], dtype=like.dtype, device=like.device)
+        bias = (zero if bias is None else bias).where(allowed, float("-inf"))
+        bias = bias.view([1] * (4 - bias.dim()) + list(bias.shape))
+    return bias
+
+
+def _columns(mask: Tensor, keys: Sequence[Chunk], which: Sequence[int]) -> Tensor:
+    """The columns of a mask (global, in order) that belong to these chunks."""
+    pieces = []
+    for j in which:
+        k = keys[j]
+        if k.pads:
+            pieces.append(mask.index_select(-1, _positions(k, mask.device).clamp(max=k.limit - 1)))
+        else:
+            pieces.append(mask.narrow(-1, k.first, k.real))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def _positions(chunk: Chunk, device: torch.device, rows: Size = None) -> Tensor:
+    return torch.add(torch.arange(chunk.rows if rows is None else rows, device=device), chunk.first)
+
+
+def _allowed(ring: _Ring, keys: Sequence[Chunk], meeting: Meeting, device: torch.device) -> Tensor | None:
+    """``[m, n]`` or ``[1, n]``: what positions and pads allow."""
+    allowed = None
+    if meeting.pads:
+        parts = [_positions(keys[j], device, keys[j].real) < keys[j].limit for j in meeting.keys]
+        allowed = torch.cat(parts).unsqueeze(0)
+    if meeting.how == "positions":
+        queries = [ring.queries[i] for i in meeting.queries]
+        rows = torch.cat([_positions(c, device).clamp(max=c.limit - 1) for c in queries]).unsqueeze(1)
+        columns = torch.cat([_positions(keys[j], device, keys[j].real) for j in meeting.keys])
+        past = columns <= rows
+        allowed = past if allowed is None else past & allowed
+    return allowed
+
+
+def _four(mask: Tensor | None) -> Tensor | None:
+    """A mask with all four dimensions."""
+    return None if mask is None else mask.view([1] * (4 - mask.dim()) + list(mask.shape))
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """``[B, H, L, D]`` that lies as ``[B, L, H, D]`` in memory, as fused kernels give it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
+    causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(out [B, H, Lq, E], lse [B, H, Lq])`` of this rank's queries over everyone's keys.
+
+    ``q [B, H, Lq, D]``, ``k [B, h, Lk, D]``, ``v [B, h, Lk, E]`` are local rows; the rows of ``mask`` are those of the
+    queries (or one), its columns all keys in global order (or one).
+    """
+    ring = _Ring(q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group)
+    mask = _four(mask)
+    held: list[tuple[Tensor, Tensor] | None] = [None] * len(ring.queries)
+    here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
+    for t in range(ring.ring):
+        pending = ring.send(moving) if t + 1 < ring.ring else None
+        keys, calls = ring.step(t)
+        for call in calls:
+            first, rows = _range(ring.queries, call.queries)
+            part = q if len(call.queries) == len(ring.queries) else q.narrow(2, first, rows)
+            bias = _bias(mask, ring, keys, call, q)
+            ks, vs = (_keys_of(x, keys, call.keys) for x in here)
+            out, lse = block_forward(part, ks, vs, bias, call.how == "causal", ring.scale)
+            for i in call.queries:
+                c = ring.queries[i]
+                o, s = out.narrow(2, c.row - first, c.rows), lse.narrow(2, c.row - first, c.rows)
+                before = held[i]
+                held[i] = (o.to(wide(q.dtype)), s) if before is None else merge(*before, o, s)
+        if pending is not None:
+            moving = here = ring.receive(pending, moving)
+    outs, sums = [], []
+    for c, result in zip(ring.queries, held, strict=True):
+        if result is None:  # no rank has a key that these queries see
+            none = q.new_full([q.shape[0], q.shape[1], c.rows], float("-inf"), dtype=wide(q.dtype))
+            result = (torch.zeros_like(none).unsqueeze(-1).expand(*none.shape, v.shape[3]), none)
+        outs.append(result[0].to(q.dtype))
+        sums.append(result[1])
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    lse = sums[0] if len(sums) == 1 else torch.cat(sums, 2)
+    return _tokens_first(out), lse.contiguous()
+
+
+def ring_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, q_lengths: Any,
+    q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, ulysses: int,
+    rank: int, size: int, group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the final ``out`` and ``lse``."""
+    ring = _Ring(q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group)
+    dtype = wide(q.dtype)
+    given, mask = mask, _four(mask)
+    dq: list[Tensor | None] = [None] * len(ring.queries)
+    dmask = torch.zeros_like(mask, dtype=dtype) if mask is not None and mask_grad else None
+    here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
+    own: list[Tensor] = []
+    home: Tensor | None = None
+    for t in range(ring.ring):
+        pending = ring.send(moving) if t + 1 < ring.ring else None
+        keys, calls = ring.step(t)
+        dk: list[Tensor | None] = [None] * len(keys)
+        dv: list[Tensor | None] = [None] * len(keys)
+        for call in calls:
+            first, rows = _range(ring.queries, call.queries)
+            ks, vs = (_keys_of(x, keys, call.keys) for x in here)
+            g, part, o = (x.narrow(2, first, rows) for x in (grad, q, out))
+            gq, gk, gv, gbias = block_backward(
+                g, part, ks, vs, _bias(mask, ring, keys, call, q), o, lse.narrow(2, first, rows),
+                call.how == "causal", ring.scale, mask_grad,
+            )  # fmt: skip
+            for i in call.queries:
+                c = ring.queries[i]
+                dq[i] = _added(dq[i], gq.narrow(2, c.row - first, c.rows), dtype)
+            start: Size = 0
+            for j in call.keys:
+                dk[j] = _added(dk[j], gk.narrow(2, start, keys[j].real), dtype)
+                dv[j] = _added(dv[j], gv.narrow(2, start, keys[j].real), dtype)
+                start = start + keys[j].real
+            if dmask is not None and gbias is not None:
+                dmask = _mask_gradient(dmask, gbias, ring, keys, call)
+        mine = [_rows(parts, keys, x, dtype) for parts, x in ((dk, k), (dv, v))]
+        if t == 0:
+            own = mine
+        else:
+            if home is not None:
+                mine = [a + b for a, b in zip(ring.receive(home, mine), mine, strict=True)]
+            home = ring.send(mine)
+        if pending is not None:
+            moving = here = ring.receive(pending, moving)
+    if home is not None:
+        arrived = ring.receive(home, [ring.split_rows(x) for x in own])
+        own = [_with_split(ring, x, y) for x, y in zip(own, arrived, strict=True)]
+    gq = _rows(dq, ring.queries, q, dtype)
+    results = [_tokens_first(x.to(q.dtype)) for x in (gq, *own)]
+    if dmask is None or given is None:
+        return results[0], results[1], results[2], q.new_zeros([0])
+    return results[0], results[1], results[2], dmask.to(given.dtype).view(given.shape)
+
+
+def _added(total: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    return x if total is None else total + x
+
+
+def _rows(parts: Sequence[Tensor | None], chunks: Sequence[Chunk], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradients of all rows of these chunks; zeros for pads, and for what nobody has seen."""
+    pieces = []
+    for part, c in zip(parts, chunks, strict=True):
+        if part is not None:
+            pieces.append(part)
+        left = c.rows if part is None else c.rows - part.shape[2] if c.static else 0
+        if not (isinstance(left, int) and left == 0):
+            pieces.append(like.new_zeros([like.shape[0], like.shape[1], left, like.shape[3]], dtype=dtype))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def _with_split(ring: _Ring, own: Tensor, arrived: Tensor) -> Tensor:
+    """The gradients of the own rows, with those from the other ranks added to what travelled."""
+    keys = ring.keys[ring.place]
+    if not any(k.whole for k in keys):
+        return own + arrived
+    pieces = []
+    row: Size = 0
+    for k in keys:
+        piece = own.narrow(2, k.row, k.rows)
+        if not k.whole:
+            piece = piece + arrived.narrow(2, row, k.rows)
+            row = row + k.rows
+        pieces.append(piece)
+    return torch.cat(pieces, 2)
+
+
+def _mask_gradient(total: Tensor, g: Tensor, ring: _Ring, keys: Sequence[Chunk], call: Meeting) -> Tensor:
+    """``total`` with the gradient of one call's scores added where its rows and columns are."""
+    for dim in (0, 1, 2, 3):
+        if _one(total.shape[dim]):
+            g = g.sum(dim, keepdim=True)
+    if not _one(total.shape[2]):
+        first, rows = _range(ring.queries, call.queries)
+        g = torch.constant_pad_nd(g, [0, 0, first, total.shape[2] - first - rows])
+    if _one(total.shape[3]):
+        return total + g
+    columns = [_positions(keys[j], g.device, keys[j].real).clamp(max=keys[j].limit - 1) for j in call.keys]
+    # Columns of pads have no gradient: adding it to that of the last token changes nothing.
+    return total.index_add(3, torch.cat(columns), g)
+
+
+RING: dict[str, Callable[..., Any]] = {
+    "ring_attention": ring_attention,
+    "ring_attention_backward": ring_attention_backward,
+}

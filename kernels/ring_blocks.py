@@ -1,0 +1,150 @@
+"""Which keys meet which queries in a ring: tokens in chunks, and per step the calls of the block kernel.
+
+A rank's rows are one *chunk* of each segment, one after the other.  In a ring of ``r`` places, each of ``u`` ranks that
+have exchanged heads, a place holds ``u * ceil(n / (u*r))`` rows of a segment of ``n`` tokens; rows from ``n`` on are
+pads.  A segment that is whole is one chunk, the same in every place, and meets its queries in the first step only.
+
+Where lengths are ints the pads of keys are left out by a narrow, and chunks whose keys all lie in the future of a
+causal attention are skipped.  A length may be symbolic: then no length is compared, chunks of one sequence are
+compared by their places, and pads are masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fxsp.types import as_length, same_length
+
+__all__ = ["Chunk", "Meeting", "chunks_of", "meetings", "rows_of"]
+
+#: An ``int`` or a ``SymInt``.
+Size = Any
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``rows`` local rows from ``row`` on: the tokens ``first, first + 1, ...``; those from ``limit`` on are pads."""
+
+    segment: int
+    place: int
+    row: Size
+    rows: Size
+    first: Size
+    limit: Size
+    whole: bool
+
+    @property
+    def static(self) -> bool:
+        return all(isinstance(n, int) for n in (self.rows, self.first, self.limit))
+
+    @property
+    def real(self) -> Size:
+        """Rows that are no pads; all of them where lengths are symbolic."""
+        return max(min(self.limit - self.first, self.rows), 0) if self.static and not self.whole else self.rows
+
+    @property
+    def pads(self) -> bool:
+        """Whether there may be pads among the first ``real`` rows."""
+        return not (self.whole or self.static)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One call of the block kernel: the queries of some adjacent chunks, the first ``real`` keys of some chunks.
+
+    ``how`` is ``"full"``, ``"causal"`` (key row <= query row) or ``"positions"`` (key position <= query position).
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    how: str = "full"
+    #: Mask the pads among the keys.
+    pads: bool = False
+
+
+def rows_of(length: Size, ulysses: int, ring: int) -> Size:
+    """Rows of a split segment in each place of the ring, pads included."""
+    size = ulysses * ring
+    return ulysses * ((length + size - 1) // size)
+
+
+def chunks_of(lengths: Sequence[Size], whole: Sequence[bool], ulysses: int, ring: int, place: int) -> list[Chunk]:
+    """The chunks of one place of the ring, in the order of its rows."""
+    result: list[Chunk] = []
+    row: Size = 0
+    start: Size = 0
+    for i, (length, entire) in enumerate(zip(lengths, whole, strict=True)):
+        rows = length if entire else rows_of(length, ulysses, ring)
+        first = start if entire else start + place * rows
+        result.append(Chunk(i, 0 if entire else place, row, rows, first, start + length, bool(entire)))
+        row, start = row + rows, start + length
+    return result
+
+
+def meetings(queries: Sequence[Chunk], keys: Sequence[Chunk], causal: bool, same: bool) -> list[Meeting]:
+    """The calls that one step takes; ``same``: queries and keys are of one sequence."""
+    everyone = tuple(range(len(queries)))
+    usable = [j for j, k in enumerate(keys) if not (isinstance(k.real, int) and k.real == 0)]
+    if not usable:
+        return []
+    if not causal:
+        return [Meeting(everyone, tuple(usable), pads=any(keys[j].pads for j in usable))]
+    if same and len(queries) == len(keys) == 1 and queries[0].place == keys[0].place:
+        # Pads come last: a query that is no pad sees none.
+        return [Meeting((0,), (0,), "causal")]
+    if not (same or all(c.static for c in (*queries, *keys))):
+        return [Meeting(everyone, tuple(usable), "positions", any(keys[j].pads for j in usable))]
+    result: list[Meeting] = []
+    open_for: tuple[tuple[int, ...], list[int]] | None = None
+    for i, q in enumerate(queries):
+        if isinstance(q.rows, int) and q.rows == 0:
+            continue
+        seen = {j: _relation(q, keys[j], same) for j in usable}
+        full = tuple(j for j in usable if seen[j] == "full")
+        if open_for is not None and open_for[0] == full:
+            open_for[1].append(i)
+        else:
+            _close(open_for, keys, queries, result)
+            open_for = (full, [i])
+        result += [Meeting((i,), (j,), how) for j, how in seen.items() if how in ("causal", "positions")]
+    _close(open_for, keys, queries, result)
+    return result
+
+
+def _close(
+    group: tuple[tuple[int, ...], list[int]] | None,
+    keys: Sequence[Chunk],
+    queries: Sequence[Chunk],
+    result: list[Meeting],
+) -> None:
+    """Adjacent queries that see the same chunks in full share a call."""
+    if group is None or not group[0]:
+        return
+    full, members = group
+    # Symbolic pads of another segment may lie before real queries; in the queries' own segment only before pads.
+    pads = any(keys[j].pads and any(queries[i].segment != keys[j].segment for i in members) for j in full)
+    result.append(Meeting(tuple(members), full, pads=pads))
+
+
+def _relation(q: Chunk, k: Chunk, same: bool) -> str:
+    """How much of chunk ``k`` the queries of chunk ``q`` see: ``""`` (nothing), full, causal or positions."""
+    if same and (q.segment, q.place) == (k.segment, k.place):
+        return "causal"
+    if same:
+        return "full" if (k.segment, k.place) < (q.segment, q.place) else ""
+    last = max(q.limit - 1, 0)
+    first_query, last_query = min(q.first, last), min(q.first + q.rows - 1, last)
+    if k.first > last_query:
+        return ""
+    return "full" if k.first + k.real - 1 <= first_query else "positions"
+
+
+def same_sequence(a: Sequence[Size], a_whole: Sequence[bool], b: Sequence[Size], b_whole: Sequence[bool]) -> bool:
+    """Whether both describe one sequence; adds no guard."""
+    return (
+        len(a) == len(b)
+        and list(a_whole) == list(b_whole)
+        and all(same_length(as_length(m), as_length(n)) for m, n in zip(a, b, strict=True))
+    )
