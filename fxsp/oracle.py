@@ -9,6 +9,7 @@ Rows of a split segment of ``n`` tokens: ``L = ceil(n / P)`` per rank, rank ``r`
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -321,13 +322,21 @@ def all_to_all_within(x: Lanes, rank: int = 0, size: int = 1, group: str = "") -
     return Lanes([torch.stack([sender[r % u] for sender in x[r - r % u : r - r % u + u]]) for r in range(size)])
 
 
+def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Lanes:
+        return Lanes(function(*args, **kwargs))
+
+    return run
+
+
 #: Operators without communication: their size may be that of a part of the ranks.
 _LOCAL = frozenset({"pack", "put", "take", "unpack"})
 
 _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "all_to_all_within": all_to_all_within,
-    "ring_attention": oracle_attention.ring_attention,
-    "ring_attention_backward": oracle_attention.ring_attention_backward,
+    "ring_attention": _lanes(oracle_attention.ring_attention),
+    "ring_attention_backward": _lanes(oracle_attention.ring_attention_backward),
     "all_reduce": all_reduce,
     "all_to_all": all_to_all,
     "annotate": annotate,
@@ -336,7 +345,7 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "gather_used": gather,
     "mask_pads": mask_pads,
     "pack": pack,
-    "place_positions": oracle_attention.place_positions,
+    "place_positions": _lanes(oracle_attention.place_positions),
     "positions": positions,
     "put": put,
     "reduce_grad": all_reduce,

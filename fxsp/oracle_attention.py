@@ -48,8 +48,6 @@ def ring_attention(
     causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
 ) -> Any:  # fmt: skip
     """``(out, lse)`` of each rank; differentiable."""
-    from fxsp.oracle import Lanes
-
     ring = size // ulysses
     results = []
     for r in range(size):
@@ -66,17 +64,15 @@ def ring_attention(
         values = torch.stack([v[lane][:, :, row] for lane, row in (at[n] for n in range(len(at)))], 2)
         past = torch.arange(len(at)) <= rows.unsqueeze(1) if causal else None
         results.append(_attention(q[r], keys, values, None if mask is None else mask[r], past, scale))
-    return Lanes(results)
+    return results
 
 
 def place_positions(
     lengths: Sequence[int], whole: Sequence[bool], ulysses: int, rank: int = 0, size: int = 1, device: Any = "cpu"
 ) -> Any:
     """The global index of each row of a rank's place in the ring; a pad has that of its segment's last row."""
-    from fxsp.oracle import Lanes
-
     places = [_tokens(lengths, whole, ulysses, size // ulysses, r // ulysses) for r in range(size)]
-    return Lanes([torch.tensor([p if p >= 0 else -1 - p for p in rows], device=device) for rows in places])
+    return [torch.tensor([p if p >= 0 else -1 - p for p in rows], device=device) for rows in places]
 
 
 def ring_attention_backward(
@@ -86,8 +82,6 @@ def ring_attention_backward(
     mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
-    from fxsp.oracle import Lanes
-
     with torch.enable_grad():
         operands = [[x.detach().requires_grad_() for x in lanes] for lanes in (q, k, v)]
         masks = None if mask is None else [m.detach().requires_grad_(mask_grad) for m in mask]
@@ -102,4 +96,4 @@ def ring_attention_backward(
     columns = [found[i : i + size] for i in range(0, len(found), size)]
     if len(columns) == 3:
         columns.append(tuple(x.new_zeros(0) for x in q))
-    return Lanes(list(zip(*columns, strict=True)))
+    return list(zip(*columns, strict=True))

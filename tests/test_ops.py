@@ -7,6 +7,7 @@ import torch
 
 from fxsp.kernels.lowering import LOWERINGS, known_dense
 from fxsp.kernels.ops import INTERNAL, OPS
+from fxsp.kernels.ring_ops import RING_OPS
 
 fx = torch.ops.fxsp
 GROUP = "0"
@@ -23,9 +24,11 @@ ALONE = {
     "reduce_grad": lambda x: (x, ""),
     "use": lambda x: (x, ""),
     "all_to_all": lambda x: (x[None], ""),
+    "all_to_all_within": lambda x: (x[None], 0, 1, ""),
     "mask_pads": lambda x: (x, 1, *SEGMENTS, 0, 1),
     "scale_whole": lambda x: (x, 1, *SEGMENTS, 1),
     "positions": lambda x: (*SEGMENTS, 0, 1, x.device),
+    "place_positions": lambda x: (*SEGMENTS, 1, 0, 1, x.device),
     "take": lambda x: (x, 1, 0, 1),
     "put": lambda x: (x, 1, 0, 1),
     "pack": lambda x: (x.transpose(0, 1), [3, 4], 1, False),
@@ -34,7 +37,16 @@ ALONE = {
 
 
 def test_every_op_has_a_meaning_and_a_check():
-    assert set(LOWERINGS) == set(OPS) | set(INTERNAL) == set(ALONE)
+    assert set(OPS) | set(INTERNAL) == set(ALONE)
+    assert set(LOWERINGS) == set(ALONE) | set(RING_OPS)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_ring_attention(masked):
+    q, k, v = (torch.randn(2, h, 7, w, requires_grad=True) for h, w in ((4, 8), (2, 8), (2, 6)))
+    mask = torch.randn(7, 7, requires_grad=True) if masked else None
+    args = (q, k, v, mask, *SEGMENTS, *SEGMENTS, not masked, None, 1, 0, 1, "")
+    torch.library.opcheck(fx.ring_attention.default, args)
 
 
 @pytest.mark.parametrize("name", sorted(ALONE))
@@ -45,7 +57,7 @@ def test_opcheck_alone(name, layout):
     torch.library.opcheck(getattr(fx, name).default, args)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALONE) - {"positions"}))
+@pytest.mark.parametrize("name", sorted(set(ALONE) - {"positions", "place_positions"}))
 def test_alone_every_op_is_a_copy(name):
     x, *rest = ALONE[name](torch.randn(2, 7, 3))
     y = getattr(fx, name)(x, *rest)
