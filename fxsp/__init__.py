@@ -15,7 +15,6 @@ from fxsp.errors import (
     UnsupportedError,
     VerificationError,
 )
-from fxsp.explain import Explanation, explain
 from fxsp.plan import (
     SequenceParallelConfig,
     SequenceParallelInput,
@@ -27,7 +26,6 @@ from fxsp.verification import Evidence, verify
 
 __all__ = [
     "Evidence",
-    "Explanation",
     "FxspError",
     "FxspWarning",
     "ImplicitGatherWarning",
@@ -43,7 +41,6 @@ __all__ = [
     "UnshardedWarning",
     "UnsupportedError",
     "VerificationError",
-    "explain",
     "reports",
     "verify",
 ]

@@ -20,9 +20,10 @@ from fxsp.passes import (  # noqa: F401  (they fill the rule table)
 )
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.lower_attention import LowerAttention
+from fxsp.passes.masks import Masks
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
-from fxsp.passes.verify import verify_local, verify_types
+from fxsp.passes.verify import verify_graph, verify_local, verify_types
 
 __all__ = ["PIPELINE", "STAGES", "Runner", "Stage", "partition_program"]
 
@@ -37,6 +38,8 @@ class Stage:
 
 
 PIPELINE: tuple[Stage, ...] = (
+    # Before types: a causal mask that became the flag needs none, and what computed it is gone.
+    Stage(Masks(), "masked", verify_graph),
     # Types are needed before anything is rewritten: a rule reads the global shapes.
     Stage(Propagate(), "propagated", verify_types),
     # Conversions and local sizes in one sweep; attention stays one node, because its operands are only now local.

@@ -18,11 +18,16 @@ from fxsp.source import module_path, node_source
 from fxsp.torch_internals import depends_on_data, fake_mode_of
 from fxsp.types import Length, Shard, as_length, same_length
 
-__all__ = ["infer_local", "verify_local", "verify_types"]
+__all__ = ["infer_local", "verify_graph", "verify_local", "verify_types"]
 
 
 def _where(node: Node) -> str:
     return f"{node.format_node()} [{module_path(node) or 'root'}, {node_source(node) or 'no source line'}]"
+
+
+def verify_graph(program: Program) -> None:
+    """The graph is valid FX, and every operand is computed before it is used."""
+    program.graph.lint()
 
 
 def verify_types(program: Program) -> None:

@@ -1,0 +1,224 @@
+"""Masks that are computed from positions: what they are taken for is what they are, element by element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import bert, llama
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from tracing import check, collectives, partition, shard, trace
+
+from fxsp import SequenceParallelInput
+from fxsp.offline import partition_offline
+from fxsp.passes.base import Program
+from fxsp.passes.index_values import terms_of
+from fxsp.passes.masks import SDPA, Band, Masks, band_of
+from fxsp.passes.rules import Call
+from fxsp.types import Ranks
+
+S = 5
+
+
+def attention(mask: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def function(x: Tensor, *given: Tensor) -> Tensor:
+        x = torch.tanh(shard(x, 2))
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, mask(*given) if given else mask(x))
+
+    return function
+
+
+def inputs(*given: Tensor, heads: int = 2) -> list[Tensor]:
+    return [torch.randn(2, heads, S, 4, dtype=torch.float64), *given]
+
+
+def sdpa_of(function: Callable[..., Tensor], *given: Any, symbolic: bool = False) -> Call:
+    gm = trace(function, *given, symbolic=symbolic)
+    Masks().apply(Program(gm, Ranks(0, 2, "simulated")))
+    (node,) = gm.graph.find_nodes(op="call_function", target=SDPA)
+    return Call(node)
+
+
+def rows(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[-2])
+
+
+CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "comparison": lambda x: rows(x)[None, :] <= rows(x)[:, None],
+    "the other way": lambda x: (rows(x)[:, None] >= rows(x)[None, :])[None, None].expand(2, 1, S, S),
+    "less than the next": lambda x: rows(x)[None, None, None] < (rows(x) + 1).view(1, 1, -1, 1),
+    "cached positions": lambda x: torch.arange(S, S + S)[None, :] <= torch.arange(S, S + S).reshape(-1, 1),
+    "tril": lambda x: torch.ones(S, S, dtype=torch.bool).tril(),
+    "tril of numbers": lambda x: torch.tril(torch.ones(1, 1, S, S)) != 0,
+    "not triu": lambda x: ~torch.triu(torch.ones(S, S, dtype=torch.bool), diagonal=1),
+    "triu of infinity": lambda x: torch.triu(torch.full((S, S), -math.inf, dtype=x.dtype), 1),
+    "triu of the least number": lambda x: torch.full((S, S), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1),
+    "where": lambda x: torch.where(rows(x) <= rows(x)[:, None], 0.0, -math.inf).to(x.dtype),
+    "filled": lambda x: torch.zeros(S, S, dtype=x.dtype).masked_fill(torch.ones(S, S).tril() == 0, -math.inf),
+    "product": lambda x: (
+        torch.full((S, S), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1) * (rows(x) > rows(x).reshape(-1, 1))
+    ),
+    "sequences of one": lambda x: (
+        (rows(x) <= rows(x)[:, None]) & (torch.diff(rows(x), prepend=rows(x)[:1] - 1).ne(1).cumsum(0)[:, None] == 0)
+    ),
+    "with a window that is wide": lambda x: (rows(x) <= rows(x)[:, None]) & (rows(x) > rows(x)[:, None] - S),
+}
+
+#: Near misses, which must stay as they are.
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strict": lambda x: (rows(x)[None, :] < rows(x)[:, None]) | (rows(x)[:, None] == 0),
+    "anticausal": lambda x: rows(x)[None, :] >= rows(x)[:, None],
+    "off by one": lambda x: rows(x)[None, :] <= rows(x)[:, None] + 1,
+    "window": lambda x: (rows(x) <= rows(x)[:, None]) & (rows(x) > rows(x)[:, None] - 2),
+    "strided": lambda x: 2 * rows(x)[None, :] <= rows(x)[:, None],
+    "large": lambda x: torch.full((S, S), -1e4, dtype=x.dtype).triu(1),
+    "soft": lambda x: torch.full((S, S), -1.0, dtype=x.dtype).triu(1),
+    "biased": lambda x: torch.where(rows(x) <= rows(x)[:, None], 1.0, -math.inf).to(x.dtype),
+    "reversed": lambda x: (rows(x)[None, :] <= rows(x)[:, None]).flip(1) | (rows(x)[None] == 0),
+    "computed from data": lambda x: rows(x)[None, :] <= (rows(x) + x[0, 0, :, 0].abs().long())[:, None],
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_mask_that_is_causal_is_the_flag(name: str) -> None:
+    call = sdpa_of(attention(CAUSAL[name]), *inputs())
+    assert (call["attn_mask"], call["is_causal"]) == (None, True)
+    program = check(attention(CAUSAL[name]), *inputs())
+    assert program.report.attentions[0].method == "ulysses"
+    # What computed the mask is gone: nothing of [S, S] is left.
+    assert not [n for n in program.graph.nodes if getattr(n.meta.get("global_val"), "shape", ())[-2:] == (S, S)]
+    assert collectives(program) == {"all_to_all": 2, "gather": 1}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_mask_that_is_nearly_causal_stays(name: str) -> None:
+    call = sdpa_of(attention(OTHERS[name]), *inputs())
+    assert isinstance(call["attn_mask"], Node)
+    assert not call["is_causal"]
+    check(attention(OTHERS[name]), *inputs(), training=False)
+
+
+def test_symbolic_lengths() -> None:
+    """The proof needs no numbers."""
+    call = sdpa_of(attention(CAUSAL["comparison"]), *inputs(), symbolic=True)
+    assert (call["attn_mask"], call["is_causal"]) == (None, True)
+    call = sdpa_of(attention(OTHERS["window"]), *inputs(), symbolic=True)
+    assert isinstance(call["attn_mask"], Node)
+
+
+PADDING = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+KEYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda p: p.bool()[:, None, None, :].expand(2, 1, S, S),
+    "looked up": lambda p: p.bool()[torch.arange(2)[:, None, None, None], torch.arange(S)[None, None, None]].expand(
+        2, 1, S, S
+    ),
+    "beside what always holds": lambda p: p.bool()[:, None, None] & (torch.arange(S).view(1, 1, S, 1) >= 0),
+    "inverted": lambda p: ~(~p.bool())[:, None, None].expand(-1, 1, S, -1),
+    "additive": lambda p: ((1 - p.double()) * torch.finfo(torch.double).min)[:, None, None].expand(2, 1, S, S),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("heads", [2, 3])
+def test_a_mask_of_keys_has_one_row(name: str, heads: int) -> None:
+    call = sdpa_of(attention(KEYS[name]), *inputs(PADDING))
+    assert tuple(call.shape("attn_mask")) == (2, 1, 1, S)
+    check(attention(KEYS[name]), *inputs(PADDING, heads=heads))
+
+
+def test_a_mask_that_allows_everything_is_none() -> None:
+    call = sdpa_of(attention(lambda x: torch.ones(S, S, dtype=torch.bool)), *inputs())
+    assert call["attn_mask"] is None
+    assert not call["is_causal"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_causal_beside_padding_is_right(size: int) -> None:
+    causal = CAUSAL["comparison"]
+    function = attention(lambda p: causal(torch.empty(S, 1)) & p.bool()[:, None, None])
+    check(function, *inputs(PADDING), size=size, training=False)
+
+
+# Proofs against values.
+
+terms = st.recursive(
+    st.tuples(st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"]), st.integers(-6, 6)),
+    lambda x: st.one_of(st.tuples(st.just("not"), x), st.tuples(st.sampled_from(["and", "or", "mul", "where"]), x, x)),
+    max_leaves=4,
+)
+
+
+def evaluated(term: Any, rows: Tensor, columns: Tensor) -> Tensor:
+    name, *rest = term
+    if name in ("le", "lt", "ge", "gt", "eq", "ne"):
+        return getattr(torch, name)(columns, rows + rest[0])
+    parts = [evaluated(x, rows, columns) for x in rest]
+    if name == "not":
+        return ~parts[0]
+    if name == "where":
+        return torch.where(parts[0], parts[1], False)
+    return {"and": torch.logical_and, "or": torch.logical_or, "mul": torch.mul}[name](*parts)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(terms, st.integers(1, 4), st.integers(1, 4), st.sampled_from(["bool", "infinity", "least"]))
+def test_whatever_is_proven_is_true(term: Any, m: int, n: int, kind: str) -> None:
+    """Each term against the values of its node, and each band against the mask."""
+
+    def mask(x: Tensor) -> Tensor:
+        allowed = evaluated(term, torch.arange(m)[:, None], torch.arange(n)[None, :])
+        if kind == "bool":
+            return allowed
+        fill = -math.inf if kind == "infinity" else torch.finfo(x.dtype).min
+        return torch.zeros(m, n, dtype=x.dtype).masked_fill(~allowed, fill)
+
+    gm = trace(mask, torch.empty(1))
+    found = terms_of(gm.graph)
+    (out,) = gm.graph.find_nodes(op="output")
+    result = out.args[0]
+    value = Interpreter(gm).run(torch.empty(1))
+    band = band_of(result, found, m, n)
+    if band is None:
+        return
+    difference = torch.arange(m)[:, None] - torch.arange(n)[None, :]
+    allowed = torch.ones(m, n, dtype=torch.bool)
+    if band.low is not None:
+        allowed &= difference >= int(band.low)
+    if band.high is not None:
+        allowed &= difference <= int(band.high)
+    assert torch.equal(allowed, value if kind == "bool" else value == 0)
+
+
+def test_windows_are_bands() -> None:
+    gm = trace(OTHERS["window"], torch.empty(S, 1))
+    (out,) = gm.graph.find_nodes(op="output")
+    assert band_of(out.args[0], terms_of(gm.graph), S, S) == Band(0, 1)
+
+
+# Models.
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_transformers(mask: bool) -> None:
+    plan = {"": {"input_ids": SequenceParallelInput(1)}}
+    for builder, wanted in ((llama, None if not mask else 13), (bert, None if not mask else 1)):
+        model, given = builder(batch=2, mask=mask)
+        with torch.no_grad():
+            (result,) = partition_offline(model, (), given, world_size=2, options={"plan": plan})
+        assert result.program is not None
+        for node in result.program.facts["global"].graph.find_nodes(op="call_function", target=SDPA):
+            call = Call(node)
+            found = None if call["attn_mask"] is None else call.shape("attn_mask")[-2]
+            assert found == wanted
+            assert bool(call["is_causal"]) == (builder is llama and not mask)
+
+
+def test_the_pass_is_a_stage() -> None:
+    program = partition(attention(CAUSAL["tril"]), *inputs())
+    assert "masked" in program.report.timings
