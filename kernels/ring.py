@@ -120,6 +120,37 @@ def _bias(mask: Tensor | None, ring: _Ring, keys: Sequence[Chunk], meeting: Meet
     return bias
 
 
+#: A score plus such a bias is the bias: nothing is left of the score (of masks that hold the smallest number).
+_ABSORBS = -1e30
+
+
+def _tops(mask: Tensor | None) -> Tensor | None:
+    """The largest bias of each row of an additive mask; None if there is no such mask."""
+    return None if mask is None or mask.dtype == torch.bool else mask.amax(-1)
+
+
+def _absorbed(tops: Tensor | None, ring: _Ring, meeting: Meeting, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Of one call's rows: the largest bias, and whether all keys have one that swallows every score.
+
+    One device then attends equally to the keys with the largest.  A log-sum-exp of such a row cannot tell how many
+    they were, so it is replaced by the logarithm of their number.
+    """
+    if tops is None:
+        return None
+    if not _one(tops.shape[-1]):
+        tops = tops.narrow(-1, *_range(ring.queries, meeting.queries))
+    tops = tops.to(dtype)
+    return tops, (tops < _ABSORBS) & (tops > float("-inf"))
+
+
+def _counted(lse: Tensor, bias: Tensor | None, absorbed: tuple[Tensor, Tensor] | None) -> Tensor:
+    if absorbed is None or bias is None:
+        return lse
+    tops, rows = absorbed
+    count = (bias == tops.unsqueeze(-1)).expand(*bias.shape[:3], bias.shape[3]).sum(-1)
+    return torch.where(rows, count.to(lse.dtype).log(), lse)
+
+
 def _columns(mask: Tensor, keys: Sequence[Chunk], which: Sequence[int]) -> Tensor:
     """The columns of a mask (global, in order) that belong to these chunks."""
     pieces = []
@@ -172,6 +203,7 @@ def ring_attention(
     """
     ring = _Ring(q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group)
     mask = _four(mask)
+    tops = _tops(mask)
     held: list[tuple[Tensor, Tensor] | None] = [None] * len(ring.queries)
     here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
     for t in range(ring.ring):
@@ -183,6 +215,7 @@ def ring_attention(
             bias = _bias(mask, ring, keys, call, q)
             ks, vs = (_keys_of(x, keys, call.keys) for x in here)
             out, lse = block_forward(part, ks, vs, bias, call.how == "causal", ring.scale)
+            lse = _counted(lse, bias, _absorbed(tops, ring, call, q.dtype))
             for i in call.queries:
                 c = ring.queries[i]
                 o, s = out.narrow(2, c.row - first, c.rows), lse.narrow(2, c.row - first, c.rows)
@@ -211,6 +244,7 @@ def ring_attention_backward(
     ring = _Ring(q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group)
     dtype = wide(q.dtype)
     given, mask = mask, _four(mask)
+    tops = _tops(mask)
     dq: list[Tensor | None] = [None] * len(ring.queries)
     dmask = torch.zeros_like(mask, dtype=dtype) if mask is not None and mask_grad else None
     here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
@@ -225,10 +259,19 @@ def ring_attention_backward(
             first, rows = _range(ring.queries, call.queries)
             ks, vs = (_keys_of(x, keys, call.keys) for x in here)
             g, part, o = (x.narrow(2, first, rows) for x in (grad, q, out))
+            sums = lse.narrow(2, first, rows)
+            absorbed = _absorbed(tops, ring, call, q.dtype)
+            if absorbed is not None:
+                # The kernel's probabilities are 1 then, instead of one over the number of keys.
+                level, which = (x.expand(*sums.shape) for x in absorbed)
+                g = torch.where(
+                    which.unsqueeze(-1), g * torch.where(which, -sums, 0.0).exp().unsqueeze(-1).to(g.dtype), g
+                )
+                sums = torch.where(which, level.to(sums.dtype), sums)
+            bias = _bias(mask, ring, keys, call, q)
             gq, gk, gv, gbias = block_backward(
-                g, part, ks, vs, _bias(mask, ring, keys, call, q), o, lse.narrow(2, first, rows),
-                call.how == "causal", ring.scale, mask_grad,
-            )  # fmt: skip
+                g, part, ks, vs, bias, o, sums, call.how == "causal", ring.scale, mask_grad
+            )
             for i in call.queries:
                 c = ring.queries[i]
                 dq[i] = _added(dq[i], gq.narrow(2, c.row - first, c.rows), dtype)

@@ -76,7 +76,8 @@ def block_forward(
     if kernel == "math":
         scores = _scores(q, _repeated(k, times), bias, causal, scale)
         lse = scores.logsumexp(-1)
-        p = (scores - torch.where(lse == -_INFINITY, 0.0, lse).unsqueeze(-1)).exp()
+        # Of a row without keys softmax is NaN.
+        p = scores.softmax(-1).masked_fill((lse == -_INFINITY).unsqueeze(-1), 0)
         return p @ _repeated(v, times).to(p.dtype), lse
     k, v = _repeated(k, times), _repeated(v, times)
     if kernel == "flash":
