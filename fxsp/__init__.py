@@ -15,6 +15,7 @@ from fxsp.errors import (
     UnsupportedError,
     VerificationError,
 )
+from fxsp.explain import Explanation, explain
 from fxsp.plan import (
     SequenceParallelConfig,
     SequenceParallelInput,
@@ -26,6 +27,7 @@ from fxsp.verification import Evidence, verify
 
 __all__ = [
     "Evidence",
+    "Explanation",
     "FxspError",
     "FxspWarning",
     "ImplicitGatherWarning",
@@ -41,6 +43,7 @@ __all__ = [
     "UnshardedWarning",
     "UnsupportedError",
     "VerificationError",
+    "explain",
     "reports",
     "verify",
 ]

@@ -7,7 +7,6 @@ unsupported construct is an error before anything ran.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import warnings
@@ -18,12 +17,12 @@ import torch
 from torch.fx import GraphModule
 
 from fxsp import torch_internals
+from fxsp.artifacts import StageWriter
 from fxsp.capture import Capture, capture, install
 from fxsp.checks import check_inputs, verify_outputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
 from fxsp.inner import compile_inner
-from fxsp.inspection import format_graph
 from fxsp.passes.annotate import annotate
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize import functionalize
@@ -82,7 +81,7 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callab
 
 
 def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks
+    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, stages: StageWriter | None = None
 ) -> tuple[Report, Program | None]:
     """Dynamo's graph as the program of one rank, up to the inner compiler; no program where it stays whole.
 
@@ -94,7 +93,7 @@ def compile_graph(
     report.notes.extend(captured.notes)
     translation = torch_internals.Translation.current()
     report.notes.extend(translation.said() if translation is not None else [])
-    runner = _Printer(options, ranks)
+    runner = stages or StageWriter(options.print, ranks)
     runner.text("captured", gm, report)
     if captured.entries is None:
         report.unsharded = "no plan: give options={'plan': ...}, or the model a _sp_plan or _cp_plan"
@@ -133,7 +132,7 @@ def _partition(
     options: Options,
     ranks: Ranks,
     report: Report,
-    runner: _Printer,
+    runner: StageWriter,
 ) -> Program:
     start = time.perf_counter()
     try:
@@ -161,7 +160,7 @@ def _partition(
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
     )
-    program = partition_program(program, Runner(frozenset(options.print), runner.program))
+    program = partition_program(program, Runner(runner.watch, runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)
     if options.inner == "eager":
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
@@ -191,24 +190,6 @@ def _finish(
             return inner(*args)
 
     return run
-
-
-class _Printer:
-    """Prints the stages that the user asked for, and keeps them in the report."""
-
-    def __init__(self, options: Options, ranks: Ranks) -> None:
-        self.watch = frozenset(options.print)
-        self.ranks = ranks
-
-    def text(self, stage: str, gm: GraphModule, report: Report) -> None:
-        if stage in self.watch:
-            report.stages[stage] = format_graph(gm, self.ranks)
-            sys.stdout.write(f"# fxsp: {stage}\n{report.stages[stage]}\n")
-
-    def program(self, stage: str, program: Program) -> None:
-        if stage in ("local", "partitioned"):
-            infer_local(program)
-        self.text(stage, program.gm, program.report)
 
 
 def _check_stages(options: Options) -> None:

@@ -11,14 +11,18 @@ from fxsp.source import module_path, node_source
 from fxsp.types import Length, as_length
 
 __all__ = [
+    "attention_lines",
     "bytes_sent",
     "format_bytes",
     "format_graph",
     "format_report",
+    "gather_lines",
     "local_shape",
     "module_path",
     "node_source",
     "op_text",
+    "plan_lines",
+    "section",
 ]
 
 #: Lines of one section; what is longer is cut, and says so.
@@ -33,13 +37,15 @@ def format_report(report: Report) -> str:
     lines: list[str] = []
     if report.unsharded:
         lines.append(f"runs whole on every rank: {report.unsharded}")
-    lines += _section("plan", _plan(report.plan))
-    lines += _section("attention", _attentions(report.attentions))
-    lines += _section("collectives (sent per rank, forward)", _collectives(report.collectives))
+    lines += section("plan", plan_lines(report.plan))
+    lines += section("attention", attention_lines(report.attentions))
+    lines += section("collectives (sent per rank, forward)", _collectives(report.collectives))
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
-    lines += _section("implicit gathers (an operator needs all tokens)", _gathers(implicit))
-    lines += _section("gathers for graph outputs", _gathers(g for g in report.implicit_gathers if g.kind != "implicit"))
-    lines += _section("notes", report.notes)
+    lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
+    lines += section(
+        "gathers for graph outputs", gather_lines(g for g in report.implicit_gathers if g.kind != "implicit")
+    )
+    lines += section("notes", report.notes)
     if report.timings:
         spent = sorted(report.timings.items(), key=lambda item: -item[1])
         text = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent[:4])
@@ -47,7 +53,8 @@ def format_report(report: Report) -> str:
     return "\n".join(lines) if lines else "nothing to report: no plan entry applied"
 
 
-def _section(title: str, body: Iterable[str]) -> list[str]:
+def section(title: str, body: Iterable[str]) -> list[str]:
+    """A title and its lines, cut where they are many; nothing without lines."""
     rows = list(body)
     if not rows:
         return []
@@ -64,7 +71,8 @@ def _groups(records: Iterable[tuple[_K, _T]]) -> Iterator[tuple[_K, list[_T]]]:
     return iter(found.items())
 
 
-def _plan(records: list[PlanRecord]) -> Iterator[str]:
+def plan_lines(records: list[PlanRecord]) -> Iterator[str]:
+    """Entries of a plan, alike ones on one line."""
     applied = [record for record in records if record.applied]
     for (entry, detail), group in _groups(((_pattern(r.entry), r.detail), r) for r in applied):
         times = f" ({len(group)} times)" if len(group) > 1 else ""
@@ -74,7 +82,8 @@ def _plan(records: list[PlanRecord]) -> Iterator[str]:
         yield f"not applied  {entry}{times}: {detail or 'no reason recorded'}"
 
 
-def _attentions(records: list[AttentionRecord]) -> Iterator[str]:
+def attention_lines(records: list[AttentionRecord]) -> Iterator[str]:
+    """Attentions, alike ones on one line."""
     keyed = (((_pattern(r.module), r.method, str(r.bytes), r.rejected, r.detail), r) for r in records)
     for (module, method, _, rejected, detail), group in _groups(keyed):
         where = module or group[0].source
@@ -94,7 +103,8 @@ def _collectives(records: list[CollectiveRecord]) -> Iterator[str]:
         yield f"{len(records):4d}   {'in all':<14} {_sent(_total(r.bytes for r in records))}"
 
 
-def _gathers(records: Iterable[GatherRecord]) -> Iterator[str]:
+def gather_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
+    """Gathers, alike ones on one line."""
     keyed = (((r.op, _pattern(r.module), r.source, r.reason, str(r.bytes)), r) for r in records)
     for (op, module, source, reason, _), group in _groups(keyed):
         times = f"{len(group)} x " if len(group) > 1 else ""

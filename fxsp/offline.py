@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from fxsp.artifacts import StageWriter
 from fxsp.backend import compile_graph
 from fxsp.capture import install
 from fxsp.config import Options
 from fxsp.errors import FxspError, FxspWarning
 from fxsp.passes.base import Program
+from fxsp.printer import Row
 from fxsp.report import Report
 from fxsp.torch_internals import unwrapped_by_dynamo
 from fxsp.types import Ranks
@@ -37,6 +39,8 @@ class OfflineResult:
     seconds: float
     #: Dynamo's graph as a function, and what it was called with.
     whole: Callable[..., Any]
+    #: Every stage of the compilation, as lines, where ``stages=True`` asked for them.
+    stages: dict[str, list[Row]]
     inputs: tuple[Any, ...] = ()
 
 
@@ -46,6 +50,7 @@ class _Offline:
 
     options: Options
     ranks: Ranks
+    stages: bool = False
     results: list[OfflineResult] = field(default_factory=list)
 
     __name__ = "fxsp_offline"
@@ -53,10 +58,11 @@ class _Offline:
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
         try:
-            report, program = compile_graph(gm, inputs, self.options, self.ranks)
+            writer = StageWriter(self.options.print, self.ranks, keep=self.stages)
+            report, program = compile_graph(gm, inputs, self.options, self.ranks, writer)
         except FxspError as error:
             raise unwrapped_by_dynamo(error) from error.__cause__
-        result = OfflineResult(report, program, time.perf_counter() - start, gm.forward)
+        result = OfflineResult(report, program, time.perf_counter() - start, gm.forward, writer.kept)
         self.results.append(result)
 
         def run(*args: Any) -> Any:
@@ -76,12 +82,14 @@ def partition_offline(
     *,
     world_size: int,
     options: Mapping[str, Any] | None = None,
+    stages: bool = False,
 ) -> list[OfflineResult]:
     """Trace ``model(*args, **kwargs)`` and partition its graphs for rank 0 of ``world_size``.
 
-    ``options`` are those of the backend (``plan``, ``ulysses_degree``, ``strict``, ...).  Raises what it raises.
+    ``options`` are those of the backend (``plan``, ``ulysses_degree``, ``strict``, ...), ``stages``
+    keeps every stage.  Raises what the backend raises.
     """
-    backend = _Offline(Options.parse(options), Ranks(0, world_size, "offline"))
+    backend = _Offline(Options.parse(options), Ranks(0, world_size, "offline"), stages)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxspWarning)
         torch.compile(model, backend=backend)(*args, **(kwargs or {}))

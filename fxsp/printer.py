@@ -13,7 +13,8 @@ Example, a linear layer on two ranks (marker, name, type, local shape, operator,
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,19 @@ from fxsp import torch_internals
 from fxsp.source import module_path
 from fxsp.types import Length, Ranks, Shard, as_length, ceil_div, product
 
-__all__ = ["COLLECTIVES", "MARKER", "bytes_sent", "format_bytes", "format_graph", "local_shape", "op_text"]
+__all__ = [
+    "COLLECTIVES",
+    "MARKER",
+    "Row",
+    "bytes_sent",
+    "format_bytes",
+    "format_graph",
+    "format_rows",
+    "fxsp_name",
+    "local_shape",
+    "op_text",
+    "rows",
+]
 
 MARKER = "▶"
 
@@ -57,33 +70,66 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of a printed graph."""
+
+    name: str
+    #: The sharding type, the value with its local shape, and the operator with its operands, as text.
+    type: str
+    value: str
+    op: str
+    module: str
+    #: Bytes that each rank sends; None if it is no collective.
+    sent: Length | None = None
+    #: The value of the global program that this one is a form of.
+    stands_for: str = ""
+
+
+def rows(gm: torch.fx.GraphModule, ranks: Ranks) -> list[Row]:
+    """The lines of a graph, as data; of ``ranks`` only the number matters."""
+    return [
+        Row(
+            name="" if node.op == "output" else node.name,
+            type=_type_text(node.meta.get("sp")),
+            value=_value_text(node, ranks),
+            op=op_text(node),
+            module=module_path(node),
+            sent=bytes_sent(node, ranks),
+            stands_for=node.meta.get("global_name", ""),
+        )
+        for node in gm.graph.nodes
+    ]
+
+
 def format_graph(gm: torch.fx.GraphModule, ranks: Ranks) -> str:
     """The graph as text: per value its type, dtype and local shape, operator, bytes sent per rank, and module path.
 
     Collectives carry a marker.  Of ``ranks`` only the number matters: the rank is printed as the word.
     """
-    lines: list[tuple[str, ...]] = []
-    sent: list[Length] = []
-    for node in gm.graph.nodes:
-        traffic = bytes_sent(node, ranks)
-        if traffic is not None:
-            sent.append(traffic)
-        lines.append(
-            (
-                MARKER if traffic is not None else "",
-                "" if node.op == "output" else node.name,
-                _type_text(node.meta.get("sp")),
-                _value_text(node, ranks),
-                op_text(node),
-                "" if traffic is None else format_bytes(traffic),
-                module_path(node),
-            )
+    return format_rows(rows(gm, ranks), ranks)
+
+
+def format_rows(lines: Sequence[Row], ranks: Ranks) -> str:
+    """The text of :func:`format_graph` from its lines."""
+    sent = [row.sent for row in lines if row.sent is not None]
+    cells: list[tuple[str, ...]] = [
+        (
+            MARKER if row.sent is not None else "",
+            row.name,
+            row.type,
+            row.value,
+            row.op,
+            "" if row.sent is None else format_bytes(row.sent),
+            row.module,
         )
-    values = sum(1 for node in gm.graph.nodes if node.op not in ("placeholder", "output", "get_attr"))
+        for row in lines
+    ]
+    values = sum(1 for row in lines if row.op != "input" and not row.op.startswith(("return ", "constant ")))
     total = as_length(sum(sent, start=0))
     head = f"P={ranks.size}, {_count(values, 'value')}, "
     head += f"{_count(len(sent), 'collective')}" + (f" sends {format_bytes(total)} per rank" if sent else "")
-    return "\n".join([head.replace("collectives sends", "collectives send"), *_aligned(lines)])
+    return "\n".join([head.replace("collectives sends", "collectives send"), *_aligned(cells)])
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> Iterable[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxsp.types import Sequence
+
 __all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "PlanRecord", "Report"]
 
 
@@ -62,6 +64,9 @@ class CollectiveRecord:
     #: Bytes that each rank sends.
     bytes: Any
     reason: str = ""
+    source: str = ""
+    #: The tokens that travel (None: the bytes do not depend on the length of a sequence that the plan names).
+    tokens: Sequence | None = None
 
 
 @dataclass

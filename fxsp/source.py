@@ -12,8 +12,9 @@ __all__ = ["clean_module_path", "module_path", "node_source"]
 
 _TORCH = Path(torch.__file__).resolve().parent
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
-#: The root object of a Dynamo source: a local, a global, or the innermost argument of nested ``getattr`` calls.
-_ROOT = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
+#: The root object of a Dynamo source: a local, an argument of a decorator (``L['args'][0]``), a global, or the
+#: innermost argument of nested ``getattr`` calls.
+_ROOT = re.compile(r"^L\['args'\]\[\d+\]|^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
 _GETATTR = re.compile(r"^getattr\((?P<base>.*), (?P<quote>['\"])(?P<name>.*)(?P=quote)\)$")
 _PART = re.compile(r"\.?(?P<name>\w+)|\[(?P<quote>['\"]?)(?P<key>.*?)(?P=quote)\]")
 #: How a source reaches a submodule, and wrappers that add a level the user did not write.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import types
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,16 @@ def is_operator(target: Any) -> bool:
 def schema(target: Any) -> Any:
     """The schema of an operator overload: ``name``, ``arguments``, ``is_mutable``."""
     return target._schema
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an operator overload maps elements, each on its own."""
+    return torch.Tag.pointwise in target.tags
+
+
+def packet_of(target: Any) -> Any:
+    """All overloads of an operator overload's operator together (``torch.ops.aten.add``)."""
+    return target.overloadpacket
 
 
 def trace_on_fakes(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
@@ -683,6 +694,21 @@ def depends_on_data(size: Any) -> bool:
     return isinstance(size, sympy.Expr) and bool(free_unbacked_symbols(size))
 
 
+def size_hint(size: Any, mode: Any) -> int:
+    """A size (a number or an expression) as a number, for the inputs at hand; ``mode`` is the fake mode it is from.
+
+    A size that depends on data counts as 1: how many there will be is not known.
+    """
+    import sympy
+
+    if not isinstance(size, sympy.Expr):
+        return int(size)
+    env = getattr(mode, "shape_env", None)
+    known = {} if env is None else getattr(env, "backed_var_to_val", None) or env.var_to_val
+    value = size.xreplace(known)
+    return int(value.subs(dict.fromkeys(value.free_symbols, 1)))
+
+
 def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:
     """Expressions of sizes that are zero: what tracing the graph has found out, and the compiled code has guards on."""
     import sympy
@@ -813,6 +839,23 @@ def group_named(name: str) -> Any:
         return _resolve_process_group(name)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, LookupError):
         return None
+
+
+# --- logs -------------------------------------------------------------------------------------------------------------
+
+
+def tracing_artifacts() -> bool:
+    """Whether ``TORCH_TRACE`` asks for the artifacts of compilations."""
+    from torch._logging._internal import trace_log
+
+    return bool(os.environ.get("TORCH_TRACE")) and bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """``text`` as an artifact of the compilation in progress, as tlparse reads it."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

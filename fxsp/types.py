@@ -106,6 +106,8 @@ class Segment:
 
     length: Length
     sharded: bool = True
+    #: Whose tokens they are, for reports: the plan entry's argument (``hidden_states``).  No part of equality.
+    name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _check_length(self.length, "a segment")

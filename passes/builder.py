@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 import fxsp.kernels.ops  # noqa: F401  (registers the operators)
 from fxsp.report import CollectiveRecord, Report
-from fxsp.source import module_path
+from fxsp.source import module_path, node_source
 from fxsp.torch_internals import sympy_to_fx
 from fxsp.types import Length, Ranks, Sequence, Shard, as_length, product
 
@@ -126,7 +126,8 @@ class Builder:
     def pack(self, x: Node, sequence: Sequence) -> Node:
         return self.call(_ops.pack.default, x, self.sizes(sequence.lengths), self.ranks.size, False)
 
-    def record(self, kind: str, node: Node, sent: Length, reason: str) -> None:
-        """Count a collective; ``sent`` is in bytes per rank, forward."""
+    def record(self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None) -> None:
+        """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""
         node.meta["fxsp_bytes"] = sent
-        self.report.collectives.append(CollectiveRecord(kind, node.name, module_path(node), sent, reason))
+        place = module_path(node), sent, reason, node_source(node)
+        self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens))

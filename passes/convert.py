@@ -183,7 +183,7 @@ class Converter:
         self._report_gather(value, kind, sent)
         exposed, dim, back = self.expose(node, shape, type_)
         new = self.build.gather(exposed, dim, type_.sequence, used=used)
-        self.build.record("all_gather", new, sent, value.wanted or self.reason)
+        self.build.record("all_gather", new, sent, value.wanted or self.reason, type_.sequence)
         return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
 
     def _laid_out(self, x: Node, value: Value, tokens: int) -> Node:

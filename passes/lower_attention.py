@@ -163,7 +163,7 @@ class _Lowering:
         dim = len(self.shape) - 2
         both = self.build.call(aten.cat.default, [k, v], -1)
         whole = self.build.gather(both, dim, keys, used=True)
-        self.build.record("all_gather", whole, self.choice.sent, "keys and values of an attention")
+        self.build.record("all_gather", whole, self.choice.sent, "keys and values of an attention", keys)
         parts = self.build.call(aten.split_with_sizes.default, whole, self.build.sizes(widths), -1)
         first, second = (self.build.call(operator.getitem, parts, i) for i in (0, 1))
         for new, old in ((first, k), (second, v)):
@@ -288,7 +288,8 @@ class _Lowering:
     def _all_to_all(self, x: Node, sequence: Sequence, heads: int, width: Length, batch: Length) -> Node:
         new = self.build.all_to_all(x)
         elements = (self.size - 1) * sequence.local_length(self.size) * batch * heads * width
-        self.build.record("all_to_all", new, as_length(elements * self.itemsize), "tokens and heads of an attention")
+        sent = as_length(elements * self.itemsize)
+        self.build.record("all_to_all", new, sent, "tokens and heads of an attention", sequence)
         return new
 
 

@@ -71,6 +71,8 @@ class _Partitioner(Converter):
                 self._visit(node)
         # The bookkeeping of conversions may leave forms that nobody used in the end.
         self.graph.eliminate_dead_code(_is_impure)
+        left = {node.name for node in self.graph.nodes}
+        self.program.report.collectives[:] = [r for r in self.program.report.collectives if r.value in left]
         self.graph.lint()
         gm = GraphModule(old, self.graph, old.__class__.__name__)
         gm.meta.update(old.meta)

@@ -167,16 +167,17 @@ def _annotated(node: Node, source: Type) -> Type:
     shape = shape_of(node)
     if not 0 <= dim < len(shape):
         raise PlanError(f"{entry}: dimension {dim} is out of range for a tensor of shape {list(shape)}")
-    length = shape[dim]
+    length, name = shape[dim], str(entry).partition(":")[0]
     if same_length(length, 0):
         return source
     text = as_length(text_len.meta["val"] if isinstance(text_len, Node) else text_len)
     if isinstance(text, int) and text < 0:
-        return Shard(dim, Sequence.of(length), origin=str(entry))
+        return Shard(dim, Sequence((Segment(length, name=name),)), origin=str(entry))
     rest = as_length(length - text)
     if isinstance(rest, int) and rest <= 0:
         raise PlanError(
             f"{entry}: the text part has {text} tokens, but the tensor has only {length} along dimension {dim}"
         )
-    segments = (Segment(text, False), Segment(rest)) if not same_length(text, 0) else (Segment(rest),)
+    split = Segment(rest, name=name)
+    segments = (split,) if same_length(text, 0) else (Segment(text, False, f"{name} (text)"), split)
     return Shard(dim, Sequence(segments), origin=str(entry))

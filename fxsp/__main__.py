@@ -1,0 +1,144 @@
+"""``python -m fxsp``: explain and verify from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fxsp
+from fxsp.errors import FxspError, FxspWarning
+from fxsp.provenance import UnknownNameError
+
+__all__ = ["main"]
+
+EXAMPLES = """\
+a factory is a function without arguments that returns (model, args, kwargs), in a module that can be imported:
+
+    # flux.py
+    def build():
+        with torch.device("meta"):                      # no weights needed to explain
+            model = FluxTransformer2DModel(guidance_embeds=True)
+            return model, (), {"hidden_states": torch.empty(1, 4096, 64), ...}
+
+examples:
+    python -m fxsp explain flux:build --ranks 8
+    python -m fxsp explain flux:build --ranks 8 --ulysses 4 --ring 2 --html flux.html
+    python -m fxsp explain flux:build --ranks 8 --stage partitioned
+    python -m fxsp explain flux:build --ranks 8 --why transformer_blocks.0.attn
+    python -m fxsp verify  small:build --ranks 2 3 8 --no-grad
+"""
+
+
+class UsageError(FxspError):
+    """The command line names something that does not exist."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m fxsp", description=__doc__, epilog=EXAMPLES, formatter_class=kind)
+    commands = parser.add_subparsers(dest="command", required=True)
+    explain = commands.add_parser("explain", help="what the compiler would do", epilog=EXAMPLES, formatter_class=kind)
+    verify = commands.add_parser(
+        "verify", help="compare the split model with itself, on simulated ranks", epilog=EXAMPLES, formatter_class=kind
+    )
+    for command in (explain, verify):
+        command.add_argument("factory", help="package.module:factory")
+        command.add_argument("--ulysses", type=int, help="ranks that exchange heads")
+        command.add_argument("--ring", type=int, help="ranks in a ring")
+        command.add_argument("--strict", action="store_true", help="implicit gathers are errors")
+    explain.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    explain.add_argument("--grad", action="store_true", help="as in training")
+    explain.add_argument("--html", metavar="FILE", help="write a page that stands alone")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.add_argument("--stage", help="print the graph after a stage")
+    explain.add_argument("--why", metavar="NAME", help="why a module, value or collective is as it is")
+    verify.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="numbers of ranks")
+    verify.add_argument("--no-grad", action="store_true", help="compare values only")
+    return parser
+
+
+def _factory(name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise UsageError(f'"{name}" is no factory: write package.module:factory')
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f'there is no module "{error.name}" (looked for {module}, also in {Path.cwd()})') from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f'module {module} has no "{attribute}"')
+        found = getattr(found, part)
+    made = found()
+    if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[2], dict):
+        raise UsageError(f"{name} returned {type(made).__name__}; a factory returns (model, args, kwargs)")
+    return made
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {"ulysses_degree": arguments.ulysses, "ring_degree": arguments.ring}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return {**options, "strict": True} if arguments.strict else options
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    model, args, kwargs = _factory(arguments.factory)
+    with torch.set_grad_enabled(arguments.grad):
+        found = fxsp.explain(
+            model, *args, world_size=arguments.ranks, options=_options(arguments), progress=True, **kwargs
+        )
+    shown = []
+    if arguments.html:
+        sys.stderr.write(f"fxsp: wrote {found.to_html(arguments.html)}\n")
+    if arguments.json:
+        shown.append(found.to_json())
+    if arguments.stage:
+        shown += [found.graph(arguments.stage, i) for i in range(len(found.results))]
+    if arguments.why:
+        shown.append(found.explain(arguments.why))
+    print("\n\n".join(shown) if shown else str(found))
+    return 0 if any(m is not None for m in found.measures) or arguments.ranks == 1 else 1
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    model, args, kwargs = _factory(arguments.factory)
+    evidence = fxsp.verify(
+        model,
+        *args,
+        world_size=arguments.ranks,
+        options=_options(arguments),
+        gradients=False if arguments.no_grad else None,
+        **kwargs,
+    )
+    print(evidence)
+    return 0 if evidence.ok else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 if the model is split (explain) or equal (verify), 1 if not or on an error, 2 on usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FxspWarning)
+            return _explain(arguments) if arguments.command == "explain" else _verify(arguments)
+    except (FxspError, UnknownNameError, OSError) as error:
+        sys.stderr.write(f"fxsp: {error}\n")
+    except Exception as error:
+        if os.environ.get("FXSP_TRACEBACK"):
+            raise
+        sys.stderr.write(f"fxsp: {type(error).__name__}: {error}\n  (FXSP_TRACEBACK=1 shows where)\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What a rank sends, as a formula in the lengths of the sequences and the number of ranks.
+
+A collective that moves tokens sends ``c * rows * share`` bytes: ``c`` bytes for each token, the local rows of the
+tokens that travel, ``ceil(S/P)`` for each segment that is split and ``S`` for one that is whole, and the share that
+leaves the rank::
+
+    gather, all_gather          (P - 1)      everyone else gets the rank's rows
+    all_to_all, reduce_scatter  (P - 1)/P    one part in P stays at home
+    all_reduce                  2(P - 1)/P   a reduce-scatter and an all-gather
+
+The formula is read from the operator and the tokens that its pass recorded, and it is accepted only if it gives, at the
+lengths and the number of ranks at hand, exactly the bytes that the pass counted.  ``c`` holds whatever else decides the
+size (batch, heads, head size, dtype), as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from fxsp.types import Sequence
+
+__all__ = ["Formula", "Names", "format_formulas", "formula_of"]
+
+#: Kind of collective -> the share that leaves a rank, as text and as a function of P.
+_SHARES = {
+    "all_gather": "(P-1)",
+    "all_to_all": "(P-1)/P",
+    "reduce_scatter": "(P-1)/P",
+    "all_reduce": "2(P-1)/P",
+}
+
+
+def _share(text: str, size: int) -> Fraction:
+    return {"(P-1)": Fraction(size - 1), "(P-1)/P": Fraction(size - 1, size)}.get(text, Fraction(2 * (size - 1), size))
+
+
+class Names:
+    """Short names for lengths: ``S`` if there is one, else ``S1``, ``S2``, ... in order of first use."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, int], None] = {}
+
+    def add(self, what: str, length: int) -> tuple[str, int]:
+        """Remember the tokens of ``what``; the key under which :meth:`short` knows them."""
+        self._found[what, length] = None
+        return what, length
+
+    def short(self, key: tuple[str, int]) -> str:
+        if len(self._found) == 1:
+            return "S"
+        return f"S{list(self._found).index(key) + 1}"
+
+    def legend(self) -> list[tuple[str, str, int]]:
+        """``(short name, what it counts, its value)`` of every length."""
+        return [(self.short(key), *key) for key in self._found]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Bytes that each rank sends: ``per_token * rows * share``, or ``per_token * share`` where no tokens travel."""
+
+    per_token: Fraction
+    share: str
+    #: What travels: ``(key of the length, whether it is split over the ranks)``.
+    tokens: tuple[tuple[tuple[str, int], bool], ...] = ()
+
+    def __call__(self, size: int, lengths: Mapping[str, int] | None = None) -> int:
+        """The bytes on ``size`` ranks; ``lengths`` replaces the lengths of the sequences that it names."""
+        rows = 0 if self.tokens else 1
+        for (what, length), split in self.tokens:
+            n = (lengths or {}).get(what, length)
+            rows += -(-n // size) if split else n
+        return int(-(-self.per_token * rows * _share(self.share, size) // 1))
+
+    def text(self, names: Names) -> str:
+        """``3072·(⌈S1/P⌉+⌈S2/P⌉)·(P-1)/P``."""
+        factors = [str(self.per_token)] if self.per_token != 1 else []
+        if self.tokens:
+            terms = [f"⌈{names.short(key)}/P⌉" if split else names.short(key) for key, split in self.tokens]
+            factors.append(terms[0] if len(terms) == 1 else f"({'+'.join(terms)})")
+        return "·".join([*factors, self.share])
+
+
+def formula_of(kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int, ...], size: int) -> Formula | None:
+    """The formula of one collective, or None if the bytes counted do not have that form.
+
+    ``sent`` are the bytes counted on ``size`` ranks, ``lengths`` those of the segments of ``tokens``, as numbers.
+    """
+    if kind not in _SHARES:
+        return None
+    share = _SHARES[kind]
+    travelling: list[tuple[tuple[str, int], bool]] = []
+    rows = 0
+    for segment, n in zip(tokens.segments, lengths, strict=True) if tokens is not None else ():
+        if not segment.sharded and kind == "all_gather":
+            continue  # whole on every rank: it stays at home
+        if not segment.name:
+            return None
+        travelling.append(((segment.name, n), segment.sharded))
+        rows += -(-n // size) if segment.sharded else n
+    per_token = Fraction(sent) / (_share(share, size) * (rows if travelling else 1))
+    if per_token.denominator != 1 and travelling:
+        return None
+    formula = Formula(per_token, share, tuple(travelling))
+    return formula if formula(size) == sent else None
+
+
+def format_formulas(formulas: Iterable[Formula], names: Names) -> str:
+    """A sum of formulas; those of one form are one term."""
+    sums: dict[tuple[str, tuple[tuple[tuple[str, int], bool], ...]], Fraction] = {}
+    for f in formulas:
+        key = (f.share, f.tokens)
+        sums[key] = sums.get(key, Fraction(0)) + f.per_token
+    return " + ".join(Formula(total, *key).text(names) for key, total in sums.items())

@@ -1,0 +1,91 @@
+"""What one partitioned graph costs, as numbers: operations, memory, pads, and bytes with their formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fxsp.flops import Shape, node_flops
+from fxsp.formula import Formula, Names, formula_of
+from fxsp.memory import peak_bytes
+from fxsp.passes.base import Program
+from fxsp.passes.verify import infer_local
+from fxsp.report import CollectiveRecord
+from fxsp.torch_internals import fake_mode_of, size_hint
+from fxsp.types import Shard, as_length
+
+__all__ = ["Measures", "measure"]
+
+
+@dataclass
+class Measures:
+    """All for one forward pass; flops, bytes and tokens as numbers, for the inputs that were traced."""
+
+    #: Of the unsplit graph, and of each rank.
+    flops_total: int = 0
+    flops_per_rank: list[int] = field(default_factory=list)
+    #: Peak of the activations, of the unsplit graph and of a rank; see :mod:`fxsp.memory`.
+    memory_one: int = 0
+    memory_rank: int = 0
+    #: What is split -> its tokens, those of each rank, and the pads of all ranks together.
+    padding: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    #: For each collective of the report its bytes, and the formula where there is one.
+    sent: list[int] = field(default_factory=list)
+    formulas: list[Formula | None] = field(default_factory=list)
+    names: Names = field(default_factory=Names)
+    #: Reads a size as a number.
+    number: Callable[[Any], int] = int
+
+
+def measure(program: Program) -> Measures:
+    """Measure a partitioned program."""
+    infer_local(program)
+    whole: Graph = program.facts["global"].graph
+    values = (n.meta.get("val") for n in whole.nodes if n.op == "placeholder")
+    mode = next((m for v in values if (m := fake_mode_of(v)) is not None), None)
+
+    def number(size: Any) -> int:
+        return size if type(size) is int else size_hint(as_length(size), mode)
+
+    found = Measures(number=number)
+    found.flops_total = _flops(whole, "val", number)
+    found.flops_per_rank = [_flops(program.graph, "local_val", number)] * program.ranks.size
+    found.memory_one = peak_bytes(whole, "val", number, training=program.training)
+    found.memory_rank = peak_bytes(program.graph, "local_val", number, training=program.training)
+    found.padding = _padding(program, number)
+    for record in program.report.collectives:
+        found.sent.append(number(record.bytes))
+        found.formulas.append(_formula(record, found.sent[-1], program.ranks.size, number))
+        for key, _ in getattr(found.formulas[-1], "tokens", ()):
+            found.names.add(*key)
+    return found
+
+
+def _flops(graph: Graph, key: str, number: Callable[[Any], int]) -> int:
+    def shape_of(node: Any) -> Shape | None:
+        value = node.meta.get(key) if isinstance(node, Node) else None
+        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
+
+    return sum(node_flops(node, shape_of) for node in graph.nodes)
+
+
+def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[int, int, int]]:
+    found = {}
+    size = program.ranks.size
+    for node in program.graph.nodes:
+        type_ = node.meta.get("sp")
+        for segment in type_.sequence.segments if isinstance(type_, Shard) else ():
+            if segment.sharded and segment.name:
+                tokens = number(segment.length)
+                rows = -(-tokens // size)
+                found[segment.name] = (tokens, rows, rows * size - tokens)
+    return found
+
+
+def _formula(record: CollectiveRecord, sent: int, size: int, number: Callable[[Any], int]) -> Formula | None:
+    lengths = () if record.tokens is None else tuple(number(n) for n in record.tokens.lengths)
+    return formula_of(record.kind, sent, record.tokens, lengths, size)

@@ -1,0 +1,147 @@
+"""An explanation on one screen, and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fxsp.formula import format_formulas
+from fxsp.inspection import attention_lines, gather_lines, plan_lines, section
+from fxsp.measures import Measures
+from fxsp.offline import OfflineResult
+from fxsp.printer import format_bytes
+from fxsp.report import CollectiveRecord
+
+__all__ = ["as_data", "format_count", "one_screen"]
+
+
+def format_count(n: float) -> str:
+    """``"1.5 TFLOP"``."""
+    for unit in ("", "K", "M", "G", "T"):
+        if n < 1000:
+            return f"{n:.3g} {unit}FLOP"
+        n /= 1000
+    return f"{n:.3g} PFLOP"
+
+
+def one_screen(e: Any) -> str:
+    """The text of ``str(e)``; ``e`` is a :class:`fxsp.Explanation`."""
+    ranks = f"{e.world_size} rank{'s' if e.world_size > 1 else ''}"
+    graphs = f", {len(e.results)} graphs" if len(e.results) != 1 else ""
+    lines = [f"{e.model} on {ranks}{graphs}"]
+    if not e.results:
+        return lines[0] + ": Dynamo traced nothing"
+    for i, (result, m) in enumerate(zip(e.results, e.measures, strict=True)):
+        if len(e.results) > 1:
+            lines.append(f"graph {i}:")
+        lines += _graph(result, m)
+    return "\n".join(lines)
+
+
+def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
+    report = result.report
+    lines = [f"runs whole on every rank: {report.unsharded}"] if report.unsharded else []
+    lines += section("plan", plan_lines(report.plan))
+    lines += section("attention", attention_lines(report.attentions))
+    if m is not None:
+        lines += section("collectives (sent per rank, forward)", _collectives(report.collectives, m))
+    implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
+    lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
+    if m is not None:
+        lines += section("work and memory", _work(m))
+    lines += section("notes", report.notes)
+    return lines
+
+
+def _collectives(records: list[CollectiveRecord], m: Measures) -> Iterator[str]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault((record.kind, record.reason), []).append(i)
+    for (kind, reason), members in groups.items():
+        yield f"{len(members):4d} x {kind:<14} {format_bytes(sum(m.sent[i] for i in members)):<9}  {reason}".rstrip()
+        yield f"       = {_formula(members, m)}"
+    if records:
+        yield f"{len(records):4d}   {'in all':<14} {format_bytes(sum(m.sent))}"
+        legend = [f"{short} = {n} tokens of {what}" for short, what, n in m.names.legend()]
+        yield "; ".join([f"P = {len(m.flops_per_rank)}", *legend])
+
+
+def _formula(members: list[int], m: Measures) -> str:
+    known = [f for i in members if (f := m.formulas[i]) is not None]
+    rest = sum(m.sent[i] for i in members if m.formulas[i] is None)
+    parts = [format_formulas(known, m.names)] if known else []
+    return " + ".join([*parts, *([f"{rest} (at these sizes)"] if rest else [])]) + " B" if parts or rest else "nothing"
+
+
+def _work(m: Measures) -> Iterator[str]:
+    size, busiest = len(m.flops_per_rank), max(m.flops_per_rank, default=0)
+    if m.flops_total:
+        even = m.flops_total / (size * busiest) if busiest else 1.0
+        idlest = min(m.flops_per_rank)
+        spread = "each" if idlest == busiest else f"at most, {format_count(idlest)} at least"
+        yield (
+            f"operations   {format_count(m.flops_total)} on one device, {format_count(busiest)} a rank {spread}: "
+            f"{even:.0%} of an even split"
+        )
+    share = m.memory_rank / m.memory_one if m.memory_one else 1.0
+    yield (
+        f"activations  {format_bytes(m.memory_one)} on one device, {format_bytes(m.memory_rank)} a rank: "
+        f"{share:.0%} (an even split is {1 / size:.0%})"
+    )
+    for name, (tokens, rows, pads) in m.padding.items():
+        waste = f"{pads} pads, {pads / (tokens + pads):.1%} of the rows" if pads else "no pads"
+        yield (
+            f"tokens       {name}: {tokens} = {size} x {rows}, {waste}"
+            if not pads
+            else (f"tokens       {name}: {tokens} in {size} x {rows}, {waste}")
+        )
+
+
+def as_data(e: Any) -> dict[str, Any]:
+    """The explanation as dictionaries, lists, numbers and text."""
+    return {
+        "model": e.model,
+        "world_size": e.world_size,
+        "seconds": e.seconds,
+        "flops_total": e.flops_total,
+        "flops_per_rank": e.flops_per_rank,
+        "communication": {kind: {"count": n, "bytes": b} for kind, (n, b) in e.communication.items()},
+        "graphs": [_graph_data(r, m) for r, m in zip(e.results, e.measures, strict=True)],
+    }
+
+
+def _graph_data(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
+    report = result.report
+    data: dict[str, Any] = {
+        "unsharded": report.unsharded,
+        "plan": [vars(record) for record in report.plan],
+        "attentions": [
+            {**vars(record), "bytes": str(record.bytes), "rejected": dict(record.rejected)}
+            for record in report.attentions
+        ],
+        "implicit_gathers": [{**vars(g), "bytes": str(g.bytes)} for g in report.implicit_gathers],
+        "notes": report.notes,
+        "stages": list(result.stages),
+    }
+    if m is None:
+        return data
+    data["collectives"] = [
+        {
+            "kind": record.kind,
+            "value": record.value,
+            "module": record.module,
+            "source": record.source,
+            "reason": record.reason,
+            "bytes": sent,
+            "formula": formula.text(m.names) if formula is not None else None,
+        }
+        for record, sent, formula in zip(report.collectives, m.sent, m.formulas, strict=True)
+    ]
+    data["lengths"] = [{"name": short, "of": what, "tokens": n} for short, what, n in m.names.legend()]
+    data |= {"flops_total": m.flops_total, "flops_per_rank": m.flops_per_rank}
+    data |= {"activation_bytes_one_device": m.memory_one, "activation_bytes_per_rank": m.memory_rank}
+    data["padding"] = [
+        {"of": name, "tokens": tokens, "rows_per_rank": rows, "pads": pads}
+        for name, (tokens, rows, pads) in m.padding.items()
+    ]
+    return data

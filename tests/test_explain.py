@@ -1,0 +1,200 @@
+"""fxsp.explain: golden screens of three models, formulas that hold at other lengths and ranks, chains of reasons."""
+
+from __future__ import annotations
+
+import json
+from textwrap import dedent
+from typing import Any
+
+import models
+import pytest
+import small
+import torch
+
+import fxsp
+from fxsp.diff import diff_stages
+from fxsp.flops import attention_flops
+from fxsp.provenance import UnknownNameError
+
+LLAMA = {"": {"input_ids": fxsp.SequenceParallelInput(split_dim=1)}}
+
+
+def explained(name: str, size: int = 2, **arguments: Any) -> fxsp.Explanation:
+    plan = arguments.pop("plan", None)
+    model, inputs = getattr(models, name)(**arguments)
+    with torch.no_grad():
+        return fxsp.explain(model, world_size=size, plan=plan, **inputs)
+
+
+def small_one(size: int = 2, tokens: int = 5, **arguments: Any) -> fxsp.Explanation:
+    with torch.no_grad():
+        return fxsp.explain(small.Model(**arguments), small.inputs(tokens), world_size=size, plan=small.SPLIT)
+
+
+def shown(text: str) -> str:
+    """Without source lines, which belong to the libraries, and without rejected methods."""
+    return "\n".join(line.partition("; rejected:")[0].rstrip() for line in text.splitlines())
+
+
+def test_golden_small() -> None:
+    assert shown(str(small_one(mix=True))).split("implicit gathers")[0].rstrip() == dedent("""\
+        Model on 2 ranks
+        plan:
+          applied      <root>[x]: SequenceParallelInput(split_dim=1)  [2, 5, 8] along 1
+        attention:
+          2 x ulysses in blocks.*: 384 B each
+        collectives (sent per rank, forward):
+             1 x all_gather     192 B      aten.cumsum.default needs dimension 1 of operand 0 whole (the tokens [5])
+                 = 64·⌈S/P⌉·(P-1) B
+             4 x all_to_all     768 B      tokens and heads of an attention
+                 = 512·⌈S/P⌉·(P-1)/P B
+             5   in all         960 B
+          P = 2; S = 5 tokens of <root>[x]""")
+
+
+def test_golden_flux() -> None:
+    text = shown(str(explained("flux", image=25)))
+    assert text.split("collectives")[1] == dedent("""\
+         (sent per rank, forward):
+             1 x all_gather     416 B      proj_out: SequenceParallelOutput(gather_dim=1, expected_dims=3)
+                 = 32·⌈S1/P⌉·(P-1) B
+             4 x all_to_all     17.0 KiB   tokens and heads of an attention
+                 = 2048·(⌈S2/P⌉+⌈S1/P⌉)·(P-1)/P B
+             5   in all         17.4 KiB
+          P = 2; S1 = 25 tokens of <root>[hidden_states]; S2 = 7 tokens of <root>[encoder_hidden_states]
+        work and memory:
+          operations   7.09 MFLOP on one device, 3.84 MFLOP a rank each: 92% of an even split
+          activations  89.0 KiB on one device, 47.8 KiB a rank: 54% (an even split is 50%)
+          tokens       <root>[hidden_states]: 25 in 2 x 13, 1 pads, 3.8% of the rows
+          tokens       <root>[encoder_hidden_states]: 7 in 2 x 4, 1 pads, 12.5% of the rows
+          tokens       <root>[txt_ids]: 7 in 2 x 4, 1 pads, 12.5% of the rows
+          tokens       <root>[img_ids]: 25 in 2 x 13, 1 pads, 3.8% of the rows""")
+
+
+def test_golden_llama() -> None:
+    text = shown(str(explained("llama", size=2, tokens=16, layers=2, plan=LLAMA)))
+    assert "2 x ulysses in model.layers.*.self_attn" in text
+    assert "tokens       <root>[input_ids]: 16 = 2 x 8, no pads" in text
+    assert "P = 2; S = 16 tokens of <root>[input_ids]" in text
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(9, 2), (12, 1), (17, 2)])
+def test_formulas_hold_at_other_lengths(tokens: int, size: int) -> None:
+    one, other = small_one(tokens=6), small_one(tokens=tokens)
+    assert one.measures[0] is not None
+    for formula, sent in zip(one.measures[0].formulas, other.measures[0].sent, strict=True):  # type: ignore[union-attr]
+        assert formula is not None
+        assert formula(2, {"<root>[x]": tokens}) == sent
+
+
+def test_formulas_hold_for_other_ranks() -> None:
+    two, four = (explained("flux", size=n, image=23, text=6) for n in (2, 4))
+    a, b = two.measures[0], four.measures[0]
+    assert a is not None
+    assert b is not None
+    assert [f and f(4) for f in a.formulas] == b.sent
+    assert [f and f(2) for f in b.formulas] == a.sent
+
+
+def test_operations() -> None:
+    e = small_one(tokens=6)
+    # Per block qkv and output projections, two heads of 4 and full attention; then the head.
+    block = 2 * 2 * 6 * 8 * 24 + 2 * 2 * 6 * 8 * 8 + 2 * 2 * 2 * 6 * 6 * 8
+    assert e.flops_total == 2 * block + 2 * 2 * 6 * 8 * 5
+    assert e.flops_per_rank == [e.flops_total // 2] * 2
+    assert small_one(tokens=5).flops_per_rank[0] > small_one(tokens=5).flops_total / 2
+
+
+def test_causal_attention_counts_allowed_pairs() -> None:
+    q, k = (1, 3, 4), (1, 5, 4)
+    allowed = sum(torch.ones(3, 5).tril().flatten().tolist())
+    assert attention_flops(q, k, k, causal=True) == 2 * allowed * 8
+    assert attention_flops(k, q, q, causal=True) == 2 * torch.ones(5, 3).tril().sum() * 8
+    assert attention_flops(q, k, k, causal=False) == 2 * 15 * 8
+
+
+def test_data_and_stages() -> None:
+    e = small_one()
+    data = json.loads(e.to_json())
+    assert data["graphs"][0]["collectives"][-1]["formula"] == "64·⌈S/P⌉·(P-1)/P"
+    assert data["communication"]["all_to_all"] == {"count": 4, "bytes": 768}
+    assert e.stages[0] == "captured"
+    assert e.stages[-1] == "partitioned"
+    assert "▶ all_to_all" in e.graph("partitioned")
+    with pytest.raises(fxsp.OptionError, match=r"no stage 'partition'.*\"partitioned\""):
+        e.graph("partition")
+
+
+def test_diff() -> None:
+    e = small_one()
+    plain = e.diff()
+    assert "+ ▶ all_to_all_default" in plain
+    assert "\n~ linear = linear(" in plain or "linear" in plain
+    assert "\x1b" not in plain
+    stages = e.results[0].stages
+    colored = diff_stages(stages["normalized"], stages["partitioned"], color=True)
+    assert "\x1b[32m+ ▶ all_to_all_default" in colored
+
+
+def test_reasons() -> None:
+    e = small_one(mix=True)
+    module = e.explain("blocks.1")
+    assert "attention: ulysses (small.py:" in module
+    assert "what would remove it" in module
+    assert "by the plan: <root>[x]: SequenceParallelInput(split_dim=1)" in module
+    gather = next(c for c in e.collectives if c.kind == "all_gather")
+    assert "why: aten.cumsum.default needs dimension 1" in e.explain(gather.value)
+    assert "small.py:" in e.explain(gather.value)
+    assert e.explain("linear").startswith("linear: S(1, [5]) (blocks.0.qkv, small.py:")
+    with pytest.raises(UnknownNameError, match=r'Did you mean "blocks\.1'):
+        e.explain("blocks.11")
+
+
+def test_unsplit_models_and_wrong_options() -> None:
+    e = fxsp.explain(torch.nn.Linear(2, 2), torch.randn(1, 2), world_size=2)
+    assert "runs whole on every rank: no plan" in str(e)
+    assert e.flops_per_rank == []
+    with pytest.raises(fxsp.OptionError, match="at least 1"):
+        fxsp.explain(torch.nn.Linear(2, 2), torch.randn(1, 2), world_size=0)
+    with pytest.raises(fxsp.PlanError, match="Did you mean"):
+        fxsp.explain(small.Model(), small.inputs(), world_size=2, plan={"blcks.0": fxsp.SequenceParallelOutput(1)})
+
+
+def test_several_graphs() -> None:
+    class Broken(small.Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.blocks[0](x)
+            torch._dynamo.graph_break()
+            return self.head(x)
+
+    with torch.no_grad():
+        e = fxsp.explain(Broken(), small.inputs(), world_size=2, plan=small.SPLIT)
+    assert len(e.results) == 2
+    assert "graph 1:" in str(e)
+
+
+def _sent(rank: int, size: int) -> dict[str, int]:
+    """Bytes that this rank really sends, by the profiler's shapes (all tensors are float32)."""
+    share = {"all_to_all_single": (size - 1) / size, "all_gather_into_tensor": size - 1}
+    model, inputs = models.flux(image=25)
+    fast = torch.compile(model, backend="sp", options={"inner": "aot_eager"})
+    with torch.no_grad():
+        fast(**inputs)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+            fast(**inputs)
+    found: dict[str, int] = {}
+    for event in seen.events():
+        kind = event.name.partition("_c10d_functional::")[2]
+        if kind in share:
+            elements = torch.Size(event.input_shapes[0]).numel()
+            found[kind] = found.get(kind, 0) + int(4 * elements * share[kind])
+    return found
+
+
+def test_estimated_bytes_are_those_that_run(ranks: Any) -> None:
+    planned = explained("flux", image=25).communication
+    for found in ranks(2).run(_sent):
+        assert found == {
+            "all_to_all_single": planned["all_to_all"][1],
+            "all_gather_into_tensor": planned["all_gather"][1],
+        }
