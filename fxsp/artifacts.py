@@ -3,7 +3,7 @@
 =================== ==================================================================================================
 ``options["print"]`` the named stages, on standard output and in ``report.stages``
 ``FXSP_DUMP=dir``   every stage as a file ``dir/rank0/graph0_partitioned.txt``
-``TORCH_LOGS=+fxsp`` every stage, by the logger ``fxsp.artifacts`` (without ``+``: one line a graph)
+``TORCH_LOGS=+fxsp`` every stage, by the logger ``fxsp.artifacts``
 ``TORCH_TRACE=dir`` every stage as an artifact ``fxsp_partitioned`` of the compilation, for tlparse
 =================== ==================================================================================================
 
@@ -44,8 +44,8 @@ class StageWriter:
         self.kept: dict[str, list[Row]] = {}
         self.folder = os.environ.get("FXSP_DUMP", "")
         self.traced = torch_internals.tracing_artifacts()
-        everything = bool(keep or self.folder or self.traced or log.isEnabledFor(logging.DEBUG))
-        self.watch = frozenset(STAGES) if everything else self.shown
+        self.everywhere = bool(self.folder or self.traced or log.isEnabledFor(logging.DEBUG))
+        self.watch = frozenset(STAGES) if keep or self.everywhere else self.shown
         self.number = next(_numbers) if self.folder else 0
 
     def text(self, stage: str, gm: GraphModule, report: Report) -> None:
@@ -55,7 +55,7 @@ class StageWriter:
         lines = rows(gm, self.ranks)
         if self.keep:
             self.kept[stage] = lines
-        if self.watch == self.shown or stage in self.shown or not self.keep:
+        if self.everywhere or stage in self.shown:
             self._write(stage, format_rows(lines, self.ranks), report)
 
     def _write(self, stage: str, text: str, report: Report) -> None:

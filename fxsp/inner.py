@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from fxsp.errors import OptionError
+from fxsp.marks import name_collectives
 from fxsp.passes.emit import drop_identities, emit, fingerprint, op_name
 from fxsp.torch_internals import (
     aot_autograd,
@@ -88,6 +89,7 @@ def inductor_patches(mode: str | None = None) -> dict[str, Any]:
 
 def _run_emitted(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     emit(gm.graph)
+    name_collectives(gm.graph)
     return boxed(gm)
 
 
@@ -119,6 +121,7 @@ def _eager(gm: GraphModule, training: bool) -> Callable[..., Any]:
     for node in gm.graph.nodes:
         if op_name(node) == "use":
             node.target = _use
+    name_collectives(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return gm.forward

@@ -52,6 +52,7 @@ class _Offline:
     ranks: Ranks
     stages: bool = False
     results: list[OfflineResult] = field(default_factory=list)
+    error: FxspError | None = None
 
     __name__ = "fxsp_offline"
 
@@ -61,6 +62,7 @@ class _Offline:
             writer = StageWriter(self.options.print, self.ranks, keep=self.stages)
             report, program = compile_graph(gm, inputs, self.options, self.ranks, writer)
         except FxspError as error:
+            self.error = error
             raise unwrapped_by_dynamo(error) from error.__cause__
         result = OfflineResult(report, program, time.perf_counter() - start, gm.forward, writer.kept)
         self.results.append(result)
@@ -92,5 +94,9 @@ def partition_offline(
     backend = _Offline(Options.parse(options), Ranks(0, world_size, "offline"), stages)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxspWarning)
-        torch.compile(model, backend=backend)(*args, **(kwargs or {}))
+        try:
+            torch.compile(model, backend=backend)(*args, **(kwargs or {}))
+        except FxspError as error:
+            # As it was raised: Dynamo appends advice about its own stack traces.
+            raise backend.error or error from None
     return backend.results

@@ -55,6 +55,7 @@ BUCKET_BYTES = 25 * 2**20
 _INHERITED = (
     "stack_trace",
     "nn_module_stack",
+    "fwd_nn_module_stack",
     "source_fn_stack",
     "original_aten",
     "from_node",

@@ -198,3 +198,23 @@ def test_estimated_bytes_are_those_that_run(ranks: Any) -> None:
             "all_to_all_single": planned["all_to_all"][1],
             "all_gather_into_tensor": planned["all_gather"][1],
         }
+
+
+def _named(rank: int, size: int) -> set[str]:
+    """Names of the collectives in a profiler's trace of a training step under aot_eager, and of inference in eager."""
+    names = set()
+    for inner in ("aot_eager", "eager"):
+        model, x = small.Model(), small.inputs()
+        fast = torch.compile(model, backend="sp", options={"inner": inner, "plan": small.SPLIT})
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            fast(x).sum().backward()
+        names |= {f"{inner} {event.name}" for event in seen.events() if "small.py:" in event.name}
+    return {name.partition(" (")[0] + (" backward" if name.endswith("backward") else "") for name in names}
+
+
+def test_collectives_have_names_in_a_trace(ranks: Any) -> None:
+    for found in ranks(2).run(_named):
+        for block in (0, 1):
+            assert f"aot_eager all_to_all_single blocks.{block}" in found
+            assert f"aot_eager all_to_all_single blocks.{block} backward" in found
+            assert f"eager all_to_all blocks.{block}" in found
