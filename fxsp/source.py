@@ -12,9 +12,9 @@ __all__ = ["clean_module_path", "module_path", "node_source"]
 
 _TORCH = Path(torch.__file__).resolve().parent
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
-#: The root object of a Dynamo source: a local, an argument of a decorator (``L['args'][0]``), a global, or the
-#: innermost argument of nested ``getattr`` calls.
-_ROOT = re.compile(r"^L\['args'\]\[\d+\]|^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
+#: The root object of a Dynamo source: a local, a global, an item of either (the first of a decorator's ``*args``), or
+#: the innermost argument of nested ``getattr`` calls.
+_ROOT = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\](?:\[\d+\])?")
 _GETATTR = re.compile(r"^getattr\((?P<base>.*), (?P<quote>['\"])(?P<name>.*)(?P=quote)\)$")
 _PART = re.compile(r"\.?(?P<name>\w+)|\[(?P<quote>['\"]?)(?P<key>.*?)(?P=quote)\]")
 #: How a source reaches a submodule, and wrappers that add a level the user did not write.
@@ -46,8 +46,7 @@ def _in_torch(file: str) -> bool:
 
 def module_path(node: torch.fx.Node) -> str:
     """The path of the module that the node was traced in, ``"blocks.0.attn"``; ``""`` in the root or when unknown."""
-    # Nodes of a backward graph know that of the forward node they belong to.
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
     innermost = list(stack.values())[-1]

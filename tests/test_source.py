@@ -17,6 +17,7 @@ from fxsp.source import clean_module_path, module_path, node_source
         ("L['self']._modules['blocks']._modules['0'].attn", "blocks.0.attn"),
         ("L['self'].blocks[0].attn", "blocks.0.attn"),
         ("L['fn'].0._orig_mod.l.0", "0.l.0"),
+        ("L['args'][0].model.layers.0", "model.layers.0"),  # the first of a decorator's `*args`
         ("G['model']._orig_mod.blocks.1", "blocks.1"),
         ("L['fn'].__closure__[0].cell_contents.blocks.0", "blocks.0"),
         ("getattr(L['self'].blocks, '0')", "blocks.0"),
