@@ -18,7 +18,9 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +39,7 @@ __all__ = [
     "Used",
     "as_length",
     "ceil_div",
+    "equal_lengths",
     "parse",
     "product",
     "same_length",
@@ -46,14 +49,43 @@ Length = int | sympy.Expr
 Layout = Literal["contiguous", "head_tail"]
 
 
+_equal: ContextVar[dict[sympy.Expr, sympy.Expr]] = ContextVar("equal lengths")
+
+
+@contextmanager
+def equal_lengths(differences: Iterable[sympy.Expr]) -> Iterator[None]:
+    """Inside, lengths that differ by one of these expressions count as equal: each is known to be zero.
+
+    Two inputs may have lengths of their own, which the program requires to be equal by adding them, say.
+    """
+    known: dict[sympy.Expr, sympy.Expr] = {}
+    for difference in differences:
+        rest = sympy.expand(difference.xreplace(known))
+        for symbol in sorted(rest.free_symbols, key=str):
+            factor = rest.coeff(symbol)
+            others = rest - factor * symbol
+            if factor in (1, -1) and symbol not in others.free_symbols:
+                solved = sympy.expand(-others / factor)
+                known = {key: sympy.expand(value.xreplace({symbol: solved})) for key, value in known.items()}
+                known[symbol] = solved
+                break
+    token = _equal.set(known)
+    try:
+        yield
+    finally:
+        _equal.reset(token)
+
+
 def as_length(size: Any) -> Length:
     """The length of a dimension: an ``int``, or the sympy expression behind a ``SymInt``."""
     if isinstance(size, torch.SymInt):
-        expr = size.node.expr
-        return int(expr) if expr.is_Integer else expr
-    if isinstance(size, sympy.Expr):
-        return int(size) if size.is_Integer else size
-    return int(size)
+        size = size.node.expr
+    if not isinstance(size, sympy.Expr):
+        return int(size)
+    known = _equal.get(None)
+    if known and not known.keys().isdisjoint(size.free_symbols):
+        size = sympy.expand(size.xreplace(known))
+    return int(size) if size.is_Integer else size
 
 
 def same_length(a: Length, b: Length) -> bool:

@@ -24,6 +24,8 @@ from fxsp.passes.masks import Masks
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
+from fxsp.torch_internals import known_equalities
+from fxsp.types import equal_lengths
 
 __all__ = ["PIPELINE", "STAGES", "Runner", "Stage", "partition_program"]
 
@@ -78,4 +80,5 @@ class Runner:
 
 def partition_program(program: Program, runner: Runner | None = None) -> Program:
     """An annotated, normalized, functional program -> the program of one rank, with visible collectives."""
-    return (runner or Runner()).run(program)
+    with equal_lengths(known_equalities(program.gm)):
+        return (runner or Runner()).run(program)

@@ -7,7 +7,7 @@ import torch
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.types import Length, same_length
 
-__all__ = ["CHEAP", "ELEMENTWISE", "broadcast", "draws"]
+__all__ = ["CHEAP", "ELEMENTWISE", "aligned", "broadcast", "draws"]
 
 _BINARY = (
     "add sub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin eq ne lt le gt "
@@ -61,6 +61,14 @@ ELEMENTWISE = [*_elementwise_ops(), *overloads("max.other", "min.other")]
 CHEAP = {*ELEMENTWISE, *_TYPE_AS}
 
 
+def aligned(size: Length, result: Length) -> bool:
+    """Whether an operand's dimension runs along the result's, not over a single element again and again.
+
+    Two lengths of which it is not known that they are equal must be: a length of one would be known.
+    """
+    return same_length(size, result) or not same_length(size, 1)
+
+
 def broadcast(
     shapes: list[tuple[Length, ...]], result: tuple[Length, ...], prefix: str = "d"
 ) -> tuple[list[Dims], Dims, dict[str, Length]]:
@@ -71,9 +79,7 @@ def broadcast(
     operands: list[Dims] = []
     for shape in shapes:
         offset = rank - len(shape)
-        operands.append(
-            tuple(out[offset + i] if same_length(n, result[offset + i]) else () for i, n in enumerate(shape))
-        )
+        operands.append(tuple(out[offset + i] if aligned(n, result[offset + i]) else () for i, n in enumerate(shape)))
     return operands, out, sizes
 
 

@@ -7,6 +7,7 @@ boundaries is the business of ``fxsp.passes.structure``); all other dimensions p
 from __future__ import annotations
 
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules_elementwise import aligned
 from fxsp.types import Length, same_length
 
 __all__ = []
@@ -158,8 +159,7 @@ def index(call: Call) -> OpRule | None:
     for value in values:
         offset = rank - value.dim()
         from_right = tuple(
-            new[offset + i] if same_length(_length(n), sizes[f"n{offset + i}"]) else ()
-            for i, n in enumerate(value.shape)
+            new[offset + i] if aligned(_length(n), sizes[f"n{offset + i}"]) else () for i, n in enumerate(value.shape)
         )
         operands.append(from_right)
     out = [*dims[: used[0]], *new, *dims[used[-1] + 1 :]]

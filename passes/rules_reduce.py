@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
-from fxsp.passes.rules_elementwise import broadcast
+from fxsp.passes.rules_elementwise import aligned, broadcast
 from fxsp.types import Length
 
 __all__ = ["MEANS", "SUMS", "reduced_dims"]
@@ -95,7 +95,7 @@ def einsum(call: Call) -> OpRule | None:
             if sizes.get(letter, 1) == 1:
                 sizes[letter] = n
     operands = tuple(
-        tuple((c,) if n == sizes[c] else () for c, n in zip(t, s, strict=True))
+        tuple((c,) if aligned(n, sizes[c]) else () for c, n in zip(t, s, strict=True))
         for t, s in zip(terms, shapes, strict=True)
     )
     used = {f for dims in operands for dim in dims for f in dim}

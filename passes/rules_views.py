@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
-from fxsp.passes.rules_elementwise import CHEAP
+from fxsp.passes.rules_elementwise import CHEAP, aligned
 from fxsp.types import Length, as_length, product, same_length
 
 __all__ = ["reshape_factors"]
@@ -14,6 +14,7 @@ RESHAPES = overloads(
     "view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int", "squeeze", "squeeze.dim", "squeeze.dims",
     "unsqueeze", "view_copy", "view_as", "reshape_as", "ravel",
 )  # fmt: skip
+_UNSQUEEZES = overloads("unsqueeze")
 PERMUTES = overloads(
     "transpose.int", "permute", "t", "numpy_T", "mT", "movedim", "movedim.intlist", "movedim.int", "swapaxes",
     "swapdims",
@@ -105,7 +106,17 @@ def _smaller(a: Length, b: Length) -> bool:
     return bool((sympy.sympify(b) - sympy.sympify(a)).is_positive)
 
 
-@rule(RESHAPES)
+@rule(_UNSQUEEZES)
+def unsqueeze(call: Call) -> OpRule | None:
+    """``unsqueeze(1)``: ``([d0, d1]) -> ([d0, 1, d1])``; which 1 is the new one is known, also beside one token."""
+    shape = call.operand_shapes()[0]
+    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
+    at = call.dim("dim", len(shape) + 1)
+    out = (*dims[:at], (), *dims[at:])
+    return OpRule((tuple(dims),), (out,), {f"d{i}": n for i, n in enumerate(shape)})
+
+
+@rule([op for op in RESHAPES if op not in _UNSQUEEZES])
 def reshape(call: Call) -> OpRule | None:
     """``flatten``: ``([f0, f1, f2]) -> ([f0 f1, f2])``."""
     before, (after,) = call.operand_shapes()[0], call.result_shapes()
@@ -157,7 +168,7 @@ def expand(call: Call) -> OpRule | None:
     out: Dims = tuple((f"d{i}",) for i in range(rank))
     shape = call.operand_shapes()[0]
     offset = rank - len(shape)
-    dims = tuple(out[offset + i] if same_length(n, result[offset + i]) else () for i, n in enumerate(shape))
+    dims = tuple(out[offset + i] if aligned(n, result[offset + i]) else () for i, n in enumerate(shape))
     others: tuple[None, ...] = (None,) * (len(call.operands) - 1)  # expand_as reads a shape only
     return OpRule((dims, *others), (out,), {f"d{i}": n for i, n in enumerate(result)})
 
@@ -181,3 +192,5 @@ def view_as_real(call: Call) -> OpRule | None:
 
 
 CHEAP |= {*RESHAPES, *PERMUTES, *EXPANDS, *overloads("view_as_complex", "view_as_real")}
+# Tables of positions (rotary embeddings) are made of these.
+CHEAP |= {*overloads("outer", "stack", "repeat", "repeat_interleave.self_int", "select.int")}

@@ -1,0 +1,64 @@
+"""Lengths that the program itself requires to be equal, though they come from different inputs."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from lockstep import gradients
+from torch import Tensor
+from tracing import collectives, partition, shard, trace
+
+from fxsp.passes.base import Program
+from fxsp.passes.pipeline import Runner, partition_program
+from fxsp.simulation import check_replicated, simulate
+from fxsp.types import Ranks, as_length, equal_lengths, same_length
+
+A, B, C, D = (sympy.Symbol(name, positive=True, integer=True) for name in "abcd")
+
+
+def test_known_differences_make_lengths_equal() -> None:
+    assert not same_length(as_length(A + B), as_length(C + D))
+    with equal_lengths([A + B - C - D]):
+        assert same_length(as_length(A + B), as_length(C + D))
+        assert same_length(as_length(2 * A + 2 * B + 1), as_length(2 * C + 2 * D + 1))
+        assert not same_length(as_length(A), as_length(C))
+        with equal_lengths([A - C, B - 3]):
+            assert same_length(as_length(A), as_length(C))
+            assert as_length(B) == 3
+        assert not same_length(as_length(A), as_length(C))
+    assert not same_length(as_length(A + B), as_length(C + D))
+
+
+def test_one_difference_is_used_in_the_next() -> None:
+    with equal_lengths([A - B, B - C, C - 2 * D]):
+        assert same_length(as_length(A), as_length(2 * D))
+    with equal_lengths([A - A, 2 * A - 3 * B]):  # nothing to learn, nothing to solve in whole numbers
+        assert not same_length(as_length(A), as_length(B))
+
+
+def _rotary(text: Tensor, image: Tensor, text_table: Tensor, image_table: Tensor) -> Tensor:
+    """As Flux: tokens and the tables of their positions are joined apart, and meet in a product."""
+    x = torch.softmax(torch.cat([shard(text), shard(image)], 1), -1)
+    table = torch.cat([shard(text_table, 0), shard(image_table, 0)], 0).outer(torch.arange(3, 7, dtype=torch.float64))
+    return (x * table.cos()).softmax(-1)[:, text.shape[1] :]
+
+
+def test_two_inputs_with_lengths_of_their_own() -> None:
+    """Their sums are equal, so the product is of one sequence; the table is laid out anew without communication."""
+    shapes = [(2, 3, 4), (2, 6, 4), (4,), (5,)]  # 3 + 6 tokens, and 4 + 5 positions
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    for symbolic in (False, True):
+        gm = trace(_rotary, *inputs, symbolic=symbolic)
+        program = partition_program(Program(gm, Ranks(0, 2, "simulated"), training=True), Runner(check=True))
+        assert collectives(program) == {"gather": 1}
+        assert not [g for g in program.report.implicit_gathers if g.kind == "implicit"]
+        (out,) = check_replicated(simulate(program.gm, 2, inputs))
+        torch.testing.assert_close(out, _rotary(*inputs))
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = _rotary(*leaves)
+    given = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, given)
+    program = partition(_rotary, *inputs, training=True)
+    _, found = gradients(program.gm, 2, leaves, [given])
+    for a, b in zip(check_replicated(found), wanted, strict=True):
+        torch.testing.assert_close(a, b)
