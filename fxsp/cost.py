@@ -72,6 +72,11 @@ def timeline(
             start = max(begin, wire)
             wire = ready[node] = start + device.latency + sent[node.name] / device.link
             spans.append(Span(node, start, wire, True))
+            if fxsp_name(node) == "ring_attention":  # blocks are computed while others travel
+                start = max(begin, compute)
+                compute = start + _seconds(node, number, device)
+                ready[node] = max(wire, compute)
+                spans.append(Span(node, start, compute, False))
         else:
             cost = _seconds(node, number, device)
             if cost == 0:

@@ -17,10 +17,11 @@ import torch
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
+from fxsp.kernels.ring_blocks import chunks_of, meetings, same_sequence
 from fxsp.passes.rules import Call
-from fxsp.torch_internals import is_operator, packet_of, schema
+from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
 
-__all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops"]
+__all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops", "ring_flops"]
 
 Shape = tuple[int, ...]
 #: The shape of a tensor node, as numbers; None for anything else.
@@ -96,12 +97,43 @@ def _einsum(call: Call, shape_of: ShapeOf) -> int:
     return 2 * _numel(tuple(letters.values())) if len(operands) > 1 else 0
 
 
+def ring_flops(node: Node, shape_of: ShapeOf, rank: int) -> int:
+    """The blocks that ``rank`` computes in an ``fxsp.ring_attention``; a causal ring gives each rank others."""
+    call = Call(node)
+    q, v = shape_of(call["q"]), shape_of(call["v"])
+    assert q is not None
+    assert v is not None
+    ulysses, size = call["ulysses"], call["size"]
+    ring, place = size // ulysses, rank // ulysses
+    tokens = [_length(n) for n in call["q_lengths"]], call["q_whole"], [_length(n) for n in call["k_lengths"]]
+    queries = chunks_of(tokens[0], tokens[1], ulysses, ring, place)
+    same = same_sequence(tokens[0], tokens[1], tokens[2], call["k_whole"])
+    pairs = 0
+    for step in range(ring):
+        keys = chunks_of(tokens[2], call["k_whole"], ulysses, ring, (place - step) % ring)
+        keys = [key for key in keys if step == 0 or not key.whole]
+        for meeting in meetings(queries, keys, bool(call["causal"]), same):
+            m, n = sum(queries[i].rows for i in meeting.queries), sum(keys[j].real for j in meeting.keys)
+            pairs += attention_flops((m, 1), (n, 1), (n, 0), causal=meeting.how == "causal") // 2
+    return 2 * q[0] * q[1] * pairs * (q[-1] + v[-1])
+
+
+def _length(size: Any) -> int:
+    """A length among the arguments; one that a node computes counts as the hint of its value."""
+    return symint_hint(size.meta["local_val"]) if isinstance(size, Node) else int(size)
+
+
+def _busiest_of_a_ring(call: Call, shape_of: ShapeOf) -> int:
+    return ring_flops(call.node, shape_of, call["size"] - 1)
+
+
 #: Name of an operator -> its count; entries may be added for operators of one's own.
 FORMULAS: dict[str, Callable[[Call, ShapeOf], int]] = {
     "aten::linear": _linear,
     "aten::matmul": _matmul,
     "aten::einsum": _einsum,
     "aten::scaled_dot_product_attention": _attention,
+    "fxsp::ring_attention": _busiest_of_a_ring,
     **{f"aten::conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"aten::conv_transpose{n}d": _transposed_convolution for n in (1, 2, 3)},
 }

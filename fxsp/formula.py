@@ -7,6 +7,7 @@ leaves the rank::
     gather, all_gather          (P - 1)      everyone else gets the rank's rows
     all_to_all, reduce_scatter  (P - 1)/P    one part in P stays at home
     all_reduce                  2(P - 1)/P   a reduce-scatter and an all-gather
+    rotation                    1            one place on, in a ring
 
 The formula is read from the operator and the tokens that its pass recorded, and it is accepted only if it gives, at the
 lengths and the number of ranks at hand, exactly the bytes that the pass counted.  ``c`` holds whatever else decides the
@@ -29,11 +30,13 @@ _SHARES = {
     "all_to_all": "(P-1)/P",
     "reduce_scatter": "(P-1)/P",
     "all_reduce": "2(P-1)/P",
+    "rotation": "",
 }
 
 
 def _share(text: str, size: int) -> Fraction:
-    return {"(P-1)": Fraction(size - 1), "(P-1)/P": Fraction(size - 1, size)}.get(text, Fraction(2 * (size - 1), size))
+    shares = {"": Fraction(1), "(P-1)": Fraction(size - 1), "(P-1)/P": Fraction(size - 1, size)}
+    return shares.get(text, Fraction(2 * (size - 1), size))
 
 
 class Names:
@@ -80,7 +83,7 @@ class Formula:
         if self.tokens:
             terms = [f"⌈{names.short(key)}/P⌉" if split else names.short(key) for key, split in self.tokens]
             factors.append(terms[0] if len(terms) == 1 else f"({'+'.join(terms)})")
-        return "·".join([*factors, self.share])
+        return "·".join([*factors, *([self.share] if self.share else [])])
 
 
 def formula_of(kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int, ...], size: int) -> Formula | None:
@@ -88,13 +91,13 @@ def formula_of(kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int
 
     ``sent`` are the bytes counted on ``size`` ranks, ``lengths`` those of the segments of ``tokens``, as numbers.
     """
-    if kind not in _SHARES:
+    if kind not in _SHARES or (tokens is None and kind != "all_reduce"):
         return None
     share = _SHARES[kind]
     travelling: list[tuple[tuple[str, int], bool]] = []
     rows = 0
     for segment, n in zip(tokens.segments, lengths, strict=True) if tokens is not None else ():
-        if not segment.sharded and kind == "all_gather":
+        if not segment.sharded and kind in ("all_gather", "rotation"):
             continue  # whole on every rank: it stays at home
         if not segment.name:
             return None

@@ -60,7 +60,9 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     program = result.program
     if m is None or program is None:
         return data
-    sent = {record.value: size for record, size in zip(report.collectives, m.sent, strict=True)}
+    sent: dict[str, int] = {}
+    for record, size in zip(report.collectives, m.sent, strict=True):  # a ring's rotations are one node
+        sent[record.value] = sent.get(record.value, 0) + size
     data["collectives"] = [
         [
             record.value,

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxsp.flops import Shape, node_flops
+from fxsp.flops import Shape, node_flops, ring_flops
 from fxsp.formula import Formula, Names, formula_of
 from fxsp.memory import peak_bytes
 from fxsp.passes.base import Program
 from fxsp.passes.verify import infer_local
+from fxsp.printer import fxsp_name
 from fxsp.report import CollectiveRecord
 from fxsp.torch_internals import fake_mode_of, size_hint
 from fxsp.types import Shard, as_length
@@ -53,7 +54,7 @@ def measure(program: Program) -> Measures:
 
     found = Measures(number=number)
     found.flops_total = _flops(whole, "val", number)
-    found.flops_per_rank = [_flops(program.graph, "local_val", number)] * program.ranks.size
+    found.flops_per_rank = _flops_of_ranks(program, number)
     found.memory_one = peak_bytes(whole, "val", number, training=program.training)
     found.memory_rank = peak_bytes(program.graph, "local_val", number, training=program.training)
     found.padding = _padding(program, number)
@@ -65,11 +66,24 @@ def measure(program: Program) -> Measures:
     return found
 
 
-def _flops(graph: Graph, key: str, number: Callable[[Any], int]) -> int:
+def _flops_of_ranks(program: Program, number: Callable[[Any], int]) -> list[int]:
+    """All ranks do the same but for rings, in which each place meets other blocks."""
+    shape_of, size = _shapes("local_val", number), program.ranks.size
+    rings = [node for node in program.graph.nodes if fxsp_name(node) == "ring_attention"]
+    alike = _flops(program.graph, "local_val", number) - sum(node_flops(node, shape_of) for node in rings)
+    return [alike + sum(ring_flops(node, shape_of, rank) for node in rings) for rank in range(size)]
+
+
+def _shapes(key: str, number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:
     def shape_of(node: Any) -> Shape | None:
         value = node.meta.get(key) if isinstance(node, Node) else None
         return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
 
+    return shape_of
+
+
+def _flops(graph: Graph, key: str, number: Callable[[Any], int]) -> int:
+    shape_of = _shapes(key, number)
     return sum(node_flops(node, shape_of) for node in graph.nodes)
 
 

@@ -709,6 +709,11 @@ def size_hint(size: Any, mode: Any) -> int:
     return int(value.subs(dict.fromkeys(value.free_symbols, 1)))
 
 
+def symint_hint(size: Any) -> int:
+    """A ``SymInt`` as a number, for the inputs at hand."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:
     """Expressions of sizes that are zero: what tracing the graph has found out, and the compiled code has guards on."""
     import sympy

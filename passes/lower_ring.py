@@ -65,7 +65,7 @@ class _Ring:
         rows = self.keys.split_length(self.build.ranks.size)
         sent = product((batch, heads, rows, as_length(width + value[3]), self.itemsize))
         for _ in range(self.ring - 1):
-            self.build.record("rotation", both, sent, "keys and values of an attention, one place on")
+            self.build.record("rotation", both, sent, "keys and values of an attention, one place on", self.keys)
         both.meta["fxsp_bytes"] = as_length(sent * (self.ring - 1))
 
     # Ulysses within a place of the ring.

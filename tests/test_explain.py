@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
@@ -111,6 +112,23 @@ def test_causal_attention_counts_allowed_pairs() -> None:
     assert attention_flops(q, k, k, causal=True) == 2 * allowed * 8
     assert attention_flops(k, q, q, causal=True) == 2 * torch.ones(5, 3).tril().sum() * 8
     assert attention_flops(q, k, k, causal=False) == 2 * 15 * 8
+
+
+@pytest.mark.parametrize("options", [{"ring_degree": 4}, {"ulysses_degree": 2, "ring_degree": 2}], ids=str)
+def test_rings(options: dict[str, int], tmp_path: Path) -> None:
+    """The blocks of a causal ring differ by rank; together they are a little more than the triangle."""
+    model, inputs = models.llama(tokens=16, layers=1, kv_heads=8)
+    with torch.no_grad():
+        e = fxsp.explain(model, world_size=4, plan=LLAMA, options=options, **inputs)
+    pairs = [m // (2 * 8 * 16) for m in (f - min(e.flops_per_rank) for f in e.flops_per_rank)]
+    if options.get("ulysses_degree") is None:
+        assert pairs == [0, 16, 32, 48]
+        assert "3 x rotation" in str(e)
+    assert sum(e.flops_per_rank) == e.flops_total
+    rotations = [f for r, f in zip(e.collectives, e.measures[0].formulas, strict=True) if r.kind == "rotation"]  # type: ignore[union-attr]
+    assert rotations
+    assert all(f is not None and f.text(e.measures[0].names).endswith("·⌈S/P⌉") for f in rotations)  # type: ignore[union-attr]
+    assert e.to_html(tmp_path / "ring.html").stat().st_size > 5000
 
 
 def test_data_and_stages() -> None:
