@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxsp.inner
 from fxsp.errors import OptionError, VerificationError
 from fxsp.inner import compile_inner
+from fxsp.marks import named_collective
 from fxsp.passes import emit as emit_pass
 
 fx = torch.ops.fxsp
@@ -51,6 +52,8 @@ class Recorder:
 
 def collectives_of(graph) -> Counter:
     names = [str(n.target).split(".")[1] for n in graph.nodes if str(n.target).startswith("_c10d_functional")]
+    named = [n.args[1:3] for n in graph.nodes if n.target is named_collective]
+    names += [name for namespace, name in named if namespace == "_c10d_functional"]
     return Counter(name for name in names if name != "wait_tensor")
 
 
