@@ -159,6 +159,8 @@ def _partition(
         grad_reduce=options.grad_reduce,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
+        latency=options.latency,
+        bandwidth=options.bandwidth,
     )
     program = partition_program(program, Runner(runner.watch, runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)

@@ -7,6 +7,7 @@ or impossible becomes an :class:`~fxsp.errors.OptionError` that lists what is va
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,7 @@ _CHOICES = {
     "grad_reduce": ("all_reduce", "defer"),
 }
 _FLAGS = ("strict", "check_inputs", "verify")
+_COSTS = {"latency": "seconds", "bandwidth": "bytes per second above 0"}
 _DEGREES = ("ulysses_degree", "ring_degree")
 
 
@@ -35,6 +37,10 @@ class Options:
     #: Ranks that exchange heads, and ranks in a ring; their product is the size of the group.
     ulysses_degree: int | None = None
     ring_degree: int | None = None
+    #: What a message costs where attention has several ways: seconds (None: 0, bytes decide), and bytes per second that
+    #: a rank sends (None: 2e9 on the CPU, 1e11 elsewhere).
+    latency: float | None = None
+    bandwidth: float | None = None
     #: A plan, flat; None: the model's own ``_sp_plan`` or ``_cp_plan``.
     plan: tuple[PlanEntry, ...] | None = None
     #: The degrees as vLLM-Omni writes them, instead of the two options above.
@@ -104,6 +110,10 @@ def _checked(name: str, value: Any) -> Any:
     elif name in _DEGREES:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise _bad(name, value, "an integer of at least 1, or None to let the compiler choose")
+    elif name in _COSTS:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < math.inf and (value > 0 or name == "latency")):
+            raise _bad(name, value, f"a number of {_COSTS[name]}, or None for the default of the device")
     elif name == "plan":
         return None if value is None else parse_plan(value)
     elif name == "config":

@@ -7,11 +7,15 @@ method     when                                 what moves
 ========== ==================================== ======================================================================
 local      queries split, keys/values whole     nothing
 ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output (DeepSpeed-Ulysses)
+hybrid     heads divide over some ranks only    the same among those, keys and values around a ring of the others
+ring       it is asked for                      keys and values, block by block
 gather_kv  both split, heads do not divide      one all-gather of keys and values
 ========== ==================================== ======================================================================
 
-Every method sees keys and values in their original order, whole and without pads, so masks and the causal flag keep
-their global meaning; a mask is cut by query rows or by heads, never reordered.
+Where several are legal their costs decide (:mod:`fxsp.passes.attention_cost`); heads are never padded.
+
+Without a ring an attention sees keys and values in their original order, whole and without pads, so masks and the
+causal flag keep their global meaning; a mask is cut by query rows or by heads, never reordered.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ import torch
 from torch.fx import Node
 
 from fxsp.errors import UnsupportedError
-from fxsp.passes.decide import Decision, hint
+from fxsp.passes.attention_cost import Candidate, Link, exchange_bytes, factorizations
+from fxsp.passes.decide import Decision
 from fxsp.passes.grouped import repeated_heads
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import broadcast
@@ -34,7 +39,6 @@ __all__ = [
     "AttentionChoice",
     "decide_attention",
     "distributed_attention",
-    "exchange_bytes",
     "ring_refusal",
 ]
 
@@ -95,11 +99,18 @@ def sdpa(call: Call) -> OpRule | None:
 
 
 def decide_attention(
-    call: Call, types: list[Type], size: int, ulysses_degree: int | None = None, ring_degree: int | None = None
+    call: Call,
+    types: list[Type],
+    size: int,
+    ulysses_degree: int | None = None,
+    ring_degree: int | None = None,
+    latency: float | None = None,
+    bandwidth: float | None = None,
 ) -> Decision | None:
     """A decision where queries are split by tokens; None where the factor rule decides (split batch, whole queries).
 
     ``ring_degree`` above 1 asks for a ring of so many ranks, each of them ``ulysses_degree`` ranks that exchange heads.
+    ``latency`` (seconds) and ``bandwidth`` (bytes per second) weigh messages against bytes, see ``attention_cost``.
     """
     if call.op is not SDPA or not any(isinstance(t, Shard) for t in types[:3]):
         return None
@@ -136,39 +147,38 @@ def decide_attention(
     gather_bytes = (size - 1) * kv_bytes
     q_width = q_type.sequence.split_length(size) * q[-1] + q_type.sequence.local_length(size) * v[-1]
     q_bytes = product((*q[:-2], as_length(q_width), itemsize))
-    asked: tuple[tuple[str, str], ...] = ()
-    if ring_degree is not None and ring_degree > 1:
-        method, ulysses = ("ring", 1) if ring_degree == size else ("hybrid", size // ring_degree)
-        spread = _spread(k, repeat, ulysses)
-        why = ring_refusal(q, k, repeat) or _ulysses_refusal(q, (k[0], as_length(k[1] * spread), *k[2:]), ulysses)
-        if not why:
-            sent = exchange_bytes(q_bytes, as_length(kv_bytes * spread), ulysses, ring_degree)
-            choice = AttentionChoice(
-                method, q_type.sequence, keys, sent, (), repeat=repeat, spread=spread, ulysses=ulysses, ring=ring_degree
-            )
-            return decision(choice, rows if ulysses == 1 or not mask_shape else Used())
-        asked = ((method, why),)
-    spread = _spread(k, repeat, size)
-    legal = _ulysses_refusal(q, (k[0], as_length(k[1] * spread), *k[2:]) if len(k) == 4 else k, size)
+    link = Link.of(call["query"].meta["val"].device.type, latency, bandwidth)
 
-    def gather_kv(why: str) -> Decision:
-        rejected = (*asked, ("ulysses", why))
-        return decision(
-            AttentionChoice("gather_kv", q_type.sequence, keys, gather_bytes, rejected, repeat=repeat), rows
-        )
+    def candidate(method: str, u: int, r: int) -> Candidate:
+        spread = _spread(k, repeat, u)
+        sent = exchange_bytes(q_bytes, as_length(kv_bytes * spread), u, r)
+        spread_k = (k[0], as_length(k[1] * spread), *k[2:]) if len(k) == 4 else k
+        refusal = (ring_refusal(q, k, repeat) if r > 1 else "") or _ulysses_refusal(q, spread_k, u)
+        return Candidate(method, u, r, sent, spread, refusal)
 
-    if legal:
-        return gather_kv(legal)
-    ulysses_bytes = exchange_bytes(q_bytes, as_length(kv_bytes * spread), size, 1)
-    usual = q_type.sequence.same_as(keys) and spread == 1
-    if not usual and ulysses_degree in (None, 1) and hint(gather_bytes) < hint(ulysses_bytes):
-        return gather_kv(f"sends {ulysses_bytes} bytes per rank, gather_kv {gather_bytes}")
-    heads: Type = Used()
-    if len(mask_shape) >= 3 and not same_length(mask_shape[-3], 1):
-        heads = Shard(len(mask_shape) - 3, Sequence.of(mask_shape[-3]), origin="the mask of a rank's own heads")
-    rejected = (*asked, ("gather_kv", f"sends {gather_bytes} bytes per rank, ulysses {ulysses_bytes}"))
-    choice = AttentionChoice("ulysses", q_type.sequence, keys, ulysses_bytes, rejected, size, 1, repeat, spread)
-    return decision(choice, heads)
+    whole, *rings = (candidate(*way) for way in factorizations(size))
+    gather = Candidate("gather_kv", 1, 1, gather_bytes)
+    asked = next((c for c in rings if c.ring == ring_degree and not c.refusal), None)
+    usual = q_type.sequence.same_as(keys) and whole.spread == 1
+    if asked is not None:
+        best = asked
+    elif not whole.refusal and (usual or ulysses_degree not in (None, 1)):
+        # Never more than two messages, and each rank holds keys and values of its own heads only.
+        best = whole
+    else:
+        legal = [c for c in (gather, *rings) if not c.refusal] if whole.refusal else [whole, gather]
+        best = min(legal, key=lambda c: (c.seconds(link), c.messages))
+    rejected = tuple((c.name, c.text(link)) for c in (whole, gather, *rings) if c is not best)
+    choice = AttentionChoice(
+        best.method, q_type.sequence, keys, best.sent, rejected, best.ulysses, best.ring, repeat, best.spread
+    )
+    if best.ulysses == 1:
+        return decision(choice, rows)
+    per_head = len(mask_shape) >= 3 and not same_length(mask_shape[-3], 1)
+    if per_head and best.ring == 1:
+        origin = "the mask of a rank's own heads"
+        return decision(choice, Shard(len(mask_shape) - 3, Sequence.of(mask_shape[-3]), origin=origin))
+    return decision(choice, Used())
 
 
 def _repeats(call: Call, kv_types: list[Type]) -> int:
@@ -186,15 +196,6 @@ def _spread(k: tuple[Length, ...], repeat: int, size: int) -> int:
     """How often to repeat key/value heads before the exchange, so that they divide over the ranks; 1 if it is moot."""
     fits = (n for n in range(1, repeat + 1) if repeat % n == 0 and same_length(as_length(k[1] * n % size), 0))
     return next(fits, 1) if repeat > 1 else 1
-
-
-def exchange_bytes(q_bytes: Length, kv_bytes: Length, ulysses: int, ring: int) -> Length:
-    """Bytes that a rank sends, forward: ``u`` ranks exchange heads, then keys and values go around ``r`` ranks.
-
-    ``q_bytes`` are the local bytes of queries and output, ``kv_bytes`` those of keys and values.
-    """
-    sent = (q_bytes + kv_bytes) * (ulysses - 1) / ulysses + kv_bytes * (ring - 1)
-    return round(sent) if isinstance(sent, float) else as_length(sent)
 
 
 def ring_refusal(q: tuple[Length, ...], k: tuple[Length, ...], repeat: int) -> str:

@@ -107,7 +107,15 @@ class Propagate:
             decide_structure(call, types)
             or decide_overwrite(call, types)
             or decide_loss(call, types)
-            or decide_attention(call, types, size, program.ulysses_degree, program.ring_degree)
+            or decide_attention(
+                call,
+                types,
+                size,
+                program.ulysses_degree,
+                program.ring_degree,
+                program.latency,
+                program.bandwidth,
+            )
         )
         if structural is None and not operands[0].meta["sp_free"]:
             structural = decide_pick(call, types)

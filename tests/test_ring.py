@@ -123,7 +123,7 @@ def test_a_degree_that_heads_do_not_allow_falls_back_and_says_why() -> None:
     program = run(recorder, 4, 2)
     (attention,) = program.report.attentions
     assert attention.method == "gather_kv"
-    assert dict(attention.rejected)["hybrid"] == "1 key/value heads do not divide over 2 ranks"
+    assert dict(attention.rejected)["hybrid 2 x 2"] == "1 key/value heads do not divide over 2 ranks"
 
 
 @pytest.mark.parametrize("training", [False, True])
