@@ -831,6 +831,18 @@ def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
 
 
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within, in this thread, Dynamo looks at no frame (what is compiled for itself is still called compiled)."""
+    from torch._C._dynamo.eval_frame import set_eval_frame
+
+    before = set_eval_frame(None)
+    try:
+        yield
+    finally:
+        set_eval_frame(before)
+
+
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass (where checkpoints recompute)."""
     return torch._C._current_graph_task_id() != -1

@@ -266,6 +266,9 @@ def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
             out._fxsp_constant = True
         return out
     run = RULES.get(name)
+    if run is None and name.startswith("."):  # shape, dtype, requires_grad, ...
+        out = func(*args, **kwargs)
+        return refuse(name, "is not known of split tokens") if isinstance(out, Tensor) else out
     if run is None:
         refuse(name, "is not known to work on split tokens")
     return run(name, func, args, kwargs)
@@ -286,6 +289,25 @@ def _handle_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
 _handle_eager = torch.compiler.disable(_handle_plain)
 
 
+def _differentiate(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``backward`` and ``grad``: what is recomputed on the way must be seen, so nothing may be switched off."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)([plain(item) for item in value])
+        return value.view_as(value) if layout_of(value) is not None else value
+
+    wanted = kwargs.get("inputs", args[1] if func is torch.autograd.grad else None)
+    if any_split(wanted if isinstance(wanted, (list, tuple)) else [wanted]):
+        refuse(func.__name__, "with respect to a split value is local")
+    with plain_functions(), torch.enable_grad():  # a checkpoint calls `backward` inside of a backward pass
+        args, kwargs = [plain(value) for value in args], {key: plain(value) for key, value in kwargs.items()}
+    return func(*args, **kwargs)
+
+
+_DIFFERENTIATE = (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
+
+
 class SplitTensor(Tensor):
     """This rank's part of a value, in eager mode; the whole value is what the model means."""
 
@@ -293,17 +315,34 @@ class SplitTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _DIFFERENTIATE:
+            return _differentiate(func, args, kwargs or {})
         return _handle_eager(func, args, kwargs or {})
 
 
 class SplitMode(TorchFunctionMode):
-    """Around a hooked module: the rules for its split values where Dynamo traces; and constants are recognised."""
+    """Around a hooked module: the rules for its split values where Dynamo traces; and constants are recognised.
+
+    A mode that was entered for real, and is around code that is then compiled (a block of its own, what is called at
+    a graph break), would see the compiled operators run, too: there everything runs eagerly.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.real = False
+
+    def __enter__(self) -> Any:
+        if not torch.compiler.is_compiling():
+            self.real = True
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.real:
             return _handle_plain(func, args, kwargs or {})
+        if func in _DIFFERENTIATE:
+            return _differentiate(func, args, kwargs or {})
         return _handle_eager(func, args, kwargs or {})
 
 

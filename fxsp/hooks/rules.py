@@ -176,9 +176,7 @@ def same_getter(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str,
     is_contiguous is_floating_point is_complex is_signed is_inference is_pinned element_size data_ptr get_device
     untyped_storage retain_grad register_hook register_post_accumulate_grad_hook is_same_size is_set_to result_type
     new_zeros new_ones new_full new_empty new_tensor
-    .shape .device .dtype .layout .ndim .requires_grad .grad_fn .is_leaf .grad .is_cuda
-    .is_cpu .is_meta .is_mps .is_xpu .is_sparse .is_quantized .is_nested .itemsize .nbytes
-    .names .name .output_nr .retains_grad ._version ._base ._backward_hooks
+    .grad ._base ._grad _is_view _is_zerotensor is_conj is_neg
     """
 )
 def description(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

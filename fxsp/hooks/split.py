@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from fxsp.plan import (
     refuse,
 )
 from fxsp.resolve import unwrap
-from fxsp.torch_internals import in_backward
+from fxsp.torch_internals import in_backward, uncompiled
 
 __all__ = [
     "ModuleForwardMetadata",
@@ -314,8 +314,8 @@ class SequenceParallelRootHook(_RegionHook):
         if self.region.size == 1:
             return nullcontext()
         if torch.compiler.is_compiling():
-            return nullcontext() if sp_is_tracing() else SplitMode()
-        return _EagerCall(self.region)
+            return nullcontext() if sp_is_tracing() else _one_graph()
+        return _eager_call(self.region)
 
     def _acts(self, module: nn.Module) -> bool:
         if self.region.size == 1:
@@ -342,20 +342,25 @@ class SequenceParallelRootHook(_RegionHook):
         return _made_whole(output)
 
 
-class _EagerCall:
-    """The context of one eager call of the model."""
+@contextmanager
+def _one_graph() -> Iterator[None]:
+    """A :class:`SplitMode` that Dynamo does not break a graph in: what it cannot trace as one runs eagerly.
 
-    def __init__(self, region: Region) -> None:
-        self._region = region
-        self._mode = SplitMode()
+    (It would enter the mode for real at the break, around operators that the rules were applied to already.)
+    """
+    with SplitMode():
+        yield
 
-    def __enter__(self) -> None:
-        self._region.enter()
-        self._mode.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)
-        self._region.leave()
+@contextmanager
+def _eager_call(region: Region) -> Iterator[None]:
+    """One eager call of the model; if a compiler gave up on the model, it does not try its parts."""
+    region.enter()
+    try:
+        with uncompiled(), SplitMode():
+            yield
+    finally:
+        region.leave()
 
 
 def _made_whole(output: Any) -> Any:
