@@ -7,6 +7,10 @@ checkpoint in the backward pass, on any thread, with nothing switched on or off 
 :class:`SplitMode` around the hooked module does the same.  (A mode alone would not do: when a checkpoint recomputes a
 function that is no module, none is active.)  ``fxsp.hooks.rules`` says what each function does.
 
+In eager mode the shape that the model sees of a split tensor is the global one (``fxsp.hooks.sizes``), and what has no
+rule for split values, or would mix tokens, runs on the whole value, is recorded, and said once.  Under plain
+``torch.compile``, and for hooks that are registered by themselves, numbers are local, and such functions are refused.
+
 A value without a layout is whole, and equal on all ranks.  Whole values that meet split ones pass through
 :func:`use`, whose adjoint sums their gradient over the ranks: parameters and conditioning get the gradients of one
 process, whether by ``backward()`` or ``torch.autograd.grad``.
@@ -25,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 import fxsp.kernels.ops  # noqa: F401  (registers the operators)
 from fxsp.errors import ImplicitGatherWarning, UnsupportedError
 from fxsp.hooks.region import Region
+from fxsp.hooks.where import caller
 from fxsp.kernels.lowering import local_length
 from fxsp.report import GatherRecord
 from fxsp.torch_internals import plain_functions
@@ -32,6 +37,7 @@ from fxsp.torch_internals import plain_functions
 __all__ = [
     "RULES",
     "Layout",
+    "NeedsWhole",
     "SplitMode",
     "SplitTensor",
     "gather",
@@ -43,8 +49,11 @@ __all__ = [
     "leave",
     "local_size",
     "mark",
+    "means_local",
     "moved",
+    "needs_whole",
     "note_gather",
+    "on_whole",
     "refuse",
     "rule",
     "same_tokens",
@@ -86,6 +95,11 @@ def local_size(layout: Layout) -> int:
 def global_size(layout: Layout) -> int:
     """Size of dimension ``dim`` of the whole value."""
     return sum(layout.lengths) * layout.outer * layout.inner
+
+
+def means_local(layout: Layout) -> bool:
+    """Whether a number that the model computed from a shape is a local one (else it is that of one process)."""
+    return bool(torch.compiler.is_compiling() or layout.region.alone)
 
 
 def moved(layout: Layout, dim: int) -> Layout:
@@ -216,7 +230,7 @@ def is_in_place(func: Any) -> bool:
     """Whether a function writes to its first argument."""
     name: str = func.__name__
     if name.startswith("__"):
-        return name.startswith("__i") and name != "__invert__"
+        return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
     return name.partition(".")[0].endswith("_")
 
 
@@ -258,20 +272,118 @@ def is_constant(x: Any) -> bool:
 def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a torch function that may have split arguments."""
     name = _name(func)
-    if name == "unflatten" and torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if name == "unflatten" and compiling:
         func = _unflatten
+    if not compiling and args and is_in_place(func):
+        _check_not_a_copy(name, args[0])
     if not any_split(args) and not (kwargs and any_split(kwargs.values())):
         out = func(*args, **kwargs)
-        if func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0])):
+        if compiling and (func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0]))):
             out._fxsp_constant = True
         return out
     run = RULES.get(name)
-    if run is None and name.startswith("."):  # shape, dtype, requires_grad, ...
+    if run is None and name.startswith("."):  # dtype, requires_grad, ...
         out = func(*args, **kwargs)
         return refuse(name, "is not known of split tokens") if isinstance(out, Tensor) else out
-    if run is None:
-        refuse(name, "is not known to work on split tokens")
-    return run(name, func, args, kwargs)
+    if compiling:
+        return refuse(name, "is not known to work on split tokens") if run is None else run(name, func, args, kwargs)
+    try:
+        if run is not None:
+            return run(name, func, args, kwargs)
+        why = "has no rule for split tokens"
+    except NeedsWhole as need:
+        why = need.why
+    return on_whole(name, func, args, kwargs, None, why)
+
+
+# --- on the whole value -----------------------------------------------------------------------------------------------
+
+
+class NeedsWhole(Exception):  # noqa: N818  (it is caught: what cannot be done on shards is done on the whole value)
+    """A rule cannot follow the function on split tokens."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+def needs_whole(name: str, why: str, layout: Layout | None = None) -> NoReturn:
+    """Have the function run on the whole values; an error where numbers may be local ones."""
+    if torch.compiler.is_compiling() or (layout is not None and layout.region.alone):
+        refuse(name, why)
+    raise NeedsWhole(why)
+
+
+#: What may return a view, through which the model would write into a value of its own.
+_VIEWS = frozenset(
+    """
+    getitem narrow select split split_with_sizes chunk tensor_split unbind unsafe_chunk unsafe_split hsplit vsplit
+    dsplit view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze expand expand_as diagonal
+    unfold movedim
+    """.split()
+)
+
+
+def on_whole(
+    name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], keep: Layout | None, why: str
+) -> Any:
+    """Call ``func`` on gathered values; results with a row for each token are split like ``keep`` again.
+
+    What ``func`` writes to its first argument is written to this rank's rows of it.
+    """
+    found = _layouts([*args, *kwargs.values()])
+    if any(layout.region.alone for layout in found) and name not in RULES:
+        refuse(name, why)
+    if kwargs.get("out") is not None:
+        refuse(name, "writes into an `out` argument")
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            items = [whole(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, slice):
+            return slice(whole(value.start), whole(value.stop), whole(value.step))
+        layout = layout_of(value)
+        if layout is None:
+            return value
+        note_gather(name, layout, value, why)
+        return gather(value, layout, used=False)
+
+    target = layout_of(args[0]) if args else None
+    new = [whole(value) for value in args]
+    out = func(*new, **{key: whole(value) for key, value in kwargs.items()})
+    if is_in_place(func) and target is not None:
+        with plain_functions():
+            args[0].copy_(shard(new[0], target))
+        return args[0] if out is new[0] else out
+    if name in _VIEWS and not torch.compiler.is_compiling():
+        for item in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(item, Tensor):
+                item._fxsp_copy = True  # type: ignore[attr-defined]
+                if item._base is not None:
+                    item._base._fxsp_copy = True  # type: ignore[attr-defined]
+    if keep is None:
+        return out
+    if isinstance(out, Tensor):
+        return shard(out, keep) if out.dim() > keep.dim and out.shape[keep.dim] == global_size(keep) else out
+    return type(out)([shard(item, keep) for item in out])
+
+
+def _layouts(values: Sequence[Any]) -> list[Layout]:
+    found: list[Layout] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            found += _layouts(value)
+        elif (layout := layout_of(value)) is not None:
+            found.append(layout)
+    return found
+
+
+def _check_not_a_copy(name: str, x: Any) -> None:
+    """A write into what is a view on one process, and a gathered copy here, would be lost."""
+    if isinstance(x, Tensor) and (hasattr(x, "_fxsp_copy") or hasattr(x._base, "_fxsp_copy")):
+        refuse(name, "writes into a view of split tokens, of which hooks have a copy; write to the tensor itself")
 
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -351,8 +463,10 @@ class SplitMode(TorchFunctionMode):
 
 def refuse(name: str, problem: str) -> NoReturn:
     """Raise the error for a function that would give wrong numbers on split tokens."""
+    module, source = caller()
+    where = "".join([f" in {module}" if module else "", f" ({source})" if source else ""])
     raise UnsupportedError(
-        f"hooks: `{name}` {problem}.  A module between split and gather runs on this rank's tokens alone. Gather "
+        f"hooks: `{name}`{where} {problem}.  A module between split and gather runs on this rank's tokens. Gather "
         'before it (SequenceParallelOutput), or use torch.compile(model, backend="sp"), which sees the whole program.'
     )
 
@@ -362,10 +476,10 @@ def note_gather(name: str, layout: Layout, x: Tensor, why: str) -> None:
     if torch.compiler.is_compiling():
         return
     region = layout.region
+    module, source = caller()
     size = x.numel() // max(local_size(layout), 1) * global_size(layout) * x.element_size()
-    region.report.implicit_gathers.append(GatherRecord(name, "", "", why, size))
+    record = GatherRecord(name, module, source, why, size)
+    region.report.implicit_gathers.append(record)
     if name not in region.warned:
         region.warned.add(name)
-        warnings.warn(
-            ImplicitGatherWarning(f"hooks: `{name}` {why}: it runs on the whole value, {size} bytes"), stacklevel=2
-        )
+        warnings.warn(ImplicitGatherWarning(f"hooks: gathered for {record}"), stacklevel=2)

@@ -43,7 +43,11 @@ class Region:
     degrees do not match the group.
     """
 
-    def __init__(self, config: SequenceParallelConfig | None, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, config: SequenceParallelConfig | None, group: dist.ProcessGroup | None = None, *, alone: bool = False
+    ) -> None:
+        #: It belongs to one hook that was registered by itself, and not to a model.
+        self.alone = alone
         self.group_name = group.group_name if group is not None else None
         options = Options.parse({"group": group, "config": config})
         ranks = resolve_ranks(options)
@@ -109,7 +113,7 @@ class Region:
     # --- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("config", "group_name", "rank", "size", "group", "ring", "allgather")
+        kept = ("alone", "config", "group_name", "rank", "size", "group", "ring", "allgather")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

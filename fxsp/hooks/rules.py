@@ -23,7 +23,9 @@ from fxsp.hooks.layout import (
     layout_of,
     local_size,
     mark,
+    means_local,
     moved,
+    needs_whole,
     note_gather,
     refuse,
     rule,
@@ -31,6 +33,8 @@ from fxsp.hooks.layout import (
     shard,
     use,
 )
+from fxsp.hooks.sizes import meaning, split_size
+from fxsp.torch_internals import checkpoint_looks, in_backward
 
 __all__ = ["aligned", "argument", "fit", "marked", "separate", "tensors_in"]
 
@@ -67,6 +71,10 @@ def separate(items: Sequence[Any]) -> list[Any]:
     return [item.view_as(item) if isinstance(item, Tensor) else item for item in items]
 
 
+#: What tests compare a rank's rows with, they have cut out themselves.
+_COMPARISONS = frozenset("eq ne not_equal isclose".split())
+
+
 def fit(name: str, x: Tensor, layout: Layout, back: int) -> Tensor:
     """A whole tensor as an operand of split ones whose token dimension is ``back`` (negative) from the end."""
     if x.dim() < -back:
@@ -74,7 +82,7 @@ def fit(name: str, x: Tensor, layout: Layout, back: int) -> Tensor:
     size, whole, local = x.shape[back], global_size(layout), local_size(layout)
     if size == whole and whole != 1:
         return shard(x, moved(layout, x.dim() + back))
-    if size == local and size != 1 and x.stride(back) != 0 and not is_constant(x):
+    if size == local and size != 1 and name not in _COMPARISONS and x.stride(back) != 0 and not is_constant(x):
         refuse(
             name,
             f"combines split tokens with a value of the local length {local}, of which hooks do not know which tokens "
@@ -110,7 +118,7 @@ def aligned(name: str, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Layout,
             note_gather(name, layout, x, "combines values whose tokens are split in different ways")
             result.append(shard(gather(x, layout, used=False), moved(best, layout.dim)))
         else:
-            refuse(name, f"combines {global_size(best)} split tokens with {global_size(layout)} others")
+            needs_whole(name, f"combines {global_size(best)} split tokens with {global_size(layout)} others", best)
     return result, best, back
 
 
@@ -135,10 +143,10 @@ def elementwise(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str,
     values = [*args, *kwargs.values()]
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     if name == "where" and len(values) == 1:
-        refuse(name, "with one argument lists positions, which differ by rank")
+        needs_whole(name, "with one argument lists positions, which differ by rank", layout_of(values[0]))
     new, layout, back = aligned(name, [values[i] for i in places])
     if is_in_place(func) and new[0] is not args[0]:
-        refuse(name, "writes split tokens into a whole tensor, in place")
+        needs_whole(name, "writes split tokens into a whole tensor, in place", layout)
     for i, value in zip(places, new, strict=True):
         values[i] = value
     out = func(*values[: len(args)], **dict(zip(keys, values[len(args) :], strict=True)))
@@ -172,7 +180,7 @@ def same_getter(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str,
 
 @rule(
     """
-    __set__ __len__ __repr__ __format__ __hash__ __dir__ size dim ndimension numel nelement stride storage_offset
+    __set__ __repr__ __format__ __hash__ __dir__ dim ndimension stride storage_offset
     is_contiguous is_floating_point is_complex is_signed is_inference is_pinned element_size data_ptr get_device
     untyped_storage retain_grad register_hook register_post_accumulate_grad_hook is_same_size is_set_to result_type
     new_zeros new_ones new_full new_empty new_tensor
@@ -184,6 +192,30 @@ def description(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str,
     return func(*args, **kwargs)
 
 
+@rule(".shape size numel nelement __len__")
+def sizes(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The sizes of one process, where they are to be told apart."""
+    layout = layout_of(args[0])
+    found = func(*args, **kwargs)
+    if layout is None or means_local(layout) or (in_backward() and checkpoint_looks()):
+        return found
+    local, whole = local_size(layout), global_size(layout)
+    if name in ("numel", "nelement", "__len__"):
+        if name == "__len__" and layout.dim != 0:
+            return found
+        size = split_size(found // local * whole, found, layout.region)
+        return int(meaning(size)) if name == "__len__" else size
+    if isinstance(found, int):
+        dim = argument(args, kwargs, 1, "dim") % args[0].dim()
+        return split_size(whole, local, layout.region) if dim == layout.dim else found
+    return torch.Size([split_size(whole, local, layout.region) if i == layout.dim else n for i, n in enumerate(found)])
+
+
+@rule("as_strided")
+def as_strided(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    refuse(name, "takes elements by their place in memory, which differs by rank")
+
+
 @rule("copy")
 def copy(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """``target.copy_(source)``: a new local buffer becomes split."""
@@ -191,7 +223,7 @@ def copy(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     layout = layout_of(source)
     if layout_of(target) is None and layout is not None and target.dim() == source.dim():
         if target.shape[layout.dim] != source.shape[layout.dim]:
-            refuse(name, "writes split tokens into a whole tensor")
+            needs_whole(name, "writes split tokens into a whole tensor", layout)
         return mark(func(*args, **kwargs), layout)
     return elementwise(name, func, args, kwargs)
 
@@ -225,6 +257,6 @@ def random(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]
     x = args[0]
     layout = layout_of(x)
     if layout is None or is_in_place(func):
-        refuse(name, "draws in place")
+        needs_whole(name, "draws in place", layout)
     whole = gather(x, layout, used=False) if name == "bernoulli" else _global_like(x.detach(), layout)
     return shard(func(whole, *args[1:], **kwargs), layout)

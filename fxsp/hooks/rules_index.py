@@ -8,9 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import Layout, gather, layout_of, mark, moved, note_gather, refuse, rule, use
+from fxsp.hooks.layout import (
+    Layout,
+    layout_of,
+    mark,
+    means_local,
+    moved,
+    needs_whole,
+    refuse,
+    rule,
+    use,
+)
 from fxsp.hooks.rules import aligned, fit
-from fxsp.hooks.rules_shape import only_layout, part
+from fxsp.hooks.rules_shape import meant_size, one_token, only_layout, part, segments_between
 
 __all__ = ["Place", "place_of"]
 
@@ -28,7 +38,7 @@ def _items(name: str, index: Any, ndim: int) -> list[Any]:
     """The index, one item for each dimension and each None, without Ellipsis."""
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(item, (list, bool)) for item in items):
-        refuse(name, "takes a list or a bool as an index")
+        needs_whole(name, "takes a list or a bool as an index")
     used = sum(_width(item) for item in items if item is not None and item is not Ellipsis)
     result: list[Any] = []
     dots = [i for i, item in enumerate(items) if item is Ellipsis]
@@ -49,7 +59,7 @@ def place_of(name: str, index: Any, ndim: int, dim: int) -> Place:
     items = _items(name, index, ndim)
     tensors = [item for item in items if isinstance(item, Tensor)]
     if len(tensors) > 1 or any(layout_of(t) is not None for t in tensors) or any(_width(t) != 1 for t in tensors):
-        refuse(name, "takes several tensors, a mask or split values as an index")
+        needs_whole(name, "takes several tensors, a mask or split values as an index")
     source = target = 0
     place: Place | None = None
     for item in items:
@@ -69,12 +79,20 @@ def place_of(name: str, index: Any, ndim: int, dim: int) -> Place:
 
 def _bounds(name: str, item: slice, size: int) -> tuple[int, int]:
     if item.step not in (None, 1):
-        refuse(name, "takes tokens at a distance from each other")
+        needs_whole(name, "takes tokens at a distance from each other")
     start = 0 if item.start is None else item.start
     stop = size if item.stop is None else item.stop
     start = start + size if start < 0 else start
     stop = stop + size if stop < 0 else stop
     return start, min(stop, size)
+
+
+def _all_tokens(name: str, index: Any, ndim: int, dim: int) -> tuple[Any, ...]:
+    """The index with all of dimension ``dim``."""
+    items = _items(name, index, ndim)
+    real = [i for i, item in enumerate(items) if item is not None]
+    items[real[dim]] = slice(None)
+    return tuple(items)
 
 
 @rule("getitem")
@@ -85,17 +103,15 @@ def getitem(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any
         return _rows_of_table(name, func, x, index)
     layout = only_layout(name, x)
     place = place_of(name, index, x.dim(), layout.dim)
-    size = x.shape[layout.dim]
+    size = meant_size(x, layout, layout.dim)
     if isinstance(place.item, slice):
         start, stop = _bounds(name, place.item, size)
-        out = func(x, index)
         target = moved(layout, place.dim)
+        out = func(x, _all_tokens(name, index, x.dim(), layout.dim))
         return mark(out, target) if (start, stop) == (0, size) else part(name, out, target, start, stop)
-    if isinstance(place.item, int) and place.item in (0, -1):
-        # Any other number may have been made from a local length.
-        note_gather(name, layout, x, "takes one of all tokens")
-        return func(gather(x, layout, used=False), index)
-    refuse(name, f"takes {place.item!r} of the tokens, which may be meant of the local or of all of them")
+    if isinstance(place.item, int):
+        return one_token(name, x, layout, place.item, lambda whole: func(whole, index))
+    needs_whole(name, "takes tokens by a tensor of numbers", layout)
 
 
 def _rows_of_table(name: str, func: Func, table: Tensor, index: Any) -> Any:
@@ -104,7 +120,9 @@ def _rows_of_table(name: str, func: Func, table: Tensor, index: Any) -> Any:
     if rows is None and isinstance(index, tuple) and len(index) == 1:
         rows = layout_of(index[0])
     if rows is None:
-        refuse(name, "takes split values as one of several indices")
+        needs_whole(name, "takes split values as one of several indices")
+    if index is not None and (index[0] if isinstance(index, tuple) else index).dtype == torch.bool:
+        needs_whole(name, "takes what a split mask chooses", rows)
     return mark(func(use(table, rows.region), index), rows)
 
 
@@ -114,17 +132,28 @@ def setitem(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any
     layout, given = layout_of(x), layout_of(value)
     if layout is None:
         if given is None:
-            refuse(name, "takes split values as an index")
+            needs_whole(name, "takes split values as an index")
+        if not means_local(given):
+            needs_whole(name, "writes split tokens into a whole tensor", given)
         _write_new(name, func, x, index, value, given)
         return None
     place = place_of(name, index, x.dim(), layout.dim)
-    if not isinstance(place.item, slice) or _bounds(name, place.item, x.shape[layout.dim]) != (0, x.shape[layout.dim]):
-        refuse(name, "writes to some of the tokens")
+    size = meant_size(x, layout, layout.dim)
+    bounds = _bounds(name, place.item, size) if isinstance(place.item, slice) else None
+    found = segments_between(layout, *bounds) if bounds is not None and bounds != (0, size) else None
+    if bounds is None or (bounds != (0, size) and found is None):
+        needs_whole(name, "writes to some of the tokens", layout)
+    index = _all_tokens(name, index, x.dim(), layout.dim)
+    if found is not None:
+        layout, first, rows = found
+        x = x.narrow(layout.dim, first, rows)
     if isinstance(value, Tensor):
         target = moved(layout, place.dim)
         back = place.dim - _target_dims(name, index, x)
+        if given is not None and all(target.whole):
+            needs_whole(name, "writes split tokens to whole ones", given)
         if given is None:
-            value = fit(name, value, target, back)
+            value = use(value, target.region) if all(target.whole) else fit(name, value, target, back)
         else:
             value = aligned(name, [mark(x[index], target), value])[0][1]
     return func(x, index, value)

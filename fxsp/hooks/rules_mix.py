@@ -13,50 +13,23 @@ import torch
 from torch import Tensor
 
 from fxsp.hooks.layout import (
-    Layout,
     gather,
-    global_size,
-    is_in_place,
     is_reflected,
     layout_of,
     mark,
     moved,
     note_gather,
+    on_whole,
     refuse,
     rule,
-    shard,
     use,
 )
 from fxsp.hooks.rules import argument, elementwise, fit, marked
 from fxsp.hooks.rules_shape import only_layout
 
-__all__ = ["on_whole"]
+__all__: list[str] = []
 
 Func = Callable[..., Any]
-
-
-def on_whole(
-    name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any], keep: Layout | None, why: str
-) -> Any:
-    """Call ``func`` on gathered values; results with a row for each token are split like ``keep`` again."""
-    if is_in_place(func):
-        refuse(name, "works on all tokens, in place")
-
-    def whole(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)([whole(item) for item in value])
-        layout = layout_of(value)
-        if layout is None:
-            return value
-        note_gather(name, layout, value, why)
-        return gather(value, layout, used=False)
-
-    out = func(*[whole(value) for value in args], **{key: whole(value) for key, value in kwargs.items()})
-    if keep is None:
-        return out
-    if isinstance(out, Tensor):
-        return shard(out, keep) if out.dim() > keep.dim and out.shape[keep.dim] == global_size(keep) else out
-    return type(out)([shard(item, keep) for item in out])
 
 
 # --- products ---------------------------------------------------------------------------------------------------------

@@ -12,22 +12,25 @@ from torch import Tensor
 from fxsp.hooks.layout import (
     Layout,
     gather,
+    global_size,
     is_constant,
     layout_of,
     leave,
     local_size,
     mark,
+    means_local,
     moved,
+    needs_whole,
     note_gather,
     refuse,
     rule,
     use,
 )
 from fxsp.hooks.region import Region
-from fxsp.hooks.rules import aligned, argument, fit, marked, separate, tensors_in
+from fxsp.hooks.rules import aligned, argument, fit, marked, tensors_in
 from fxsp.kernels.lowering import local_length
 
-__all__ = ["only_layout"]
+__all__ = ["meant_size", "one_token", "only_layout", "part", "segments_between"]
 
 Func = Callable[..., Any]
 
@@ -35,17 +38,24 @@ Func = Callable[..., Any]
 def only_layout(name: str, x: Any, others: Any = ()) -> Layout:
     """The layout of the first operand, where the others may not be split."""
     layout = layout_of(x)
-    if layout is None or any(layout_of(other) is not None for other in others):
-        refuse(name, "has a split argument where a whole one is needed")
+    split = [found for other in others if (found := layout_of(other)) is not None]
+    if layout is None or split:
+        needs_whole(name, "has a split argument where a whole one is needed", layout or (split[0] if split else None))
     return layout
+
+
+def meant_size(x: Tensor, layout: Layout, dim: int) -> int:
+    """The size of a dimension as the model knows it."""
+    return x.shape[dim] if dim != layout.dim or means_local(layout) else global_size(layout)
 
 
 # --- reshapes: the tokens stay the same factor of all elements, in row-major order ------------------------------------
 
 
 def reshaped(name: str, layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout:
-    """The layout after a reshape from ``old`` to ``new`` local sizes."""
-    tokens = local_size(layout) // (layout.outer * layout.inner)
+    """The layout after a reshape from ``old`` to ``new`` sizes, as the model knows them."""
+    size = local_size(layout) if means_local(layout) else global_size(layout)
+    tokens = size // (layout.outer * layout.inner)
     after = layout.inner * prod(old[layout.dim + 1 :])
     found: list[Layout] = []
     rest = 1  # elements per step of the dimension at hand
@@ -59,9 +69,9 @@ def reshaped(name: str, layout: Layout, old: Sequence[int], new: Sequence[int]) 
     own = [x for x in found if x.outer == 1 and x.inner == 1] or found[:1]
     same = [x for x in own if x.dim == layout.dim and list(old[: x.dim]) == list(new[: x.dim])]
     if len(own) > 1 and not same:
-        refuse(name, f"leaves open which dimension of {tuple(new)} holds the {tokens} local token(s)")
+        needs_whole(name, f"leaves open which dimension of {tuple(new)} holds the {tokens} token(s)", layout)
     if not own:
-        refuse(name, f"from {tuple(old)} to {tuple(new)} takes the dimension of {tokens} local tokens apart")
+        needs_whole(name, f"from {tuple(old)} to {tuple(new)} takes the dimension of {tokens} tokens apart", layout)
     return (same or own)[0]
 
 
@@ -69,10 +79,26 @@ def reshaped(name: str, layout: Layout, old: Sequence[int], new: Sequence[int]) 
 def reshape(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     layout = only_layout(name, x)
-    out = func(*args, **kwargs)
     if isinstance(argument(args, kwargs, 1, "dtype"), torch.dtype):
-        return mark(out, layout)
-    return mark(out, reshaped(name, layout, x.shape, out.shape))
+        return mark(func(*args, **kwargs), layout)
+    if means_local(layout):
+        out = func(*args, **kwargs)
+        return mark(out, reshaped(name, layout, x.shape, out.shape))
+    old = [meant_size(x, layout, dim) for dim in range(x.dim())]
+    asked = [_as_meant(value) for value in args[1:]]
+    meta = torch.empty(old, device="meta", dtype=x.dtype)
+    new = list(func(meta, *asked, **{key: value for key, value in kwargs.items() if key != "input"}).shape)
+    after = reshaped(name, layout, old, new)
+    new[after.dim] = local_size(after)
+    return mark(x.view(new) if "view" in name else x.reshape(new), after)
+
+
+def _as_meant(value: Any) -> Any:
+    """A tensor whose shape is asked for: one of the global shape."""
+    layout = layout_of(value)
+    if layout is None:
+        return value
+    return torch.empty([meant_size(value, layout, dim) for dim in range(value.dim())], device="meta")
 
 
 @rule("view_as_complex view_as_real")
@@ -80,7 +106,7 @@ def complex_view(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str
     x = args[0]
     layout = only_layout(name, x)
     if name == "view_as_complex" and layout.dim == x.dim() - 1:
-        refuse(name, "makes complex numbers of pairs of tokens")
+        needs_whole(name, "makes complex numbers of pairs of tokens", layout)
     return mark(func(*args, **kwargs), layout)
 
 
@@ -120,17 +146,16 @@ def squeeze(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any
     x = args[0] if args else kwargs["input"]
     layout = only_layout(name, x)
     dims = argument(args, kwargs, 1, "dim")
-    if dims is None and x.shape[layout.dim] == 1:
+    local = means_local(layout)
+    if dims is None and local and x.shape[layout.dim] == 1:
         refuse(name, "without a dimension drops that of the one local token; name the dimension")
     chosen = range(x.dim()) if dims is None else [d % x.dim() for d in (dims if not isinstance(dims, int) else [dims])]
-    if layout.dim in chosen:
-        if sum(layout.lengths) != 1 and x.shape[layout.dim] == 1:
-            refuse(name, "drops the token dimension, whose local size is 1 but not its global one")
-        chosen = [d for d in chosen if d != layout.dim]
-        if sum(layout.lengths) == 1:
-            return func(gather(x, layout, used=False), *args[1:], **kwargs)
-    gone = sum(1 for d in chosen if d < layout.dim and x.shape[d] == 1)
-    return mark(func(*args, **kwargs), moved(layout, layout.dim - gone))
+    gone = [d for d in chosen if (global_size(layout) if d == layout.dim else x.shape[d]) == 1]
+    if layout.dim in gone:
+        return func(gather(x, layout, used=False), *args[1:], **kwargs)
+    if layout.dim in chosen and local and x.shape[layout.dim] == 1:
+        refuse(name, "drops the token dimension, whose local size is 1 but not its global one")
+    return mark(x.squeeze(tuple(gone)), moved(layout, layout.dim - sum(1 for d in gone if d < layout.dim)))
 
 
 @rule("unsqueeze")
@@ -145,38 +170,73 @@ def unsqueeze(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, A
 def expand(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     layout = layout_of(x)
-    out = func(*args, **kwargs)
     if layout is None:  # whole.expand_as(split)
-        other = layout_of(args[1])
-        assert other is not None
-        back = other.dim - args[1].dim()
-        if x.dim() >= -back and x.shape[back] != 1:
-            refuse(name, "needs the local length of a value that is whole")
-        return mark(use(out, other.region), moved(other, out.dim() + back))
+        return _expand_whole(name, func, x, args[1])
     back = layout.dim - x.dim()
-    if out.shape[back] != x.shape[back]:
-        refuse(name, "repeats tokens")
+    if name in ("repeat", "tile"):
+        out = func(*args, **kwargs)
+        if out.shape[back] != x.shape[back]:
+            needs_whole(name, "repeats tokens", layout)
+        return mark(out, moved(layout, out.dim() + back))
+    if means_local(layout):
+        out = func(*args, **kwargs)
+        if out.shape[back] != x.shape[back]:
+            refuse(name, "repeats tokens")
+    else:
+        sizes = argument(args, kwargs, 1, "size sizes other")
+        if isinstance(sizes, Tensor):
+            sizes = _as_meant(sizes).shape
+        sizes = list(sizes) if isinstance(sizes, (list, tuple)) else list(args[1:])
+        if sizes[back] != -1 and int(sizes[back]) != global_size(layout):
+            needs_whole(name, "repeats tokens", layout)
+        sizes[back] = -1
+        out = x.expand(sizes)
     return mark(out, moved(layout, out.dim() + back))
+
+
+def _expand_whole(name: str, func: Func, x: Tensor, like: Tensor) -> Tensor:
+    layout = layout_of(like)
+    assert layout is not None
+    back = layout.dim - like.dim()
+    if x.dim() >= -back and x.shape[back] != 1:
+        x = fit(name, x, layout, back)
+    return mark(func(use(x, layout.region), like), moved(layout, like.dim() + back))
 
 
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 
+def segments_between(layout: Layout, start: int, stop: int) -> tuple[Layout, int, int] | None:
+    """Tokens ``start .. stop``, as the model counts them, if they are entire segments of the sequence: their layout,
+    the first of their local rows, and how many there are."""
+    if layout.outer != 1 or layout.inner != 1:
+        return None
+    begin = None
+    at = first = last = 0
+    for i, (n, whole) in enumerate(zip(layout.lengths, layout.whole, strict=True)):
+        if at == start and begin is None:
+            begin, first = i, last
+        rows = local_length(n, whole, layout.region.size)
+        at, last = at + (rows if means_local(layout) else n), last + rows
+        if at == stop and begin is not None:
+            lengths, wholes = layout.lengths[begin : i + 1], layout.whole[begin : i + 1]
+            return Layout(layout.dim, lengths, wholes, layout.region), first, last - first
+    return None
+
+
 def part(name: str, x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
-    """Mark local rows ``start .. stop`` of a split value, which must be whole segments of its sequence."""
-    if layout.outer == 1 and layout.inner == 1:
-        begin = None
-        at = 0
-        for i, (n, whole) in enumerate(zip(layout.lengths, layout.whole, strict=True)):
-            if at == start and begin is None:
-                begin = i
-            at = at + local_length(n, whole, layout.region.size)
-            if at == stop and begin is not None:
-                lengths, wholes = layout.lengths[begin : i + 1], layout.whole[begin : i + 1]
-                cut = Layout(layout.dim, lengths, wholes, layout.region)
-                return leave(x, cut) if all(wholes) else mark(x, cut)
+    """Tokens ``start .. stop`` of a split value, as the model counts them; they must be entire segments."""
+    found = segments_between(layout, start, stop)
+    if found is None:
+        needs_whole(name, f"cuts tokens {start}..{stop} out of segments of {_counted(layout)}", layout)
+    cut, first, rows = found
+    y = x.narrow(layout.dim, first, rows)
+    return leave(y, cut) if all(cut.whole) else mark(y, cut)
+
+
+def _counted(layout: Layout) -> str:
     local = [local_length(n, w, layout.region.size) for n, w in zip(layout.lengths, layout.whole, strict=True)]
-    refuse(name, f"cuts local rows {start}..{stop} out of segments of {local} local rows (global {layout.lengths})")
+    return f"{local} local rows (global {layout.lengths})" if means_local(layout) else f"{list(layout.lengths)} tokens"
 
 
 @rule("narrow")
@@ -184,11 +244,13 @@ def narrow(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]
     x = args[0] if args else kwargs["input"]
     layout = only_layout(name, x)
     dim, start, length = (argument(args, kwargs, i, key) for i, key in ((1, "dim"), (2, "start"), (3, "length")))
-    out = func(*args, **kwargs)
-    if dim % x.dim() != layout.dim or length == x.shape[layout.dim]:
-        return mark(out, layout)
-    start = start + x.shape[layout.dim] if start < 0 else start
-    return part(name, out, layout, start, start + length)
+    if dim % x.dim() != layout.dim:
+        return mark(func(*args, **kwargs), layout)
+    size = meant_size(x, layout, layout.dim)
+    if length == size:
+        return mark(x.view_as(x), layout)
+    start = start + size if start < 0 else start
+    return part(name, x, layout, start, start + length)
 
 
 @rule("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit")
@@ -196,17 +258,17 @@ def split(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any])
     x = args[0] if args else kwargs.get("input", kwargs.get("tensor"))
     layout = only_layout(name, x)
     if name in ("hsplit", "vsplit", "dsplit"):
-        refuse(name, "is not followed; use split with a dimension")
+        needs_whole(name, "is not followed; use split with a dimension", layout)
     dim = argument(args, kwargs, 2, "dim", 0) % x.dim()
-    out = func(*args, **kwargs)
     if dim != layout.dim:
-        return marked(out, layout)
+        return marked(func(*args, **kwargs), layout)
+    meta = torch.empty([meant_size(x, layout, d) for d in range(x.dim())], device="meta")
+    cut = func(meta, *args[1:], **{key: value for key, value in kwargs.items() if key not in ("input", "tensor")})
     pieces, start = [], 0
-    for piece in separate(out):
-        stop = start + piece.shape[dim]
-        pieces.append(part(name, piece, layout, start, stop))
-        start = stop
-    return type(out)(pieces)
+    for piece in cut:
+        pieces.append(part(name, x, layout, start, start + piece.shape[dim]))
+        start = start + piece.shape[dim]
+    return type(cut)(pieces)
 
 
 @rule("unbind")
@@ -215,7 +277,7 @@ def unbind(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]
     layout = only_layout(name, x)
     dim = argument(args, kwargs, 1, "dim", 0) % x.dim()
     if dim == layout.dim:
-        refuse(name, "takes the tokens apart")
+        needs_whole(name, "takes the tokens apart", layout)
     return marked(func(*args, **kwargs), moved(layout, layout.dim - (dim < layout.dim)))
 
 
@@ -230,7 +292,9 @@ def select(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def one_token(name: str, x: Tensor, layout: Layout, index: Any, take: Callable[[Tensor], Any]) -> Any:
-    """The first or the last token of all; any other number may have been made from a local length."""
+    """One of all tokens; where numbers are local ones, only the first and the last are known."""
+    if not means_local(layout):
+        needs_whole(name, "takes one of all tokens", layout)
     if isinstance(index, int) and index in (0, -1):
         note_gather(name, layout, x, "takes one of all tokens")
         return take(gather(x, layout, used=False))
@@ -242,12 +306,11 @@ def index_select(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str
     x = args[0] if args else kwargs["input"]
     dim, index = argument(args, kwargs, 1, "dim") % x.dim(), argument(args, kwargs, 2, "index")
     layout, rows = layout_of(x), layout_of(index)
-    out = func(*args, **kwargs)
     if layout is None and rows is not None:
         return mark(func(use(x, rows.region), dim, index), moved(rows, dim))
     if layout is None or rows is not None or dim == layout.dim:
-        refuse(name, "takes some of the tokens")
-    return mark(out, layout)
+        needs_whole(name, "takes some of the tokens", layout or rows)
+    return mark(func(*args, **kwargs), layout)
 
 
 # --- joining ----------------------------------------------------------------------------------------------------------
@@ -273,7 +336,7 @@ def cat(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -
                 lengths, whole = (*lengths, meant or x.shape[dim]), (*whole, meant is None)
         return mark(func(parts, dim), Layout(dim, lengths, whole, region))
     if any(layout.dim == dim for layout in layouts):
-        refuse(name, "joins values along a dimension that holds tokens in some of them only")
+        needs_whole(name, "joins values along a dimension that holds tokens in some of them only", layouts[0])
     back = layouts[0].dim - parts[0].dim()
     new = [x if layout_of(x) is not None else fit(name, x, layouts[0], back) for x in parts]
     new, layout, _ = aligned(name, new) if len(layouts) > 1 else (new, layouts[0], 0)
@@ -305,7 +368,7 @@ def repeat_interleave(name: str, func: Func, args: Sequence[Any], kwargs: Mappin
     layout = only_layout(name, x, tensors_in([*args[1:], *kwargs.values()]))
     dim = argument(args, kwargs, 2, "dim")
     if dim is None or dim % x.dim() == layout.dim:
-        refuse(name, "repeats tokens")
+        needs_whole(name, "repeats tokens", layout)
     return mark(func(*args, **kwargs), layout)
 
 
@@ -316,5 +379,5 @@ def pad(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     amounts = list(argument(args, kwargs, 1, "pad"))
     first = 2 * (x.dim() - 1 - layout.dim)
     if any(amounts[first : first + 2]):
-        refuse(name, "adds tokens")
+        needs_whole(name, "adds tokens", layout)
     return mark(func(*args, **kwargs), layout)

@@ -103,7 +103,7 @@ class _RegionHook(ModelHook):
     def region(self) -> Region:
         """The ranks; a hook that is registered by itself takes the default process group."""
         if self._region is None:
-            self._region = Region(self.config)
+            self._region = Region(self.config, alone=True)
         return self._region
 
     def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:

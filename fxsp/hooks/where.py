@@ -1,0 +1,31 @@
+"""Where in the user's code a torch function was called: for reports and errors of the hooks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["caller"]
+
+_OURS = str(Path(__file__).resolve().parent.parent)
+_TORCH = str(Path(torch.__file__).resolve().parent)
+
+
+def caller() -> tuple[str, str]:
+    """``(class of the innermost module whose code is running, "file.py:123")``; empty where unknown."""
+    if torch.compiler.is_compiling():
+        return "", ""
+    module = source = ""
+    frame = sys._getframe(1)
+    while frame is not None and not (module and source):
+        file = frame.f_code.co_filename
+        if not source and not file.startswith((_OURS, _TORCH, "<")):
+            source = f"{Path(file).name}:{frame.f_lineno}"
+        owner = frame.f_locals.get("self")
+        if not module and isinstance(owner, nn.Module):
+            module = type(owner).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return module, source

@@ -1,0 +1,83 @@
+"""Whole models with hooks: eager, and compiled with their hooks on, beside one process."""
+
+from __future__ import annotations
+
+import pytest
+from hooking import HookCase, run_hooked
+
+BOUND = 1e-5
+
+#: The models of the compiler's own tests, and whether heads divide over two and over four ranks.
+MODELS = ["flux", "flux2", "wan", "wan_i2v", "qwen_image", "qwen_image_mask", "llama", "bert"]
+
+
+def check(ranks, size: int, case: HookCase) -> None:
+    for rank, seen in enumerate(ranks(size).run(run_hooked, case)):
+        for mode, error in seen.errors.items():
+            assert error <= BOUND, f"rank {rank}, {mode}: {error}"
+        for mode, (error, name) in seen.gradient_errors.items():
+            assert error <= BOUND, f"rank {rank}, {mode}: {error} of {name}"
+        assert seen.mismatched == []
+        assert set(seen.errors) == set(case.modes)
+        assert seen.implicit == [], "the models need no gather but that of the plan"
+        if "sp" in case.modes and not case.checkpoint:  # a warning of transformers is a graph break
+            assert "hooks of sequence parallelism stand aside: the plan is compiled" in seen.compiled_notes
+            assert len(seen.compiled_attentions) == len(seen.attentions)
+
+
+def case_of(name: str, **options) -> HookCase:
+    mask = {"mask": True} if name == "qwen_image_mask" else {}
+    arguments = {**mask, **options.pop("arguments", {})}
+    return HookCase(name.removesuffix("_mask"), arguments, **options)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_eager_and_compiled_and_one_process_agree(ranks, name: str, size: int) -> None:
+    check(ranks, size, case_of(name, arguments={"batch": 2}))
+
+
+#: Lengths that do not divide, a second one, and fewer tokens than ranks.
+LENGTHS = {
+    "flux": [{"image": 11, "text": 5}, {"image": 2, "text": 1}, {"image": 23, "text": 2}],
+    "flux2": [{"image": 13, "text": 3}, {"image": 1, "text": 2}],
+    "wan": [{"frames": 1, "height": 2, "width": 2}, {"frames": 3, "height": 2, "width": 6}],
+    "qwen_image_mask": [{"height": 1, "width": 2, "text": 3}, {"height": 5, "width": 3, "text": 5}],
+    "llama": [{"tokens": 17}, {"tokens": 1}, {"tokens": 2}],
+    "bert": [{"tokens": 5}, {"tokens": 2}, {"tokens": 19}],
+    "ltx": [{"frames": 1, "size": 1}, {"frames": 3, "size": 3}],
+    "cogvideox": [{"frames": 1, "size": 2, "text": 3}, {"frames": 3, "size": 6, "text": 5}],
+    "hunyuan_video": [{"frames": 1, "size": 2, "text": 4}, {"frames": 3, "size": 6, "text": 2}],
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_change_from_call_to_call(ranks, name: str) -> None:
+    first, *rest = LENGTHS[name]
+    check(ranks, 3, case_of(name, arguments=first, calls=tuple(rest), modes=("eager",)))
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart", "gemma", "gpt2"])
+def test_further_models(ranks, name: str) -> None:
+    check(ranks, 3, HookCase(name, modes=("eager",), gradients=True))
+
+
+@pytest.mark.parametrize(("name", "why"), [("mixtral", "sort"), ("vit", "takes one of all tokens")])
+def test_what_mixes_tokens_is_gathered_and_reported(ranks, name: str, why: str) -> None:
+    for seen in ranks(3).run(run_hooked, HookCase(name, modes=("eager",), gradients=True)):
+        assert seen.errors["eager"] <= BOUND
+        assert seen.gradient_errors["eager"][0] <= BOUND, seen.gradient_errors
+        assert any(why in gather for gather in seen.implicit), seen.implicit
+        assert any("ImplicitGatherWarning: hooks: gathered for" in text for text in seen.warnings)
+
+
+@pytest.mark.parametrize("checkpoint", ["", "plain"])
+@pytest.mark.parametrize("name", ["flux", "wan", "qwen_image_mask", "llama", "bert"])
+def test_gradients(ranks, name: str, checkpoint: str) -> None:
+    check(ranks, 2, case_of(name, gradients=True, checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_gradients_with_reentrant_checkpoints(ranks, name: str) -> None:
+    case = case_of(name, gradients=True, checkpoint="reentrant", modes=("eager",))
+    check(ranks, 3, case)
