@@ -13,7 +13,7 @@ from typing import Any
 import models
 import torch
 import zoo
-from running import build, collectives, error_of, recorded
+from running import _cast, build, collectives, error_of, recorded
 from training import _checkpointing, _gradients, _inputs, _loss, _worst
 
 import fxsp
@@ -39,6 +39,8 @@ class HookCase:
     #: Compare gradients too; ``checkpoint`` is ``""``, ``"plain"`` or ``"reentrant"``.
     gradients: bool = False
     checkpoint: str = ""
+    #: Weights and inputs in float64, where rounding cannot hide (or look like) a mistake.
+    double: bool = False
 
     def __str__(self) -> str:
         shown = [*self.arguments.items()]
@@ -84,6 +86,8 @@ def run_hooked(rank: int, size: int, case: HookCase) -> Hooked:
     """Run ``case`` on this rank."""
     model, first = build(case.model, case.arguments)
     calls = [first, *(build(case.model, {**case.arguments, **other})[1] for other in case.calls)]
+    if case.double:
+        model, calls = model.double(), _cast(calls, torch.float64)
     plan = case.plan or zoo.PLANS.get(case.model) or find_plan(model)
     _checkpointed(model, case.checkpoint)
     whole = copy.deepcopy(model)

@@ -5,13 +5,15 @@ method     when                                 what moves
 ========== ==================================== ======================================================================
 local      queries split, keys/values whole     nothing
 ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output
+ring       both split, it is asked for          keys and values, block by block (``fxsp.hooks.ring``)
+hybrid     both split, it is asked for          an exchange of heads among some ranks, a ring of the others
 gather_kv  both split, otherwise                one all-gather of keys and values
 whole      queries whole, keys/values split     one all-gather of keys and values; the result is whole
 ========== ==================================== ======================================================================
 
-``ulysses_degree`` of the configuration asks for the exchange of heads, ``ring_degree`` and ``allgather_degree`` for
-gathered keys and values (there is no eager ring: the numbers are those of one, the memory is not).  In every method
-keys and values are whole, without pads and in their original order, so masks and the causal flag keep their meaning.
+The degrees of the configuration choose; what is not legal for a method falls to the next one, and the report says so.
+Without a ring keys and values are whole, without pads and in their original order, so masks and the causal flag keep
+their meaning; a ring cuts its blocks out of them by position.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from fxsp.hooks.layout import (
     use,
 )
 from fxsp.hooks.region import Region
+from fxsp.hooks.ring import ring, ring_refusal
 from fxsp.hooks.rules import aligned, argument
+from fxsp.hooks.where import caller
 from fxsp.kernels.lowering import local_length
 from fxsp.report import AttentionRecord
 
@@ -94,7 +98,7 @@ def _stacked(name: str, call: _Call) -> Tensor:
     new, layout, back = aligned(name, operands)
     mask = new[3] if call.mask is not None else None
     out = call.run(new[0], new[1], new[2], mask, call.causal)
-    _record(layout.region, "local", "tokens in the batch")
+    _record(layout.region, "local", detail="tokens in the batch")
     return mark(out, moved(layout, out.dim() + back))
 
 
@@ -107,24 +111,32 @@ def _by_tokens(name: str, call: _Call, lq: Layout | None, lk: Layout | None, lv:
         region = next(layout.region for layout in (lk, layout_of(call.v), layout_of(call.k)) if layout is not None)
         k = gather(k, lk, used=False) if lk is not None else k
         v = gather(v, lv, used=False) if lv is not None else v
-        _record(region, "whole", "queries are whole")
+        _record(region, "whole", detail="queries are whole")
         return call.run(call.q, k, v, _whole_mask(call.mask, used=False), call.causal)
     if lk is None:
-        _record(lq.region, "local", "keys and values are whole")
+        _record(lq.region, "local", detail="keys and values are whole")
         return _rows(name, call, use(k, lq.region), use(v, lq.region), lq)
     assert lv is not None
     if not same_tokens(lk, lv):
         refuse(name, "has keys and values of different tokens")
-    if lq.region.allgather > 1:
-        why = "allgather_degree asks for it"
-    elif lq.region.ring > 1:
-        why = "ring_degree: there is no eager ring"
-    else:
-        why = _ulysses_refusal(call, lq.region.size)
-        if not why:
-            _record(lq.region, "ulysses", "")
+    why: list[tuple[str, str]] = []
+    region = lq.region
+    if region.allgather == 1 and region.ring > 1:
+        refusal = ring_refusal(call.q, k, v, region.ulysses, call.gqa)
+        method = "hybrid" if region.ulysses > 1 else "ring"
+        if not refusal:
+            _record(region, method, why)
+            return ring(call.q, k, v, _ring_mask(name, call.mask, lq, lk), call.causal, call.scale, lq, lk)
+        why.append((method, refusal))
+    if region.allgather == 1:
+        refusal = _ulysses_refusal(call, region.size)
+        if not refusal:
+            _record(region, "ulysses", why)
             return _ulysses(name, call, lq, lk)
-    _record(lq.region, "gather_kv", why)
+        why.append(("ulysses", refusal))
+    else:
+        why.append(("ulysses", "allgather_degree asks for gathered keys and values"))
+    _record(region, "gather_kv", why)
     width = k.shape[-1]
     both = gather(torch.cat([k, v], -1), lk, used=True)
     return _rows(name, call, both[..., :width], both[..., width:], lq)
@@ -139,10 +151,10 @@ def _ulysses_refusal(call: _Call, size: int) -> str:
     return "" if call.q.shape[0] == call.k.shape[0] == call.v.shape[0] else "queries and keys differ in batch size"
 
 
-def _record(region: Region, method: str, why: str) -> None:
+def _record(region: Region, method: str, why: Sequence[tuple[str, str]] = (), detail: str = "") -> None:
     if not torch.compiler.is_compiling():
-        rejected = (("ulysses", why),) if method == "gather_kv" else ()
-        region.report.attentions.append(AttentionRecord("", "", method, None, rejected, why))
+        module, source = caller()
+        region.report.attentions.append(AttentionRecord(module, source, method, None, tuple(why), detail))
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -191,6 +203,19 @@ def _row_mask(name: str, call: _Call, keys: int, lq: Layout) -> Tensor | None:
 def _check_rows(name: str, mask: Tensor, queries: int) -> None:
     if mask.dim() >= 2 and mask.shape[-2] not in (1, queries):
         refuse(name, f"has a mask for {mask.shape[-2]} queries, and there are {queries} in all")
+
+
+def _ring_mask(name: str, mask: Tensor | None, lq: Layout, lk: Layout) -> Tensor | None:
+    """A mask that is whole, or split by rows like the queries."""
+    if mask is None:
+        return None
+    layout = layout_of(mask)
+    if layout is not None and not (layout.dim == mask.dim() - 2 and same_tokens(layout, lq)):
+        mask, layout = gather(mask, layout, used=False), None
+    _check_columns(name, mask, sum(lk.lengths))
+    if layout is None:
+        _check_rows(name, mask, sum(lq.lengths))
+    return mask
 
 
 def _rows(name: str, call: _Call, k: Tensor, v: Tensor, lq: Layout) -> Tensor:

@@ -219,6 +219,8 @@ def _name(func: Any) -> str:
         return f".{func.__self__.__name__}"
     if name.startswith("__") and name.endswith("__"):
         return _DUNDER.get(name, name)
+    if isinstance(func, torch._ops.OpOverloadPacket) and not func._qualified_op_name.startswith("aten::"):
+        return func._qualified_op_name
     if "." in name:  # an operator; those of other libraries are not known by their name alone
         namespace = getattr(func, "namespace", "aten")
         name = name.partition(".")[0] if namespace == "aten" else f"{namespace}::{name}"
@@ -282,6 +284,8 @@ def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         if compiling and (func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0]))):
             out._fxsp_constant = True
         return out
+    if name.startswith("fxsp::"):  # the backward pass of an operator of ours, on what it saved
+        return func(*args, **kwargs)
     run = RULES.get(name)
     if run is None and name.startswith("."):  # dtype, requires_grad, ...
         out = func(*args, **kwargs)

@@ -54,7 +54,8 @@ class Region:
         degrees = resolve_degrees(options, ranks.size)
         self.config = options.config or SequenceParallelConfig(ulysses_degree=ranks.size)
         self.rank, self.size, self.group = ranks.rank, ranks.size, ranks.group
-        self.ring, self.allgather = degrees.ring or 1, degrees.allgather or 1
+        self.ulysses, self.ring = degrees.ulysses or ranks.size, degrees.ring or 1
+        self.allgather = degrees.allgather or 1
         self._fresh()
 
     def _fresh(self) -> None:
@@ -113,7 +114,7 @@ class Region:
     # --- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("alone", "config", "group_name", "rank", "size", "group", "ring", "allgather")
+        kept = ("alone", "config", "group_name", "rank", "size", "group", "ulysses", "ring", "allgather")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,142 @@
+"""Ring attention, and Ulysses within a ring, on split tokens in eager mode: ``fxsp.passes.lower_ring`` on tensors.
+
+``u * r`` ranks: ``u`` consecutive ranks exchange heads for tokens, so that together they are one place of a ring of
+``r``; keys and values go from rank ``i`` to ``i + u``; then the output is exchanged back.  ``u = 1`` is a plain ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxsp.hooks.layout import Layout, gather, layout_of, mark, moved, same_tokens, shard, use
+from fxsp.hooks.region import Region
+from fxsp.kernels.lowering import local_length
+
+__all__ = ["ring", "ring_refusal"]
+
+_ops = torch.ops.fxsp
+
+
+def ring_refusal(q: Tensor, k: Tensor, v: Tensor, ulysses: int, gqa: bool) -> str:
+    """Why keys and values cannot go around the ring, or nothing."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        return "no dimension of heads"
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        return "queries and keys differ in batch size"
+    heads, shared = q.shape[1], k.shape[1]
+    if shared != v.shape[1] or heads % shared or (heads != shared and not gqa):
+        return f"{shared} key/value heads do not serve {heads} query heads one by one"
+    return "" if heads % ulysses == shared % ulysses == 0 else f"heads do not divide over {ulysses} ranks"
+
+
+def ring(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, lq: Layout, lk: Layout
+) -> Tensor:
+    """``q [B, H, L, D]``, ``k [B, h, L, D]``, ``v [B, h, L, E]``, split -> ``[B, H, L, E]``, split like the queries.
+
+    ``mask`` is whole, or split by rows like the queries; it has a column for every key.
+    """
+    region = lq.region
+    if region.ulysses > 1:
+        heads = q.shape[1]
+        if same_tokens(lq, lk) and q.shape[3] == v.shape[3]:
+            q, k, v = _to_places([q, k, v], lq)
+        elif k.shape[3] == v.shape[3]:
+            (q,), (k, v) = _to_places([q], lq), _to_places([k, v], lk)
+        else:
+            (q,), (k,), (v,) = _to_places([q], lq), _to_places([k], lk), _to_places([v], lk)
+        mask = None if mask is None else _mask_of_place(mask, lq)
+    elif mask is not None:
+        mask = _mask_of_rank(mask, lq)
+    out, _ = _ops.ring_attention.default(
+        q, k, v, mask, list(lq.lengths), list(lq.whole), list(lk.lengths), list(lk.whole),
+        causal, scale, region.ulysses, region.rank, region.size, region.group,
+    )  # fmt: skip
+    if region.ulysses > 1:
+        out = _to_ranks(out, lq, heads)
+    return mark(out, moved(lq, 2))
+
+
+def _has_rows(mask: Tensor, layout: Layout) -> bool:
+    return mask.dim() >= 2 and (mask.shape[-2] != 1 or sum(layout.lengths) == 1)
+
+
+def _mask_of_rank(mask: Tensor, lq: Layout) -> Tensor:
+    """The rows of this rank's queries."""
+    layout = layout_of(mask)
+    if layout is not None:
+        return mask
+    return shard(mask, moved(lq, mask.dim() - 2)) if _has_rows(mask, lq) else use(mask, lq.region)
+
+
+def _mask_of_place(mask: Tensor, lq: Layout) -> Tensor:
+    """The rows of this place's queries, and the heads of this rank."""
+    layout, region = layout_of(mask), lq.region
+    rows = _has_rows(mask, lq) or (layout is not None and layout.dim == mask.dim() - 2)
+    mask = gather(mask, layout, used=True) if layout is not None else use(mask, region)
+    u = region.ulysses
+    if mask.dim() >= 3 and mask.shape[-3] != 1:
+        mask = _ops.take.default(mask, mask.dim() - 3, region.rank % u, u)
+    if rows:
+        places = (list(lq.lengths), list(lq.whole), u, region.rank, region.size, mask.device)
+        mask = mask.index_select(mask.dim() - 2, _ops.place_positions.default(*places))
+    return mask
+
+
+# --- Ulysses within a place of the ring -------------------------------------------------------------------------------
+
+
+def _rows(layout: Layout) -> list[tuple[int, int, bool]]:
+    """Of each segment: its first local row, how many there are, whether it is whole."""
+    result, start = [], 0
+    for n, whole in zip(layout.lengths, layout.whole, strict=True):
+        rows = local_length(n, whole, layout.region.size)
+        result.append((start, rows, whole))
+        start = start + rows
+    return result
+
+
+def _exchange(x: Tensor, region: Region) -> Tensor:
+    return _ops.all_to_all_within.default(x.contiguous(), region.rank, region.size, region.group)  # type: ignore[no-any-return]
+
+
+def _to_places(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """``[B, H, L, D]`` of each rank -> ``[B, H/u, u*L, D]`` of each place, tokens in the order of the sequence."""
+    region, u = layout.region, layout.region.ulysses
+    heads = [x.shape[1] // u for x in tensors]
+    packed = torch.cat([x.unflatten(1, (u, -1)).permute(1, 3, 0, 2, 4) for x in tensors], 3)  # [u, L, B, h, D]
+    rows = _rows(layout)
+    split = [n for _, n, whole in rows if not whole]
+    sent = packed
+    if len(split) < len(rows):
+        sent = torch.cat([packed.narrow(1, at, n) for at, n, whole in rows if not whole], 1)
+    tokens = _ops.unpack.default(_exchange(sent, region), [u * n for n in split], u)
+    if len(split) < len(rows):  # what every rank has stays at home: each keeps the rows of its own heads
+        parts, start = [], 0
+        for at, n, whole in rows:
+            if whole:
+                parts.append(_ops.take.default(packed.narrow(1, at, n), 0, region.rank % u, u).squeeze(0))
+            else:
+                parts.append(tokens.narrow(0, start, u * n))
+                start = start + u * n
+        tokens = torch.cat(parts)
+    return list(tokens.permute(1, 2, 0, 3).split(heads, 1))
+
+
+def _to_ranks(out: Tensor, layout: Layout, heads: int) -> Tensor:
+    """``[B, H/u, u*L, E]`` of a place -> ``[B, H, L, E]`` of each of its ranks."""
+    region, u = layout.region, layout.region.ulysses
+    tokens = out.permute(2, 0, 1, 3)
+    blocks, start = [], 0
+    for _, n, whole in _rows(layout):
+        count = n if whole else u * n
+        part = tokens.narrow(0, start, count)
+        start = start + count
+        blocks.append(part.expand(u, *part.shape) if whole else part.unflatten(0, (u, n)))
+    received = _exchange(torch.cat(blocks, 1), region)  # [u, L, B, h, E]: the heads of each rank
+    result = received.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+    assert result.shape[1] == heads
+    return result
