@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from lockstep import gradients
 from simulated import Simulated
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp.errors import VerificationError
+from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.inspection import format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize import functionalize
@@ -30,7 +33,7 @@ from fxsp.simulation import check_replicated, run, simulate_with_grads
 from fxsp.torch_internals import retrace
 from fxsp.types import Ranks
 
-__all__ = ["Case", "Input", "NotAProgram", "Result", "check", "script"]
+__all__ = ["Case", "Input", "NotAProgram", "Refused", "Result", "check", "script"]
 
 #: Largest relative error (of the largest element) by dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -57,6 +60,10 @@ class NotAProgram(Exception):  # noqa: N818
     """The program itself fails: a write that autograd forbids, say."""
 
 
+class Refused(Exception):  # noqa: N818
+    """The program cannot be normalized: it would run whole, with a warning."""
+
+
 @dataclass(frozen=True)
 class Input:
     """One input: its shape, and how its values are drawn."""
@@ -81,6 +88,7 @@ class Case:
     inputs: tuple[Input, ...]
     #: Length of each sequence that inputs bring.
     lengths: dict[str, int]
+    #: Number of ranks.
     size: int
     double: bool = True
     #: Compare gradients too (of all floating inputs).
@@ -143,7 +151,7 @@ class Case:
 
 def script(case: Case) -> str:
     """A file that runs the case, wherever it lies, in the environment that fxsp is installed in."""
-    inputs = "".join(f"        {spec!r},\n" for spec in case.inputs)
+    inputs = "".join(f"            {spec!r},\n" for spec in case.inputs)
     return f'''"""A program that computes something else once it is split over {case.size} ranks."""
 
 import sys
@@ -242,7 +250,11 @@ def _check_traced(case: Case, poison_pads: bool, result: Result) -> None:
 
 def _check_compiled(case: Case, poison_pads: bool, result: Result) -> None:
     def compile_(gm: torch.fx.GraphModule, inputs: Sequence[Any], ranks: Ranks) -> Program:
-        program = partition_program(Program(functionalize(normalize(gm, inputs)), ranks, training=case.training))
+        try:
+            normal = functionalize(normalize(gm, inputs))
+        except UnsupportedError as error:
+            raise Refused from error
+        program = partition_program(Program(normal, ranks, training=case.training))
         result.programs.append(program)
         return program
 
@@ -254,7 +266,12 @@ def _check_compiled(case: Case, poison_pads: bool, result: Result) -> None:
         if other is not case and not _runs(other):
             continue
         with _shown(other, None):
-            found = _execute(other, function, mark=case.dynamic)
+            try:
+                found = _execute(other, function, mark=case.dynamic)
+            except BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, Refused):
+                    raise error.inner_exception from error
+                raise
         _compare(other, found, result.programs[-1], poison_pads, result)
 
 
@@ -270,8 +287,15 @@ def partition(case: Case) -> Program:
     fakes = []
     for spec, value in zip(case.inputs, case.values(), strict=True):
         sizes = [number if isinstance(size, str) else DimDynamic.STATIC for size in spec.shape]
-        fakes.append(mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(sizes)))
-    gm = functionalize(retrace(case.function(_annotate), fakes, mode, {}))
+        fake = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(sizes))
+        fakes.append(fake.requires_grad_(case.training and value.is_floating_point()))
+    gm = retrace(case.function(_annotate), fakes, mode, {})
+    for node, fake in zip(gm.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        node.meta["val"] = fake  # it says whether gradients are recorded
+    try:
+        gm = functionalize(gm)
+    except UnsupportedError as error:
+        raise Refused from error
     program = Program(gm, Ranks(0, case.size, "simulated"), training=case.training)
     # A local length of 1 is specialized when the graph runs on fakes, so symbolic shapes cannot be compared with types.
     return partition_program(program, Runner(check=not case.dynamic and case.seed % 2 == 0))
@@ -367,7 +391,8 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> str:
     if not torch.equal(got.isinf(), want.isinf()):
         return f"infinite in {int(got.isinf().sum())} elements instead of {int(want.isinf().sum())}"
     error, scale = _largest(got - want), _largest(want)
-    return "" if error <= TOLERANCE[want.dtype] * max(scale, 1e-3) else f"error {error:.3g} of {scale:.3g}"
+    # What is zero by cancellation has the rounding of what was cancelled.
+    return "" if error <= TOLERANCE[want.dtype] * max(scale, 1e-2) else f"error {error:.3g} of {scale:.3g}"
 
 
 def _largest(x: torch.Tensor) -> float:
@@ -384,23 +409,35 @@ def _is_rounding(case: Case, name: str, got: torch.Tensor, want: torch.Tensor) -
     return _largest(got.double() - exact) <= 8 * _largest(want.double() - exact)
 
 
-class _Nudged(Case):
-    """The same inputs, but for their last bits."""
+class _Noise(TorchDispatchMode):
+    """Every operator, forward and backward, rounds a little differently (Monte Carlo arithmetic)."""
 
-    def _value(self, spec: Input, generator: torch.Generator) -> torch.Tensor:
-        x = super()._value(spec, generator)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(self.size), dtype=torch.float64)
-        return x * (1 + noise * 1e-15) if x.is_floating_point() else x
+    def __init__(self, seed: int, relative: float) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.relative = relative
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(r.alias_info is not None for r in func._schema.returns):
+            return result  # a view, or written in place
+        return tree_map_only(torch.Tensor, self._nudged, result)
+
+    def _nudged(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():
+            return x
+        noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
+        return x * (1 + self.relative * noise).to(x.dtype)
 
 
 def _is_ill_conditioned(case: Case, name: str, got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether the program itself answers so differently to inputs that differ in their last bits (a tie, say)."""
+    """Whether the program itself answers so differently if its operators round differently (a tie, say)."""
     if got.shape != want.shape:
         return False
     error, own = _largest(got - want), 0.0
-    for size in range(4):
-        nudged = _Nudged(**{**vars(case), "size": size})
-        other = _execute(nudged, nudged.function()).named()[name]
+    for seed in range(4):
+        with _Noise(seed, 1e-15):
+            other = _execute(case, case.function()).named()[name]
         if not torch.equal(other.isnan(), want.isnan()) or not torch.equal(other.isinf(), want.isinf()):
             return True
         own = max(own, _largest(other - want))
