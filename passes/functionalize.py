@@ -43,7 +43,7 @@ from fxsp.passes.inplace import NEW_VIEW, functional_value, written_arguments
 from fxsp.passes.retrace import describe
 from fxsp.passes.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.views import View, cover, view_of
-from fxsp.passes.writer import Writer
+from fxsp.passes.writer import Writer, erase_unused
 
 __all__ = ["functionalize"]
 
@@ -56,19 +56,10 @@ def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     written = {key for node in gm.graph.nodes for a in written_arguments(node) for key in keys[a]}
     if written:
         _Functionalizer(gm, keys, written).run()
-        _erase_unused(gm.graph)
+        erase_unused(gm.graph)
         gm.graph.lint()
         gm.recompile()
     return gm
-
-
-def _erase_unused(graph: torch.fx.Graph) -> None:
-    """Erase dead code, but not in the bodies of islands, as torch does: what has no user there, the end of a functorch
-    level say, is needed all the same.
-    """
-    for node in reversed(graph.nodes):
-        if not node.users and not node.is_impure() and "island" not in node.meta:
-            graph.erase_node(node)
 
 
 class _Functionalizer:

@@ -32,6 +32,7 @@ from fxsp.passes.index_terms import Leaf, Term, Where, equal
 from fxsp.passes.index_values import terms_of
 from fxsp.passes.rules import Call, overloads, shape_of
 from fxsp.passes.rules_views import EXPANDS
+from fxsp.passes.writer import erase_unused
 from fxsp.types import Length, same_length
 
 __all__ = ["Band", "Masks", "band_of"]
@@ -64,9 +65,7 @@ class Masks:
         for node in attentions:
             _rewrite(program.graph, Call(node), terms, rows)
         if attentions:
-            program.graph.eliminate_dead_code(
-                lambda n: n.is_impure() or "island" in n.meta or n.op in ("placeholder", "output")
-            )
+            erase_unused(program.graph)
             program.gm.recompile()
         return program
 

@@ -13,7 +13,7 @@ from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.retrace import describe
 
-__all__ = ["Writer", "arguments"]
+__all__ = ["Writer", "arguments", "erase_unused"]
 
 aten = torch.ops.aten
 
@@ -90,3 +90,12 @@ def arguments(node: Node) -> dict[str, Any]:
         elif argument.has_default_value():
             found[argument.name] = argument.default_value
     return found
+
+
+def erase_unused(graph: torch.fx.Graph) -> None:
+    """Erase dead code, but not in the bodies of islands, as torch's own method does: what has no user there, the end of
+    a functorch level say, is needed all the same.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure() and "island" not in node.meta:
+            graph.erase_node(node)

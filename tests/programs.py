@@ -185,7 +185,7 @@ def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | N
     for _ in range(1, sequences):
         _add_tokens(b, b.sequence(draw(st.integers(1, 9))), ("shard", "text", "plain"))
     lengths = {name: b.sizes[name] for name in b.expressions}
-    slow = draw(st.integers(0, 4)) == 4
+    slow = only is not None or draw(st.integers(0, 4)) == 4
     names = [name for name in only or INSTRUCTIONS for _ in range(OFTEN.get(name, 1)) if slow or name not in SLOW]
     if slow:
         names += [name for name in SLOW for _ in range(5) if only is None]
