@@ -37,10 +37,6 @@ class Options:
     #: Ranks that exchange heads, and ranks in a ring; their product is the size of the group.
     ulysses_degree: int | None = None
     ring_degree: int | None = None
-    #: What a message costs where attention has several ways: seconds (None: 0, bytes decide), and bytes per second that
-    #: a rank sends (None: 2e9 on the CPU, 1e11 elsewhere).
-    latency: float | None = None
-    bandwidth: float | None = None
     #: A plan, flat; None: the model's own ``_sp_plan`` or ``_cp_plan``.
     plan: tuple[PlanEntry, ...] | None = None
     #: The degrees as vLLM-Omni writes them, instead of the two options above.
@@ -61,6 +57,10 @@ class Options:
     print: tuple[str, ...] = ()
     #: Compare values and gradients with the unpartitioned graph at the first call.
     verify: bool = False
+    #: What a message costs where attention has several ways: seconds (None: 0, bytes decide), and bytes per second that
+    #: a rank sends (None: 2e9 on the CPU, 1e11 elsewhere).
+    latency: float | None = None
+    bandwidth: float | None = None
 
     @staticmethod
     def names() -> list[str]:
