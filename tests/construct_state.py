@@ -134,6 +134,18 @@ def overlapping_inputs_written(wrap: Wrap) -> Built:
     return wrap(model), model
 
 
+def _halve(y: Tensor) -> Tensor:
+    y = y * 1
+    y.detach().mul_(0.5)
+    return y
+
+
+@construct()
+def write_through_detach(wrap: Wrap) -> Built:
+    """Its values are halved, its gradients are not."""
+    return hooked(_halve)(wrap)
+
+
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 

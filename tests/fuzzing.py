@@ -97,6 +97,8 @@ class Case:
     dynamic: bool = False
     #: Trace with Dynamo, which sees checkpoints and grad modes, and not with ``make_fx``.
     dynamo: bool = False
+    #: Degrees ``(ulysses, ring)`` that the user fixes.
+    degrees: tuple[int, int] | None = None
     seed: int = 0
     #: The instructions that wrote the program, for statistics.
     instructions: tuple[str, ...] = ()
@@ -145,6 +147,7 @@ class Case:
     def __repr__(self) -> str:
         facts = [f"{self.size} ranks", "float64" if self.double else "float32"]
         facts += [name for name in ("training", "dynamic", "dynamo") if getattr(self, name)]
+        facts += [f"degrees {self.degrees}"] if self.degrees else []
         facts += [f"{name} = {n}" for name, n in self.lengths.items()]
         return f"\n# {', '.join(facts)}; {', '.join(map(str, self.inputs))}\n{self.source}"
 
@@ -177,6 +180,7 @@ check(
         training={case.training},
         dynamic={case.dynamic},
         dynamo={case.dynamo},
+        degrees={case.degrees},
         seed={case.seed},
     )
 )
@@ -253,8 +257,8 @@ def _check_compiled(case: Case, poison_pads: bool, result: Result) -> None:
         try:
             normal = functionalize(normalize(gm, inputs))
         except UnsupportedError as error:
-            raise Refused from error
-        program = partition_program(Program(normal, ranks, training=case.training))
+            raise Refused(str(error)) from error
+        program = partition_program(_program(case, normal))
         result.programs.append(program)
         return program
 
@@ -295,10 +299,15 @@ def partition(case: Case) -> Program:
     try:
         gm = functionalize(gm)
     except UnsupportedError as error:
-        raise Refused from error
-    program = Program(gm, Ranks(0, case.size, "simulated"), training=case.training)
+        raise Refused(str(error)) from error
     # A local length of 1 is specialized when the graph runs on fakes, so symbolic shapes cannot be compared with types.
-    return partition_program(program, Runner(check=not case.dynamic and case.seed % 2 == 0))
+    return partition_program(_program(case, gm), Runner(check=not case.dynamic and case.seed % 2 == 0))
+
+
+def _program(case: Case, gm: torch.fx.GraphModule) -> Program:
+    ulysses, ring = case.degrees or (None, None)
+    ranks = Ranks(0, case.size, "simulated")
+    return Program(gm, ranks, training=case.training, ulysses_degree=ulysses, ring_degree=ring)
 
 
 def _execute(case: Case, function: Callable[..., Any], *, mark: bool = False) -> _Values:

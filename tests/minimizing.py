@@ -53,7 +53,9 @@ def _steps(case: Case) -> Iterator[Case]:
             yield with_lines([*body[:i], *renamed])
     for name, n in case.lengths.items():
         yield from (replace(case, lengths={**case.lengths, name: k}) for k in range(1, n))
-    yield from (replace(case, size=k) for k in range(2, case.size))
+    if case.degrees:
+        yield replace(case, degrees=None)
+    yield from (replace(case, size=k, degrees=None) for k in range(2, case.size))
     for what in ("dynamo", "dynamic", "training"):
         if getattr(case, what):
             yield replace(case, **{what: False})

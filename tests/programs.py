@@ -23,7 +23,7 @@ from typing import Any
 from fuzzing import Case, Input, Size
 from hypothesis import strategies as st
 
-__all__ = ["INSTRUCTIONS", "Builder", "Var", "cases", "instruction"]
+__all__ = ["INSTRUCTIONS", "SLOW", "Builder", "Var", "cases", "every_instruction", "instruction"]
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,19 @@ OFTEN = {
 SLOW = ("piece", "opaque", "write")
 
 
-@st.composite
-def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | None = None) -> Case:
-    """A program with one to three inputs of tokens, for 1 to 8 ranks and 1 to 4P + 1 tokens."""
+def every_instruction() -> list[str]:
+    """The names of all instructions."""
     for module in ("instructions", "instructions_tokens", "instructions_parts", "instructions_dynamo"):
         importlib.import_module(module)  # they fill INSTRUCTIONS
+    return list(INSTRUCTIONS)
 
+
+@st.composite
+def cases(draw: st.DrawFn, first: str | None = None, max_instructions: int = 10) -> Case:
+    """A program with one to three inputs of tokens, for 1 to 8 ranks and 1 to 4P + 1 tokens.
+
+    ``first`` is its first instruction.
+    """
     size = draw(st.sampled_from([2, 3, 4, 8, 5, 6, 7, 1]))
     h = draw(st.sampled_from([4, 1, 2, 3, 6, 8, size, 2 * size]))
     d = draw(st.sampled_from([2, 4, 1]))
@@ -185,13 +192,13 @@ def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | N
     for _ in range(1, sequences):
         _add_tokens(b, b.sequence(draw(st.integers(1, 9))), ("shard", "text", "plain"))
     lengths = {name: b.sizes[name] for name in b.expressions}
-    slow = only is not None or draw(st.integers(0, 4)) == 4
-    names = [name for name in only or INSTRUCTIONS for _ in range(OFTEN.get(name, 1)) if slow or name not in SLOW]
+    slow = first in SLOW or draw(st.integers(0, 4)) == 4
+    names = [name for name in INSTRUCTIONS for _ in range(OFTEN.get(name, 1)) if slow or name not in SLOW]
     if slow:
-        names += [name for name in SLOW for _ in range(5) if only is None]
+        names += [name for name in SLOW for _ in range(5)]
     used: list[str] = []
-    for _ in range(draw(st.integers(1, max_instructions))):
-        name = b.pick(names)
+    for i in range(draw(st.integers(1, max_instructions))):
+        name = first if first is not None and i == 0 else b.pick(names)
         before = len(b.lines)
         INSTRUCTIONS[name](b)
         used += [name] if len(b.lines) > before else []
@@ -209,8 +216,17 @@ def cases(draw: st.DrawFn, max_instructions: int = 10, only: tuple[str, ...] | N
         dynamic=draw(st.integers(0, 2)) == 2,
         dynamo=b.dynamo,
         seed=draw(st.integers(0, 9)),
+        degrees=_degrees(draw, size) if "attention" in used else None,
         instructions=tuple(used),
     )
+
+
+def _degrees(draw: st.DrawFn, size: int) -> tuple[int, int] | None:
+    """Degrees of attention that the user fixes, ``(ulysses, ring)``; mostly none."""
+    if draw(st.integers(0, 2)) < 2:
+        return None
+    ulysses = draw(st.sampled_from([k for k in range(1, size + 1) if size % k == 0]))
+    return ulysses, size // ulysses
 
 
 def _add_tokens(b: Builder, seq: str, ways: Sequence[str]) -> None:

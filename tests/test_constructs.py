@@ -155,6 +155,12 @@ def test_overlapping_inputs_that_are_written(outcomes: Outcomes) -> None:
         assert any("UnshardedWarning" in text for text in outcome.warnings)
 
 
+def test_write_through_detach_stays_whole(outcomes: Outcomes) -> None:
+    for outcome in outcomes("write_through_detach"):
+        assert "writes through detach() while gradients are recorded" in outcome.unsharded[0]
+        assert any("UnshardedWarning" in text and "construct_state.py:" in text for text in outcome.warnings)
+
+
 @pytest.mark.parametrize(("group", "name"), construct_mixing.mixer_names())
 def test_mixing_is_reported(group: str, name: str, outcomes: Outcomes) -> None:
     for outcome in outcomes(f"mixing: {group}"):
