@@ -27,6 +27,7 @@ from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, Converter, Value
 from fxsp.passes.decide import Decision
+from fxsp.passes.inplace import written_arguments
 from fxsp.passes.losses import LossPlan, write_loss
 from fxsp.passes.overwrite import OverwritePlan, write_overwrite
 from fxsp.passes.pick import PickPlan, write_pick
@@ -42,6 +43,10 @@ from fxsp.types import Partial, Replicate, Shard, Type, Used, as_length, product
 __all__ = ["Partition"]
 
 aten = torch.ops.aten
+
+#: Why whole values are needed at the end.
+_OUTPUT = "a graph output has its global shape"
+_WRITTEN = "an input that is written to has its global shape"
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,13 @@ class _Partitioner(Converter):
         for node in inputs:
             self.build.at(node)
             self.build.learn(self._node_of_input(node), node.meta.get("val"))
+        overwriting = False
         for node in old.graph.nodes:
             if node.op != "placeholder":
                 self.build.at(node)
+                if not overwriting and written_arguments(node):
+                    overwriting = True
+                    self._before_writes(node)
                 self._visit(node)
         # The bookkeeping of conversions may leave forms that nobody used in the end.
         self.graph.eliminate_dead_code(_is_impure)
@@ -110,7 +119,7 @@ class _Partitioner(Converter):
             self._whole(node)
 
     def _output(self, node: Node) -> None:
-        self.reason = "a graph output has its global shape"
+        self.reason = _OUTPUT
 
         def whole(old: Node) -> Any:
             if old in self.values:
@@ -119,6 +128,20 @@ class _Partitioner(Converter):
 
         result = torch.fx.map_arg(node.args[0], whole)
         self.graph.output(result).meta.update(node.meta)
+
+    def _before_writes(self, node: Node) -> None:
+        """The last nodes, from ``node`` on, overwrite inputs: what they and the output need whole is computed now, since
+        it may be computed from those inputs.
+        """
+        while True:
+            self.build.at(node)
+            self.reason = _OUTPUT if node.op == "output" else _WRITTEN
+            for old in node.all_input_nodes:
+                if old in self.values:
+                    self.get(self.values[old], Replicate(), kind="output")
+            if node.op == "output":
+                return
+            node = node.next
 
     def _annotate(self, node: Node) -> None:
         source = node.args[0]
@@ -170,7 +193,7 @@ class _Partitioner(Converter):
         if all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
             if call.op is aten.copy_.default:
                 # The epilogue of a written input: as for an output, nobody asked for split data there.
-                self.reason = "an input that is written to has its global shape"
+                self.reason = _WRITTEN
                 self._whole_call(node, "output")
             else:
                 self._whole_call(node)

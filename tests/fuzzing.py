@@ -280,7 +280,9 @@ def _check_compiled(case: Case, poison_pads: bool, result: Result) -> None:
 
 
 def _annotate(x: torch.Tensor, kind: str, dim: int, text_len: int, entry: str) -> torch.Tensor:
-    return torch.ops.fxsp.annotate(x, kind, dim, text_len, entry)  # type: ignore[no-any-return]
+    # The plan's annotations stand for their argument in a region without grad too; an operator written there would not.
+    with torch.enable_grad():
+        return torch.ops.fxsp.annotate(x, kind, dim, text_len, entry)  # type: ignore[no-any-return]
 
 
 def partition(case: Case) -> Program:

@@ -215,6 +215,17 @@ FOUND = {
         size=2,
         dynamo=True,
     ),
+    "what is computed whole in the end, from an input that is written to": Case(
+        """def program(x1):
+    x1 = annotate(x1, "shard", 1, -1, "x1")
+    y2 = F.gelu(x1)
+    x1.mul_(0.5)
+    return x1, y2
+""",
+        (Input("x1", (1, "S0", 8)),),
+        {"S0": 3},
+        size=2,
+    ),
 }
 
 
