@@ -7,6 +7,7 @@ call and compares the outputs.  Both synchronize with the host; neither is on by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,13 +73,22 @@ def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, gr
     return checked
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """``|found - expected| / |expected|`` in the 2-norm, in float64 (0 if both are zero)."""
-    if found.dtype in (torch.bool, torch.int64, torch.int32):
+def relative_error(found: Tensor, expected: Tensor, usual: float = 0.0) -> float:
+    """``|found - expected| / |expected|`` in the 2-norm, in float64 (0 if both are zero).
+
+    Infinities of one sign, and NaN beside NaN, are equal; beside anything else they are an infinite error.  Where
+    ``expected`` is smaller than a hundredth of the norm ``usual``, the difference is divided by that instead: a
+    gradient that is zero but for rounding (of a bias before a softmax, say) has no relative error of its own.
+    """
+    if not (expected.is_floating_point() or expected.is_complex()):
         return float((found != expected).any())
     wide = torch.complex128 if expected.is_complex() else torch.float64
-    difference = (found.detach().to(wide) - expected.detach().to(wide)).norm().item()
-    scale = expected.detach().to(wide).norm().item()
+    a, b = found.detach().to(wide), expected.detach().to(wide)
+    same = (a == b) | (a.isnan() & b.isnan())
+    if not bool((same | (a.isfinite() & b.isfinite())).all()):
+        return math.inf
+    difference = (a - b).masked_fill(same, 0).norm().item()
+    scale = max(b.masked_fill(~b.isfinite(), 0).norm().item(), 1e-2 * usual)
     return float(difference / scale if scale else difference)
 
 

@@ -42,6 +42,19 @@ def test_relative_error() -> None:
     assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == 1.0
 
 
+def test_relative_error_of_infinities_and_of_what_is_zero_but_for_rounding() -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([3.0, 4.0, -inf, nan])
+    assert relative_error(x.clone(), x) == 0.0
+    assert relative_error(torch.tensor([3.0, 4.5, -inf, nan]), x) == pytest.approx(0.1)
+    for other in ([3.0, 4.0, inf, nan], [3.0, 4.0, 0.0, nan], [3.0, 4.0, -inf, 0.0], [3.0, nan, -inf, nan]):
+        assert relative_error(torch.tensor(other), x) == inf
+    rounding = torch.tensor([1e-8])
+    assert relative_error(-rounding, rounding) == pytest.approx(2.0)
+    assert relative_error(-rounding, rounding, usual=1.0) == pytest.approx(2e-6)
+    assert relative_error(torch.tensor([1e-3]), rounding, usual=1.0) == pytest.approx(0.1, rel=1e-3)
+
+
 def test_verify_compares_the_first_call_only() -> None:
     calls = []
 

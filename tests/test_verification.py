@@ -40,6 +40,24 @@ def test_a_wrong_exchange_is_found_and_its_place_is_named() -> None:
     assert ".py:" in difference
 
 
+def test_gradients_that_are_zero_but_for_rounding_and_masks_with_infinities() -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)  # ends in a norm
+
+    class Padded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
+            return self.layer(x, src_key_padding_mask=pads)
+
+    x, pads = torch.randn(2, 11, 16, requires_grad=True), torch.arange(11).expand(2, 11) > 7
+    plan = {"": {"x": fxsp.SequenceParallelInput(split_dim=1)}}
+    evidence = fxsp.verify(Padded(), x, pads, world_size=(3, 8), options={"plan": plan})
+    assert evidence.ok, str(evidence)
+    assert not any(graph.unsharded for graph in evidence.graphs)
+
+
 def test_a_graph_without_a_plan_is_not_split() -> None:
     evidence = fxsp.verify(torch.nn.Linear(3, 3), torch.randn(2, 3), world_size=2)
     assert evidence.ok
