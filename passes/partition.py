@@ -130,7 +130,7 @@ class _Partitioner(Converter):
         self.graph.output(result).meta.update(node.meta)
 
     def _before_writes(self, node: Node) -> None:
-        """The last nodes, from ``node`` on, overwrite inputs: what they and the output need whole is computed now, since
+        """The last nodes, from ``node`` on, overwrite inputs: what they and the output need whole is computed now:
         it may be computed from those inputs.
         """
         while True:
