@@ -1,0 +1,194 @@
+"""The Triton kernels as operators ``torch.ops.fxsp_kernels.*``, of which a compiler sees the inside (``triton_op``).
+
+Imported only where a kernel is wanted (see :mod:`fxsp.kernels.place`): it needs Triton.  They are written into graphs
+after autograd; the differentiable operators are those of :mod:`fxsp.kernels.ops`, each an adjoint of another.
+
+``pack_heads``, ``unpack_heads``, ``pack_rows``, ``unpack_rows`` are what :mod:`fxsp.kernels.twins` says, for tensors
+with any strides, expanded ones included.  Results are contiguous.  Offsets are 64 bits wide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from fxsp.kernels.triton_heads import pack_heads_kernel, unpack_heads_kernel
+from fxsp.kernels.triton_rows import pack_rows_kernel, unpack_rows_kernel
+from fxsp.types import as_length, product, same_length
+
+__all__ = ["pack_heads", "pack_rows", "tile", "unit", "unpack_heads", "unpack_rows"]
+
+#: Tensors that one launch of the kernels for heads moves, and segments that one of those for rows moves.
+TENSORS, SEGMENTS = 3, 4
+
+
+def _is_multiple(n: Any, of: int) -> bool:
+    """Whether ``of`` certainly divides ``n``; adds no guard."""
+    length = as_length(n)
+    return length % of == 0  # of a symbolic one: of the expression
+
+
+def unit(itemsize: int, width: int, *strides: Any) -> int:
+    """How many elements, at most 16 bytes, lie side by side in tensors whose last stride comes last.
+
+    ``width``: elements side by side in a row.  ``strides``: of all tensors, those of the elements as a tuple each.
+    """
+    count = 16 // itemsize
+    while count > 1:
+        inner = all(same_length(as_length(s[-1]), 1) for s in strides)
+        if inner and width % count == 0 and all(_is_multiple(n, count) for s in strides for n in s[:-1]):
+            return count
+        count //= 2
+    return 1
+
+
+def tile(elements: Any, itemsize: int) -> tuple[int, int]:
+    """``(rows, elements)`` of a tile of 8 KiB, for runs of ``elements``: powers of two, with few idle lanes."""
+    if not isinstance(elements, int):
+        return 8, 1024 // itemsize
+    sizes = [1 << i for i in range(6, 11)]
+    across = min(sizes, key=lambda n: (-(-elements // n) * n, -n))
+    return max(8192 // itemsize // across, 1), across
+
+
+def _tiles(n: Any, of: int) -> Any:
+    return (n + of - 1) // of
+
+
+def _strides(x: Tensor, per: int) -> list[Any]:
+    """Strides in units of ``per`` elements, the last one in elements."""
+    return [*(s // per for s in x.stride()[:-1]), x.stride(-1)]
+
+
+@triton_op("fxsp_kernels::pack_heads", mutates_args=())
+def pack_heads(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tensor:
+    """See :func:`fxsp.kernels.twins.pack_heads`; at most three tensors, of one shape but for their heads."""
+    batch, _, length, width = xs[0].shape
+    heads = [int(x.shape[1]) // int(size) for x in xs]
+    out = xs[0].new_empty([size, rows, batch, sum(heads), width])
+    itemsize = out.element_size()
+    per = unit(itemsize, width, *(x.stride() for x in xs))
+    block_l, block_e = tile(max(heads) * width, itemsize)
+    chunks = sum(_tiles(h * width, block_e) for h in heads)
+    q, k, v = [*xs, xs[0], xs[0]][:TENSORS]
+    hq, hk, hv = [*heads, 0, 0][:TENSORS]
+    strides = [n for x in (q, k, v) for n in _strides(x, per)]
+    wrap_triton(pack_heads_kernel)[(_tiles(rows, block_l), size * batch, chunks)](
+        q, k, v, out, *strides, batch, length, rows,
+        HQ=hq, HK=hk, HV=hv, D=width, UNIT=per, ZERO=zero_pads, BLOCK_L=block_l, BLOCK_E=block_e,
+    )  # fmt: skip
+    return out
+
+
+@triton_op("fxsp_kernels::unpack_heads", mutates_args=())
+def unpack_heads(x: Tensor, heads: list[int], length: int) -> Tensor:
+    """See :func:`fxsp.kernels.twins.unpack_heads`; at most three tensors."""
+    size, _, batch, _, width = x.shape
+    heads = [int(h) for h in heads]
+    out = x.new_empty([batch, length, size * sum(heads), width])
+    itemsize = out.element_size()
+    per = unit(itemsize, width, x.stride())
+    block_l, block_e = tile(max(heads) * width, itemsize)
+    chunks = sum(_tiles(h * width, block_e) for h in heads)
+    hq, hk, hv = [*heads, 0, 0][:TENSORS]
+    wrap_triton(unpack_heads_kernel)[(_tiles(length, block_l), size * batch, chunks)](
+        x, out, *_strides(x, per), batch, size, length,
+        HQ=hq, HK=hk, HV=hv, D=width, UNIT=per, BLOCK_L=block_l, BLOCK_E=block_e,
+    )  # fmt: skip
+    return out
+
+
+def merged(sizes: list[Any], *strides: list[Any]) -> tuple[list[Any], list[list[Any]]]:
+    """The dimensions of a row as three, the last two of known size, with the strides of each tensor.
+
+    Neighbours that are one run in every tensor become one.  Raises ``ValueError`` if more than three are left.
+    """
+    left: list[tuple[Any, list[Any]]] = []
+    for i in reversed(range(len(sizes))):
+        n, at = sizes[i], [s[i] for s in strides]
+        if isinstance(n, int) and n == 1:
+            continue
+        if left and isinstance(n, int) and isinstance(left[0][0], int):
+            m, next_at = left[0]
+            if all(same_length(as_length(a), product((m, as_length(b)))) for a, b in zip(at, next_at, strict=True)):
+                left[0] = (n * m, next_at)
+                continue
+        left.insert(0, (n, at))
+    if left and not isinstance(left[-1][0], int):
+        left.append((1, [1] * len(strides)))
+    if not left:
+        left.append((1, [1] * len(strides)))
+    while len(left) < 3:
+        left.insert(0, (1, [0] * len(strides)))
+    if len(left) > 3 or not isinstance(left[1][0], int):
+        raise ValueError(f"a row of sizes {sizes} has more than three dimensions, or one of unknown size inside")
+    return [n for n, _ in left], [[at[i] for _, at in left] for i in range(len(strides))]
+
+
+def _groups(lengths: list[Any], whole: list[bool], size: int) -> Any:
+    """``(start, start in a block, rows in a block, lengths of four, bits of whole)`` of each launch."""
+    start: Any = 0
+    local: Any = 0
+    for i in range(0, len(lengths), SEGMENTS):
+        part = lengths[i : i + SEGMENTS]
+        rows = sum(n if w else _tiles(n, size) for n, w in zip(part, whole[i : i + SEGMENTS], strict=True))
+        bits = sum(1 << j for j, w in enumerate(whole[i : i + SEGMENTS]) if w)
+        yield start, local, rows, [*part, 0, 0, 0][:SEGMENTS], bits
+        start, local = start + sum(part), local + rows
+
+
+def _row_shape(inner: list[Any], dim: int, rows: Any) -> list[Any]:
+    return [*inner[:dim], rows, *inner[dim:]]
+
+
+@triton_op("fxsp_kernels::pack_rows", mutates_args=())
+def pack_rows(
+    x: Tensor, lengths: list[int], whole: list[bool], size: int, zero_pads: bool, rank: int, blocks: int, dim: int
+) -> Tensor:
+    """See :func:`fxsp.kernels.twins.pack_rows`."""
+    inner = list(x.shape[1:])
+    total: Any = sum(n if w else _tiles(n, size) for n, w in zip(lengths, whole, strict=True))
+    out = x.new_empty([blocks, *_row_shape(inner, dim, total)])
+    rows_out = out.movedim(dim + 1, 1)
+    (a, h, d), (xi, oi) = merged(inner, list(x.stride()[1:]), list(rows_out.stride()[2:]))
+    at_x, at_out = [x.stride(0), *xi], [*rows_out.stride()[:2], *oi]
+    itemsize = out.element_size()
+    per = unit(itemsize, d, at_x, at_out)
+    across, row = _across(a, h, d, itemsize)
+    for start, local, rows, four, bits in _groups(list(lengths), list(whole), size):
+        wrap_triton(pack_rows_kernel)[(_tiles(rows, row), _tiles(a * h * d, across), blocks)](
+            x, out, *_in_units(at_x, per), *_in_units(at_out, per), a, size, rank, rows, start, local, *four,
+            H=h, D=d, UNIT=per, WHOLE=bits, ZERO=zero_pads, BLOCK_L=row, BLOCK_E=across,
+        )  # fmt: skip
+    return out
+
+
+@triton_op("fxsp_kernels::unpack_rows", mutates_args=())
+def unpack_rows(x: Tensor, lengths: list[int], whole: list[bool], size: int, rank: int, dim: int) -> Tensor:
+    """See :func:`fxsp.kernels.twins.unpack_rows`."""
+    inner = list(x.shape[2:])
+    out = x.new_empty(_row_shape(inner, dim, sum(lengths)))
+    rows_out = out.movedim(dim, 0)
+    (a, h, d), (xi, oi) = merged(inner, list(x.stride()[2:]), list(rows_out.stride()[1:]))
+    at_x, at_out = [*x.stride()[:2], *xi], [rows_out.stride(0), *oi]
+    itemsize = out.element_size()
+    per = unit(itemsize, d, at_x, at_out)
+    across, row = _across(a, h, d, itemsize)
+    for start, local, _, four, bits in _groups(list(lengths), list(whole), size):
+        wrap_triton(unpack_rows_kernel)[(_tiles(sum(four), row), _tiles(a * h * d, across))](
+            x, out, *_in_units(at_x, per), *_in_units(at_out, per), a, size, rank, start, local, *four,
+            H=h, D=d, UNIT=per, WHOLE=bits, BLOCK_L=row, BLOCK_E=across,
+        )  # fmt: skip
+    return out
+
+
+def _across(a: Any, h: int, d: int, itemsize: int) -> tuple[int, int]:
+    """Elements and rows of a tile."""
+    rows, across = tile(a * h * d if isinstance(a, int) else h * d, itemsize)
+    return across, rows
+
+
+def _in_units(strides: list[Any], per: int) -> list[Any]:
+    return [*(s // per for s in strides[:-1]), strides[-1]]
