@@ -84,6 +84,14 @@ def fake_mode_of(value: Any) -> Any:
     return getattr(value, "fake_mode", None)
 
 
+def fake_mode(symbolic: bool = False) -> Any:
+    """A new fake mode; ``symbolic``: with a shape environment."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if symbolic else None)
+
+
 def to_fake(value: Any, mode: Any) -> Any:
     """``value`` as a fake of ``mode``, with the symbols that Dynamo chose for its sizes; no tensor: unchanged."""
     from torch._guards import TracingContext
@@ -809,6 +817,30 @@ def aot_autograd(
         return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
 
     return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)(gm, inputs)
+
+
+def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` traced without in-place operations; operators around Triton kernels become the kernels."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+
+    return dispatch_functionalize(function, FunctionalTensorMode())
+
+
+def kernel_calls(graph: torch.fx.Graph) -> list[tuple[Any, dict[str, Any]]]:
+    """The Triton kernels in a graph made of a :func:`functionalized` function, with their arguments by name."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+
+    return [
+        (
+            kernel_side_table.get_kernel(node.kwargs["kernel_idx"]),
+            {
+                **kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"]),
+                **torch.fx.map_arg(node.kwargs["kwargs"], lambda n: n.meta["val"]),
+            },
+        )
+        for node in graph.nodes
+        if node.target is triton_kernel_wrapper_functional
+    ]
 
 
 def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:

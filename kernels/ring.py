@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives
+from fxsp.kernels.merge import merge, wide
 from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of, meetings, same_sequence
-from fxsp.kernels.ring_kernels import block_backward, block_forward, merge, wide
+from fxsp.kernels.ring_kernels import block_backward, block_forward
 from fxsp.types import as_length, same_length
 
 __all__ = ["ring_attention", "ring_attention_backward"]
@@ -205,10 +206,11 @@ def ring_attention(
     mask = _four(mask)
     tops = _tops(mask)
     held: list[tuple[Tensor, Tensor] | None] = [None] * len(ring.queries)
+    steps = [ring.step(t) for t in range(ring.ring)]
+    left = [sum(i in call.queries for _, calls in steps for call in calls) for i in range(len(ring.queries))]
     here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
-    for t in range(ring.ring):
+    for t, (keys, calls) in enumerate(steps):
         pending = ring.send(moving) if t + 1 < ring.ring else None
-        keys, calls = ring.step(t)
         for call in calls:
             first, rows = _range(ring.queries, call.queries)
             part = q if len(call.queries) == len(ring.queries) else q.narrow(2, first, rows)
@@ -220,7 +222,9 @@ def ring_attention(
                 c = ring.queries[i]
                 o, s = out.narrow(2, c.row - first, c.rows), lse.narrow(2, c.row - first, c.rows)
                 before = held[i]
-                held[i] = (o.to(wide(q.dtype)), s) if before is None else merge(*before, o, s)
+                left[i] -= 1
+                # The sum is kept wide, and rounded where the last of its summands is added.
+                held[i] = (o, s) if before is None else merge(*before, o, s, wide(q.dtype) if left[i] else q.dtype)
         if pending is not None:
             moving = here = ring.receive(pending, moving)
     outs, sums = [], []

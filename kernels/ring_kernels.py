@@ -14,30 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["block_backward", "block_forward", "merge", "wide"]
+from fxsp.kernels.merge import wide
+
+__all__ = ["block_backward", "block_forward"]
 
 aten = torch.ops.aten
 _INFINITY = float("inf")
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions of the same queries over different keys as one: outputs weighted by their sums of exponentials.
-
-    ``out [..., m, E]`` and ``lse [..., m]`` in fp32 at least; a ``-inf`` in one or both says that it saw no key.
-    """
-    top = torch.maximum(lse, other_lse)
-    # Of two -inf the difference would be NaN.
-    base = torch.where(top == -_INFINITY, 0.0, top)
-    a, b = (lse - base).exp(), (other_lse - base).exp()
-    total = a + b
-    scale = 1 / torch.where(total == 0, 1.0, total)
-    merged = out * (a * scale).unsqueeze(-1) + other.to(out.dtype) * (b * scale).unsqueeze(-1)
-    return merged, base + total.log()
 
 
 def _kernel(q: Tensor, v: Tensor, bias: Tensor | None) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.kernels.merge import wide
 from fxsp.kernels.ring import RING
-from fxsp.kernels.ring_kernels import wide
 
 __all__ = ["RING_OPS", "register"]
 

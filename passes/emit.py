@@ -43,7 +43,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxsp.kernels.ops  # noqa: F401  registers the ops
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
-from fxsp.torch_internals import fake_mode_of, is_operator, schema, storage_key
+from fxsp.torch_internals import fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
 __all__ = ["BUCKET_BYTES", "drop_identities", "emit", "fingerprint"]
@@ -76,6 +76,11 @@ def op_name(node: Node) -> str | None:
         return None
     namespace, _, name = schema(node.target).name.partition("::")
     return name if namespace == "fxsp" else None
+
+
+def is_kernel(target: Any) -> bool:
+    """Whether a call is one of the operators around our Triton kernels, which stay in a graph."""
+    return is_operator(target) and schema(target).name.startswith("fxsp_local::")
 
 
 def drop_identities(graph: Graph) -> None:
@@ -154,8 +159,13 @@ class _Splicer:
             left = iter(values)
             return function(*torch.fx.map_arg(args, lambda _: next(left)))
 
+        values = [node.meta["val"] for node in inputs]
         with torch.no_grad(), _mode_or_nothing(self._mode):
-            return make_fx(run, self.decompositions)(*(node.meta["val"] for node in inputs)).graph
+            trace = make_fx(run, self.decompositions)(*values).graph
+            if self.decompositions and any(is_kernel(node.target) for node in trace.nodes):
+                # A compiler gets the Triton kernels themselves, and so places their outputs and launches them.
+                trace = make_fx(functionalized(run), self.decompositions)(*values).graph
+        return trace
 
     def _splice(self, trace: Graph, inputs: Sequence[Node], at: Node, like: Node) -> Any:
         left = iter(inputs)

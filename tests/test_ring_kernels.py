@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxsp import oracle
 from fxsp.kernels import collectives
+from fxsp.kernels.merge import merge
 from fxsp.kernels.ring import ring_attention, ring_attention_backward
 from fxsp.kernels.ring_blocks import chunks_of, meetings
-from fxsp.kernels.ring_kernels import block_forward, merge
+from fxsp.kernels.ring_kernels import block_forward
 
 MASKS = ("none", "bool", "additive", "per_head", "padding", "causal", "no_key", "smallest")
 HEADS = ((4, 4, 4), (4, 2, 4), (3, 1, 4), (2, 2, 3))
