@@ -20,6 +20,7 @@ causal flag keep their global meaning; a mask is cut by query rows or by heads, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -106,11 +107,13 @@ def decide_attention(
     ring_degree: int | None = None,
     latency: float | None = None,
     bandwidth: float | None = None,
+    outputs: Collection[Node] = (),
 ) -> Decision | None:
     """A decision where queries are split by tokens; None where the factor rule decides (split batch, whole queries).
 
     ``ring_degree`` above 1 asks for a ring of so many ranks, each of them ``ulysses_degree`` ranks that exchange heads.
     ``latency`` (seconds) and ``bandwidth`` (bytes per second) weigh messages against bytes, see ``attention_cost``.
+    Keys and values among ``outputs`` (the cache of a language model) become whole anyway: nothing else is sent then.
     """
     if call.op is not SDPA or not any(isinstance(t, Shard) for t in types[:3]):
         return None
@@ -136,6 +139,8 @@ def decide_attention(
         return Decision(operands, (result,), _reason(types, operands), detail=choice)
 
     rows = _mask_rows(mask_shape, q, q_type.sequence)
+    if ulysses_degree is None and ring_degree is None and all(call[name] in outputs for name in ("key", "value")):
+        keys = None
     if keys is None:
         return decision(AttentionChoice("local", q_type.sequence, None, 0), rows)
 

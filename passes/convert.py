@@ -30,6 +30,8 @@ __all__ = ["LOW_PRECISION", "Converter", "Value"]
 aten = torch.ops.aten
 #: Sums over ranks of these are accumulated in float32.
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+#: Why an output is gathered.
+OUTPUT = "a graph output has its global shape"
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Converter:
         self.copies: dict[Node, Any] = {}
         #: Why the call at hand needs its operands as it does.
         self.reason = ""
+        #: Values that become whole whoever needs them first.
+        self.outputs = frozenset(program.graph.output_node().all_input_nodes)
         self._masked: dict[tuple[Node, str], Node] = {}
 
     def argument(self, old: Node, kind: str = "implicit") -> Any:
@@ -180,10 +184,13 @@ class Converter:
         type_, node = next((t, n) for t, n in value.forms if isinstance(t, Shard))
         old, shape, size = value.node, shape_of(value.node), self.ranks.size
         sent = (size - 1) * split_bytes(shape, type_, old.meta["val"].element_size(), size)
-        self._report_gather(value, kind, sent)
+        reason = self.reason
+        if kind == "implicit" and old in self.outputs:
+            kind, reason = "output", OUTPUT
+        self._report_gather(value, kind, reason, sent)
         exposed, dim, back = self.expose(node, shape, type_)
         new = self.build.gather(exposed, dim, type_.sequence, used=used)
-        self.build.record("all_gather", new, sent, value.wanted or self.reason, type_.sequence)
+        self.build.record("all_gather", new, sent, value.wanted or reason, type_.sequence)
         return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
 
     def _laid_out(self, x: Node, value: Value, tokens: int) -> Node:
@@ -207,7 +214,7 @@ class Converter:
         dense = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
         return self.build.call(aten.permute.default, dense, inverse)
 
-    def _report_gather(self, value: Value, kind: str, sent: Length) -> None:
+    def _report_gather(self, value: Value, kind: str, reason: str, sent: Length) -> None:
         if value.wanted:
             return
         user = self.build._origin
@@ -216,7 +223,7 @@ class Converter:
             op=str(user.target) if user.op == "call_function" else user.op,
             module=module_path(user if kind == "implicit" else value.node),
             source=node_source(user if kind == "implicit" else value.node),
-            reason=self.reason,
+            reason=reason,
             bytes=sent,
             kind=kind,
         )

@@ -74,10 +74,26 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
     for node in new.graph.find_nodes(op="get_attr"):
         if torch_internals.fake_mode_of(getattr(new, str(node.target))) is not None:
             raise UnsupportedError(f"{describe(node)} is a value of the program that tracing took for a constant")
+    for node in new.graph.nodes:
+        if node.target is torch.ops.aten.cat.default:
+            _drop_empty(node)
     torch_internals.carry_dynamo_facts(gm, new)
     new.recompile()
     _compare(gm, inputs, outputs, tracer.storage_of)
     return new
+
+
+def _drop_empty(node: torch.fx.Node) -> None:
+    """``cat`` takes tensors of shape ``[0]`` beside any others and ignores them (a key/value cache begins so)."""
+    operands = list(node.args[0])  # type: ignore[arg-type]
+    kept = [n for n in operands if not _is_empty(n.meta.get("val"))]
+    dtype = node.meta["val"].dtype
+    if 0 < len(kept) < len(operands) and all(n.meta["val"].dtype == dtype for n in kept):
+        node.args = (kept, *node.args[1:])
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 1 and isinstance(n := value.shape[0], int) and n == 0
 
 
 def _input(placeholder: torch.fx.Node, value: Any, mode: Any) -> Any:

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 
 from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
-from fxsp.passes.convert import LOW_PRECISION, Converter, Value
+from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.decide import Decision
 from fxsp.passes.inplace import written_arguments
 from fxsp.passes.losses import LossPlan, write_loss
@@ -45,7 +45,6 @@ __all__ = ["Partition"]
 aten = torch.ops.aten
 
 #: Why whole values are needed at the end.
-_OUTPUT = "a graph output has its global shape"
 _WRITTEN = "an input that is written to has its global shape"
 
 
@@ -119,7 +118,7 @@ class _Partitioner(Converter):
             self._whole(node)
 
     def _output(self, node: Node) -> None:
-        self.reason = _OUTPUT
+        self.reason = OUTPUT
 
         def whole(old: Node) -> Any:
             if old in self.values:
@@ -135,7 +134,7 @@ class _Partitioner(Converter):
         """
         while True:
             self.build.at(node)
-            self.reason = _OUTPUT if node.op == "output" else _WRITTEN
+            self.reason = OUTPUT if node.op == "output" else _WRITTEN
             for old in node.all_input_nodes:
                 if old in self.values:
                     self.get(self.values[old], Replicate(), kind="output")

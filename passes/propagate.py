@@ -115,6 +115,7 @@ class Propagate:
                 program.ring_degree,
                 program.latency,
                 program.bandwidth,
+                program.graph.output_node().all_input_nodes,
             )
         )
         if structural is None and not operands[0].meta["sp_free"]:

@@ -7,14 +7,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import models
 import pytest
 import torch
 from lockstep import gradients
 from rule_validation import Recorder, T
 from torch.fx import GraphModule, Node
 
+import fxsp
+from fxsp import SequenceParallelInput, SequenceParallelOutput
 from fxsp.errors import UnsupportedError
 from fxsp.inspection import bytes_sent
+from fxsp.offline import partition_offline
 from fxsp.passes.attention import SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
@@ -407,3 +411,19 @@ def test_the_graph_of_gathered_keys() -> None:
     record(recorder, Config("causal", "few_keys", "odd", 2))
     expected = f"shard cat gather_used split_with_sizes positions arange unsqueeze ge {_SDPA} gather"
     assert _operators(run(recorder, 2)) == expected
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_keys_and_values_that_are_outputs_are_gathered_once(grouped: bool) -> None:
+    """A language model with a cache returns its keys and values whole: attention sends nothing of its own."""
+    model, inputs = models.llama(tokens=11, layers=1, kv_heads=2 if grouped else 8)
+    inputs["use_cache"] = True
+    plan = {"model.layers.0": {"hidden_states": SequenceParallelInput(1)}, "model.norm": SequenceParallelOutput(1)}
+    (result,) = partition_offline(model, (), inputs, world_size=3, options={"plan": plan, "strict": True})
+    report = result.report
+    assert [a.method for a in report.attentions] == ["local"]
+    assert [g.kind for g in report.implicit_gathers] == ["output", "output"]
+    assert [record.kind for record in report.collectives] == ["all_gather"] * 3
+    evidence = fxsp.verify(model, world_size=3, options={"plan": plan}, **inputs)
+    assert evidence.ok, str(evidence)
+    assert len(evidence.graphs[0].outputs) == 3

@@ -331,6 +331,17 @@ def test_functorch_transforms_are_islands(x: torch.Tensor) -> None:
         assert aten.sin.default in backend.targets()
 
 
+def test_empty_tensors_that_cat_ignores(x: torch.Tensor) -> None:
+    # A key/value cache begins with `torch.tensor([])`.
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.tensor([]), x, x], 0) * torch.cat([torch.zeros(0, dtype=torch.float64), x, x]).float()
+
+    backend = Passes()
+    torch.testing.assert_close(torch.compile(program, backend=backend)(x), program(x), rtol=0, atol=0)
+    operands = [len(node.args[0]) for node in backend.graph.nodes if node.target is aten.cat.default]
+    assert operands == [2, 3]  # the empty float64 decides the dtype
+
+
 def test_control_flow_is_an_island(x: torch.Tensor) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x,))
