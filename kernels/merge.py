@@ -11,7 +11,7 @@ in that row of the output counts for nothing, NaN included.  Where both are ``-i
 (The online softmax of Milakov and Gimelshein 2018, as in Ring Attention, Liu et al. 2023.)
 
 One meaning, two spellings: :func:`merge_eager` in plain operations, which Inductor fuses on the CPU, and on CUDA one
-Triton kernel each for the forward and the backward pass, as the operator ``fxsp_local::merge``.  It is defined when
+Triton kernel each for the forward and the backward pass, as the operator ``fxsp_kernels::merge``.  It is defined when
 it is first needed: to import this module takes neither Triton nor a GPU.  The kernel's result lies as ``[B, m, H, E]``,
 as fused attention kernels give it.
 """
@@ -123,12 +123,12 @@ def _launch(kernel: Any, strided: Sequence[Tensor], room: Sequence[Tensor], like
 
 @cache
 def merge_operator() -> Callable[..., Any]:
-    """``fxsp_local::merge``, differentiable; the first call defines it."""
+    """``fxsp_kernels::merge``, differentiable; the first call defines it."""
     from torch.library import triton_op, wrap_triton
 
     from fxsp.kernels.triton_merge import merge_backward_kernel, merge_kernel
 
-    @triton_op("fxsp_local::merge", mutates_args={})
+    @triton_op("fxsp_kernels::merge", mutates_args={})
     def forward(
         out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def merge_operator() -> Callable[..., Any]:
         _launch(wrap_triton(merge_kernel), (out, lse, other, other_lse), (merged, total), out)
         return merged.transpose(1, 2), total
 
-    @triton_op("fxsp_local::merge_backward", mutates_args={})
+    @triton_op("fxsp_kernels::merge_backward", mutates_args={})
     def backward(
         grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -80,7 +80,7 @@ def op_name(node: Node) -> str | None:
 
 def is_kernel(target: Any) -> bool:
     """Whether a call is one of the operators around our Triton kernels, which stay in a graph."""
-    return is_operator(target) and schema(target).name.startswith("fxsp_local::")
+    return is_operator(target) and schema(target).name.startswith("fxsp_kernels::")
 
 
 def drop_identities(graph: Graph) -> None:

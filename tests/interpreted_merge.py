@@ -87,7 +87,7 @@ def _run(batch, heads, tokens, width, left, right, result, layout):
     expected = merge_eager(*operands, dtype)
     grad = _rows(layout, batch, heads, tokens, width, dtype)
     grad_lse = torch.randn(batch, heads, tokens, dtype=expected[1].dtype)
-    grads = torch.ops.fxsp_local.merge_backward(grad, grad_lse, *operands)
+    grads = torch.ops.fxsp_kernels.merge_backward(grad, grad_lse, *operands)
     expected_grads = merge_backward_eager(grad, grad_lse, *operands)
     guards = all(g.isnan().all() for whole, n in _guarded for g in (whole[:64], whole[64 + n :]))
     # Through the operator's autograd formula.
