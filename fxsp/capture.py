@@ -222,8 +222,9 @@ def _resolves(entries: Sequence[PlanEntry], module: nn.Module) -> bool:
 def _candidates(translation: Translation, calls: list[ModuleCall]) -> list[nn.Module]:
     """Modules that the plan may belong to, likeliest first.
 
-    First the known roots around the frame (a frame after a graph break is often a block's), then the frame's own
-    module, the modules among its variables, and the modules that are called.
+    First the modules that call the frame (a frame after a graph break, or in a forward that Dynamo skips, is often a
+    block's), then the known roots around it, then the frame's own module, the modules among its variables, and the
+    modules that are called.
     """
     _, variables = translation.frame()
     here = [_frame_module(translation)]
@@ -232,7 +233,8 @@ def _candidates(translation: Translation, calls: list[ModuleCall]) -> list[nn.Mo
     local = [module for module in here if module is not None]
     ids = {id(module) for module in local}
     around = [known for known in _seen(translation) if any(id(part) in ids for _, part in submodules(known))]
-    return list({id(module): module for module in [*around, *local]}.values())
+    callers = [unwrap(module) for module in translation.callers()]
+    return list({id(module): module for module in [*callers, *around, *local]}.values())
 
 
 # --- the traced frame as a call ---------------------------------------------------------------------------------------

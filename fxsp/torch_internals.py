@@ -326,6 +326,18 @@ def functorch_depth_change(target: Any) -> int:
     return _FUNCTORCH_LEVELS.get(getattr(target, "__name__", ""), 0) if is_functorch(target) else 0
 
 
+@contextlib.contextmanager
+def functorch_levels() -> Iterator[None]:
+    """What fails in here leaves no level of a functorch transform open."""
+    functorch = torch._C._functorch
+    depth = functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        if functorch.get_dynamic_layer_stack_depth() > depth:
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
 def any_autocast() -> bool:
     """Whether autocast is on for some device."""
     return torch._C._is_any_autocast_enabled()
@@ -593,6 +605,26 @@ class Translation:
     def frame(self) -> tuple[types.CodeType, dict[str, Any]]:
         """Code and local variables (real values, as the frame began) of the traced frame."""
         return self._output.root_tx.f_code, self._output.root_tx.f_locals
+
+    def callers(self) -> list[torch.nn.Module]:
+        """The modules whose methods Python runs between the call of the compiled function and this frame, the first
+        called first: those whose own code Dynamo did not trace.
+        """
+        from torch._dynamo import convert_frame, eval_frame
+
+        found: list[torch.nn.Module] = []
+        frame: types.FrameType | None = sys._getframe()
+        while frame is not None:
+            code = frame.f_code
+            if code.co_filename == eval_frame.__file__ and code.co_name in ("compile_wrapper", "_fn"):
+                return found[::-1]
+            if code.co_filename == convert_frame.__file__:
+                found.clear()  # Dynamo's own frames, and ours
+            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(owner, torch.nn.Module):
+                found.append(owner)
+            frame = frame.f_back
+        return []
 
     def is_resumed(self) -> bool:
         """Whether the frame goes on after a graph break."""

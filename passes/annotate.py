@@ -31,6 +31,7 @@ from torch import fx
 import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
 from fxsp import torch_internals
 from fxsp.calls import Capture, ModuleCall
+from fxsp.passes.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
 from fxsp.report import PlanRecord
 from fxsp.resolve import ResolvedEntry, resolve_plan
@@ -52,7 +53,7 @@ def annotate(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry],
         return [PlanRecord(str(entry), False, why) for entry in entries]
     rows = resolve_plan(entries, capture.root)
     outcomes: dict[ResolvedEntry, list[_Outcome]] = {row: [] for row in rows}
-    writer = _Writer(capture, insert=ranks.size > 1)
+    writer = _Writer(capture, closed_nodes(gm), insert=ranks.size > 1)
 
     def of(call: ModuleCall, output: bool) -> list[ResolvedEntry]:
         return [row for row in by_module.get(id(call.module), []) if row.entry.is_output == output]
@@ -108,6 +109,8 @@ class _Writer:
     """Finds the values of calls, checks entries against them, and writes the annotations."""
 
     capture: Capture
+    #: Nodes that are not opened, and what they are in: nothing can be split there.
+    closed: dict[fx.Node, str]
     insert: bool
     inserted: dict[fx.Node, None] = field(default_factory=dict)
     #: A value -> it and the annotations that stand for it, in the order in which they were made.
@@ -130,6 +133,11 @@ class _Writer:
         uses = [(version, users) for version, users in uses if users]
         if not uses:
             return _Outcome(False, "the argument is not used during the call")
+        island = next((self.closed[user] for _, users in uses for user in users if user in self.closed), None)
+        uses = [(version, [user for user in users if user not in self.closed]) for version, users in uses]
+        uses = [(version, users) for version, users in uses if users]
+        if not uses:
+            return _Outcome(False, f"the argument is only used inside of {island}, which is not opened")
         if any(write >= min(users) for _, users in uses for write in _writes(call.graph, node)):
             return _Outcome(False, "the tensor is written in place after the call began")
         for version, users in uses if self.insert else []:
@@ -177,6 +185,8 @@ class _Writer:
         uses = [(version, place, users) for version, place, users in uses if users]
         if not uses:
             return _Outcome(False, "the output is not used after the call")
+        if node in self.closed:
+            return _Outcome(False, f"the output is a value inside of {self.closed[node]}, which is not opened")
         if any(write > node and (end is None or write > end) for write in _writes(call.graph, node)):
             return _Outcome(False, "the tensor is written in place after the call")
         for version, place, users in uses if self.insert else []:

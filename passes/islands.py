@@ -31,7 +31,7 @@ import torch
 
 from fxsp import torch_internals
 
-__all__ = ["INLINED", "enclose_functorch", "is_functorch_island"]
+__all__ = ["INLINED", "closed_nodes", "enclose_functorch", "is_functorch_island"]
 
 #: Higher-order operators that only wrap a body, by name: the body is traced in their place.
 INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph"})
@@ -44,6 +44,24 @@ _CLASS_NAME = "FunctorchTransform"
 def is_functorch_island(args: Sequence[Any]) -> bool:
     """Whether these are the arguments of a call that :func:`enclose_functorch` made."""
     return bool(args) and type(args[0]).__name__ == _CLASS_NAME
+
+
+def closed_nodes(gm: torch.fx.GraphModule) -> dict[torch.fx.Node, str]:
+    """The nodes of Dynamo's graph, and of the bodies of its higher-order operators, that are in islands, with what the
+    island is.
+    """
+    found = {n: "a functorch transform" for stretch in _stretches(gm.graph) for n in stretch}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not torch_internals.is_higher_order(node.target):
+            continue
+        name = node.target.name()
+        for argument in node.all_input_nodes:
+            body = getattr(gm, str(argument.target), None) if argument.op == "get_attr" else None
+            if isinstance(body, torch.fx.GraphModule):
+                inside = closed_nodes(body)
+                everything = {} if name in INLINED else dict.fromkeys(body.graph.nodes, f"higher-order operator {name}")
+                found.update({**everything, **inside})
+    return found
 
 
 def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:

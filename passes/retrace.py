@@ -26,7 +26,7 @@ from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState
 from fxsp.passes.checkpoint import tag_checkpoint
-from fxsp.passes.islands import INLINED, is_functorch_island
+from fxsp.passes.islands import INLINED, enclose_functorch, is_functorch_island
 from fxsp.source import module_path, node_source
 
 __all__ = ["Retracer", "describe", "is_annotation"]
@@ -203,7 +203,7 @@ class Retracer(torch.fx.Interpreter):
         if kwargs:
             raise UnsupportedError(f"{describe(self._node)} has keyword arguments: {', '.join(kwargs)}")
         last = _last()
-        result = Retracer(body, self.state.mode, self.state.autocast, _state=self.state).run(*inputs)
+        result = Retracer(enclose_functorch(body), self.state.mode, self.state.autocast, _state=self.state).run(*inputs)
         if number is not None:
             tag_checkpoint(body, _after(last), number)
         return result
@@ -216,7 +216,7 @@ class Retracer(torch.fx.Interpreter):
             args, target = (_InAutocast(target, states), *args), torch_internals.wrap_operator()
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         versions = [torch_internals.version(x) for x in inputs]
-        with torch_internals.untraced():
+        with torch_internals.untraced(), torch_internals.functorch_levels():
             result = target(*args, **kwargs)
         if versions != [torch_internals.version(x) for x in inputs]:
             raise UnsupportedError(f"{describe(self._node)} ({reason}) writes to its arguments")

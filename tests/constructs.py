@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from simulated import Simulated, by_plan
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 import fxsp
 from fxsp import SequenceParallelInput, SequenceParallelOutput
+from fxsp.report import Report
 
-__all__ = ["CONSTRUCTS", "DIM", "PLAN", "Construct", "Outcome", "construct", "run_constructs"]
+__all__ = ["CONSTRUCTS", "DIM", "PLAN", "Construct", "Outcome", "construct", "run_constructs", "simulate_construct"]
 
 Wrap = Callable[[Any], Any]
 Build = Callable[[Wrap], tuple[Callable[..., Any], nn.Module]]
@@ -155,12 +157,25 @@ def _leaves(result: Any) -> dict[str, Tensor]:
 
 def run_construct(item: Construct) -> Outcome:
     """Run a construct eagerly and compiled on this rank."""
-    outcome = Outcome()
     before = len(fxsp.reports())
     options = {"inner": "aot_eager", "plan": item.plan, **item.options}
 
     def compiled(function: Any) -> Any:
         return torch.compile(function, backend="sp", options=options)
+
+    return _compare(item, compiled, lambda: fxsp.reports()[before:])
+
+
+def simulate_construct(item: Construct, size: int) -> Outcome:
+    """Run a construct eagerly, and compiled for ``size`` ranks in this process."""
+    torch.compiler.reset()
+    reports: list[Report] = []
+    backend = Simulated(size, by_plan({"plan": item.plan, **item.options}, reports))
+    return _compare(item, lambda function: torch.compile(function, backend=backend), lambda: reports)
+
+
+def _compare(item: Construct, compiled: Wrap, reports: Callable[[], list[Report]]) -> Outcome:
+    outcome = Outcome()
 
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
@@ -169,14 +184,14 @@ def run_construct(item: Construct) -> Outcome:
             found = _once(item, compiled)
         except Exception as error:  # the test decides whether it was to be expected  # noqa: BLE001
             outcome.failure = f"{type(error).__name__}: {error}"
-            outcome.before = len(fxsp.reports()) == before
+            outcome.before = not reports()
         else:
             names = expected.values | found.values
             outcome.errors = {n: _error(found.values.get(n), expected.values.get(n)) for n in names}
             outcome.aliases = (found.aliases, expected.aliases)
     ours = [w for w in caught if issubclass(w.category, fxsp.FxspWarning)]
     outcome.warnings = [f"{w.category.__name__}: {w.message}" for w in ours]
-    for report in fxsp.reports()[before:]:
+    for report in reports():
         outcome.graphs += 1
         outcome.unsharded += [report.unsharded] if report.unsharded else []
         outcome.gathers += [str(g) for g in report.implicit_gathers if g.kind == "implicit"]
