@@ -763,7 +763,13 @@ def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:
     env = next((mode.shape_env for mode in modes if mode is not None and mode.shape_env is not None), None)
     if env is None:
         return []
-    return [guard.expr.lhs - guard.expr.rhs for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
+    from torch.utils._sympy.functions import FloorDiv
+
+    exact = [mod.args for mod in sorted(env.divisible, key=str)]
+    return [
+        *(n - k * FloorDiv(n, k) for n, k in exact),
+        *(guard.expr.lhs - guard.expr.rhs for guard in env.guards if isinstance(guard.expr, sympy.Eq)),
+    ]
 
 
 def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx.Graph) -> torch.fx.Node:

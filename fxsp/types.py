@@ -49,17 +49,26 @@ Length = int | sympy.Expr
 Layout = Literal["contiguous", "head_tail"]
 
 
-_equal: ContextVar[dict[sympy.Expr, sympy.Expr]] = ContextVar("equal lengths")
+#: Symbols, and quotients without a rest, and what they are equal to.
+_equal: ContextVar[tuple[dict[sympy.Expr, sympy.Expr], dict[sympy.Expr, sympy.Expr]]] = ContextVar("equal lengths")
 
 
 @contextmanager
 def equal_lengths(differences: Iterable[sympy.Expr]) -> Iterator[None]:
     """Inside, lengths that differ by one of these expressions count as equal: each is known to be zero.
 
-    Two inputs may have lengths of their own, which the program requires to be equal by adding them, say.
+    Two inputs may have lengths of their own, which the program requires to be equal by adding them, say; or a length
+    may be known to divide, ``n - 4 * (n // 4)``.
     """
+    from torch.utils._sympy.functions import FloorDiv
+
     known: dict[sympy.Expr, sympy.Expr] = {}
+    quotients: dict[sympy.Expr, sympy.Expr] = {}
     for difference in differences:
+        for quotient in difference.atoms(FloorDiv):
+            exact = quotient.args[0] / quotient.args[1]
+            if sympy.expand(difference.xreplace({quotient: exact})) == 0:
+                quotients[quotient] = exact
         rest = sympy.expand(difference.xreplace(known))
         for symbol in sorted(rest.free_symbols, key=str):
             factor = rest.coeff(symbol)
@@ -69,7 +78,7 @@ def equal_lengths(differences: Iterable[sympy.Expr]) -> Iterator[None]:
                 known = {key: sympy.expand(value.xreplace({symbol: solved})) for key, value in known.items()}
                 known[symbol] = solved
                 break
-    token = _equal.set(known)
+    token = _equal.set((known, quotients))
     try:
         yield
     finally:
@@ -82,7 +91,11 @@ def as_length(size: Any) -> Length:
         size = size.node.expr
     if not isinstance(size, sympy.Expr):
         return int(size)
-    known = _equal.get(None)
+    known, quotients = _equal.get(None) or ({}, {})
+    if quotients and any(size.has(quotient) for quotient in quotients):
+        exact = sympy.expand(size.xreplace(quotients))
+        # A quotient that is left over stays one: lengths are computed in whole numbers.
+        size = exact if all(number.is_Integer for number in exact.atoms(sympy.Number)) else size
     if known and not known.keys().isdisjoint(size.free_symbols):
         size = sympy.expand(size.xreplace(known))
     return int(size) if size.is_Integer else size

@@ -6,6 +6,7 @@ import sympy
 import torch
 from lockstep import gradients
 from torch import Tensor
+from torch.utils._sympy.functions import FloorDiv
 from tracing import collectives, partition, shard, trace
 
 from fxsp.passes.base import Program
@@ -34,6 +35,18 @@ def test_one_difference_is_used_in_the_next() -> None:
         assert same_length(as_length(A), as_length(2 * D))
     with equal_lengths([A - A, 2 * A - 3 * B]):  # nothing to learn, nothing to solve in whole numbers
         assert not same_length(as_length(A), as_length(B))
+
+
+def test_a_length_that_divides_is_a_multiple_of_its_quotient() -> None:
+    quotient = FloorDiv(A, 4)
+    assert not same_length(as_length(4 * quotient), as_length(A))
+    with equal_lengths([A - 4 * quotient]):
+        assert same_length(as_length(4 * quotient), as_length(A))
+        assert same_length(as_length(8 * quotient + B), as_length(2 * A + B))
+        assert as_length(2 * quotient + B) == 2 * quotient + B  # not A / 2, which is no whole number
+        assert not same_length(as_length(4 * FloorDiv(B, 4)), as_length(B))
+    with equal_lengths([8 * A - 32 * quotient, A - 8]):
+        assert as_length(4 * quotient) == 8
 
 
 def _rotary(text: Tensor, image: Tensor, text_table: Tensor, image_table: Tensor) -> Tensor:

@@ -226,6 +226,19 @@ FOUND = {
         {"S0": 3},
         size=2,
     ),
+    "tokens cut into equal parts and put together are as many as before": Case(
+        """def program(x1):
+    x1 = annotate(x1, "shard", 1, 1, "x1")
+    t2 = x1.unflatten(1, (4, -1))
+    y3 = (t2 - t2.mean(1, keepdim=True)).flatten(1, 2)
+    return torch.maximum(y3, x1)
+""",
+        (Input("x1", (1, "S0", 8)),),
+        {"S0": 8},
+        size=2,
+        dynamic=True,
+        dynamo=True,
+    ),
 }
 
 
