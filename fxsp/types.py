@@ -50,7 +50,9 @@ Layout = Literal["contiguous", "head_tail"]
 
 
 #: Symbols, and quotients without a rest, and what they are equal to.
-_equal: ContextVar[tuple[dict[sympy.Expr, sympy.Expr], dict[sympy.Expr, sympy.Expr]]] = ContextVar("equal lengths")
+_equal: ContextVar[tuple[dict[sympy.Expr, sympy.Expr], dict[sympy.Expr, sympy.Expr]]] = ContextVar(
+    "equal lengths", default=({}, {})
+)
 
 
 @contextmanager
@@ -91,7 +93,7 @@ def as_length(size: Any) -> Length:
         size = size.node.expr
     if not isinstance(size, sympy.Expr):
         return int(size)
-    known, quotients = _equal.get(None) or ({}, {})
+    known, quotients = _equal.get()
     if quotients and any(size.has(quotient) for quotient in quotients):
         exact = sympy.expand(size.xreplace(quotients))
         # A quotient that is left over stays one: lengths are computed in whole numbers.

@@ -127,7 +127,7 @@ def test_partitioned_programs_compute_the_same() -> None:
         }.items():
             assert seen[kind] >= least * PROGRAMS, kind
         assert seen["rounding"] <= 0.02 * PROGRAMS
-        assert seen["refused"] <= 0.02 * PROGRAMS
+        assert seen["refused"] <= 0.04 * PROGRAMS
 
 
 LINES = """
