@@ -42,6 +42,9 @@ class Call:
             return result
         if self.name == "shard":
             return _poison(result, **self.arguments)
+        if self.name == "pack_heads":
+            length = self.arguments["xs"][0][0].shape[2]
+            return Lanes([torch.cat([y[:, :length], 0.75 * y[:, :1].expand_as(y[:, length:])], 1) for y in result])
         x, lengths, size = (self.arguments[name] for name in ("x", "lengths", "size"))  # pack: for each receiver
         split = [False] * len(lengths)
         return Lanes(
@@ -310,6 +313,30 @@ def unpack(x: Lanes, lengths: Sequence[int], size: int) -> Lanes:
     return _each(x, lambda lane: gather(Lanes(lane.unbind(0)), 0, lengths, whole, size=size)[0])
 
 
+def pack_heads(xs: Sequence[Lanes], rows: int, zero_pads: bool, size: int) -> Lanes:
+    """``[B, P h_i, L, D]`` each as ``[P, rows, B, sum of h_i, D]``: the heads of each rank; pads copy the last row."""
+    result = Lanes()
+    for tensors in zip(*xs, strict=True):
+        index = torch.arange(rows)
+        blocks = []
+        for r in range(size):
+            heads = torch.cat([x.tensor_split(size, 1)[r].movedim(2, 0) for x in tensors], 2)
+            block = heads[index.clamp(max=len(heads) - 1).to(heads.device)]
+            blocks.append(_rows_are_zeroed(block, 0, index >= len(heads)) if zero_pads else block)
+        result.append(torch.stack(blocks))
+    return result
+
+
+def unpack_heads(x: Lanes, heads: Sequence[int], length: int, size: int = 0) -> Lanes:
+    """The way back: ``[P, rows, B, sum of h_i, D]`` as ``[B, length, P sum of h_i, D]``, tensor after tensor."""
+
+    def back(lane: torch.Tensor) -> torch.Tensor:
+        tensors = [torch.cat(list(part), 2) for part in lane[:, :length].split(list(heads), 3)]
+        return torch.cat(tensors, 2).movedim(1, 0)
+
+    return _each(x, back)
+
+
 def _each(x: Lanes, function: Callable[[torch.Tensor], torch.Tensor]) -> Lanes:
     """A local operator: one result per distinct tensor, so that what all ranks share stays shared."""
     results = {id(lane): function(lane) for lane in x}
@@ -331,7 +358,7 @@ def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:
 
 
 #: Operators without communication: their size may be that of a part of the ranks.
-_LOCAL = frozenset({"pack", "put", "take", "unpack"})
+_LOCAL = frozenset({"pack", "pack_heads", "put", "take", "unpack"})
 
 _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "all_to_all_within": all_to_all_within,
@@ -345,6 +372,7 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "gather_used": gather,
     "mask_pads": mask_pads,
     "pack": pack,
+    "pack_heads": pack_heads,
     "place_positions": _lanes(oracle_attention.place_positions),
     "positions": positions,
     "put": put,
@@ -354,6 +382,7 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "shard": shard,
     "take": take,
     "unpack": unpack,
+    "unpack_heads": unpack_heads,
     "use": use,
 }
 

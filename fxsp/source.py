@@ -46,7 +46,8 @@ def _in_torch(file: str) -> bool:
 
 def module_path(node: torch.fx.Node) -> str:
     """The path of the module that the node was traced in, ``"blocks.0.attn"``; ``""`` in the root or when unknown."""
-    stack = node.meta.get("nn_module_stack")
+    # AOTAutograd keeps the stack of the forward node, for a backward one, under another name.
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
     innermost = list(stack.values())[-1]

@@ -1,30 +1,50 @@
-"""The order of tokens around an all-to-all: ``pack`` into blocks by rank, ``unpack`` into global order.
+"""The order of tokens and heads around an all-to-all, as *emit* writes it: what the four ops that reorder mean.
 
-``unpack(x, lengths, P)``: ``x [P, L, ...]`` holds block ``r`` of every segment at ``x[r]``; the result ``[S, ...]`` has
-the segments one after the other in global order, without pads.  ``pack(x, lengths, P)`` is the way back; its pad rows
-are copies of the segment's last row.  The adjoint of ``unpack`` is ``pack`` with zero pads, that of ``pack`` drops
-pads: both only move rows, and no gradient is ever index-added.
+``pack(x, lengths, P)``: ``x [S, ...]``, the segments one after the other in global order, becomes ``[P, L, ...]``:
+block ``r`` of every segment at ``[r]``.  Pad rows are copies of the segment's last row.  ``unpack`` is the way back,
+and drops pads.  ``pack_heads(xs, rows, P)``: of q, k, v ``[B, P h, L, D]`` (each with its own ``h``), all that rank
+``r`` shall have, side by side in one buffer ``[P, rows, B, sum of h, D]``.  ``unpack_heads`` is the way back, as
+``[B, L, P sum of h, D]`` with all heads of q first: what a linear layer reads, of one tensor.
 
-Each has two spellings of one meaning: plain tensor operations, which *emit* writes into a compiled graph (Inductor
-fuses them into one pass), and an eager one that writes every row once.
+The adjoint of a way back is ``pack`` with zero pads, that of ``pack`` drops pads: all four only move elements, and no
+gradient is ever index-added.
+
+On CUDA each is one Triton kernel, and so one pass over memory.  On a CPU it is plain tensor operations, which Inductor
+fuses into one pass.  Where strides suffice (one segment without pads) it is a view on both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "pack_eager", "unpack", "unpack_eager"]
+from fxsp.kernels import place, twins
+from fxsp.types import as_length, same_length
+
+__all__ = ["pack", "pack_eager", "pack_heads", "pack_heads_eager", "unpack", "unpack_eager", "unpack_heads"]
+__all__ += ["unpack_heads_eager"]
 
 
 def _ceil(n: Any, size: int) -> Any:
     return (n + size - 1) // size
 
 
+def _same(a: Any, b: Any) -> bool:
+    return same_length(as_length(a), as_length(b))
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
-    """The meaning of ``unpack``: ``[P, L, ...] -> [S, ...]`` in plain tensor operations."""
+    """``[P, L, ...] -> [S, ...]``."""
+    movers = place.kernels(x, x.shape[2:]) if len(lengths) > 1 else None
+    if movers is not None:
+        return movers.unpack_rows(x, lengths, [False] * len(lengths), size, 0, 0)  # type: ignore[no-any-return]
     parts = []
     start: Any = 0
     for n in lengths:
@@ -32,69 +52,92 @@ def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
         part = x.narrow(1, start, rows).reshape(size * rows, *x.shape[2:])
         parts.append(part.narrow(0, 0, n))
         start = start + rows
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _cat(parts, 0)
 
 
 def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
-    """The meaning of ``pack``: ``[S, ...] -> [P, L, ...]`` in plain tensor operations."""
+    """``[S, ...] -> [P, L, ...]``."""
+    padded = len(lengths) > 1 or not isinstance(lengths[0], int) or lengths[0] % size
+    movers = place.kernels(x, x.shape[1:]) if padded else None
+    if movers is not None:
+        whole = [False] * len(lengths)
+        return movers.pack_rows(x, lengths, whole, size, zero_pads, 0, size, 0)  # type: ignore[no-any-return]
     parts = []
     start: Any = 0
     for n in lengths:
         rows = _ceil(n, size)
-        part = x.narrow(0, start, n)
-        pads = size * rows - n
-        if not isinstance(pads, int):
-            part = _padded_by_index(part, n, size * rows, zero_pads)
-        elif pads:
-            pad = torch.zeros_like(part.narrow(0, 0, 1)) if zero_pads else part.narrow(0, n - 1, 1)
-            part = torch.cat([part, pad.expand(pads, *x.shape[1:])])
+        part = _padded(x.narrow(0, start, n), 0, size * rows, zero_pads)
         parts.append(part.reshape(size, rows, *x.shape[1:]))
         start = start + n
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return _cat(parts, 1)
 
 
-def _padded_by_index(x: Tensor, length: Any, padded: Any, zero_pads: bool) -> Tensor:
-    """``x`` with pads up to a symbolic length: no tensor has the number of pads as its size, so none is guarded on."""
-    rows = torch.arange(padded, device=x.device)
-    result = x.index_select(0, rows.clamp(max=length - 1))
+def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
+    """``x`` with pads up to ``rows``; of symbolic lengths by index, lest a number of pads be guarded on."""
+    length = x.shape[dim]
+    pads = rows - length
+    if isinstance(pads, int):
+        if not pads:
+            return x
+        shape = [pads if i == dim else n for i, n in enumerate(x.shape)]
+        pad = torch.zeros_like(x.narrow(dim, 0, 1)) if zero_pads else x.narrow(dim, length - 1, 1)
+        return torch.cat([x, pad.expand(shape)], dim)
+    index = torch.arange(rows, device=x.device)
+    result = x.index_select(dim, index.clamp(max=length - 1))
     if not zero_pads:
         return result
-    return torch.where((rows < length).view(-1, *(1 for _ in x.shape[1:])), result, 0)
+    return torch.where((index < length).view([-1 if i == dim else 1 for i in range(x.dim())]), result, 0)
 
 
-def unpack_eager(x: Tensor, lengths: list[int], size: int) -> Tensor:
-    """``unpack``, every row written once."""
-    total = sum(lengths)
-    if len(lengths) == 1:
-        return x.reshape(-1, *x.shape[2:]).narrow(0, 0, total).clone()
-    out = x.new_empty(total, *x.shape[2:])
-    local = done = 0
-    for n in lengths:
-        rows = _ceil(n, size)
-        full = n // rows if rows else 0
-        if full:
-            out[done : done + full * rows].view(full, rows, *x.shape[2:]).copy_(x[:full, local : local + rows])
-        if n - full * rows:
-            out[done + full * rows : done + n].copy_(x[full, local : local + n - full * rows])
-        local, done = local + rows, done + n
-    return out
+def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int) -> Tensor:
+    """``[B, P h_i, L, D]`` each ``-> [P, rows, B, sum of h_i, D]``."""
+    movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS else None
+    if movers is not None:
+        return movers.pack_heads(list(xs), rows, zero_pads, size)  # type: ignore[no-any-return]
+    parts = []
+    for x in xs:
+        if not _same(rows, x.shape[2]):
+            x = _padded(x, 2, rows, zero_pads)
+        parts.append(x.unflatten(1, (size, x.shape[1] // size)).permute(1, 3, 0, 2, 4))
+    # Permuted first, then joined, so that the buffer is written once.
+    return _cat(parts, 3).contiguous()
+
+
+def unpack_heads(x: Tensor, heads: Sequence[int], length: Any) -> Tensor:
+    """``[P, rows, B, sum of h_i, D] -> [B, length, P sum of h_i, D]``."""
+    movers = place.kernels(x, x.shape[4:]) if len(heads) <= place.TENSORS else None
+    if movers is not None:
+        return movers.unpack_heads(x, list(heads), length)  # type: ignore[no-any-return]
+    if not _same(length, x.shape[1]):
+        x = x.narrow(1, 0, length)
+    parts = [part.permute(2, 1, 0, 3, 4).flatten(2, 3) for part in x.split(list(heads), 3)]
+    return _cat(parts, 2).contiguous()
+
+
+# In eager code: the kernels on CUDA, and their twins elsewhere.
 
 
 def pack_eager(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
     """``pack``, every row written once."""
-    per_rank = [_ceil(n, size) for n in lengths]
-    out = x.new_empty(size, sum(per_rank), *x.shape[1:])
-    local = done = 0
-    for n, rows in zip(lengths, per_rank, strict=True):
-        full = n // rows if rows else 0
-        part = out[:, local : local + rows]
-        if full:
-            part[:full].copy_(x[done : done + full * rows].unflatten(0, (full, rows)))
-        if full < size:
-            rest = n - full * rows
-            part[full, :rest].copy_(x[done + full * rows : done + n])
-            last = 0.0 if zero_pads else x[done + n - 1]
-            part[full, rest:] = last
-            part[full + 1 :] = last
-        local, done = local + rows, done + n
-    return out
+    movers = place.kernels(x, x.shape[1:]) or twins
+    return movers.pack_rows(x, lengths, [False] * len(lengths), size, zero_pads, 0, size, 0)  # type: ignore[no-any-return]
+
+
+def unpack_eager(x: Tensor, lengths: list[int], size: int) -> Tensor:
+    """``unpack``, every row written once."""
+    if len(lengths) == 1:
+        return x.reshape(-1, *x.shape[2:]).narrow(0, 0, lengths[0]).clone()
+    movers = place.kernels(x, x.shape[2:]) or twins
+    return movers.unpack_rows(x, lengths, [False] * len(lengths), size, 0, 0)  # type: ignore[no-any-return]
+
+
+def pack_heads_eager(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tensor:
+    """``pack_heads``, every element written once."""
+    movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS else None
+    return (movers or twins).pack_heads(xs, rows, zero_pads, size)  # type: ignore[no-any-return]
+
+
+def unpack_heads_eager(x: Tensor, heads: list[int], length: int) -> Tensor:
+    """``unpack_heads``, every element written once."""
+    movers = place.kernels(x, x.shape[4:]) if len(heads) <= place.TENSORS else None
+    return (movers or twins).unpack_heads(x, heads, length)  # type: ignore[no-any-return]

@@ -302,5 +302,7 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "put": put,
     "pack": exchange.pack,
     "unpack": exchange.unpack,
+    "pack_heads": exchange.pack_heads,
+    "unpack_heads": exchange.unpack_heads,
     **RING,
 }

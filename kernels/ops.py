@@ -24,6 +24,8 @@ summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P`
     put             S -> P     take
     pack            U -> S     unpack       (see fxsp.kernels.exchange)
     unpack          S -> U     pack(zero_pads=True)
+    pack_heads      S -> S     unpack_heads (see fxsp.kernels.head_ops)
+    unpack_heads    S -> S     pack_heads(zero_pads=True)
     ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.ring_ops)
     all_to_all_within          all_to_all_within       (of the first dimension's size of consecutive ranks)
 
@@ -38,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import exchange, ring_ops
+from fxsp.kernels import exchange, head_ops, ring_ops
 from fxsp.kernels.lowering import LOWERINGS
 
 __all__ = ["INTERNAL", "OPS"]
@@ -173,4 +175,5 @@ for _name, _arguments in {**OPS, **INTERNAL}.items():
     _register(_name, _arguments)
 for _name in {**_ADJOINT, **_FORMULA}:
     torch.library.register_autograd(f"fxsp::{_name}", _backward(_name), setup_context=_args_of, lib=_library)
+head_ops.register(_library)
 ring_ops.register(_library)

@@ -14,14 +14,15 @@ from typing import Any
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from fxsp.kernels.place import TENSORS
 from fxsp.kernels.triton_heads import pack_heads_kernel, unpack_heads_kernel
 from fxsp.kernels.triton_rows import pack_rows_kernel, unpack_rows_kernel
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["pack_heads", "pack_rows", "tile", "unit", "unpack_heads", "unpack_rows"]
 
-#: Tensors that one launch of the kernels for heads moves, and segments that one of those for rows moves.
-TENSORS, SEGMENTS = 3, 4
+#: Segments that one launch of the kernels for rows moves.
+SEGMENTS = 4
 
 
 def _is_multiple(n: Any, of: int) -> bool:

@@ -126,6 +126,12 @@ class Builder:
     def pack(self, x: Node, sequence: Sequence) -> Node:
         return self.call(_ops.pack.default, x, self.sizes(sequence.lengths), self.ranks.size, False)
 
+    def pack_heads(self, xs: Seq[Node], length: Length, size: int) -> Node:
+        return self.call(_ops.pack_heads.default, list(xs), self.size(length), False, size)
+
+    def unpack_heads(self, x: Node, heads: Seq[int], length: Length) -> Node:
+        return self.call(_ops.unpack_heads.default, x, list(heads), self.size(length))
+
     def record(self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None) -> None:
         """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""
         node.meta["fxsp_bytes"] = sent

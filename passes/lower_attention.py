@@ -3,13 +3,14 @@
 Ulysses, for two ranks, four heads of 8, five tokens; two all-to-alls and nothing else moves::
 
     %q, %k, %v: [B, 4, 3, 8]
-    %cat:        [2, 3, B, 6, 8]     q, k, v by destination: rank, token, batch, head; written once
-    %all_to_all: [2, 3, B, 6, 8]     by source: rank and token together are the global order
-    %narrow:     [5, B, 6, 8]        without pads: a narrow of the outermost dimension, a view
-    %attention:  [B, 2, 5, 8]
-    %pack:       [2, 3, B, 2, 8]
-    %all_to_all: [2, 3, B, 2, 8]     by source: the heads of each rank
-    %result:     [B, 4, 3, 8]
+    %pack_heads:   [2, 3, B, 6, 8]   q, k, v by destination: rank, token, batch, head; written once
+    %all_to_all:   [2, 3, B, 6, 8]   by source: rank and token together are the global order
+    %narrow:       [5, B, 6, 8]      without pads: a narrow of the outermost dimension, a view
+    %attention:    [B, 2, 5, 8]
+    %pack:         [2, 3, B, 2, 8]
+    %all_to_all:   [2, 3, B, 2, 8]   by source: the heads of each rank
+    %unpack_heads: [B, 3, 4, 8]      by token, as the output projection reads them
+    %result:       [B, 4, 3, 8]      a view
 
 Several segments are put in global order by ``unpack`` on the way in, and back by ``pack``, unless no mask looks at it.
 After this pass no ``distributed_attention`` remains.
@@ -204,17 +205,8 @@ class _Lowering:
 
     def _to_heads(self, tensors: list[Node], heads: list[int], sequence: Sequence) -> list[Node]:
         """``[B, H, L, D]`` each, split by tokens -> ``[B, H/P, S, D]`` each, split by heads; one all-to-all."""
-        call, size = self.build.call, self.size
-        rows = [
-            call(aten.permute.default, call(aten.unflatten.int, x, 1, [size, h]), [1, 3, 0, 2, 4])
-            for x, h in zip(tensors, heads, strict=True)
-        ]
-        # [P, L, B, h, D]: permuted first, then joined, so that the buffer is written once.
-        if len(rows) > 1:
-            packed = call(aten.cat.default, rows, 3)
-        else:
-            packed = call(aten.clone.default, rows[0], memory_format=torch.contiguous_format)
-        whole = self._exchange_to_heads(packed, sequence, sum(heads), _global(tensors[0], -1), _global(tensors[0], 0))
+        call = self.build.call
+        whole = self._exchange_to_heads(tensors, heads, sequence)
         # [S, B, h, D] -> [B, h, S, D]
         turned = call(aten.permute.default, whole, [1, 2, 0, 3])
         if len(heads) == 1:
@@ -222,14 +214,16 @@ class _Lowering:
         starts = [sum(heads[:i]) for i in range(len(heads))]
         return [self._narrow(turned, 1, s, h) for s, h in zip(starts, heads, strict=True)]
 
-    def _exchange_to_heads(self, packed: Node, sequence: Sequence, heads: int, width: Length, batch: Length) -> Node:
-        """``[P, L, B, h, D]`` by destination -> ``[S, B, h, D]`` in global order, without pads."""
+    def _exchange_to_heads(self, tensors: list[Node], heads: list[int], sequence: Sequence) -> Node:
+        """``[B, H, L, D]`` each -> ``[S, B, h, D]`` in global order, without pads."""
         places, split = self._split_whole(sequence)
+        packed = self.build.pack_heads(tensors, sequence.local_length(self.size), self.size)
         moved = packed
         if any(sequence.whole):
             kept = [self._narrow(packed, 1, local, s.local_length(self.size)) for _, local, _, s in places if s.sharded]
             moved = self.build.call(aten.cat.default, kept, 1)
-        received = self._all_to_all(moved, split, heads, width, batch)
+        width, batch = _global(tensors[0], -1), _global(tensors[0], 0)
+        received = self._all_to_all(moved, split, sum(heads), width, batch)
         length = split.length
         if len(split.segments) > 1 and not self.any_order:
             tokens = self.build.unpack(received, split)
@@ -268,9 +262,8 @@ class _Lowering:
             packed = self.build.pack(rows, split)
         # Rows of whole segments travel to every rank with these heads.
         received = self._all_to_all(packed, sequence, heads, width, batch)
-        # [P, L, B, h, D] -> [B, L, P h, D]: as the output projection reads it; then heads in front by strides.
-        turned = call(aten.permute.default, received, [2, 1, 0, 3, 4])
-        merged = call(aten.flatten.using_ints, turned, 2, 3)
+        # [P, L, B, h, D] -> [B, L, P h, D], as the output projection reads it; then heads in front by strides.
+        merged = self.build.unpack_heads(received, [heads], sequence.local_length(self.size))
         return call(aten.transpose.int, merged, 1, 2)
 
     def _pack_with_whole(self, rows: Node, places: list[Any], heads: int) -> Node:

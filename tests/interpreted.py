@@ -93,7 +93,7 @@ def equal(got: torch.Tensor, expected: torch.Tensor) -> None:
 def check_heads(case: str) -> None:
     tokens, rows, size, batch, heads, width, layout, dtype = HEADS[case]
     xs = [heads_tensor(batch, size * h, tokens, width, layout, dtype) for h in heads]
-    ops = place.kernels(xs[0])
+    ops = place.kernels(xs[0], (width,))
     for zero_pads in (False, True) if rows > tokens else (False,):
         packed = ops.pack_heads(xs, rows, zero_pads, size)
         equal(packed, twins.pack_heads(xs, rows, zero_pads, size))
@@ -106,7 +106,7 @@ def check_rows(case: str, segments: str) -> None:
     inner, dim, layout, dtype = ROWS[case]
     lengths, whole, size = SEGMENTS[segments]
     x = rows_tensor(sum(lengths), inner, layout, dtype)
-    ops = place.kernels(x)
+    ops = place.kernels(x, inner)
     args = (x, lengths, whole, size)
     equal(ops.pack_rows(*args, True, 0, size, dim), twins.pack_rows(*args, True, 0, size, dim))
     packed = ops.pack_rows(*args, False, 0, size, dim)

@@ -90,6 +90,12 @@ def lanes_of(
             # Plain attention on the lanes: autograd differentiates it as it stands.
             operands = [None if args[i] is None else Lanes([a[i] for a, _ in per_rank]) for i in range(4)]
             return list(oracle.bind(name, [*operands, *args[4:]], {}, size).run())
+        if name in ("pack_heads", "unpack_heads"):
+            # The same: no gradient of a pad is in question, since no row is added.
+            operands = [a[0] for a, _ in per_rank]
+            many = isinstance(operands[0], (list, tuple))
+            first = [Lanes(x) for x in zip(*operands, strict=True)] if many else Lanes(operands)
+            return list(oracle.bind(name, [first, *args[1:]], {}, size).run(poison_pads=poison_pads))
         lanes = [a[0] for a, _ in per_rank]
         if lanes[0].requires_grad:
             return list(_OnAllRanks.apply(name, args[1:], poison_pads, *lanes))

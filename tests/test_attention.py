@@ -383,8 +383,8 @@ def _operators(program: Program) -> str:
 
 
 #: To heads: q, k and v apart by destination, side by side; from heads: by destination again.
-_OUT = "unflatten permute unflatten permute unflatten permute cat all_to_all"
-_BACK = "all_to_all permute flatten transpose gather"
+_OUT = "pack_heads all_to_all"
+_BACK = "all_to_all unpack_heads transpose gather"
 
 
 _SDPA = "scaled_dot_product_attention"

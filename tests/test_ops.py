@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fxsp import oracle
+from fxsp.kernels import exchange
+from fxsp.kernels.head_ops import HEAD_OPS
 from fxsp.kernels.lowering import LOWERINGS, known_dense
 from fxsp.kernels.ops import INTERNAL, OPS
 from fxsp.kernels.ring_ops import RING_OPS
@@ -38,7 +41,7 @@ ALONE = {
 
 def test_every_op_has_a_meaning_and_a_check():
     assert set(OPS) | set(INTERNAL) == set(ALONE)
-    assert set(LOWERINGS) == set(ALONE) | set(RING_OPS)
+    assert set(LOWERINGS) == set(ALONE) | set(HEAD_OPS) | set(RING_OPS)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -47,6 +50,45 @@ def test_opcheck_ring_attention(masked):
     mask = torch.randn(7, 7, requires_grad=True) if masked else None
     args = (q, k, v, mask, *SEGMENTS, *SEGMENTS, not masked, None, 1, 0, 1, "")
     torch.library.opcheck(fx.ring_attention.default, args)
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+@pytest.mark.parametrize("heads", [(4,), (4, 2, 2)])
+def test_opcheck_heads(heads, rows):
+    xs = [torch.randn(2, 7, h, 3).transpose(1, 2).requires_grad_() for h in heads]
+    torch.library.opcheck(fx.pack_heads.default, (xs, rows, False, 2))
+    packed = torch.randn(2, rows, 2, sum(heads) // 2, 3, requires_grad=True)
+    torch.library.opcheck(fx.unpack_heads.default, (packed, [h // 2 for h in heads], 7))
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+@pytest.mark.parametrize("heads", [(4,), (4, 2, 2)])
+def test_heads_mean_what_the_oracle_says(heads, rows):
+    """Values, and gradients by duality: both only move elements."""
+    xs = [torch.randn(2, h, 7, 3, dtype=torch.float64, requires_grad=True) for h in heads]
+    local = [h // 2 for h in heads]
+    for zero_pads in (True, False):
+        packed = fx.pack_heads(xs, rows, zero_pads, 2)
+        for meaning in (
+            oracle.pack_heads([oracle.Lanes([x]) for x in xs], rows, zero_pads, 2)[0],
+            exchange.pack_heads(xs, rows, zero_pads, 2),
+        ):
+            torch.testing.assert_close(packed, meaning, rtol=0, atol=0)
+    grad = torch.randn_like(packed)
+    for x, g in zip(xs, torch.autograd.grad(packed, xs, grad), strict=True):
+        # Pads are dropped, so that the adjoint is that of the rows that are no pads.
+        expected = torch.autograd.grad(exchange.pack_heads(xs, rows, True, 2), x, grad)[0]
+        torch.testing.assert_close(g, expected, rtol=0, atol=0)
+    unpacked = fx.unpack_heads(packed, local, 7)
+    torch.testing.assert_close(unpacked, torch.cat([x.transpose(1, 2) for x in xs], 2), rtol=0, atol=0)
+    received = packed.detach().requires_grad_()
+    back = fx.unpack_heads(received, local, 7)
+    torch.testing.assert_close(back, oracle.unpack_heads(oracle.Lanes([received]), local, 7)[0], rtol=0, atol=0)
+    plain = exchange.unpack_heads(received, local, 7)
+    torch.testing.assert_close(back, plain, rtol=0, atol=0)
+    grad = torch.randn_like(back)
+    found, expected = (torch.autograd.grad(y, received, grad)[0] for y in (back, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(ALONE))
