@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxsp.hooks
 from fxsp.errors import FxspWarning
 from fxsp.hooks.base import BaseState, HookRegistry, ModelHook, StateManager
 
@@ -117,6 +118,51 @@ def test_arguments_and_output_pass_from_hook_to_hook() -> None:
 def test_default_new_forward_is_not_implemented() -> None:
     with pytest.raises(NotImplementedError, match="ModelHook does not override"):
         ModelHook().new_forward(Double(), X)
+
+
+def test_an_override_finds_the_forward_that_it_replaces() -> None:
+    class Twice(ModelHook):
+        def new_forward(self, module, *args, **kwargs):
+            return 2 * module._omni_original_forward(*args, **kwargs)
+
+    module, registry = hooked(("a", AddOne()), ("b", Twice()))
+    assert torch.equal(module(X, bias=1.0), 2 * ((X + 1) * 2 + 1))
+    assert torch.equal(copy.deepcopy(module)(X), 2 * ((X + 1) * 2))
+    registry.reset()
+    assert not hasattr(module, "_omni_original_forward")
+
+
+def test_an_original_that_was_exchanged_is_called() -> None:
+    module, registry = hooked(("a", AddOne()))
+    module._omni_original_forward = lambda x: x + 50
+    assert torch.equal(module(X), X + 51)
+    registry.reset()
+    assert torch.equal(module(X), X * 2)
+
+
+def test_a_registry_that_is_not_attached_calls_the_module() -> None:
+    module = Double()
+    assert torch.equal(HookRegistry(module).dispatch(X), X * 2)
+    module, registry = hooked(("a", AddOne()))
+    registry.reset()
+    assert torch.equal(registry.dispatch(X, bias=1.0), X * 2 + 1)
+
+
+def test_a_hook_may_remove_hooks_while_it_runs() -> None:
+    class Once(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            HookRegistry.get_or_create(module).reset()
+            return (args[0] * 3,), kwargs
+
+    module, _ = hooked(("a", Once()), ("b", AddOne()))
+    assert torch.equal(module(X), (X * 3 + 1) * 2)  # the call in progress has the hooks that it began with
+    assert torch.equal(module(X), X * 2)
+
+
+def test_names_of_the_package() -> None:
+    for name in fxsp.hooks.__all__:
+        home = "base" if hasattr(fxsp.hooks.base, name) else "sequence_parallel"
+        assert getattr(fxsp.hooks, name) is getattr(getattr(fxsp.hooks, home), name)
 
 
 def test_nested_modules_have_registries_of_their_own() -> None:

@@ -7,7 +7,8 @@ One call of a module with hooks ``a``, ``b`` and ``c``, of which ``b`` overrides
     b.post_forward, c.post_forward, a.post_forward     the same order, reversed
 
 All state lives in the module (attribute ``_hook_registry``) and in its hooks: models and threads share nothing, and a
-module with hooks can be deep-copied, pickled and moved like any other.
+module with hooks can be deep-copied, pickled and moved like any other.  A hook that overrides ``new_forward`` finds the
+forward that it replaces at ``module._omni_original_forward``, as in vLLM-Omni.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ class ModelHook:
         return output
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Called instead of the module's forward, if a subclass overrides it; one hook of a module may."""
+        """Called instead of the module's forward (``module._omni_original_forward``), if a subclass overrides it.
+
+        One hook of a module may.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not override new_forward")
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -108,12 +112,21 @@ class _Forward(functools.partial):  # type: ignore[type-arg]
     @property
     def __signature__(self) -> inspect.Signature:
         module = self.args[0]
-        own = _registry_of(module)._instance_forward
-        return inspect.signature(type(module).forward.__get__(module) if own is None else own)
+        original = module._omni_original_forward
+        return inspect.signature(type(module).forward.__get__(module) if _is_of_class(original) else original)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _registry_of(module).dispatch(*args, **kwargs)
+
+
+def _original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _is_of_class(original: Any) -> bool:
+    """Whether an original forward is that of the module's class (a bound method could not be pickled by every name)."""
+    return isinstance(original, functools.partial) and original.func is _original_forward
 
 
 def _registry_of(module: nn.Module) -> HookRegistry:
@@ -133,9 +146,8 @@ class HookRegistry:
         self._sorted_hooks: list[ModelHook] = []
         self._around: list[ModelHook] = []
         self._override: ModelHook | None = None
-        self._class_forward: Callable[..., Any] = type(module).forward
-        #: ``forward`` if it was an attribute of the instance.
-        self._instance_forward: Callable[..., Any] | None = None
+        #: Whether ``forward`` was an attribute of the instance.
+        self._was_attribute = False
 
     @classmethod
     def get_or_create(cls, module: nn.Module) -> HookRegistry:
@@ -235,34 +247,30 @@ class HookRegistry:
             args, kwargs = hook.pre_forward(module, *args, **kwargs)
         if self._override is not None:
             output = self._override.new_forward(module, *args, **kwargs)
-        elif self._instance_forward is not None:
-            output = self._instance_forward(*args, **kwargs)
-        else:
-            output = self._class_forward(module, *args, **kwargs)
+        else:  # a registry that is not attached (any more) has nothing to go around
+            original = getattr(module, "_omni_original_forward", None) or module.forward
+            output = original(*args, **kwargs)
         for hook in reversed(hooks):
             output = hook.post_forward(module, output)
         return output
 
     # --- the module's forward
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_class_forward"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._class_forward = type(self.module).forward
-
     def _attach(self) -> None:
-        self._instance_forward = self.module.__dict__.get("forward")
-        self.module._hook_registry = self  # type: ignore[assignment]
-        self.module.forward = _Forward(_forward, self.module)
+        module, own = self.module, self.module.__dict__.get("forward")
+        self._was_attribute = own is not None
+        original = functools.partial(_original_forward, module) if own is None else own
+        module._omni_original_forward = original  # type: ignore[assignment]
+        module._hook_registry = self  # type: ignore[assignment]
+        module.forward = _Forward(_forward, module)
 
     def _detach(self) -> None:
-        if not isinstance(self.module.__dict__.get("forward"), _Forward):
+        module = self.module
+        if not isinstance(module.__dict__.get("forward"), _Forward):
             return  # somebody wrapped it after us: what they hold goes on to the original, as there are no hooks left
-        if self._instance_forward is not None:
-            self.module.forward = self._instance_forward
+        if self._was_attribute:
+            module.forward = module._omni_original_forward
         else:
-            del self.module.forward
-        del self.module._hook_registry
-        self._instance_forward = None
+            del module.forward
+        del module._hook_registry
+        del module._omni_original_forward
