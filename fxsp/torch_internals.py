@@ -774,10 +774,16 @@ def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:
 
 def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx.Graph) -> torch.fx.Node:
     """Nodes at the end of ``graph`` that compute a sympy expression of sizes from the nodes of its symbols."""
+    import sympy
     from torch.fx.proxy import GraphAppendingTracer, Proxy
+    from torch.utils._sympy.functions import FloorDiv
     from torch.utils._sympy.interp import sympy_interp
     from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+    # A size is a whole number, so what it divides by divides it; Python's `n ** -1` would be a float.
+    numerator, denominator = sympy.fraction(sympy.together(expr))
+    if denominator != 1:
+        expr = FloorDiv(numerator, denominator)
     tracer = GraphAppendingTracer(graph)
     values = {symbol: Proxy(symbols[symbol], tracer) for symbol in expr.free_symbols}
     return sympy_interp(PythonReferenceAnalysis, values, expr).node  # type: ignore[no-any-return]
