@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fxsp.config import Options, resolve_degrees, resolve_ranks
+from fxsp.errors import OptionError
 from fxsp.plan import SequenceParallelConfig
 from fxsp.report import Report
 from fxsp.torch_internals import group_named
@@ -40,7 +41,8 @@ class Region:
     """Shared by the hooks of one ``apply_sequence_parallel``; a copied or unpickled model gets one of its own.
 
     ``config=None`` exchanges heads over all ranks of the group.  Raises :class:`~fxsp.errors.OptionError` if the
-    degrees do not match the group.
+    degrees do not match the group.  Where no process group is initialized yet, :meth:`resolve` looks again at the
+    model's first call.
     """
 
     def __init__(
@@ -49,16 +51,39 @@ class Region:
         #: It belongs to one hook that was registered by itself, and not to a model.
         self.alone = alone
         self.group_name = group.group_name if group is not None else None
-        options = Options.parse({"group": group, "config": config})
+        self._asked = Options.parse({"config": config}).config
+        self._fresh()
+        if _initialized():
+            self.resolve()
+
+    @property
+    def config(self) -> SequenceParallelConfig | None:
+        """The configuration that was given; else, once the ranks are known, the one that stands for it."""
+        if self._asked is not None or not self.resolved:
+            return self._asked
+        return SequenceParallelConfig(ulysses_degree=self.size)
+
+    def resolve(self) -> None:
+        """Look up the ranks; without a process group this process is the only one, until there is one."""
+        if self.resolved or (self._asked is None and not _initialized()):
+            return
+        group = None
+        if self.group_name is not None and _initialized():
+            group = group_named(self.group_name)
+            if group is None:
+                raise OptionError(f"the hooks are for the process group {self.group_name!r}, which does not exist here")
+        options = Options.parse({"group": group, "config": self._asked})
         ranks = resolve_ranks(options)
         degrees = resolve_degrees(options, ranks.size)
-        self.config = options.config or SequenceParallelConfig(ulysses_degree=ranks.size)
         self.rank, self.size, self.group = ranks.rank, ranks.size, ranks.group
         self.ulysses, self.ring = degrees.ulysses or ranks.size, degrees.ring or 1
         self.allgather = degrees.allgather or 1
-        self._fresh()
+        self.resolved = _initialized()
 
     def _fresh(self) -> None:
+        self.resolved = False
+        self.rank, self.size, self.group = 0, 1, ""
+        self.ulysses = self.ring = self.allgather = 1
         self.report = Report()
         #: Functions whose implicit gather was warned about.
         self.warned: set[str] = set()
@@ -114,13 +139,12 @@ class Region:
     # --- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("alone", "config", "group_name", "rank", "size", "group", "ulysses", "ring", "allgather")
-        return {name: getattr(self, name) for name in kept}
+        return {name: getattr(self, name) for name in ("alone", "group_name", "_asked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._fresh()
-        if dist.is_available() and dist.is_initialized():  # perhaps another process than the one that pickled
-            group = dist.group.WORLD if self.group_name is None else group_named(self.group_name)
-            if group is not None and dist.get_world_size(group) == self.size:
-                self.rank, self.group = dist.get_rank(group), group.group_name
+        self._fresh()  # perhaps another process than the one that pickled: the first call looks up its ranks
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -26,6 +26,7 @@ from fxsp.hooks.layout import (
 )
 from fxsp.hooks.rules import argument, elementwise, fit, marked
 from fxsp.hooks.rules_shape import only_layout
+from fxsp.torch_internals import in_backward
 
 __all__: list[str] = []
 
@@ -256,6 +257,25 @@ def windows(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 @rule("cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div cosine_similarity")
-@rule("binary_cross_entropy_with_logits equal allclose")
+@rule("binary_cross_entropy_with_logits")
 def loss(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return on_whole(name, func, args, kwargs, None, "compares all tokens")
+
+
+@rule("equal allclose")
+def comparison(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Of all tokens; beside rows that somebody cut out for this rank, of these."""
+    a, b = args[0], argument(args, kwargs, 1, "other")
+    layouts = [layout_of(a), layout_of(b)]
+    if any(layout is None for layout in layouts) and a.shape == b.shape:
+        return func(*args, **kwargs)
+    return on_whole(name, func, args, kwargs, None, "compares all tokens")
+
+
+@rule("numpy tolist __array__")
+def rows_of_this_rank(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """To the model all tokens; to who looks from outside what this rank has."""
+    region = only_layout(name, args[0]).region
+    if region.alone or not (region.running or in_backward()):
+        return func(*args, **kwargs)
+    return on_whole(name, func, args, kwargs, None, "leaves torch")

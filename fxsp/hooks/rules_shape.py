@@ -226,6 +226,8 @@ def segments_between(layout: Layout, start: int, stop: int) -> tuple[Layout, int
 
 def part(name: str, x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
     """Tokens ``start .. stop`` of a split value, as the model counts them; they must be entire segments."""
+    if stop <= start and not means_local(layout):  # nothing is left: every rank has it
+        return x.narrow(layout.dim, 0, 0)
     found = segments_between(layout, start, stop)
     if found is None:
         needs_whole(name, f"cuts tokens {start}..{stop} out of segments of {_counted(layout)}", layout)

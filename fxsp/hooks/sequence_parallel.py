@@ -58,9 +58,10 @@ def apply_sequence_parallel(
     """Attach the hooks of ``plan`` to the modules below ``module``.
 
     ``config`` has the degrees of attention; None exchanges heads over all ranks of ``group`` (default: all processes).
-    Everything is checked before anything is attached.  Raises :class:`~fxsp.errors.PlanError` (a ``ValueError``) for a
-    plan that names what does not exist or has no meaning, or for hooks that are there already, and
-    :class:`~fxsp.errors.OptionError` (a ``ValueError``) for degrees that do not match the group.
+    Everything is checked before anything is attached; degrees are checked at the first call if there is no process
+    group yet.  Raises :class:`~fxsp.errors.PlanError` (a ``ValueError``) for a plan that names what does not exist or
+    has no meaning, or for hooks that are there already, and :class:`~fxsp.errors.OptionError` (a ``ValueError``) for
+    degrees that do not match the group.
     """
     root = unwrap(module)
     found = _hooks(root, plan)
@@ -72,7 +73,7 @@ def apply_sequence_parallel(
         for target, name, make, metadata in found:
             registry = HookRegistry.get_or_create(target)
             attached.append((target, name))
-            registry.register_hook(name, make(metadata, region.config, region))
+            registry.register_hook(name, make(metadata, config, region))
     except BaseException:
         _detach(attached)
         raise
@@ -98,8 +99,10 @@ def enable_sequence_parallel_for_model(
 
 
 def disable_sequence_parallel_for_model(model: nn.Module) -> None:
-    """Remove the hooks of the model's own plan.  Raises ``ValueError`` if it has none."""
-    remove_sequence_parallel(model, _own_plan(model))
+    """Remove the hooks of the model's own plan; a model without a plan is let be."""
+    plan = find_plan(unwrap(model))
+    if plan is not None:
+        remove_sequence_parallel(model, plan)
 
 
 def report_of(model: nn.Module) -> Report:

@@ -90,7 +90,7 @@ class _RegionHook(ModelHook):
 
     def __init__(self, metadata: Any, config: SequenceParallelConfig | None, region: Region | None = None) -> None:
         self.metadata = metadata
-        self.config = config
+        self._config = config
         self.module_forward_metadata: ModuleForwardMetadata | None = None
         #: Registered by itself, and not by ``apply_sequence_parallel``.
         self._alone = region is None
@@ -100,10 +100,15 @@ class _RegionHook(ModelHook):
         self.traced_lengths: dict[str, int] = {}
 
     @property
+    def config(self) -> SequenceParallelConfig | None:
+        """The degrees of attention."""
+        return self._config if self._region is None else self._region.config
+
+    @property
     def region(self) -> Region:
         """The ranks; a hook that is registered by itself takes the default process group."""
         if self._region is None:
-            self._region = Region(self.config, alone=True)
+            self._region = Region(self._config, alone=True)
         return self._region
 
     def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:
@@ -121,6 +126,8 @@ class _RegionHook(ModelHook):
     def _acts(self, module: nn.Module) -> bool:
         """Whether the hook is to do its work in this call."""
         region = self.region
+        if not region.resolved and not torch.compiler.is_compiling():
+            region.resolve()
         if region.size == 1:
             return False
         if torch.compiler.is_compiling():
@@ -311,6 +318,8 @@ class SequenceParallelRootHook(_RegionHook):
     """
 
     def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:
+        if not self.region.resolved and not torch.compiler.is_compiling():
+            self.region.resolve()
         if self.region.size == 1:
             return nullcontext()
         if torch.compiler.is_compiling():
