@@ -68,14 +68,32 @@ class Explanation:
         return [sum(ranks) for ranks in zip(*found, strict=True)] if found else []
 
     @property
-    def communication(self) -> dict[str, tuple[int, int]]:
+    def backward_collectives(self) -> list[CollectiveRecord]:
+        """What the gradients need, where gradients may be asked for."""
+        return [record for result in self.results for record in result.report.backward]
+
+    @property
+    def communication_forward(self) -> dict[str, tuple[int, int]]:
         """Kind of collective -> how many, and the bytes that each rank sends in all of them, in a forward pass."""
-        totals: dict[str, tuple[int, int]] = {}
-        for result, m in zip(self.results, self.measures, strict=True):
-            for record, sent in zip(result.report.collectives, m.sent if m is not None else [], strict=True):
-                number, size = totals.get(record.kind, (0, 0))
-                totals[record.kind] = number + 1, size + sent
-        return totals
+        return _totals([(r.report.collectives, m.sent) for r, m in self._measured()])
+
+    @property
+    def communication_backward(self) -> dict[str, tuple[int, int]]:
+        """The same for the backward pass; nothing if nothing requires grad (or grad mode is off).
+
+        Gradients of parameters are counted one by one; they travel in buckets, in fewer messages.
+        """
+        return _totals([(r.report.backward, m.sent_backward) for r, m in self._measured()])
+
+    @property
+    def communication(self) -> dict[str, tuple[int, int]]:
+        """Forward and, in training, backward: all that a call, and a step, sends."""
+        graphs = self._measured()
+        forward = [(r.report.collectives, m.sent) for r, m in graphs]
+        return _totals(forward + [(r.report.backward, m.sent_backward) for r, m in graphs])
+
+    def _measured(self) -> list[tuple[OfflineResult, Measures]]:
+        return [(r, m) for r, m in zip(self.results, self.measures, strict=True) if m is not None]
 
     @property
     def stages(self) -> list[str]:
@@ -173,3 +191,12 @@ def _say(progress: bool, text: str) -> None:
 def _name(model: Any) -> str:
     inner = getattr(model, "_orig_mod", model)
     return getattr(inner, "__qualname__", None) or type(inner).__name__
+
+
+def _totals(parts: list[tuple[list[CollectiveRecord], list[int]]]) -> dict[str, tuple[int, int]]:
+    totals: dict[str, tuple[int, int]] = {}
+    for records, sizes in parts:
+        for record, sent in zip(records, sizes, strict=True):
+            number, size = totals.get(record.kind, (0, 0))
+            totals[record.kind] = number + 1, size + sent
+    return totals

@@ -40,6 +40,7 @@ def format_report(report: Report) -> str:
     lines += section("plan", plan_lines(report.plan))
     lines += section("attention", attention_lines(report.attentions))
     lines += section("collectives (sent per rank, forward)", _collectives(report.collectives))
+    lines += section("collectives (sent per rank, backward)", _collectives(report.backward))
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
     lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
     lines += section(

@@ -37,6 +37,9 @@ class Measures:
     #: For each collective of the report its bytes, and the formula where there is one.
     sent: list[int] = field(default_factory=list)
     formulas: list[Formula | None] = field(default_factory=list)
+    #: The same for the backward pass.
+    sent_backward: list[int] = field(default_factory=list)
+    formulas_backward: list[Formula | None] = field(default_factory=list)
     names: Names = field(default_factory=Names)
     #: Reads a size as a number.
     number: Callable[[Any], int] = int
@@ -58,11 +61,15 @@ def measure(program: Program) -> Measures:
     found.memory_one = peak_bytes(whole, "val", number, training=program.training)
     found.memory_rank = peak_bytes(program.graph, "local_val", number, training=program.training)
     found.padding = _padding(program, number)
-    for record in program.report.collectives:
-        found.sent.append(number(record.bytes))
-        found.formulas.append(_formula(record, found.sent[-1], program.ranks.size, number))
-        for key, _ in getattr(found.formulas[-1], "tokens", ()):
-            found.names.add(*key)
+    for records, sent, formulas in (
+        (program.report.collectives, found.sent, found.formulas),
+        (program.report.backward, found.sent_backward, found.formulas_backward),
+    ):
+        for record in records:
+            sent.append(number(record.bytes))
+            formulas.append(_formula(record, sent[-1], program.ranks.size, number))
+            for key, _ in getattr(formulas[-1], "tokens", ()):
+                found.names.add(*key)
     return found
 
 

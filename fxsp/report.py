@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxsp.types import Sequence
+from fxsp.types import Sequence, as_length
 
 __all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "PlanRecord", "Report"]
 
@@ -56,7 +56,7 @@ class AttentionRecord:
 
 @dataclass(frozen=True)
 class CollectiveRecord:
-    """One collective of the partitioned forward program."""
+    """One collective of the partitioned program: of its forward pass, or of its backward pass."""
 
     kind: str
     value: str
@@ -77,6 +77,8 @@ class Report:
     implicit_gathers: list[GatherRecord] = field(default_factory=list)
     attentions: list[AttentionRecord] = field(default_factory=list)
     collectives: list[CollectiveRecord] = field(default_factory=list)
+    #: What the gradients will need, if gradients may be asked for; ``value`` is the one whose gradient travels.
+    backward: list[CollectiveRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     #: Name of a stage -> the graph after it, printed; filled only for the stages that were asked for.
     stages: dict[str, str] = field(default_factory=dict)
@@ -84,3 +86,16 @@ class Report:
     timings: dict[str, float] = field(default_factory=dict)
     #: Why the graph runs whole on every rank, if it does.
     unsharded: str = ""
+
+    @property
+    def communication(self) -> dict[str, tuple[int, Any]]:
+        """Kind of collective -> how many, and the bytes that a rank sends in them, forward and (in training) backward.
+
+        Bytes are a number, or a formula where lengths are symbols.  Gradients of parameters are counted one by one;
+        they travel in buckets, in fewer messages.
+        """
+        totals: dict[str, tuple[int, Any]] = {}
+        for record in (*self.collectives, *self.backward):
+            number, size = totals.get(record.kind, (0, 0))
+            totals[record.kind] = number + 1, as_length(size + record.bytes)
+        return totals

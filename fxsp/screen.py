@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fxsp.formula import format_formulas
+from fxsp.formula import Formula, format_formulas
 from fxsp.inspection import attention_lines, gather_lines, plan_lines, section
 from fxsp.measures import Measures
 from fxsp.offline import OfflineResult
@@ -44,7 +44,15 @@ def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
     lines += section("plan", plan_lines(report.plan))
     lines += section("attention", attention_lines(report.attentions))
     if m is not None:
-        lines += section("collectives (sent per rank, forward)", _collectives(report.collectives, m))
+        forward, backward = (
+            (report.collectives, m.sent, m.formulas),
+            (report.backward, m.sent_backward, m.formulas_backward),
+        )
+        lines += section("collectives (sent per rank, forward)", _collectives(*forward, m))
+        lines += section("collectives (sent per rank, backward)", _collectives(*backward, m))
+        if report.collectives or report.backward:
+            legend = [f"{short} = {n} tokens of {what}" for short, what, n in m.names.legend()]
+            lines.append("; ".join([f"  P = {len(m.flops_per_rank)}", *legend]))
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
     lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
     if m is not None:
@@ -53,22 +61,22 @@ def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
     return lines
 
 
-def _collectives(records: list[CollectiveRecord], m: Measures) -> Iterator[str]:
+def _collectives(
+    records: list[CollectiveRecord], sent: list[int], formulas: list[Formula | None], m: Measures
+) -> Iterator[str]:
     groups: dict[tuple[str, str], list[int]] = {}
     for i, record in enumerate(records):
         groups.setdefault((record.kind, record.reason), []).append(i)
     for (kind, reason), members in groups.items():
-        yield f"{len(members):4d} x {kind:<14} {format_bytes(sum(m.sent[i] for i in members)):<9}  {reason}".rstrip()
-        yield f"       = {_formula(members, m)}"
+        yield f"{len(members):4d} x {kind:<14} {format_bytes(sum(sent[i] for i in members)):<9}  {reason}".rstrip()
+        yield f"       = {_formula([(sent[i], formulas[i]) for i in members], m)}"
     if records:
-        yield f"{len(records):4d}   {'in all':<14} {format_bytes(sum(m.sent))}"
-        legend = [f"{short} = {n} tokens of {what}" for short, what, n in m.names.legend()]
-        yield "; ".join([f"P = {len(m.flops_per_rank)}", *legend])
+        yield f"{len(records):4d}   {'in all':<14} {format_bytes(sum(sent))}"
 
 
-def _formula(members: list[int], m: Measures) -> str:
-    known = [f for i in members if (f := m.formulas[i]) is not None]
-    rest = sum(m.sent[i] for i in members if m.formulas[i] is None)
+def _formula(members: list[tuple[int, Formula | None]], m: Measures) -> str:
+    known = [formula for _, formula in members if formula is not None]
+    rest = sum(sent for sent, formula in members if formula is None)
     parts = [format_formulas(known, m.names)] if known else []
     return " + ".join([*parts, *([f"{rest} (at these sizes)"] if rest else [])]) + " B" if parts or rest else "nothing"
 
@@ -105,9 +113,15 @@ def as_data(e: Any) -> dict[str, Any]:
         "seconds": e.seconds,
         "flops_total": e.flops_total,
         "flops_per_rank": e.flops_per_rank,
-        "communication": {kind: {"count": n, "bytes": b} for kind, (n, b) in e.communication.items()},
+        "communication": _totals(e.communication),
+        "communication_forward": _totals(e.communication_forward),
+        "communication_backward": _totals(e.communication_backward),
         "graphs": [_graph_data(r, m) for r, m in zip(e.results, e.measures, strict=True)],
     }
+
+
+def _totals(communication: dict[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {kind: {"count": number, "bytes": size} for kind, (number, size) in communication.items()}
 
 
 def _graph_data(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
@@ -125,18 +139,8 @@ def _graph_data(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     }
     if m is None:
         return data
-    data["collectives"] = [
-        {
-            "kind": record.kind,
-            "value": record.value,
-            "module": record.module,
-            "source": record.source,
-            "reason": record.reason,
-            "bytes": sent,
-            "formula": formula.text(m.names) if formula is not None else None,
-        }
-        for record, sent, formula in zip(report.collectives, m.sent, m.formulas, strict=True)
-    ]
+    data["collectives"] = _collective_data(report.collectives, m.sent, m.formulas, m)
+    data["backward"] = _collective_data(report.backward, m.sent_backward, m.formulas_backward, m)
     data["lengths"] = [{"name": short, "of": what, "tokens": n} for short, what, n in m.names.legend()]
     data |= {"flops_total": m.flops_total, "flops_per_rank": m.flops_per_rank}
     data |= {"activation_bytes_one_device": m.memory_one, "activation_bytes_per_rank": m.memory_rank}
@@ -145,3 +149,20 @@ def _graph_data(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
         for name, (tokens, rows, pads) in m.padding.items()
     ]
     return data
+
+
+def _collective_data(
+    records: list[CollectiveRecord], sent: list[int], formulas: list[Formula | None], m: Measures
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": record.kind,
+            "value": record.value,
+            "module": record.module,
+            "source": record.source,
+            "reason": record.reason,
+            "bytes": size,
+            "formula": formula.text(m.names) if formula is not None else None,
+        }
+        for record, size, formula in zip(records, sent, formulas, strict=True)
+    ]

@@ -262,6 +262,13 @@ def saved_tag() -> dict[str, Any]:
     return {"recompute": CheckpointPolicy.MUST_SAVE}
 
 
+def is_recomputed(node: torch.fx.Node) -> bool:
+    """Whether the node's tag says that its value is computed again in the backward pass."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return node.meta.get("recompute") in (CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE)
+
+
 def is_set_grad(target: Any) -> bool:
     """Whether a node's target sets grad mode."""
     return target is torch._C._set_grad_enabled

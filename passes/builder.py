@@ -10,12 +10,13 @@ import torch
 from torch.fx import Graph, Node
 
 import fxsp.kernels.ops  # noqa: F401  (registers the operators)
+from fxsp.kernels.collectives import summand_dtype
 from fxsp.report import CollectiveRecord, Report
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import sympy_to_fx
-from fxsp.types import Length, Ranks, Sequence, Shard, as_length, product
+from fxsp.types import Length, Ranks, Sequence, Shard, as_length, ceil_div, product
 
-__all__ = ["Builder", "split_bytes"]
+__all__ = ["Builder", "reduced_bytes", "split_bytes"]
 
 _ops = torch.ops.fxsp
 aten = torch.ops.aten
@@ -25,6 +26,11 @@ def split_bytes(shape: Seq[Length], shard: Shard, itemsize: int, size: int) -> L
     """Bytes of a rank's rows of split segments: what it sends to each other rank in a gather."""
     rows = product((shard.outer, shard.sequence.split_length(size), shard.inner))
     return product((*(rows if i == shard.dim else n for i, n in enumerate(shape)), itemsize))
+
+
+def reduced_bytes(elements: Length, dtype: torch.dtype, size: int) -> Length:
+    """Bytes that each of ``size`` ranks sends in an all-reduce; halves travel as fp32."""
+    return ceil_div(as_length(elements * summand_dtype(dtype).itemsize * 2 * (size - 1)), size)
 
 
 class Builder:

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from fxsp.errors import StrictError, UnsupportedError
 from fxsp.passes.attention import SDPA
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder, split_bytes
+from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
 from fxsp.passes.decide import hint
 from fxsp.passes.rules import shape_of
 from fxsp.passes.rules_elementwise import CHEAP
@@ -165,10 +165,9 @@ class Converter:
         type_, node = value.forms[0]
         if isinstance(type_, Partial):
             new = self.build.all_reduce(node)
-            size, dtype = self.ranks.size, value.node.meta["val"].dtype
-            wide = 4 if dtype in LOW_PRECISION else dtype.itemsize
-            sent = 2 * (size - 1) * product((*shape_of(value.node), wide)) / size
-            self.build.record("all_reduce", new, _number(sent), "sum over the ranks")
+            dtype = value.node.meta["val"].dtype
+            sent = reduced_bytes(product(shape_of(value.node)), dtype, self.ranks.size)
+            self.build.record("all_reduce", new, sent, "sum over the ranks")
             return self.build.call(aten.to.dtype, new, dtype) if dtype in LOW_PRECISION else new
         used = value.find(Used())
         if used is not None:
@@ -233,7 +232,3 @@ class Converter:
                 "SequenceParallelOutput before this operator, or leave its tokens whole."
             )
         self.program.report.implicit_gathers.append(record)
-
-
-def _number(value: Any) -> Length:
-    return round(value) if isinstance(value, float) else as_length(value)

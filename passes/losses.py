@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.passes.builder import Builder
+from fxsp.passes.builder import Builder, reduced_bytes
 from fxsp.passes.decide import Decision
 from fxsp.passes.rules import Call, overloads
 from fxsp.types import Partial, Shard, Type, Used, product, same_length
@@ -93,5 +93,6 @@ def write_loss(build: Builder, call: Call, arguments: dict[str, Any], plan: Loss
         chosen = build.call(aten.view_as.default, chosen, counted)
         weights = build.call(aten.mul.Tensor, weights, chosen)
     count = build.all_reduce(build.call(aten.sum.default, mask(weights, shape, plan.unreduced), dtype=wide))
-    build.record("all_reduce", count, 8, "targets that are not ignored")
+    sent = reduced_bytes(1, wide, build.ranks.size)
+    build.record("all_reduce", count, sent, "targets that are not ignored")
     return build.call(aten.div.Tensor, total, count)

@@ -18,6 +18,7 @@ from fxsp.passes import (  # noqa: F401  (they fill the rule table)
     rules_spatial,
     rules_views,
 )
+from fxsp.passes.backward import backward_collectives
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.masks import Masks
@@ -81,4 +82,6 @@ class Runner:
 def partition_program(program: Program, runner: Runner | None = None) -> Program:
     """An annotated, normalized, functional program -> the program of one rank, with visible collectives."""
     with equal_lengths(known_equalities(program.gm)):
-        return (runner or Runner()).run(program)
+        program = (runner or Runner()).run(program)
+        program.report.backward.extend(backward_collectives(program))
+    return program

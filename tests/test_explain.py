@@ -191,33 +191,6 @@ def test_several_graphs() -> None:
     assert "graph 1:" in str(e)
 
 
-def _sent(rank: int, size: int) -> dict[str, int]:
-    """Bytes that this rank really sends, by the profiler's shapes (all tensors are float32)."""
-    share = {"all_to_all_single": (size - 1) / size, "all_gather_into_tensor": size - 1}
-    model, inputs = models.flux(image=25)
-    fast = torch.compile(model, backend="sp", options={"inner": "aot_eager"})
-    with torch.no_grad():
-        fast(**inputs)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
-            fast(**inputs)
-    found: dict[str, int] = {}
-    for event in seen.events():
-        kind = event.name.partition("_c10d_functional::")[2]
-        if kind in share:
-            elements = torch.Size(event.input_shapes[0]).numel()
-            found[kind] = found.get(kind, 0) + int(4 * elements * share[kind])
-    return found
-
-
-def test_estimated_bytes_are_those_that_run(ranks: Any) -> None:
-    planned = explained("flux", image=25).communication
-    for found in ranks(2).run(_sent):
-        assert found == {
-            "all_to_all_single": planned["all_to_all"][1],
-            "all_gather_into_tensor": planned["all_gather"][1],
-        }
-
-
 def _named(rank: int, size: int) -> set[str]:
     """Names of the collectives in a profiler's trace of a training step under aot_eager, and of inference in eager."""
     names = set()
