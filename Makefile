@@ -1,6 +1,6 @@
 # make demo    a Flux model split over two CPU processes, explained
 # make test    linter, type checker, all tests
-# make bench   side by side with diffusers' context parallelism
+# make bench   side by side with diffusers' context parallelism; what compiling and hooks cost
 # make fuzz    N random programs against the simulator (make fuzz N=20000)
 
 PYTHON ?= python3
@@ -28,6 +28,7 @@ stages: $(VENV)/.models
 bench: $(VENV)/.models
 	$(TORCHRUN) examples/bench.py
 	$(BIN)/python examples/compile_cost.py
+	$(BIN)/python examples/bench_hooks.py
 
 test: lint types pytest
 

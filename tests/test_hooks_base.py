@@ -132,6 +132,15 @@ def test_an_override_finds_the_forward_that_it_replaces() -> None:
     assert not hasattr(module, "_omni_original_forward")
 
 
+def test_torch_compile_follows_an_override_too() -> None:
+    class Twice(ModelHook):
+        def new_forward(self, module, *args, **kwargs):
+            return 2 * module._omni_original_forward(*args, **kwargs)
+
+    module, _ = hooked(("a", AddOne()), ("b", Twice()))
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(X), 2 * ((X + 1) * 2))
+
+
 def test_an_original_that_was_exchanged_is_called() -> None:
     module, registry = hooked(("a", AddOne()))
     module._omni_original_forward = lambda x: x + 50

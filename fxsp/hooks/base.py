@@ -113,25 +113,22 @@ class _Forward(functools.partial):  # type: ignore[type-arg]
     def __signature__(self) -> inspect.Signature:
         module = self.args[0]
         original = module._omni_original_forward
-        return inspect.signature(type(module).forward.__get__(module) if _is_of_class(original) else original)
+        own = isinstance(original, _Original)
+        return inspect.signature(type(module).forward.__get__(module) if own else original)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _registry_of(module).dispatch(*args, **kwargs)
+    return module._hook_registry.dispatch(*args, **kwargs)  # type: ignore[union-attr, operator]
 
 
-def _original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs)
+class _Original:
+    """The forward of a module's class, bound (a bound method cannot be pickled under every name)."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
-def _is_of_class(original: Any) -> bool:
-    """Whether an original forward is that of the module's class (a bound method could not be pickled by every name)."""
-    return isinstance(original, functools.partial) and original.func is _original_forward
-
-
-def _registry_of(module: nn.Module) -> HookRegistry:
-    registry: HookRegistry = module._hook_registry  # type: ignore[assignment]
-    return registry
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 class HookRegistry:
@@ -231,9 +228,7 @@ class HookRegistry:
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's forward through its hooks."""
-        if self._around:
-            return self._within(0, args, kwargs)
-        return self._call(args, kwargs)
+        return self._within(0, args, kwargs) if self._around else self._call(args, kwargs)
 
     def _within(self, level: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if level == len(self._around):
@@ -248,8 +243,13 @@ class HookRegistry:
         if self._override is not None:
             output = self._override.new_forward(module, *args, **kwargs)
         else:  # a registry that is not attached (any more) has nothing to go around
-            original = getattr(module, "_omni_original_forward", None) or module.forward
-            output = original(*args, **kwargs)
+            original: Any = getattr(module, "_omni_original_forward", None)
+            if original is None:
+                output = module.forward(*args, **kwargs)
+            elif isinstance(original, _Original):  # what it would call
+                output = type(module).forward(module, *args, **kwargs)
+            else:
+                output = original(*args, **kwargs)
         for hook in reversed(hooks):
             output = hook.post_forward(module, output)
         return output
@@ -259,8 +259,7 @@ class HookRegistry:
     def _attach(self) -> None:
         module, own = self.module, self.module.__dict__.get("forward")
         self._was_attribute = own is not None
-        original = functools.partial(_original_forward, module) if own is None else own
-        module._omni_original_forward = original  # type: ignore[assignment]
+        module._omni_original_forward = _Original(module) if own is None else own  # type: ignore[assignment]
         module._hook_registry = self  # type: ignore[assignment]
         module.forward = _Forward(_forward, module)
 
