@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from torch.fx import GraphModule
 
 from fxsp import torch_internals
 from fxsp.artifacts import StageWriter
-from fxsp.capture import Capture, capture, install
+from fxsp.capture import Capture, capture, install, splits_of_compilation
+from fxsp.carried import remembering
 from fxsp.checks import check_inputs, verify_outputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
 from fxsp.inner import compile_inner
 from fxsp.passes.annotate import annotate
 from fxsp.passes.base import Program
+from fxsp.passes.carry import carry, is_worth_splitting
 from fxsp.passes.functionalize import functionalize
 from fxsp.passes.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
@@ -69,10 +72,11 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callab
     report, program = compile_graph(gm, inputs, options, ranks)
     with _lock:
         _reports.append(report)
+    splits = splits_of_compilation()
     if program is None:
-        return _finish(gm, inputs, options, report)
+        return remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
     names = [node.target for node in program.gm.graph.find_nodes(op="placeholder")]
-    run = _finish(program.gm, inputs, options, report, normalized=True)
+    run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
     if options.verify:
         run = verify_outputs(run, gm.forward)
     if options.check_inputs:
@@ -101,6 +105,8 @@ def compile_graph(
             warnings.warn(UnshardedWarning(f"this graph is not split. {report.unsharded}"), stacklevel=2)
         return report, None
     report.plan.extend(annotate(gm, captured, captured.entries, ranks))
+    carried = carry(gm, captured, captured.entries) if ranks.size > 1 else []
+    report.plan.extend(carried)
     runner.text("annotated", gm, report)
     if ranks.size == 1:
         report.unsharded = "one rank"
@@ -110,11 +116,22 @@ def compile_graph(
         _say_unsharded(report, captured)
         return report, None
     try:
-        program = _partition(gm, inputs, options, ranks, report, runner)
+        strict = options.strict and not carried
+        program = _partition(gm, inputs, replace(options, strict=strict), ranks, report, runner)
     except UnsupportedError as error:
-        if not getattr(error, "whole_graph", False):
+        # A split that the plan did not ask for here is no reason to refuse anything.
+        if not getattr(error, "whole_graph", False) and not carried:
             raise
         report.unsharded = str(error)
+        _say_unsharded(report, captured)
+        _remove_annotations(gm)
+        return report, None
+    if carried and not is_worth_splitting(program):
+        report.unsharded = "the plan says nothing about it, and it has too little to do for splitting it again"
+        report.plan[-len(carried) :] = [replace(record, applied=False) for record in carried]
+        report.collectives.clear()
+        report.backward.clear()
+        report.implicit_gathers.clear()
         _say_unsharded(report, captured)
         _remove_annotations(gm)
         return report, None

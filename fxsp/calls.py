@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxsp.carried import Splits
 from fxsp.plan import PlanEntry
 
 __all__ = ["Capture", "ModuleCall"]
@@ -54,6 +55,10 @@ class Capture:
     entries: tuple[PlanEntry, ...] | None
     #: Calls in the order in which they began; the traced frame itself comes first if it is a module's forward.
     calls: list[ModuleCall] = field(default_factory=list)
+    #: Modules whose forward is under way outside of this graph (after a graph break), with their real arguments.
+    around: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
+    #: What earlier graphs of the same compilation had split.
+    splits: Splits = field(default_factory=Splits)
     #: What could not be found out, and why, for the report.
     notes: list[str] = field(default_factory=list)
 

@@ -20,12 +20,13 @@ from torch import fx, nn
 
 from fxsp import torch_internals
 from fxsp.calls import Capture, ModuleCall
+from fxsp.carried import Splits
 from fxsp.errors import PlanError
 from fxsp.plan import PlanEntry, find_plan, owns_plan, parse_plan
 from fxsp.resolve import forward_signature, resolve_plan, submodules, unwrap
 from fxsp.torch_internals import Opaque, Translation
 
-__all__ = ["Capture", "ModuleCall", "capture", "install"]
+__all__ = ["Capture", "ModuleCall", "capture", "install", "splits_of_compilation"]
 
 
 @dataclass(eq=False)
@@ -42,6 +43,7 @@ class _Seen:
     """Modules whose forward was a traced frame of one ``torch.compile``, the first one first."""
 
     modules: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    splits: Splits = field(default_factory=Splits)
 
     def add(self, module: nn.Module) -> None:
         if not any(module is known for known in self):
@@ -154,6 +156,8 @@ def capture(gm: fx.GraphModule, plan: Any = None) -> Capture:
         calls.insert(0, own)
     found = _find_root(translation, calls, plan)
     found.calls = calls
+    found.splits = _seen(translation).splits
+    found.around = list(_calls_around(translation))
     if found.root is None:
         return found
     paths: dict[int, list[str]] = {}
@@ -170,6 +174,12 @@ def capture(gm: fx.GraphModule, plan: Any = None) -> Capture:
             "are not known in it"
         )
     return found
+
+
+def splits_of_compilation() -> Splits:
+    """What the graphs of the present ``torch.compile`` returned and had split."""
+    translation = Translation.current()
+    return Splits() if translation is None else _seen(translation).splits
 
 
 def _finished(call: ModuleCall, tracer: Any) -> ModuleCall:
@@ -233,8 +243,18 @@ def _candidates(translation: Translation, calls: list[ModuleCall]) -> list[nn.Mo
     local = [module for module in here if module is not None]
     ids = {id(module) for module in local}
     around = [known for known in _seen(translation) if any(id(part) in ids for _, part in submodules(known))]
-    callers = [unwrap(module) for module in translation.callers()]
+    callers = [unwrap(module) for module, _ in translation.callers()]
     return list({id(module): module for module in [*callers, *around, *local]}.values())
+
+
+def _calls_around(translation: Translation) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Modules whose forward is under way, outside of this graph, and its arguments as far as they can be seen."""
+    for module, frame in translation.callers():
+        owner, code = unwrap(module), frame.f_code
+        at = (code.co_name, code.co_filename, code.co_firstlineno)  # Dynamo runs code of its own, with these names
+        if any(at == (c.co_name, c.co_filename, c.co_firstlineno) for c in _forward_codes(owner)):
+            variables = frame.f_locals
+            yield owner, {name: variables[name] for name in forward_signature(owner).parameters if name in variables}
 
 
 # --- the traced frame as a call ---------------------------------------------------------------------------------------

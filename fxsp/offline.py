@@ -17,7 +17,8 @@ from torch.fx import GraphModule
 
 from fxsp.artifacts import StageWriter
 from fxsp.backend import compile_graph
-from fxsp.capture import install
+from fxsp.capture import install, splits_of_compilation
+from fxsp.carried import remembering
 from fxsp.config import Options
 from fxsp.errors import FxspError, FxspWarning
 from fxsp.passes.base import Program
@@ -71,7 +72,7 @@ class _Offline:
             result.inputs = args
             return gm.forward(*args)
 
-        return run
+        return remembering(run, report.split_outputs, splits_of_compilation())
 
 
 install(lambda backend: isinstance(backend, _Offline))

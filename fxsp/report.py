@@ -79,6 +79,8 @@ class Report:
     collectives: list[CollectiveRecord] = field(default_factory=list)
     #: What the gradients will need, if gradients may be asked for; ``value`` is the one whose gradient travels.
     backward: list[CollectiveRecord] = field(default_factory=list)
+    #: Positions of outputs that are gathered because the graph ends, and how they were split.
+    split_outputs: list[tuple[int, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     #: Name of a stage -> the graph after it, printed; filled only for the stages that were asked for.
     stages: dict[str, str] = field(default_factory=dict)

@@ -420,6 +420,20 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(StorageWeakRef(tensor.untyped_storage()).cdata)
 
 
+def storage_ref(tensor: torch.Tensor) -> Any:
+    """A weak reference to the storage: ``cdata`` (equal for equal storages) and ``expired()``."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Whether it is no tensor subclass (but a parameter is), no fake, and not wrapped by a function transform."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and not wrapped
+
+
 def remembers_item(tensor: torch.Tensor) -> bool:
     """Whether a fake stands for a number (a Python float that Dynamo made an input), whose ``item()`` is symbolic."""
     return getattr(tensor, "item_memo", None) is not None
@@ -613,13 +627,13 @@ class Translation:
         """Code and local variables (real values, as the frame began) of the traced frame."""
         return self._output.root_tx.f_code, self._output.root_tx.f_locals
 
-    def callers(self) -> list[torch.nn.Module]:
+    def callers(self) -> list[tuple[torch.nn.Module, types.FrameType]]:
         """The modules whose methods Python runs between the call of the compiled function and this frame, the first
-        called first: those whose own code Dynamo did not trace.
+        called first, and their frames: those whose own code Dynamo did not trace, or broke.
         """
         from torch._dynamo import convert_frame, eval_frame
 
-        found: list[torch.nn.Module] = []
+        found: list[tuple[torch.nn.Module, types.FrameType]] = []
         frame: types.FrameType | None = sys._getframe()
         while frame is not None:
             code = frame.f_code
@@ -629,7 +643,7 @@ class Translation:
                 found.clear()  # Dynamo's own frames, and ours
             owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             if isinstance(owner, torch.nn.Module):
-                found.append(owner)
+                found.append((owner, frame))
             frame = frame.f_back
         return []
 

@@ -38,7 +38,7 @@ from fxsp.resolve import ResolvedEntry, resolve_plan
 from fxsp.torch_internals import Opaque
 from fxsp.types import Ranks
 
-__all__ = ["annotate"]
+__all__ = ["annotate", "written_by"]
 
 
 def annotate(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry], ranks: Ranks) -> list[PlanRecord]:
@@ -138,7 +138,7 @@ class _Writer:
         uses = [(version, users) for version, users in uses if users]
         if not uses:
             return _Outcome(False, f"the argument is only used inside of {island}, which is not opened")
-        if any(write >= min(users) for _, users in uses for write in _writes(call.graph, node)):
+        if any(write >= min(users) for _, users in uses for write in written_by(call.graph, node)):
             return _Outcome(False, "the tensor is written in place after the call began")
         for version, users in uses if self.insert else []:
             first = min(users)
@@ -187,7 +187,7 @@ class _Writer:
             return _Outcome(False, "the output is not used after the call")
         if node in self.closed:
             return _Outcome(False, f"the output is a value inside of {self.closed[node]}, which is not opened")
-        if any(write > node and (end is None or write > end) for write in _writes(call.graph, node)):
+        if any(write > node and (end is None or write > end) for write in written_by(call.graph, node)):
             return _Outcome(False, "the tensor is written in place after the call")
         for version, place, users in uses if self.insert else []:
             with call.graph.inserting_after(place):
@@ -342,7 +342,7 @@ _IN_PLACE = frozenset(
 )
 
 
-def _writes(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+def written_by(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """The nodes that write to the storage of ``node``: an annotation is a copy, and would not see what they write."""
     storage = torch_internals.storage_key(_example(node))
     return [

@@ -213,6 +213,29 @@ class Converter:
         dense = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
         return self.build.call(aten.permute.default, dense, inverse)
 
+    def in_memory_as(self, x: Node, old: Node) -> Node:
+        """``x``, the whole value of ``old``, with the very strides of ``old``."""
+        value = old.meta["val"]
+        shape, strides = shape_of(old), [as_length(stride) for stride in value.stride()]
+        order = sorted(range(len(shape)), key=lambda d: (-hint(strides[d]), d))
+        step: Length = 1
+        dense = isinstance(value.storage_offset(), int) and value.storage_offset() == 0
+        for d in reversed(order):
+            if not same_length(shape[d], 1):
+                dense = dense and same_length(strides[d], step)
+                step = product((step, shape[d]))
+        if dense:
+            new = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
+            return self.build.call(aten.permute.default, new, [order.index(d) for d in range(len(shape))])
+        if _reads_shards(old):
+            error = UnsupportedError(
+                f"as_strided in {module_path(old) or 'the root module'} ({node_source(old) or 'no source line'}) "
+                "reads memory around a value that is split: use a slice, an expand or an unfold instead"
+            )
+            error.whole_graph = True  # type: ignore[attr-defined]
+            raise error
+        return x
+
     def _report_gather(self, value: Value, kind: str, reason: str, sent: Length) -> None:
         if value.wanted:
             return
@@ -232,3 +255,15 @@ class Converter:
                 "SequenceParallelOutput before this operator, or leave its tokens whole."
             )
         self.program.report.implicit_gathers.append(record)
+
+
+def _reads_shards(node: Node) -> bool:
+    """Whether anything that ``node`` is computed from is split."""
+    seen, queue = {node}, [node]
+    for one in queue:
+        type_ = one.meta.get("sp")
+        if isinstance(type_, Shard) or (isinstance(type_, tuple) and any(isinstance(t, Shard) for t in type_)):
+            return True
+        queue += [n for n in one.all_input_nodes if n not in seen]
+        seen.update(queue)
+    return False

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fxsp.carried import Split
 from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
@@ -46,6 +47,10 @@ aten = torch.ops.aten
 
 #: Why whole values are needed at the end.
 _WRITTEN = "an input that is written to has its global shape"
+
+
+#: They read memory, not values: their operand must lie in memory as the program's own does.
+_BY_STRIDES = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class _Partitioner(Converter):
 
     def _output(self, node: Node) -> None:
         self.reason = OUTPUT
+
+        self.program.report.split_outputs[:] = _splits_of(node.args[0])
 
         def whole(old: Node) -> Any:
             if old in self.values:
@@ -211,7 +218,13 @@ class _Partitioner(Converter):
             self.values[node] = Value(node, [(decision.results[0], self.typed(results, decision.results[0], node))])
 
     def _whole_call(self, node: Node, kind: str = "implicit") -> None:
-        self._copied(node, self.graph.node_copy(node, lambda n: self.argument(n, kind)))
+        by_strides = node.args[0] if node.target in _BY_STRIDES else None
+
+        def argument(old: Node) -> Any:
+            new = self.argument(old, kind)
+            return self.in_memory_as(new, old) if old is by_strides else new
+
+        self._copied(node, self.graph.node_copy(node, argument))
 
     def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Node | list[Node]:
         """Write the call for local operands."""
@@ -308,6 +321,21 @@ def _is_parameter(node: Node) -> bool:
 
 def _is_impure(node: Node) -> bool:
     return node.is_impure() or node.op in ("placeholder", "output")
+
+
+def _splits_of(outputs: Any) -> list[tuple[int, Split]]:
+    """Positions of outputs that are split before they are gathered for the end of the graph, and how."""
+    found = []
+    for position, old in enumerate(outputs if isinstance(outputs, (list, tuple)) else []):
+        type_ = old.meta.get("sp") if isinstance(old, Node) else None
+        if isinstance(type_, Shard) and type_.plain:
+            first, *rest = type_.sequence.segments
+            text = first.length if rest and not first.sharded and isinstance(first.length, int) else -1
+            name = next(
+                (segment.name for segment in type_.sequence.segments if segment.sharded and segment.name), "tokens"
+            )
+            found.append((position, Split(type_.dim, text, name)))
+    return found
 
 
 def _map_in_order(

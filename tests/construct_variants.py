@@ -112,6 +112,20 @@ def looped(y: Tensor) -> Tensor:
     return while_loop(lambda i, z: i < 3, step, (torch.tensor(0), y))[1]
 
 
+@hook(gathers="aten.as_strided.default has no sharding rule")
+def windows_by_strides(y: Tensor) -> Tensor:
+    """Overlapping windows of three tokens, as Longformer makes them, of a value that is transposed in memory."""
+    z = y.transpose(0, 1)
+    windows = z.as_strided((z.shape[0] - 2, 3, *z.shape[1:]), (z.stride(0), *z.stride()))
+    return F.pad(windows.amax(1), (0, 0, 0, 0, 1, 1)).transpose(0, 1)
+
+
+@hook(whole="reads memory around a value that is split")
+def beyond_a_slice(y: Tensor) -> Tensor:
+    z = y[:, 1:]
+    return y * z.as_strided((z.shape[0], 1, z.shape[2]), z.stride()).cos()
+
+
 @model(whole="no entry of the plan applies")
 class BranchOfBlocks(Root):
     """The plan names a block that only a branch of ``cond`` calls."""

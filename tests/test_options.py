@@ -271,23 +271,34 @@ def test_data_parallelism(ranks: Ranks) -> None:
             assert max(errors.values()) < 1e-5, errors
 
 
-def _fsdp(rank: int, size: int) -> list[dict[str, float]]:
+def _fsdp(rank: int, size: int) -> dict[str, tuple[list[str], dict[str, float]]]:
+    """Wrapped as a whole; block by block and then the rest; and resharded between forward and backward or not."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh, found = _two_axes(), []
+    mesh, found = _two_axes(), {}
     x = inputs(seed=mesh.get_local_rank("data"))
-    model = _seeded()
-    fully_shard(model, mesh=mesh["data"])
-    fast = torch.compile(model, backend="sp", options={"inner": "aot_eager", "plan": SPLIT, "mesh": mesh["sequence"]})
-    with contextlib.redirect_stdout(io.StringIO()):
-        out = fast(x)
-    out.square().mean().backward()
-    assert fxsp.reports()[-1].attentions, fxsp.reports()[-1]
-    found.append(_compare(out, model, mesh))
+    options = {"inner": "aot_eager", "plan": SPLIT, "mesh": mesh["sequence"]}
+    for name, wrapped, reshard in (
+        ("whole", lambda model: [model], True),
+        ("blocks", lambda model: [*model.blocks, model], True),
+        ("blocks and head, kept", lambda model: [*model.blocks, model.head, model], False),
+    ):
+        torch.compiler.reset()
+        model = _seeded()
+        for module in wrapped(model):
+            fully_shard(module, mesh=mesh["data"], reshard_after_forward=reshard)
+        before = len(fxsp.reports())
+        with contextlib.redirect_stdout(io.StringIO()), recorded() as texts:
+            fast = torch.compile(model, backend="sp", options=options)
+            out = fast(x)
+        out.square().mean().backward()
+        methods = [record.method for report in fxsp.reports()[before:] for record in report.attentions]
+        found[name] = [*methods, *texts], _compare(out, model, mesh)
     return found
 
 
 def test_fully_sharded_data_parallelism(ranks: Ranks) -> None:
     for found in ranks(4).run(_fsdp):
-        for errors in found:
-            assert max(errors.values()) < 1e-5, errors
+        for name, (attentions, errors) in found.items():
+            assert attentions == ["ulysses", "ulysses"], name
+            assert max(errors.values()) < 1e-5, (name, errors)
