@@ -118,10 +118,12 @@ def _verify(arguments: argparse.Namespace) -> int:
         world_size=arguments.ranks,
         options=_options(arguments),
         gradients=False if arguments.no_grad else None,
+        progress=True,
         **kwargs,
     )
     print(evidence)
-    return 0 if evidence.ok else 1
+    split = any(not graph.unsharded for graph in evidence.graphs)
+    return 0 if evidence.ok and (split or max(arguments.ranks) == 1) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from fxsp import torch_internals
 from fxsp.artifacts import StageWriter
 from fxsp.capture import Capture, capture, install, splits_of_compilation
 from fxsp.carried import remembering
-from fxsp.checks import check_inputs, verify_outputs
+from fxsp.checks import check_inputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
 from fxsp.inner import compile_inner
@@ -34,6 +34,8 @@ from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate import is_annotate
 from fxsp.passes.verify import infer_local
 from fxsp.report import Report
+from fxsp.source import input_name
+from fxsp.trial import Trial
 from fxsp.types import Ranks
 
 __all__ = ["compile_graph", "reports", "sp"]
@@ -75,12 +77,17 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callab
     splits = splits_of_compilation()
     if program is None:
         return remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
-    names = [node.target for node in program.gm.graph.find_nodes(op="placeholder")]
+    group = options.mesh.get_group() if options.mesh is not None else options.group
+    names = [
+        input_name(torch_internals.input_source(node)) or str(node.target)
+        for node in gm.graph.find_nodes(op="placeholder")
+    ]
+    trial = Trial(program, gm.forward, names, group) if options.verify else None
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
-    if options.verify:
-        run = verify_outputs(run, gm.forward)
+    if trial is not None:
+        run = trial.wrap(run)
     if options.check_inputs:
-        run = check_inputs(run, names, ranks, options.mesh.get_group() if options.mesh is not None else options.group)
+        run = check_inputs(run, names, ranks, group)
     return run
 
 

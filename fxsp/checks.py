@@ -1,28 +1,27 @@
-"""Checks at run time that a user may ask for: are the inputs equal on all ranks, are the results those of one device?
+"""Are two tensors the same, here, and are the inputs equal on all ranks?
 
 ``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (each parameter once):
-two 64-bit sums per tensor and one small all-gather.  ``options={"verify": True}`` runs the graph whole at the first
-call and compares the outputs.  Both synchronize with the host; neither is on by default.
+two 64-bit sums per tensor and one small all-gather.  It synchronizes with the host, and is not on by default.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxsp.errors import InputMismatchError, VerificationError
+from fxsp.errors import InputMismatchError
 from fxsp.types import Ranks
 
-__all__ = ["check_inputs", "fingerprint", "relative_error", "verify_outputs"]
+__all__ = ["TOLERANCE", "check_inputs", "fingerprint", "relative_error", "same_random_numbers"]
 
-#: Largest relative error (in the 2-norm) that :func:`verify_outputs` accepts, by dtype.
+#: Largest relative error (in the 2-norm) that ``verify`` accepts, by dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -92,27 +91,8 @@ def relative_error(found: Tensor, expected: Tensor, usual: float = 0.0) -> float
     return float(difference / scale if scale else difference)
 
 
-def verify_outputs(run: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, but its first call also runs ``whole`` and raises :class:`VerificationError` if an output differs."""
-    done = False
-
-    def verified(*args: Any) -> Any:
-        nonlocal done
-        if done:
-            return run(*args)
-        done = True
-        with torch.no_grad():
-            copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
-            expected = [x for x in tree_leaves(whole(*copies)) if isinstance(x, Tensor)]
-        result = run(*args)
-        found = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-            error, accepted = relative_error(a, b), TOLERANCE.get(b.dtype, 0.0)
-            if not error <= accepted:
-                raise VerificationError(
-                    f"verify: output {i} ({b.dtype}, {list(b.shape)}) differs from the graph on one device by "
-                    f"{error:.1e} (relative); at most {accepted:.0e} is accepted"
-                )
-        return result
-
-    return verified
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Random numbers are drawn as if what runs inside had not drawn any."""
+    with torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []):
+        yield

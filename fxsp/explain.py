@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fxsp.measures import Measures, measure
 from fxsp.offline import OfflineResult, partition_offline
 from fxsp.plan import did_you_mean, listing
 from fxsp.printer import Row, format_rows
+from fxsp.progress import check_size, told
 from fxsp.provenance import UnknownNameError, reasons
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord
 from fxsp.screen import as_data, one_screen
@@ -168,24 +168,17 @@ def explain(
 
     Raises what the backend raises (``PlanError``, ``OptionError``, ``UnsupportedError``, ``StrictError``).
     """
-    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise OptionError(f"world_size is {world_size!r}; it is a number of ranks, at least 1")
+    check_size(world_size)
     given = dict(options or {})
     given |= {name: value for name, value in (("config", config), ("plan", plan)) if value is not None}
     start = time.perf_counter()
-    _say(progress, "tracing and partitioning ...")
-    torch.compiler.reset()
-    results = partition_offline(model, args, kwargs, world_size=world_size, options=given, stages=True)
-    if time.perf_counter() - start > 2:
-        _say(progress, f"traced {len(results)} graph(s) in {time.perf_counter() - start:.1f} s; counting ...")
-    measures = [measure(r.program) if r.program is not None else None for r in results]
+    with told(progress) as say:
+        say("tracing and partitioning")
+        torch.compiler.reset()
+        results = partition_offline(model, args, kwargs, world_size=world_size, options=given, stages=True)
+        say("counting operations, bytes and memory")
+        measures = [measure(r.program) if r.program is not None else None for r in results]
     return Explanation(_name(model), world_size, results, measures, time.perf_counter() - start)
-
-
-def _say(progress: bool, text: str) -> None:
-    if progress:
-        sys.stderr.write(f"fxsp: {text}\n")
-        sys.stderr.flush()
 
 
 def _name(model: Any) -> str:

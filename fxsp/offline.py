@@ -24,7 +24,8 @@ from fxsp.errors import FxspError, FxspWarning
 from fxsp.passes.base import Program
 from fxsp.printer import Row
 from fxsp.report import Report
-from fxsp.torch_internals import unwrapped_by_dynamo
+from fxsp.source import input_name
+from fxsp.torch_internals import input_source, unwrapped_by_dynamo
 from fxsp.types import Ranks
 
 __all__ = ["OfflineResult", "partition_offline"]
@@ -43,6 +44,8 @@ class OfflineResult:
     #: Every stage of the compilation, as lines, where ``stages=True`` asked for them.
     stages: dict[str, list[Row]]
     inputs: tuple[Any, ...] = ()
+    #: What the inputs are called: arguments, parameters and buffers by their paths.
+    names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -65,7 +68,11 @@ class _Offline:
         except FxspError as error:
             self.error = error
             raise unwrapped_by_dynamo(error) from error.__cause__
-        result = OfflineResult(report, program, time.perf_counter() - start, gm.forward, writer.kept)
+        seconds = time.perf_counter() - start
+        names = tuple(
+            input_name(input_source(node)) or str(node.target) for node in gm.graph.find_nodes(op="placeholder")
+        )
+        result = OfflineResult(report, program, seconds, gm.forward, writer.kept, names=names)
         self.results.append(result)
 
         def run(*args: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["clean_module_path", "module_path", "node_source"]
+__all__ = ["clean_module_path", "input_name", "module_path", "node_source"]
 
 _TORCH = Path(torch.__file__).resolve().parent
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
@@ -17,9 +17,11 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTIL
 _ROOT = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\](?:\[\d+\])?")
 _GETATTR = re.compile(r"^getattr\((?P<base>.*), (?P<quote>['\"])(?P<name>.*)(?P=quote)\)$")
 _PART = re.compile(r"\.?(?P<name>\w+)|\[(?P<quote>['\"]?)(?P<key>.*?)(?P=quote)\]")
+_OF_MODULE = re.compile(r"_modules\b|_parameters\b|_buffers\b")
 #: How a source reaches a submodule, and wrappers that add a level the user did not write.
 _NOISE = frozenset(
-    {"__dict__", "_modules", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "cell_contents"}
+    "__dict__ _modules _parameters _buffers _orig_mod _checkpoint_wrapped_module _fsdp_wrapped_module "
+    "cell_contents".split()
 )
 
 
@@ -52,6 +54,15 @@ def module_path(node: torch.fx.Node) -> str:
         return ""
     innermost = list(stack.values())[-1]
     return clean_module_path(innermost[0] if isinstance(innermost, tuple) else str(innermost))
+
+
+def input_name(source: str) -> str:
+    """A Dynamo source of a graph input in the user's words: ``x`` of ``L['x']``, ``blocks.0.qkv.weight``."""
+    path = clean_module_path(source)
+    if path and (source.startswith(("L['self']", "L['kwargs']")) or _OF_MODULE.search(source)):
+        return path
+    local = re.match(r"^[LG]\['(\w+)'\](.*)$", source)
+    return f"{local[1]}{local[2]}" if local else source
 
 
 def clean_module_path(source: str) -> str:

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from fxsp.checks import TOLERANCE, relative_error
+from fxsp.checks import TOLERANCE, relative_error, same_random_numbers
+from fxsp.differences import first_difference
+from fxsp.errors import OptionError
 from fxsp.offline import OfflineResult, partition_offline
-from fxsp.passes.base import Program
-from fxsp.simulation import assemble, simulate, simulate_with_grads
-from fxsp.source import module_path, node_source
+from fxsp.progress import check_size, told
+from fxsp.simulation import joint_graph, run, simulate
+from fxsp.torch_internals import version
+from fxsp.trial import random_seeds
 
 __all__ = ["Evidence", "GraphEvidence", "verify"]
 
@@ -32,6 +34,10 @@ class GraphEvidence:
     outputs: list[float] = field(default_factory=list)
     #: Of each input that requires grad, parameters among them; empty without gradients.
     gradients: list[float] = field(default_factory=list)
+    #: Of each input that the model writes to, after the call.
+    written: list[float] = field(default_factory=list)
+    #: What these lists are about, in words: ``output 0``, ``the gradient of blocks.0.qkv.weight``, ...
+    names: list[str] = field(default_factory=list)
     #: Why the graph was not split, or nothing.
     unsharded: str = ""
     #: The first value that differs: where it comes from, its type and its error.
@@ -39,17 +45,29 @@ class GraphEvidence:
     tolerance: float = 0.0
 
     @property
+    def errors(self) -> dict[str, float]:
+        """All errors by name."""
+        return dict(zip(self.names, (*self.outputs, *self.gradients, *self.written), strict=True))
+
+    @property
     def ok(self) -> bool:
-        return all(error <= self.tolerance for error in (*self.outputs, *self.gradients))
+        return all(error <= self.tolerance for error in (*self.outputs, *self.gradients, *self.written))
 
     def __str__(self) -> str:
         if self.unsharded:
             return f"{self.world_size} ranks: not split ({self.unsharded})"
-        verdict = "equal" if self.ok else "DIFFERENT"
-        text = f"{self.world_size} ranks: {verdict}, outputs {max(self.outputs, default=0):.1e}"
-        if self.gradients:
-            text += f", gradients {max(self.gradients):.1e}"
-        return text + (f"\n  first difference: {self.first_difference}" if self.first_difference else "")
+        text = f"{self.world_size} ranks: {'equal' if self.ok else 'DIFFERENT'}"
+        for what, errors in (
+            ("outputs", self.outputs),
+            ("gradients", self.gradients),
+            ("written inputs", self.written),
+        ):
+            text += f", {what} {max(errors):.1e}" if errors else ""
+        wrong = [f"{name}: error {error:.1e}" for name, error in self.errors.items() if not error <= self.tolerance]
+        lines = [text, *wrong[:6], *([f"and {len(wrong) - 6} more"] if len(wrong) > 6 else [])]
+        if self.first_difference:
+            lines.append(f"first difference: {self.first_difference}")
+        return "\n  ".join(lines)
 
 
 @dataclass
@@ -62,6 +80,11 @@ class Evidence:
     def ok(self) -> bool:
         return all(graph.ok for graph in self.graphs)
 
+    @property
+    def first_difference(self) -> str:
+        """That of the first graph that differs; nothing if all are equal."""
+        return next((graph.first_difference for graph in self.graphs if not graph.ok), "")
+
     def __bool__(self) -> bool:
         return self.ok
 
@@ -73,22 +96,33 @@ def verify(
     model: Callable[..., Any],
     *args: Any,
     world_size: int | Sequence[int] = (2, 3),
+    config: Any = None,
+    plan: Any = None,
     options: Mapping[str, Any] | None = None,
     gradients: bool | None = None,
+    progress: bool = False,
     **kwargs: Any,
 ) -> Evidence:
     """Compare ``model(*args, **kwargs)`` with its partitioned form on ``world_size`` simulated ranks.
 
-    ``options`` are those of the backend.  ``gradients=None`` compares them where grad mode is on and something requires
-    grad.  No process group is needed.  Tolerances: 1e-4 relative in float32, 1e-9 in float64.  Raises what the backend
-    raises (``PlanError``, ...); a difference is not raised but returned.
+    ``config``, ``plan``, ``options`` and ``progress`` are as for :func:`fxsp.explain`.  ``gradients=None`` compares
+    gradients where grad mode is on and something requires grad.  No process group is needed.  Tolerances: 1e-4 relative
+    in float32, 1e-9 in float64.  Raises what the backend raises (``PlanError``, ...), and ``OptionError`` for a number
+    of ranks that is none or values that are on the meta device; a difference is not raised but returned.
     """
     sizes = [world_size] if isinstance(world_size, int) else list(world_size)
-    found: list[GraphEvidence] = []
     for size in sizes:
-        torch.compiler.reset()
-        results = partition_offline(model, args, kwargs, world_size=size, options=options)
-        found.extend(_compare(result, size, gradients) for result in results)
+        check_size(size)
+    given = dict(options or {})
+    given |= {name: value for name, value in (("config", config), ("plan", plan)) if value is not None}
+    found: list[GraphEvidence] = []
+    with told(progress) as say:
+        for size in sizes:
+            torch.compiler.reset()
+            say(f"{size} ranks: tracing and partitioning")
+            results = partition_offline(model, args, kwargs, world_size=size, options=given)
+            say(f"{size} ranks: simulating")
+            found.extend(_compare(result, size, gradients) for result in results)
     return Evidence(found)
 
 
@@ -96,67 +130,56 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
     if result.program is None:
         return GraphEvidence(size, unsharded=result.report.unsharded)
     program, inputs = result.program, result.inputs
-    if gradients is None:
-        gradients = program.training
+    for name, x in zip(result.names, inputs, strict=True):
+        if isinstance(x, Tensor) and x.is_meta:
+            raise OptionError(
+                f"verify compares values, and {name} {list(x.shape)} is on the meta device: give the model weights and "
+                "inputs, or make it smaller; explain needs neither"
+            )
+    gradients = program.training if gradients is None else gradients and program.training
     leaves = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(gradients), same_random_numbers():
         values = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        expected = [x for x in tree_leaves(result.whole(*values)) if isinstance(x, Tensor)]
+        before = [version(x) if isinstance(x, Tensor) else 0 for x in values]
+        flat = tree_leaves(result.whole(*values))
+    expected = [x for x in flat if isinstance(x, Tensor)]
+    written = [i for i, x in enumerate(values) if isinstance(x, Tensor) and version(x) > before[i]]
     tolerance = max((TOLERANCE.get(x.dtype, 0.0) for x in expected), default=0.0)
-    evidence = GraphEvidence(size, tolerance=tolerance)
+    evidence = GraphEvidence(size, tolerance=tolerance, names=[f"output {i}" for i in range(len(expected))])
+    seeds: list[Tensor | None] | None = None
     if gradients:
-        seeds = [_seed(x, i) if x.requires_grad else None for i, x in enumerate(expected)]
-        pairs = [(x, s) for x, s in zip(expected, seeds, strict=True) if s is not None]
+        seeds = random_seeds(flat)
+        pairs = [(x, s) for x, s in zip(flat, seeds, strict=True) if s is not None]
         wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         grads = torch.autograd.grad(
             [x for x, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True, materialize_grads=True
         )
-        outputs, found = simulate_with_grads(program.gm, size, leaves, seeds)
+        joint = joint_graph(program.gm, leaves, seeds)
+        with same_random_numbers():
+            both = simulate(joint, size, [*leaves, *seeds])
+        outputs, found = [rank[: len(flat)] for rank in both], [rank[len(flat) :] for rank in both]
+        if program.grad_reduce == "defer":  # those of parameters are left as summands
+            for i, x in enumerate(x for x in inputs if isinstance(x, Tensor) and x.requires_grad):
+                if isinstance(x, torch.nn.Parameter):
+                    total = torch.stack([rank[i] for rank in found]).sum(0)
+                    for rank in found:
+                        rank[i] = total
         usual = max((g.norm().item() for g in grads), default=0.0)
         evidence.gradients = [max(relative_error(rank[i], g, usual) for rank in found) for i, g in enumerate(grads)]
+        required = [n for n, x in zip(result.names, leaves, strict=True) if isinstance(x, Tensor) and x.requires_grad]
+        evidence.names += [f"the gradient of {name}" for name in required]
     else:
-        outputs = simulate(program.gm, size, leaves)
+        with same_random_numbers():
+            outputs = simulate(program.gm, size, leaves)
     tensors = [[x for x in rank if isinstance(x, Tensor)] for rank in outputs]
     evidence.outputs = [max(relative_error(rank[i], x) for rank in tensors) for i, x in enumerate(expected)]
+    if written:
+        with same_random_numbers():
+            left = run(program.gm, size, leaves).inputs
+        evidence.written = [max(relative_error(rank[i], values[i]) for rank in left) for i in written]
+        evidence.names += [f"{result.names[i]} after the call" for i in written]
     if not evidence.ok:
-        evidence.first_difference = _first_difference(program, size, leaves, tolerance)
+        deferred = program.grad_reduce == "defer"
+        difference = first_difference(program.gm, program.facts["global"], size, leaves, seeds, tolerance, deferred)
+        evidence.first_difference = difference or "no value inside differs, and no gradient of one"
     return evidence
-
-
-def _seed(output: Tensor, index: int) -> Tensor:
-    """Random, the same each time: the sum of what a LayerNorm returns, say, has no gradient that could be wrong."""
-    generator = torch.Generator(output.device).manual_seed(index)
-    return torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
-
-
-class _Keeper(Interpreter):
-    """Runs the global graph and keeps every tensor."""
-
-    def __init__(self, gm: torch.fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.kept: dict[str, Tensor] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.kept[n.name] = value
-        return value
-
-
-def _first_difference(program: Program, size: int, inputs: Sequence[Any], tolerance: float) -> str:
-    keeper = _Keeper(program.facts["global"])
-    with torch.no_grad():
-        keeper.run(*[x.detach().clone() if isinstance(x, Tensor) else x for x in inputs])
-    found: list[str] = []
-
-    def look(node: Node, lanes: Sequence[Any]) -> None:
-        expected = keeper.kept.get(node.meta.get("global_name", ""))
-        if found or expected is None or "sp" not in node.meta or not all(isinstance(x, Tensor) for x in lanes):
-            return
-        error = relative_error(assemble(node.meta["sp"], lanes), expected)
-        if not error <= tolerance:
-            where = f"{module_path(node) or 'the root module'}, {node_source(node) or 'no source line'}"
-            found.append(f"{node.name}: {node.meta['sp']} of {node.meta['global_name']} ({where}), error {error:.1e}")
-
-    simulate(program.gm, size, inputs, observe=look)
-    return found[0] if found else "only gradients differ"

@@ -1,0 +1,198 @@
+"""``options={"verify": True}``: the first call of a graph, tried out on the real ranks before it counts.
+
+Copies of the inputs go through the graph as it is compiled, and through the whole graph on each rank alone; outputs,
+inputs that were written to and, in training, the gradients of all inputs for random gradients of the outputs are
+compared.  The worst rank decides, for all: either every rank goes on, or every rank raises the same error.  Where it
+fails, simulated ranks tell a wrong partitioning (its first value that differs) from a wrong collective or compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from fxsp.checks import TOLERANCE, relative_error, same_random_numbers
+from fxsp.differences import first_difference, place
+from fxsp.errors import VerificationError
+from fxsp.passes.base import Program
+from fxsp.torch_internals import version
+
+__all__ = ["Trial", "random_seeds", "same_memory"]
+
+
+def same_memory(x: Any) -> Any:
+    """A copy that lies in memory as ``x`` does, gaps and expanded dimensions included; no tensor stays itself."""
+    if not isinstance(x, Tensor):
+        return x
+    if x.numel() == 0:
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.detach().as_strided((span,), (1,)).clone().as_strided(x.size(), x.stride(), 0)
+
+
+def random_seeds(outputs: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients for outputs, the same each time and everywhere; None for one that has none, or is no tensor.
+
+    Not ones: the sum of what a LayerNorm returns, say, has no gradient that could be wrong.
+    """
+    seeds: list[Tensor | None] = []
+    for i, x in enumerate(outputs):
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            seeds.append(None)
+            continue
+        generator = torch.Generator().manual_seed(i)
+        dtype = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+        seeds.append(torch.randn(x.shape, dtype=dtype, generator=generator).to(x))
+    return seeds
+
+
+@dataclass
+class _Ran:
+    """What one program gave for copies of the inputs."""
+
+    outputs: list[Tensor]
+    #: The inputs as it left them, and which of them it wrote to.
+    inputs: list[Any]
+    written: list[bool]
+    #: For each input that requires grad.
+    gradients: list[Tensor | None]
+
+
+class Trial:
+    """The check of one compiled graph; ``wrap(run)`` is the function to call instead of ``run``."""
+
+    def __init__(self, program: Program, whole: Callable[..., Any], names: Sequence[str], group: Any) -> None:
+        # What compiles the graph may edit it.
+        self.local = GraphModule(program.gm, copy.deepcopy(program.gm.graph))
+        self.typed: GraphModule = program.facts["global"]
+        self.whole, self.names, self.group = whole, names, group
+        self.ranks, self.training, self.defer = program.ranks, program.training, program.grad_reduce == "defer"
+
+    def wrap(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run``, but its first call is tried out before; raises :class:`VerificationError` where that fails."""
+        done = False
+
+        def verified(*args: Any) -> Any:
+            nonlocal done
+            if not done:
+                done = True
+                self._try(run, args)
+            return run(*args)
+
+        return verified
+
+    def _try(self, run: Callable[..., Any], args: Sequence[Any]) -> None:
+        with same_random_numbers():
+            wanted = self._run(self.whole, args)
+        with same_random_numbers():
+            found = self._run(run, args)
+        if self.defer:
+            found.gradients = [
+                self._summed(g) if isinstance(x, torch.nn.Parameter) else g
+                for g, x in zip(found.gradients, _requiring(args), strict=True)
+            ]
+        errors = self._errors(found, wanted, args)
+        worst = torch.tensor([error for _, error, _ in errors], dtype=torch.float64)
+        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        worst = worst.float().to(device) if device.type == "mps" else worst.to(device)
+        if dist.is_initialized() and len(errors):
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.group)
+        lines = [
+            f"{what} differs from the graph on one device by {error:.1e} (relative, the worst rank); "
+            f"at most {accepted:.0e} is accepted"
+            for (what, _, accepted), error in zip(errors, worst.tolist(), strict=True)
+            if not error <= accepted
+        ]
+        if lines:
+            shown = "\n  ".join(lines[:6]) + (f"\n  and {len(lines) - 6} more" if len(lines) > 6 else "")
+            raise VerificationError(f"verify: {shown}\n  {self._diagnosis(args)}")
+
+    def _run(self, function: Callable[..., Any], args: Sequence[Any]) -> _Ran:
+        training = self.training and torch.is_grad_enabled()
+        leaves = [_leaf(x) if training else same_memory(x) for x in args]
+        # A graph may write to its inputs, and autograd lets no one write to a leaf.
+        values = [_through(x) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
+        before = [version(x) if isinstance(x, Tensor) else 0 for x in values]
+        flat = tree_leaves(function(*values))
+        written = [isinstance(x, Tensor) and version(x) > n for x, n in zip(values, before, strict=True)]
+        gradients: list[Tensor | None] = []
+        if training:
+            pairs = [(x, s) for x, s in zip(flat, random_seeds(flat), strict=True) if s is not None]
+            wanted = _requiring(leaves)
+            gradients = [None] * len(wanted)
+            if pairs:
+                grads = torch.autograd.grad([x for x, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True)
+                gradients = list(grads)
+        outputs = [x.detach() for x in flat if isinstance(x, Tensor)]
+        return _Ran(outputs, values, written, gradients)
+
+    def _summed(self, gradient: Tensor | None) -> Tensor | None:
+        """A summand that an outer reducer would sum."""
+        if gradient is not None:
+            gradient = gradient.contiguous().clone()
+            dist.all_reduce(gradient, group=self.group)
+        return gradient
+
+    def _errors(self, found: _Ran, wanted: _Ran, args: Sequence[Any]) -> list[tuple[str, float, float]]:
+        """What was compared, its error on this rank, and what is accepted; the same things on every rank."""
+        errors: list[tuple[str, float, float]] = []
+        made = [x for x in tree_leaves(self.typed.graph.output_node().args[0]) if isinstance(x, Node)]
+        made = [n for n in made if isinstance(n.meta.get("val"), Tensor)]
+        for i, (a, b) in enumerate(zip(found.outputs, wanted.outputs, strict=True)):
+            where = f" ({place(made[i])})" if len(made) == len(wanted.outputs) else ""
+            text = f"output {i}{where}, {b.dtype} {list(b.shape)},"
+            errors.append((text, relative_error(a, b), TOLERANCE.get(b.dtype, 0.0)))
+        for name, a, b, w in zip(self.names, found.inputs, wanted.inputs, wanted.written, strict=True):
+            if w:
+                errors.append((f"input {name} after the call", relative_error(a, b), TOLERANCE.get(b.dtype, 0.0)))
+        usual = max((g.norm().item() for g in wanted.gradients if g is not None), default=0.0)
+        required = [name for name, x in zip(self.names, args, strict=True) if isinstance(x, Tensor) and x.requires_grad]
+        for name, a, b in zip(required, found.gradients, wanted.gradients, strict=False):
+            if a is None and b is None:
+                continue
+            some = a if a is not None else b
+            assert some is not None
+            a, b = (torch.zeros_like(some) if x is None else x for x in (a, b))
+            errors.append((f"the gradient of {name}", relative_error(a, b, usual), TOLERANCE.get(b.dtype, 0.0)))
+        return errors
+
+    def _diagnosis(self, args: Sequence[Any]) -> str:
+        inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
+        seeds = None
+        if self.training and torch.is_grad_enabled():
+            with same_random_numbers():
+                values = [_through(x) if isinstance(x, Tensor) and x.requires_grad else x for x in map(_leaf, args)]
+                seeds = random_seeds(tree_leaves(self.whole(*values)))
+        tolerance = max((TOLERANCE.get(x.dtype, 0.0) for x in args if isinstance(x, Tensor)), default=0.0)
+        found = first_difference(self.local, self.typed, self.ranks.size, inputs, seeds, tolerance, self.defer)
+        if found:
+            return f"the first that differs, on simulated ranks: {found}"
+        return (
+            "on simulated ranks all values are right, so the plan and the partitioning are: compare the inputs of the "
+            "ranks with options={'check_inputs': True}, and inner='aot_eager' with inner='inductor'"
+        )
+
+
+def _leaf(x: Any) -> Any:
+    copied = same_memory(x)
+    return copied.requires_grad_(x.requires_grad) if isinstance(x, Tensor) else copied
+
+
+def _through(x: Tensor) -> Tensor:
+    """A value of its own memory whose gradient is that of ``x``, in the layout of ``x``."""
+    copy = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    if any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True)):
+        return x.view_as(x)  # expanded: nobody may write to it
+    return copy.copy_(x)
+
+
+def _requiring(values: Sequence[Any]) -> list[Tensor]:
+    return [x for x in values if isinstance(x, Tensor) and x.requires_grad]
