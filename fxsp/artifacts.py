@@ -72,6 +72,6 @@ class StageWriter:
 
     def program(self, stage: str, program: Program) -> None:
         """The graph after a pass of the pipeline; local graphs get their local values first."""
-        if stage in ("local", "partitioned"):
+        if stage in ("local", "exchanged", "partitioned"):
             infer_local(program)
         self.text(stage, program.gm, program.report)

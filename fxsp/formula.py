@@ -9,6 +9,9 @@ leaves the rank::
     all_reduce                  2(P - 1)/P   a reduce-scatter and an all-gather
     rotation                    1            one place on, in a ring
 
+What an attention moves through device memory has the same form, without a share for rows with pads, and with ``1/P`` of
+all tokens where pads are gone (each rank then has a part of the heads).
+
 The formula is read from the operator and the tokens that its pass recorded, and it is accepted only if it gives, at the
 lengths and the number of ranks at hand, exactly the bytes that the pass counted.  ``c`` holds whatever else decides the
 size (batch, heads, head size, dtype), as numbers.
@@ -16,13 +19,15 @@ size (batch, heads, head size, dtype), as numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
+from fxsp.report import Memory
 from fxsp.types import Sequence
 
-__all__ = ["Formula", "Names", "format_formulas", "formula_of"]
+__all__ = ["Formula", "Names", "format_formulas", "formula_of", "memory_formulas"]
 
 #: Kind of collective -> the share that leaves a rank, as text and as a function of P.
 _SHARES = {
@@ -35,7 +40,12 @@ _SHARES = {
 
 
 def _share(text: str, size: int) -> Fraction:
-    shares = {"": Fraction(1), "(P-1)": Fraction(size - 1), "(P-1)/P": Fraction(size - 1, size)}
+    shares = {
+        "": Fraction(1),
+        "1/P": Fraction(1, size),
+        "(P-1)": Fraction(size - 1),
+        "(P-1)/P": Fraction(size - 1, size),
+    }
     return shares.get(text, Fraction(2 * (size - 1), size))
 
 
@@ -108,6 +118,21 @@ def formula_of(kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int
         return None
     formula = Formula(per_token, share, tuple(travelling))
     return formula if formula(size) == sent else None
+
+
+def memory_formulas(memory: Memory, number: Callable[[Any], int], size: int) -> tuple[list[Formula], int]:
+    """What the moves of an attention have in common with its tokens, and the bytes of those that have no formula."""
+    found, rest = [], 0
+    for move in memory.moves:
+        tokens = move.tokens
+        if tokens is None or not all(segment.name for segment in tokens.segments):
+            rest += move.bytes
+            continue
+        local = move.rows == "local"
+        keys = tuple(((s.name, number(s.length)), local and s.sharded) for s in tokens.segments)
+        rows = Fraction(number(tokens.local_length(size))) if local else Fraction(number(tokens.length), size)
+        found.append(Formula(move.bytes / rows, "" if local else "1/P", keys))
+    return found, rest
 
 
 def format_formulas(formulas: Iterable[Formula], names: Names) -> str:

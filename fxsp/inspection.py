@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fxsp.printer import bytes_sent, format_bytes, format_graph, local_shape, op_text
@@ -18,6 +18,7 @@ __all__ = [
     "format_report",
     "gather_lines",
     "local_shape",
+    "memory_text",
     "module_path",
     "node_source",
     "op_text",
@@ -83,17 +84,32 @@ def plan_lines(records: list[PlanRecord]) -> Iterator[str]:
         yield f"not applied  {entry}{times}: {detail or 'no reason recorded'}"
 
 
-def attention_lines(records: list[AttentionRecord]) -> Iterator[str]:
-    """Attentions, alike ones on one line."""
-    keyed = (((_pattern(r.module), r.method, str(r.bytes), r.rejected, r.detail), r) for r in records)
-    for (module, method, _, rejected, detail), group in _groups(keyed):
-        where = module or group[0].source
-        line = f"{len(group)} x {method}" + (f" in {where}" if where else "") + f": {_sent(group[0].bytes)} each"
+def attention_lines(records: list[AttentionRecord], formulas: Sequence[str] = ()) -> Iterator[str]:
+    """Attentions, alike ones on one line, and what each moves through memory; ``formulas`` of the latter, if known."""
+    texts = formulas or [""] * len(records)
+    keyed = (
+        ((_pattern(r.module), r.method, str(r.bytes), r.rejected, r.detail, r.producers, text), (r, text))
+        for r, text in zip(records, texts, strict=True)
+    )
+    for (module, method, _, rejected, detail, _, _), group in _groups(keyed):
+        record, text = group[0]
+        where = module or record.source
+        line = f"{len(group)} x {method}" + (f" in {where}" if where else "") + f": {_sent(record.bytes)} each"
         if detail:
             line += f"; {detail}"
         if rejected:
             line += "; rejected: " + ", ".join(f"{name} ({reason})" for name, reason in rejected)
         yield line
+        if record.memory is not None and record.memory.moves:
+            yield f"    {memory_text(record, text)}"
+
+
+def memory_text(record: AttentionRecord, formula: str = "") -> str:
+    """``"16 passes over q, k, v, o in memory, 6.0 KiB each = 1024·⌈S/P⌉ B; fused by Inductor: q, k: rms_norm"``."""
+    assert record.memory is not None
+    line = f"{record.memory.passes} passes over q, k, v, o in memory, {format_bytes(record.memory.bytes)} each"
+    line += f" = {formula}" if formula else ""
+    return line + (f"; fused by Inductor: {'; '.join(record.producers)}" if record.producers else "")
 
 
 def _collectives(records: list[CollectiveRecord]) -> Iterator[str]:

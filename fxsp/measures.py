@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.flops import Shape, node_flops, ring_flops
-from fxsp.formula import Formula, Names, formula_of
+from fxsp.formula import Formula, Names, formula_of, memory_formulas
 from fxsp.memory import peak_bytes
 from fxsp.passes.base import Program
 from fxsp.passes.verify import infer_local
@@ -41,6 +41,8 @@ class Measures:
     sent_backward: list[int] = field(default_factory=list)
     formulas_backward: list[Formula | None] = field(default_factory=list)
     names: Names = field(default_factory=Names)
+    #: For each attention the formulas of what it moves through device memory, and the bytes that have none.
+    memory: list[tuple[list[Formula], int] | None] = field(default_factory=list)
     #: Reads a size as a number.
     number: Callable[[Any], int] = int
 
@@ -69,6 +71,12 @@ def measure(program: Program) -> Measures:
             sent.append(number(record.bytes))
             formulas.append(_formula(record, sent[-1], program.ranks.size, number))
             for key, _ in getattr(formulas[-1], "tokens", ()):
+                found.names.add(*key)
+    for attention in program.report.attentions:
+        known = attention.memory
+        found.memory.append(None if known is None else memory_formulas(known, number, program.ranks.size))
+        for formula in found.memory[-1][0] if found.memory[-1] is not None else ():
+            for key, _ in formula.tokens:
                 found.names.add(*key)
     return found
 

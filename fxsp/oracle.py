@@ -313,7 +313,7 @@ def unpack(x: Lanes, lengths: Sequence[int], size: int) -> Lanes:
     return _each(x, lambda lane: gather(Lanes(lane.unbind(0)), 0, lengths, whole, size=size)[0])
 
 
-def pack_heads(xs: Sequence[Lanes], rows: int, zero_pads: bool, size: int) -> Lanes:
+def pack_heads(xs: Sequence[Lanes], rows: int, zero_pads: bool, size: int, fuse: bool = False) -> Lanes:
     """``[B, P h_i, L, D]`` each as ``[P, rows, B, sum of h_i, D]``: the heads of each rank; pads copy the last row."""
     result = Lanes()
     for tensors in zip(*xs, strict=True):
@@ -327,7 +327,7 @@ def pack_heads(xs: Sequence[Lanes], rows: int, zero_pads: bool, size: int) -> La
     return result
 
 
-def unpack_heads(x: Lanes, heads: Sequence[int], length: int, size: int = 0) -> Lanes:
+def unpack_heads(x: Lanes, heads: Sequence[int], length: int, fuse: bool = False, size: int = 0) -> Lanes:
     """The way back: ``[P, rows, B, sum of h_i, D]`` as ``[B, length, P sum of h_i, D]``, tensor after tensor."""
 
     def back(lane: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fxsp.types import Sequence, as_length
 
-__all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "PlanRecord", "Report"]
+__all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "Memory", "Move", "PlanRecord", "Report"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,47 @@ class GatherRecord:
 
 
 @dataclass(frozen=True)
+class Move:
+    """One step of an attention's exchange through device memory; see the table in ``fxsp.passes.moves``."""
+
+    op: str
+    value: str
+    #: What is moved, of ``"qkvo"``.
+    tensors: str
+    #: Passes over memory: reads and writes of all elements of one tensor.
+    reads: int
+    writes: int
+    #: Read and written, on a rank, at the lengths that were traced.
+    bytes: int
+    #: The tokens whose number the bytes grow with, ``"local"`` rows with pads or ``"real"`` ones; None: neither.
+    tokens: Sequence | None = None
+    rows: str = "local"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one attention moves through device memory between the QKV and the output projection, forward, per rank.
+
+    The attention itself is not in it, nor is what makes q, k and v of the projection (``AttentionRecord.producers``).
+    """
+
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def passes(self) -> int:
+        """Reads and writes of all elements of one of q, k, v and o."""
+        return sum(move.reads + move.writes for move in self.moves)
+
+    @property
+    def bytes(self) -> int:
+        return sum(move.bytes for move in self.moves)
+
+    def of(self, *ops: str) -> int:
+        """Passes of some operators."""
+        return sum(move.reads + move.writes for move in self.moves if move.op in ops)
+
+
+@dataclass(frozen=True)
 class AttentionRecord:
     """One attention: the method chosen, and the methods rejected with the reason."""
 
@@ -52,6 +93,10 @@ class AttentionRecord:
     bytes: Any
     rejected: tuple[tuple[str, str], ...] = ()
     detail: str = ""
+    #: What it moves through device memory; None where that is not known (eager hooks).
+    memory: Memory | None = None
+    #: What makes q, k, v of the projections (``"q, k: rms_norm, rotary (interleaved)"``), left to Inductor to fuse.
+    producers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from fxsp.inspection import attention_lines, gather_lines, plan_lines, section
 from fxsp.measures import Measures
 from fxsp.offline import OfflineResult
 from fxsp.printer import format_bytes
-from fxsp.report import CollectiveRecord
+from fxsp.report import CollectiveRecord, Memory, Report
 
-__all__ = ["as_data", "format_count", "one_screen"]
+__all__ = ["as_data", "format_count", "memory_texts", "one_screen"]
 
 
 def format_count(n: float) -> str:
@@ -42,7 +42,7 @@ def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
     report = result.report
     lines = [f"runs whole on every rank: {report.unsharded}"] if report.unsharded else []
     lines += section("plan", plan_lines(report.plan))
-    lines += section("attention", attention_lines(report.attentions))
+    lines += section("attention", attention_lines(report.attentions, [] if m is None else memory_texts(m)))
     if m is not None:
         forward, backward = (
             (report.collectives, m.sent, m.formulas),
@@ -59,6 +59,16 @@ def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
         lines += section("work and memory", _work(m))
     lines += section("notes", report.notes)
     return lines
+
+
+def memory_texts(m: Measures) -> list[str]:
+    """The formula of what each attention moves through memory, where there is one."""
+    texts = []
+    for known in m.memory:
+        formulas, rest = known or ([], 0)
+        parts = [format_formulas(formulas, m.names)] if formulas else []
+        texts.append(" + ".join([*parts, *([f"{rest} (at these sizes)"] if rest else [])]) + " B" if parts else "")
+    return texts
 
 
 def _collectives(
@@ -124,14 +134,32 @@ def _totals(communication: dict[str, tuple[int, int]]) -> dict[str, dict[str, in
     return {kind: {"count": number, "bytes": size} for kind, (number, size) in communication.items()}
 
 
+def _texts(report: Report, m: Measures | None) -> list[str]:
+    return [""] * len(report.attentions) if m is None else memory_texts(m)
+
+
+def _memory_data(memory: Memory | None, formula: str) -> dict[str, Any] | None:
+    if memory is None:
+        return None
+    moves = [
+        {key: value for key, value in vars(move).items() if key not in ("tokens", "rows")} for move in memory.moves
+    ]
+    return {"passes": memory.passes, "bytes": memory.bytes, "formula": formula or None, "moves": moves}
+
+
 def _graph_data(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     report = result.report
     data: dict[str, Any] = {
         "unsharded": report.unsharded,
         "plan": [vars(record) for record in report.plan],
         "attentions": [
-            {**vars(record), "bytes": str(record.bytes), "rejected": dict(record.rejected)}
-            for record in report.attentions
+            {
+                **vars(record),
+                "bytes": str(record.bytes),
+                "rejected": dict(record.rejected),
+                "memory": _memory_data(record.memory, text),
+            }
+            for record, text in zip(report.attentions, _texts(report, m), strict=True)
         ],
         "implicit_gathers": [{**vars(g), "bytes": str(g.bytes)} for g in report.implicit_gathers],
         "notes": report.notes,

@@ -10,7 +10,8 @@ The adjoint of a way back is ``pack`` with zero pads, that of ``pack`` drops pad
 gradient is ever index-added.
 
 On CUDA each is one Triton kernel, and so one pass over memory.  On a CPU it is plain tensor operations, which Inductor
-fuses into one pass.  Where strides suffice (one segment without pads) it is a view on both.
+fuses into one pass; so it is on CUDA for a compiler where ``fuse`` is set, which then fuses what makes the operands as
+well.  Where strides suffice (one segment without pads) it is a view on both.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
     return torch.where((index < length).view([-1 if i == dim else 1 for i in range(x.dim())]), result, 0)
 
 
-def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int) -> Tensor:
+def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
     """``[B, P h_i, L, D]`` each ``-> [P, rows, B, sum of h_i, D]``."""
-    movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS else None
+    movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS and not fuse else None
     if movers is not None:
         return movers.pack_heads(list(xs), rows, zero_pads, size)  # type: ignore[no-any-return]
     parts = []
@@ -103,9 +104,9 @@ def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int) -> T
     return _cat(parts, 3).contiguous()
 
 
-def unpack_heads(x: Tensor, heads: Sequence[int], length: Any) -> Tensor:
+def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = False) -> Tensor:
     """``[P, rows, B, sum of h_i, D] -> [B, length, P sum of h_i, D]``."""
-    movers = place.kernels(x, x.shape[4:]) if len(heads) <= place.TENSORS else None
+    movers = place.kernels(x, x.shape[4:]) if len(heads) <= place.TENSORS and not fuse else None
     if movers is not None:
         return movers.unpack_heads(x, list(heads), length)  # type: ignore[no-any-return]
     if not _same(length, x.shape[1]):
@@ -131,13 +132,13 @@ def unpack_eager(x: Tensor, lengths: list[int], size: int) -> Tensor:
     return movers.unpack_rows(x, lengths, [False] * len(lengths), size, 0, 0)  # type: ignore[no-any-return]
 
 
-def pack_heads_eager(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tensor:
+def pack_heads_eager(xs: list[Tensor], rows: int, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
     """``pack_heads``, every element written once."""
     movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS else None
     return (movers or twins).pack_heads(xs, rows, zero_pads, size)  # type: ignore[no-any-return]
 
 
-def unpack_heads_eager(x: Tensor, heads: list[int], length: int) -> Tensor:
+def unpack_heads_eager(x: Tensor, heads: list[int], length: int, fuse: bool = False) -> Tensor:
     """``unpack_heads``, every element written once."""
     movers = place.kernels(x, x.shape[4:]) if len(heads) <= place.TENSORS else None
     return (movers or twins).unpack_heads(x, heads, length)  # type: ignore[no-any-return]

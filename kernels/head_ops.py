@@ -1,4 +1,8 @@
-"""``fxsp.pack_heads`` and ``fxsp.unpack_heads`` as operators, each the adjoint of the other (on what is no pad)."""
+"""``fxsp.pack_heads`` and ``fxsp.unpack_heads`` as operators, each the adjoint of the other (on what is no pad).
+
+``fuse`` changes no value: it asks that a compiler gets plain operations to fuse with what is before or behind them,
+instead of a kernel of ours (see :mod:`fxsp.passes.traffic`).
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,17 @@ __all__ = ["HEAD_OPS", "register"]
 
 #: Name of an op -> its schema.
 HEAD_OPS: dict[str, str] = {
-    "pack_heads": "(Tensor[] xs, SymInt rows, bool zero_pads, int size) -> Tensor",
-    "unpack_heads": "(Tensor x, int[] heads, SymInt length) -> Tensor",
+    "pack_heads": "(Tensor[] xs, SymInt rows, bool zero_pads, int size, bool fuse) -> Tensor",
+    "unpack_heads": "(Tensor x, int[] heads, SymInt length, bool fuse) -> Tensor",
 }
 
 
-def _pack_fake(xs: list[Tensor], rows: Any, zero_pads: bool, size: int) -> Tensor:
+def _pack_fake(xs: list[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool) -> Tensor:
     batch, _, _, width = xs[0].shape
     return xs[0].new_empty([size, rows, batch, sum(x.shape[1] // size for x in xs), width])
 
 
-def _unpack_fake(x: Tensor, heads: list[int], length: Any) -> Tensor:
+def _unpack_fake(x: Tensor, heads: list[int], length: Any, fuse: bool) -> Tensor:
     size, _, batch, _, width = x.shape
     return x.new_empty([batch, length, size * sum(heads), width])
 
@@ -34,23 +38,30 @@ def _apart(x: Tensor, heads: list[int], size: int) -> list[Tensor]:
 
 
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    xs, _, _, ctx.size = inputs
+    xs, _, _, ctx.size, ctx.fuse = inputs
     ctx.heads, ctx.length = [x.shape[1] // ctx.size for x in xs], xs[0].shape[2]
 
 
 def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    whole = torch.ops.fxsp.unpack_heads(grad, ctx.heads, ctx.length)
-    return _apart(whole, ctx.heads, ctx.size), None, None, None
+    unpack = torch.ops.fxsp.unpack_heads
+    if ctx.fuse:
+        # Each by itself: what comes behind reads its own part of the buffer.
+        parts = [
+            unpack(part, [h], ctx.length, True) for h, part in zip(ctx.heads, grad.split(ctx.heads, 3), strict=True)
+        ]
+        return [part.transpose(1, 2) for part in parts], None, None, None, None
+    whole = unpack(grad, ctx.heads, ctx.length, False)
+    return _apart(whole, ctx.heads, ctx.size), None, None, None, None
 
 
 def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.heads, _ = inputs
+    x, ctx.heads, _, ctx.fuse = inputs
     ctx.size, ctx.rows = x.shape[:2]
 
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = _apart(grad, ctx.heads, ctx.size)
-    return torch.ops.fxsp.pack_heads(parts, ctx.rows, True, ctx.size), None, None
+    return torch.ops.fxsp.pack_heads(parts, ctx.rows, True, ctx.size, ctx.fuse), None, None, None
 
 
 def register(library: torch.library.Library) -> None:

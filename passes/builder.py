@@ -133,10 +133,10 @@ class Builder:
         return self.call(_ops.pack.default, x, self.sizes(sequence.lengths), self.ranks.size, False)
 
     def pack_heads(self, xs: Seq[Node], length: Length, size: int) -> Node:
-        return self.call(_ops.pack_heads.default, list(xs), self.size(length), False, size)
+        return self.call(_ops.pack_heads.default, list(xs), self.size(length), False, size, False)
 
     def unpack_heads(self, x: Node, heads: Seq[int], length: Length) -> Node:
-        return self.call(_ops.unpack_heads.default, x, list(heads), self.size(length))
+        return self.call(_ops.unpack_heads.default, x, list(heads), self.size(length), False)
 
     def record(self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None) -> None:
         """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""

@@ -43,6 +43,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxsp.kernels.ops  # noqa: F401  registers the ops
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
+from fxsp.kernels.head_ops import HEAD_OPS
 from fxsp.torch_internals import fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
@@ -108,7 +109,10 @@ def emit(
         for node in list(graph.nodes):
             name = op_name(node)
             if name is not None:
-                _replace(node, splicer.call(lowering.LOWERINGS[name], _arguments(node), node, node))
+                arguments = _arguments(node)
+                if name in HEAD_OPS and decompositions is None:
+                    arguments = (*arguments[:-1], False)  # nobody comes after us who would fuse
+                _replace(node, splicer.call(lowering.LOWERINGS[name], arguments, node, node))
     left = [node.name for node in graph.nodes if op_name(node) is not None]
     if left:
         raise VerificationError(f"emit left fxsp ops in the graph: {', '.join(left)}")

@@ -5,20 +5,23 @@ Ulysses, for two ranks, four heads of 8, five tokens; two all-to-alls and nothin
     %q, %k, %v: [B, 4, 3, 8]
     %pack_heads:   [2, 3, B, 6, 8]   q, k, v by destination: rank, token, batch, head; written once
     %all_to_all:   [2, 3, B, 6, 8]   by source: rank and token together are the global order
-    %narrow:       [5, B, 6, 8]      without pads: a narrow of the outermost dimension, a view
-    %attention:    [B, 2, 5, 8]
-    %pack:         [2, 3, B, 2, 8]
+    %narrow:       [5, B, 4, 8]      keys and values without pads: a narrow of the outermost dimension, a view
+    %attention:    [B, 2, 6, 8]      queries with pads: what becomes of a pad is a pad
+    %reshape:      [2, 3, B, 2, 8]   a view, where the attention writes its output as it reads the queries
     %all_to_all:   [2, 3, B, 2, 8]   by source: the heads of each rank
     %unpack_heads: [B, 3, 4, 8]      by token, as the output projection reads them
     %result:       [B, 4, 3, 8]      a view
 
-Several segments are put in global order by ``unpack`` on the way in, and back by ``pack``, unless no mask looks at it.
+Queries stay as they arrive, rank by rank and with pads, as long as nothing looks at their order: then nothing moves on
+either side of the attention.  Of keys and values pads must go, unless the causal flag hides them, and several segments
+with pads are put in global order by ``unpack``; so are queries whose order counts, and ``pack`` is the way back.
 After this pass no ``distributed_attention`` remains.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +34,7 @@ from fxsp.passes.builder import Builder
 from fxsp.passes.grouped import chain_of, repeat_heads, repeated_heads
 from fxsp.passes.lower_ring import lower_ring
 from fxsp.torch_internals import saved_tag
-from fxsp.types import Length, Segment, Sequence, as_length
+from fxsp.types import Length, Segment, Sequence, as_length, same_length
 
 __all__ = ["LowerAttention"]
 
@@ -69,8 +72,11 @@ class LowerAttention:
             before = node.prev
             with graph.inserting_before(node):
                 new = _Lowering(build, node, cache).lower()
-            if "recompute" in node.meta:
-                _save_exchanges(before, node)
+            for written in _between(before, node):
+                written.meta["attention_record"] = node.meta["attention_record"]
+                # In an activation checkpoint, what was exchanged is saved: else it would be exchanged once more.
+                if "recompute" in node.meta and written.target in _SAVED:
+                    written.meta.update(saved_tag())
             new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
             node.replace_all_uses_with(new)
             repeats = [n for name in ("key", "value") for n in list(chain_of(_node(node.kwargs[name])))[:-1]]
@@ -82,12 +88,10 @@ class LowerAttention:
         return program
 
 
-def _save_exchanges(before: Node, after: Node) -> None:
-    """In an activation checkpoint, what was exchanged is saved: the backward pass would exchange it once more."""
+def _between(before: Node, after: Node) -> Iterator[Node]:
     node = before.next
     while node is not after:
-        if node.target in _SAVED:
-            node.meta.update(saved_tag())
+        yield node
         node = node.next
 
 
@@ -102,15 +106,22 @@ class _Lowering:
         value = node.meta["global_val"]
         self.shape = [as_length(n) for n in value.shape]
         self.device, self.itemsize = value.device, value.element_size()
-        #: Attention without mask does not care for the order of tokens, as long as the output has that of the queries:
-        #: they may stay in the order in which they arrive, rank by rank, and no copy restores the segments.
-        self.any_order = (
-            self.args.get("attn_mask") is None
-            and not self.args.get("is_causal")
-            and not any(
-                s is None or s.has_pads(self.size) or any(s.whole) for s in (self.choice.queries, self.choice.keys)
-            )
-        )
+        self.queries_as_they_come, self.keys_as_they_come = self._as_they_come()
+
+    def _as_they_come(self) -> tuple[bool, bool]:
+        """Whether queries (and the output), and keys and values, may stay as they arrive: rank by rank, with pads.
+
+        Rows of queries may come in any order, and some may be pads, if no mask and no causal flag tells one from
+        another.  Keys and values may, if there is no mask at all, and no pads.  Of one segment pads stand at the end:
+        there the causal flag itself hides them from all tokens, and queries and keys keep them alike.
+        """
+        mask, queries, keys = self.args.get("attn_mask"), self.choice.queries, self.choice.keys
+        if keys is None or any(queries.whole):
+            return False, False
+        if self.args.get("is_causal"):
+            alike = mask is None and len(queries.segments) == 1 and queries.same_as(keys)
+            return alike, alike
+        return not _has_rows(mask), mask is None and not any(keys.whole) and not keys.has_pads(self.size)
 
     def lower(self) -> Node:
         q, k, v = (_node(self.args[n]) for n in ("query", "key", "value"))
@@ -137,7 +148,11 @@ class _Lowering:
 
     def _sdpa(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
         extra = {n: self.args[n] for n in ("scale", "enable_gqa") if self.args.get(n) not in (None, False)}
-        k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
+        if self.repeat > 1 and mask is None:
+            extra["enable_gqa"] = True  # the kernel reads each key as often as it is needed
+        else:
+            # Of the kernels of GPUs, those that take a mask want as many keys as queries.
+            k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
         return self.build.call(SDPA, q, k, v, mask, 0.0, causal, **extra)
 
     # Queries stay, keys and values are whole.
@@ -177,15 +192,16 @@ class _Lowering:
         choice = self.choice
         assert choice.keys is not None
         heads = [_heads(x, self.size) for x in (q, k, v)]
+        rows, columns = (choice.queries, self.queries_as_they_come), (choice.keys, self.keys_as_they_come)
         if choice.queries.same_as(choice.keys) and _global(q, -1) == _global(v, -1):
-            q, k, v = self._to_heads([q, k, v], heads, choice.queries)
+            q, k, v = self._to_heads([q, k, v], heads, *columns, 1 if rows[1] and not columns[1] else 0)
         elif _global(k, -1) == _global(v, -1):
-            (q,) = self._to_heads([q], heads[:1], choice.queries)
-            k, v = self._to_heads([k, v], heads[1:], choice.keys)
+            (q,) = self._to_heads([q], heads[:1], *rows)
+            k, v = self._to_heads([k, v], heads[1:], *columns)
         else:
-            (q,) = self._to_heads([q], heads[:1], choice.queries)
-            (k,) = self._to_heads([k], heads[1:2], choice.keys)
-            (v,) = self._to_heads([v], heads[2:], choice.keys)
+            (q,) = self._to_heads([q], heads[:1], *rows)
+            (k,) = self._to_heads([k], heads[1:2], *columns)
+            (v,) = self._to_heads([v], heads[2:], *columns)
         out = self._sdpa(q, k, v, self.args.get("attn_mask"), self.args.get("is_causal"))
         return self._to_tokens(out, heads[0], choice.queries)
 
@@ -203,19 +219,46 @@ class _Lowering:
     def _narrow(self, x: Node, dim: int, start: Length, length: Length) -> Node:
         return self.build.call(aten.narrow.default, x, dim, self.build.size(start), self.build.size(length))
 
-    def _to_heads(self, tensors: list[Node], heads: list[int], sequence: Sequence) -> list[Node]:
-        """``[B, H, L, D]`` each, split by tokens -> ``[B, H/P, S, D]`` each, split by heads; one all-to-all."""
-        call = self.build.call
-        whole = self._exchange_to_heads(tensors, heads, sequence)
-        # [S, B, h, D] -> [B, h, S, D]
-        turned = call(aten.permute.default, whole, [1, 2, 0, 3])
-        if len(heads) == 1:
+    def _to_heads(
+        self, tensors: list[Node], heads: list[int], sequence: Sequence, as_they_come: bool, first: int = 0
+    ) -> list[Node]:
+        """``[B, H, L, D]`` each, split by tokens -> ``[B, H/P, S, D]`` each, split by heads; one all-to-all.
+
+        ``as_they_come``: ``[B, H/P, P L, D]``, the blocks of the ranks one after the other; so are the ``first``
+        tensors anyway.
+        """
+        split, packed, received = self._exchange_to_heads(tensors, heads, sequence)
+        done = self._apart(self._blocks(received), heads[:first], alone=False) if first else []
+        if first:
+            received = self._narrow(received, 3, sum(heads[:first]), sum(heads[first:]))
+        if as_they_come:
+            tokens = self._blocks(received)
+        elif len(split.segments) > 1:
+            tokens = self.build.unpack(received, split)
+        else:
+            tokens = self._blocks(received)
+            if split.has_pads(self.size):
+                tokens = self._narrow(tokens, 0, 0, split.length)
+        if any(sequence.whole):
+            tokens = self._with_whole(tokens, packed, sequence)
+        return done + self._apart(tokens, heads[first:], alone=len(heads) == first + 1)
+
+    def _blocks(self, received: Node) -> Node:
+        """``[P, L, B, h, D]`` -> ``[P L, B, h, D]``, a view."""
+        return self.build.call(aten.flatten.using_ints, received, 0, 1)
+
+    def _apart(self, tokens: Node, heads: list[int], alone: bool) -> list[Node]:
+        """``[S, B, h, D]`` -> ``[B, h_i, S, D]`` each, views; ``alone``: the one tensor has all heads."""
+        turned = self.build.call(aten.permute.default, tokens, [1, 2, 0, 3])
+        if alone:
             return [turned]
         starts = [sum(heads[:i]) for i in range(len(heads))]
         return [self._narrow(turned, 1, s, h) for s, h in zip(starts, heads, strict=True)]
 
-    def _exchange_to_heads(self, tensors: list[Node], heads: list[int], sequence: Sequence) -> Node:
-        """``[B, H, L, D]`` each -> ``[S, B, h, D]`` in global order, without pads."""
+    def _exchange_to_heads(
+        self, tensors: list[Node], heads: list[int], sequence: Sequence
+    ) -> tuple[Sequence, Node, Node]:
+        """The segments that travel; ``[P, L, B, h, D]`` by destination; the same of those segments, by source."""
         places, split = self._split_whole(sequence)
         packed = self.build.pack_heads(tensors, sequence.local_length(self.size), self.size)
         moved = packed
@@ -223,20 +266,13 @@ class _Lowering:
             kept = [self._narrow(packed, 1, local, s.local_length(self.size)) for _, local, _, s in places if s.sharded]
             moved = self.build.call(aten.cat.default, kept, 1)
         width, batch = _global(tensors[0], -1), _global(tensors[0], 0)
-        received = self._all_to_all(moved, split, sum(heads), width, batch)
-        length = split.length
-        if len(split.segments) > 1 and not self.any_order:
-            tokens = self.build.unpack(received, split)
-        else:
-            tokens = self.build.call(aten.flatten.using_ints, received, 0, 1)
-            if split.has_pads(self.size):
-                tokens = self._narrow(tokens, 0, 0, length)
-        if not any(sequence.whole):
-            return tokens
-        # A segment that is whole on every rank stays at home: of its rows each rank keeps those of its own heads.
+        return split, packed, self._all_to_all(moved, split, sum(heads), width, batch)
+
+    def _with_whole(self, tokens: Node, packed: Node, sequence: Sequence) -> Node:
+        """A segment that is whole on every rank stays at home: of its rows each rank keeps those of its own heads."""
         parts = []
         start: Length = 0
-        for _, local, _, segment in places:
+        for _, local, _, segment in self._split_whole(sequence)[0]:
             if segment.sharded:
                 parts.append(self._narrow(tokens, 0, start, segment.length))
                 start = as_length(start + segment.length)
@@ -253,7 +289,7 @@ class _Lowering:
         rows = call(aten.permute.default, out, [2, 0, 1, 3])  # [S, B, h, D]
         if any(sequence.whole):
             packed = self._pack_with_whole(rows, places, heads)
-        elif self.any_order or (len(split.segments) == 1 and not split.has_pads(self.size)):
+        elif self.queries_as_they_come or (len(split.segments) == 1 and not split.has_pads(self.size)):
             local = split.local_length(self.size)
             sizes = self.build.sizes([self.size, local, batch, heads, width])
             packed = call(aten.reshape.default, rows, sizes)
@@ -284,6 +320,14 @@ class _Lowering:
         sent = as_length(elements * self.itemsize)
         self.build.record("all_to_all", new, sent, "tokens and heads of an attention", sequence)
         return new
+
+
+def _has_rows(mask: Any) -> bool:
+    """Whether a mask may tell one query from another."""
+    if not isinstance(mask, Node):
+        return mask is not None
+    shape = mask.meta["global_val"].shape
+    return len(shape) >= 2 and not same_length(as_length(shape[-2]), 1)
 
 
 def _node(argument: Any) -> Node:

@@ -312,6 +312,7 @@ class _Partitioner(Converter):
         )
         new = self.build.call(distributed_attention, **arguments)
         new.meta["attention"] = choice
+        new.meta["attention_record"] = len(self.program.report.attentions) - 1
         return new
 
 

@@ -24,6 +24,7 @@ from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.masks import Masks
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
+from fxsp.passes.traffic import Traffic
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
 from fxsp.torch_internals import known_equalities
 from fxsp.types import equal_lengths
@@ -47,8 +48,10 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(Propagate(), "propagated", verify_types),
     # Conversions and local sizes in one sweep; attention stays one node, because its operands are only now local.
     Stage(Partition(), "local", verify_local),
-    # Last: its collectives move local layouts that no later pass may change.
-    Stage(LowerAttention(), "partitioned", verify_local),
+    # Its collectives move local layouts that no later pass may change.
+    Stage(LowerAttention(), "exchanged", verify_local),
+    # Last: it counts what there is, and changes no value.
+    Stage(Traffic(), "partitioned", verify_graph),
 )
 
 #: Every stage that can be printed, in order; the first four are made before the pipeline runs.

@@ -388,22 +388,33 @@ _BACK = "all_to_all unpack_heads transpose gather"
 
 
 _SDPA = "scaled_dot_product_attention"
+_QKV = "narrow narrow narrow"
+#: Mask, tokens -> what becomes of them.
 GRAPHS = {
     # No pads, one segment: what arrives is the global order by strides, and a reshape packs the output.
-    "one_segment": f"shard {_OUT} flatten permute narrow narrow narrow {_SDPA} permute reshape contiguous {_BACK}",
-    # A tail of pads is a narrow of the outermost dimension.
-    "odd": f"shard {_OUT} flatten narrow permute narrow narrow narrow {_SDPA} permute pack {_BACK}",
-    # Several segments with pads are put in order.
-    "two_segments": f"shard cat {_OUT} unpack permute narrow narrow narrow {_SDPA} permute pack {_BACK}",
+    ("none", "one_segment"): f"{_OUT} flatten permute {_QKV} {_SDPA} permute reshape contiguous {_BACK}",
+    # A tail of pads is a narrow of the outermost dimension; queries keep it, unless their rows have meaning.
+    ("none", "odd"): f"{_OUT} flatten permute narrow narrow flatten narrow permute narrow narrow {_SDPA} permute "
+    f"reshape contiguous {_BACK}",
+    ("bool", "odd"): f"{_OUT} flatten narrow permute {_QKV} {_SDPA} permute pack {_BACK}",
+    # Behind the last token the causal flag hides all pads.
+    ("causal", "odd"): f"{_OUT} flatten permute {_QKV} {_SDPA} permute reshape contiguous {_BACK}",
+    ("causal", "two_segments"): f"cat {_OUT} unpack permute {_QKV} {_SDPA} permute pack {_BACK}",
+    # Several segments with pads: keys and values are put in order, queries need none.
+    ("none", "two_segments"): f"cat {_OUT} flatten permute narrow narrow unpack permute narrow narrow {_SDPA} permute "
+    f"reshape contiguous {_BACK}",
+    ("padding", "two_segments"): f"cat {_OUT} flatten permute narrow narrow unpack permute narrow narrow {_SDPA} "
+    f"permute reshape contiguous {_BACK}",
+    ("bool", "two_segments"): f"cat {_OUT} unpack permute {_QKV} {_SDPA} permute pack {_BACK}",
 }
 
 
-@pytest.mark.parametrize("tokens", GRAPHS)
-def test_graphs(tokens: str) -> None:
+@pytest.mark.parametrize(("mask", "tokens"), GRAPHS)
+def test_graphs(mask: str, tokens: str) -> None:
     """Nothing but views, two exchanges, and what pads and segments need."""
     recorder = Recorder()
-    record(recorder, Config("none", "mha", tokens, 2))
-    assert _operators(run(recorder, 2)) == GRAPHS[tokens]
+    record(recorder, Config(mask, "mha", tokens, 2))
+    assert _operators(run(recorder, 2)) == f"shard {GRAPHS[mask, tokens]}"
 
 
 def test_the_graph_of_gathered_keys() -> None:

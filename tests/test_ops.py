@@ -53,22 +53,23 @@ def test_opcheck_ring_attention(masked):
 
 
 @pytest.mark.parametrize("rows", [7, 9])
-@pytest.mark.parametrize("heads", [(4,), (4, 2, 2)])
-def test_opcheck_heads(heads, rows):
+@pytest.mark.parametrize(("heads", "fuse"), [((4,), False), ((4, 2, 2), True)])
+def test_opcheck_heads(heads, fuse, rows):
     xs = [torch.randn(2, 7, h, 3).transpose(1, 2).requires_grad_() for h in heads]
-    torch.library.opcheck(fx.pack_heads.default, (xs, rows, False, 2))
+    torch.library.opcheck(fx.pack_heads.default, (xs, rows, False, 2, fuse))
     packed = torch.randn(2, rows, 2, sum(heads) // 2, 3, requires_grad=True)
-    torch.library.opcheck(fx.unpack_heads.default, (packed, [h // 2 for h in heads], 7))
+    torch.library.opcheck(fx.unpack_heads.default, (packed, [h // 2 for h in heads], 7, fuse))
 
 
 @pytest.mark.parametrize("rows", [7, 9])
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("heads", [(4,), (4, 2, 2)])
-def test_heads_mean_what_the_oracle_says(heads, rows):
+def test_heads_mean_what_the_oracle_says(heads, rows, fuse):
     """Values, and gradients by duality: both only move elements."""
     xs = [torch.randn(2, h, 7, 3, dtype=torch.float64, requires_grad=True) for h in heads]
     local = [h // 2 for h in heads]
     for zero_pads in (True, False):
-        packed = fx.pack_heads(xs, rows, zero_pads, 2)
+        packed = fx.pack_heads(xs, rows, zero_pads, 2, fuse)
         for meaning in (
             oracle.pack_heads([oracle.Lanes([x]) for x in xs], rows, zero_pads, 2)[0],
             exchange.pack_heads(xs, rows, zero_pads, 2),
@@ -79,10 +80,10 @@ def test_heads_mean_what_the_oracle_says(heads, rows):
         # Pads are dropped, so that the adjoint is that of the rows that are no pads.
         expected = torch.autograd.grad(exchange.pack_heads(xs, rows, True, 2), x, grad)[0]
         torch.testing.assert_close(g, expected, rtol=0, atol=0)
-    unpacked = fx.unpack_heads(packed, local, 7)
+    unpacked = fx.unpack_heads(packed, local, 7, fuse)
     torch.testing.assert_close(unpacked, torch.cat([x.transpose(1, 2) for x in xs], 2), rtol=0, atol=0)
     received = packed.detach().requires_grad_()
-    back = fx.unpack_heads(received, local, 7)
+    back = fx.unpack_heads(received, local, 7, fuse)
     torch.testing.assert_close(back, oracle.unpack_heads(oracle.Lanes([received]), local, 7)[0], rtol=0, atol=0)
     plain = exchange.unpack_heads(received, local, 7)
     torch.testing.assert_close(back, plain, rtol=0, atol=0)
