@@ -1,6 +1,7 @@
 # make demo    a Flux model split over two CPU processes, explained
 # make test    linter, type checker, all tests
 # make bench   side by side with diffusers' context parallelism; what compiling and hooks cost
+# make bench-gpu   the exchange's kernels on a GPU
 # make fuzz    N random programs against the simulator (make fuzz N=20000)
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN := $(abspath $(VENV))/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 TYPES := build/types
 
-.PHONY: demo stages test lint types format pytest bench fuzz clean
+.PHONY: demo stages test lint types format pytest bench bench-gpu fuzz clean
 
 demo: $(VENV)/.models
 	$(TORCHRUN) examples/flux_demo.py
@@ -29,6 +30,10 @@ bench: $(VENV)/.models
 	$(TORCHRUN) examples/bench.py
 	$(BIN)/python examples/compile_cost.py
 	$(BIN)/python examples/bench_hooks.py
+
+bench-gpu: $(VENV)/.torch
+	@$(BIN)/python -c 'import fxsp' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" --editable .
+	$(BIN)/python examples/bench_gpu.py
 
 test: lint types pytest
 

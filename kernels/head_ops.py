@@ -1,7 +1,7 @@
 """``fxsp.pack_heads`` and ``fxsp.unpack_heads`` as operators, each the adjoint of the other (on what is no pad).
 
 ``fuse`` changes no value: it asks that a compiler gets plain operations to fuse with what is before or behind them,
-instead of a kernel of ours (see :mod:`fxsp.passes.traffic`).
+instead of a kernel of ours (see :mod:`fxsp.passes.device_memory`).
 """
 
 from __future__ import annotations

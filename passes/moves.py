@@ -1,4 +1,4 @@
-"""Which nodes of a lowered attention move memory, and how much: the table behind the counts of *traffic*.
+"""Which nodes of a lowered attention move memory, and how much: the table behind the counts of *device_memory*.
 
 The unit is a *pass*: one read, or one write, of all elements of one of q, k, v and the output o on a rank.  A node that
 moves only some of the rows (the segments that are split, say) counts as if it moved all; its bytes are exact.

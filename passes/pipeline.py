@@ -20,11 +20,11 @@ from fxsp.passes import (  # noqa: F401  (they fill the rule table)
 )
 from fxsp.passes.backward import backward_collectives
 from fxsp.passes.base import Pass, Program
+from fxsp.passes.device_memory import DeviceMemory
 from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.masks import Masks
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
-from fxsp.passes.traffic import Traffic
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
 from fxsp.torch_internals import known_equalities
 from fxsp.types import equal_lengths
@@ -51,7 +51,7 @@ PIPELINE: tuple[Stage, ...] = (
     # Its collectives move local layouts that no later pass may change.
     Stage(LowerAttention(), "exchanged", verify_local),
     # Last: it counts what there is, and changes no value.
-    Stage(Traffic(), "partitioned", verify_graph),
+    Stage(DeviceMemory(), "partitioned", verify_graph),
 )
 
 #: Every stage that can be printed, in order; the first four are made before the pipeline runs.

@@ -1,8 +1,8 @@
 """What makes q, k and v of the projections: the bias, norms and rotary embeddings in front of an exchange.
 
 They are not kernels of ours: Inductor fuses elementwise operators and norms into what reads them, and so into the pack
-of q, k, v where that is left to it (see :mod:`fxsp.passes.traffic`).  Here they are found and named, for that decision
-and for the report.
+of q, k, v where that is left to it (see :mod:`fxsp.passes.device_memory`).  Here they are found and named, for that
+decision and for the report.
 
 A producer is an operator between a product of matrices (``linear``, ``matmul``, ``einsum``, a convolution) and the
 attention.  A bias is one only if it is added by an operator of its own: that of ``linear`` is part of the product.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
 from torch.fx import Node
 
 from fxsp.passes.rules import overloads
@@ -124,9 +125,10 @@ def _steps(node: Node) -> bool:
 def _of_tokens(node: Node) -> bool:
     """Whether a ``cat`` puts tokens of segments side by side."""
     type_ = node.meta.get("sp")
-    value = node.meta.get("global_val")
-    dim = node.args[1] if len(node.args) > 1 else 0
-    return isinstance(type_, Shard) and isinstance(dim, int) and value is not None and dim % value.dim() == type_.dim
+    value, dim = node.meta.get("global_val"), node.args[1] if len(node.args) > 1 else 0
+    if not isinstance(type_, Shard) or not isinstance(value, Tensor) or not isinstance(dim, int):
+        return False
+    return dim % value.dim() == type_.dim
 
 
 def _computes(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""traffic: what each attention moves through device memory, and which packs a compiler shall fuse.
+"""device_memory: what each attention moves through device memory, and which packs a compiler shall fuse.
 
 The graph of one rank stays as it is, but for a flag: a ``pack_heads`` whose operands are made by elementwise operators
 and norms (see :mod:`fxsp.passes.producers`) is left to the compiler, which writes what they make straight into the send
@@ -27,17 +27,17 @@ from fxsp.report import Memory, Move
 from fxsp.torch_internals import fake_mode_of, is_operator, schema, size_hint
 from fxsp.types import Sequence, Shard, as_length
 
-__all__ = ["Traffic"]
+__all__ = ["DeviceMemory"]
 
 aten = torch.ops.aten
 _PACK = torch.ops.fxsp.pack_heads.default
 
 
 @dataclass(frozen=True)
-class Traffic:
+class DeviceMemory:
     """After this pass the report says what each attention moves, and packs are spelled for who will write them."""
 
-    name: str = "traffic"
+    name: str = "device_memory"
 
     def apply(self, program: Program) -> Program:
         groups: dict[int, list[Node]] = {}
@@ -180,7 +180,8 @@ class _Attention:
 
     def _run(self, node: Node) -> Any:
         if node is self.attention:
-            q, _, v = (self._value(x) for x in node.args[:3])
+            operands: Any = node.args[:3]
+            q, _, v = (self._value(x) for x in operands)
             out = attention_output(node, q, v, _global(self.operands["q"]).device.type)
             return out if node.target is ATTENTIONS[0] else (out, out.new_empty(out.shape[:3]))
         if node in self.tensors and node not in self.operands.values():
