@@ -788,8 +788,9 @@ def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:
 
     exact = [mod.args for mod in sorted(env.divisible, key=str)]
     return [
-        *(n - k * FloorDiv(n, k) for n, k in exact),
-        *(guard.expr.lhs - guard.expr.rhs for guard in env.guards if isinstance(guard.expr, sympy.Eq)),
+        *(env.replace(n - k * FloorDiv(n, k)) for n, k in exact),
+        # In the symbols that are left: sizes of inputs no longer name those that tracing has replaced.
+        *(env.replace(guard.expr.lhs - guard.expr.rhs) for guard in env.guards if isinstance(guard.expr, sympy.Eq)),
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from lockstep import gradients
 from simulated import Simulated
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -266,9 +266,7 @@ def _check_compiled(case: Case, poison_pads: bool, result: Result) -> None:
     function = torch.compile(
         case.function(_annotate), backend=Simulated(case.size, compile_, poison_pads=poison_pads), fullgraph=True
     )
-    for other in [case, *(other_lengths(case)[:2])]:
-        if other is not case and not _runs(other):
-            continue
+    for other in _calls(case):
         with _shown(other, None):
             try:
                 found = _execute(other, function, mark=case.dynamic)
@@ -276,7 +274,28 @@ def _check_compiled(case: Case, poison_pads: bool, result: Result) -> None:
                 if isinstance(error.inner_exception, Refused):
                     raise error.inner_exception from error
                 raise
+            except TorchRuntimeError as error:
+                if _traceable(case):
+                    raise
+                raise NotAProgram from error
         _compare(other, found, result.programs[-1], poison_pads, result)
+
+
+def _calls(case: Case) -> list[Case]:
+    """What a compiled program is called with: the case, and two other lengths that the program can take."""
+    return [case, *(other for other in other_lengths(case)[:2] if _runs(other))]
+
+
+def _traceable(case: Case) -> bool:
+    """Whether Dynamo can trace the program at all (not forward-mode derivatives of views at symbolic offsets, say)."""
+    torch.compiler.reset()
+    function = torch.compile(case.function(), backend="eager", fullgraph=True)
+    try:
+        for other in _calls(case):
+            _execute(other, function, mark=case.dynamic)
+    except TorchRuntimeError:
+        return False
+    return True
 
 
 def _annotate(x: torch.Tensor, kind: str, dim: int, text_len: int, entry: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sympy
 import torch
+from fuzzing import Case, Input, check
 from lockstep import gradients
 from torch import Tensor
 from torch.utils._sympy.functions import FloorDiv
@@ -75,3 +76,22 @@ def test_two_inputs_with_lengths_of_their_own() -> None:
     _, found = gradients(program.gm, 2, leaves, [given])
     for a, b in zip(check_replicated(found), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_sum_that_turns_out_to_be_a_number() -> None:
+    """What tracing has replaced no input is named by: lengths are computed from the symbols that are left."""
+    source = """
+def program(x1, w2, w3, x4, w5):
+    x1 = annotate(x1, "shard", 1, -1, "x1")
+    y6 = torch.cat([x4, x1], dim=1).unflatten(2, (4, 2))
+    y7 = torch.cat([y6, y6], dim=1)
+    y8 = y6 + w5  # as long as both
+    return y7.split([1, 9], dim=1)  # so both have five
+"""
+    # Symbols are named after the position of an input, and solved for in the order of their names.
+    shapes = {"x1": (1, "(S0)", 8), "w2": (8,), "w3": (8,), "x4": (1, "(S1)", 8), "w5": (1, "((S1) + (S0))", 1, 1)}
+    given = tuple(Input(name, shape, "normal", 7) for name, shape in shapes.items())
+    lengths = {"S0": 2, "S1": 3}
+    check(
+        Case(source, given, lengths, 2, double=True, training=False, dynamic=True, dynamo=False, degrees=None, seed=0)
+    )
