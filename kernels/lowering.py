@@ -4,6 +4,8 @@ The same functions are the eager implementation (``kernels.ops``), the shape of 
 them on fake tensors) and what *emit* writes into the graph in place of the op, so the three cannot disagree.
 
 Every function returns a dense tensor, and may return its argument or a view of it: the op, which may not, copies then.
+Where rows have to be copied, because of pads or because several segments are put in order, that is one pass on CUDA, by
+the kernels of :mod:`fxsp.kernels.place`; where strides suffice nothing is copied.
 A length may be a ``SymInt``: then no formula here compares lengths, so that one graph serves dividing lengths and
 others.  Where lengths are ints, a rank that has no pads gets a plain narrow instead of index arithmetic.
 """
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import collectives, exchange
+from fxsp.kernels import collectives, exchange, place
 from fxsp.kernels.ring import RING
 from fxsp.kernels.ring_blocks import chunks_of
 from fxsp.types import as_length, product, same_length
@@ -107,6 +109,16 @@ def _own_rows(x: Tensor, dim: int, start: Size, length: Size, zero_pads: bool, r
     return mine.masked_fill((index >= length).view(_shape_along(x, dim)), 0) if zero_pads else mine
 
 
+def _rows_kernels(x: Tensor, dim: int) -> Any:
+    """The kernels that move rows along ``dim`` of tensors like ``x``, or None."""
+    return place.kernels(x, [n for i, n in enumerate(x.shape) if i != dim])
+
+
+def _has_own_pads(length: Size, rank: int, size: int) -> bool:
+    """Whether this rank may have pads of a split segment."""
+    return not (isinstance(length, int) and (rank + 1) * local_length(length, False, size) <= length)
+
+
 def shard(
     x: Tensor,
     dim: int,
@@ -117,6 +129,11 @@ def shard(
     size: int,
     group: str,
 ) -> Tensor:
+    pads = any(_has_own_pads(n, rank, size) for n, entire in zip(lengths, whole, strict=True) if not entire)
+    movers = _rows_kernels(x, dim) if size > 1 and (pads or len(lengths) > 1) else None
+    if movers is not None:
+        own = movers.pack_rows(x.movedim(dim, 0), lengths, whole, size, zero_pads, rank, 1, dim)
+        return own.select(0, 0)  # type: ignore[no-any-return]
     pieces, start = [], 0
     for length, entire in zip(lengths, whole, strict=True):
         if entire or size == 1:
@@ -138,7 +155,8 @@ def _gathered(
 ) -> Tensor:
     """The global rows from everyone's local ones: one all-gather for all split segments together.
 
-    The gather wants the tokens outermost; the result is a view with the tokens outermost in memory.
+    The gather wants the tokens outermost; of one segment the result is a view with the tokens outermost in memory.
+    Several are put in order, without pads, where they are wanted.
     """
     if size == 1 and not any(whole):
         return dense(x)
@@ -155,6 +173,9 @@ def _gathered(
         blocks = collectives.all_gather(send, size, group) if size > 1 else send.contiguous()
         if len(split) > 1:
             blocks = blocks.view([size, sum(counts_of(counts, whole)), *send.shape[1:]])
+            movers = _rows_kernels(x, dim) if len(split) == len(own) else None
+            if movers is not None:
+                return movers.unpack_rows(blocks, lengths, whole, size, 0, dim)  # type: ignore[no-any-return]
     pieces, start = [], 0
     for piece, length, count, entire in zip(own, lengths, counts, whole, strict=True):
         if entire:
@@ -194,6 +215,11 @@ def reduce_scatter(
     if size == 1:
         return dense(x)
     rows = x.movedim(dim, 0)
+    padded = len(lengths) > 1 or not isinstance(lengths[0], int) or lengths[0] % size
+    movers = _rows_kernels(x, dim) if padded and not any(whole) else None
+    if movers is not None:
+        send = movers.pack_rows(rows, lengths, whole, size, True, 0, size, 0).flatten(0, 1)
+        return collectives.reduce_scatter(send, size, group).movedim(0, dim)
     own, blocks, counts, start = [], [], [], 0
     for length, entire in zip(lengths, whole, strict=True):
         piece = rows if len(lengths) == 1 else rows.narrow(0, start, length)

@@ -128,7 +128,7 @@ def _of_tokens(node: Node) -> bool:
     value, dim = node.meta.get("global_val"), node.args[1] if len(node.args) > 1 else 0
     if not isinstance(type_, Shard) or not isinstance(value, Tensor) or not isinstance(dim, int):
         return False
-    return dim % value.dim() == type_.dim
+    return bool(dim % value.dim() == type_.dim)
 
 
 def _computes(node: Node) -> bool:

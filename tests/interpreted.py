@@ -14,7 +14,8 @@ from unittest import mock
 
 import torch
 
-from fxsp.kernels import place, twins
+import fxsp.kernels.ops  # noqa: F401
+from fxsp.kernels import collectives, exchange, lowering, place, twins
 
 F32, BF16 = torch.float32, torch.bfloat16
 #: (tokens, rows of a block, ranks, batch, heads of q, k, v on a rank, head dimension, layout, dtype): every length,
@@ -118,6 +119,90 @@ def check_rows(case: str, segments: str) -> None:
     equal(back, twins.unpack_rows(packed.movedim(dim + 1, 1), lengths, whole, size, last, dim))
 
 
+#: Shape, dimension of the tokens, lengths, whole, ranks, dtype: activations around their collectives.
+ACTIVATIONS = {
+    "one segment, pads": ((2, 7, 40), 1, [7], [False], 3, F32),
+    "two segments, middle dimension": ((2, 3 + 8, 72), 1, [3, 8], [False, False], 4, BF16),
+    "heads in front": ((2, 3, 5 + 4, 8), 2, [5, 4], [False, False], 2, F32),
+    "fewer tokens than ranks": ((2 + 1, 64), 0, [2, 1], [False, False], 4, torch.float16),
+    "a whole one": ((1, 5 + 9, 64), 1, [5, 9], [True, False], 2, F32),
+}
+
+
+def check_activations(case: str) -> None:
+    """Shard, gather and reduce-scatter by the kernels are those by plain operations, forward and backward."""
+    shape, dim, lengths, whole, size, dtype = ACTIVATIONS[case]
+    x = tensor(shape, dtype)
+    sent: list[torch.Tensor] = []
+
+    def all_gather(send: torch.Tensor, size: int, group: str) -> torch.Tensor:
+        sent.append(send)
+        return torch.cat(blocks) if blocks else torch.cat([send] * size)
+
+    def reduce_scatter(send: torch.Tensor, size: int, group: str) -> torch.Tensor:
+        sent.append(send)
+        return send.contiguous().unflatten(0, (size, -1))[size - 1]
+
+    found = []
+    fakes = {"all_gather": all_gather, "reduce_scatter": reduce_scatter}
+    with mock.patch.multiple(collectives, **fakes):
+        for interpreted in (True, False):
+            with mock.patch.object(place, "_INTERPRETED", interpreted):
+                results = []
+                for zero_pads in (False, True):
+                    args = (dim, lengths, whole, zero_pads)
+                    results += [lowering.shard(x, *args, r, size, "") for r in range(size)]
+                blocks: list[torch.Tensor] = []
+                sent.clear()
+                local = results[:size]
+                for lane in local:
+                    lowering.gather(lane, dim, lengths, whole, 0, size, "")
+                blocks = [send.contiguous() for send in sent]
+                whole_again = lowering.gather(local[0], dim, lengths, whole, 0, size, "")
+                torch.testing.assert_close(whole_again, x, rtol=0, atol=0)
+                results += [whole_again, lowering.reduce_scatter(x, dim, lengths, whole, 0, size, "")]
+                found.append(results)
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def check_gradients(case: str) -> None:
+    """The differentiable operators, by the kernels forward and backward, against plain operations."""
+    tokens, rows, size, batch, heads, width, layout, dtype = HEADS[case]
+    xs = [heads_tensor(batch, size * h, tokens, width, layout, dtype).detach().requires_grad_() for h in heads]
+    for fuse in (False, True):
+        packed = torch.ops.fxsp.pack_heads(xs, rows, True, size, fuse)
+        given = tensor(tuple(packed.shape), dtype)
+        grads = torch.autograd.grad(packed, xs, given)
+        with mock.patch.object(place, "_INTERPRETED", False):
+            plain = exchange.pack_heads(xs, rows, True, size)
+        for got, expected in zip(grads, torch.autograd.grad(plain, xs, given), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        received = packed.detach().requires_grad_()
+        back = torch.ops.fxsp.unpack_heads(received, list(heads), tokens, fuse)
+        given = tensor(tuple(back.shape), dtype)
+        (grad,) = torch.autograd.grad(back, received, given)
+        with mock.patch.object(place, "_INTERPRETED", False):
+            plain = exchange.unpack_heads(received, list(heads), tokens)
+        torch.testing.assert_close(grad, torch.autograd.grad(plain, received, given)[0], rtol=0, atol=0)
+
+
+def check_row_gradients(segments: str) -> None:
+    lengths, _, size = SEGMENTS[segments]
+    x = rows_tensor(sum(lengths), (2, 3, 8), "turned", F32).requires_grad_()
+    for op in ("pack", "unpack"):
+        arguments = (lengths, size, True) if op == "pack" else (lengths, size)
+        run = getattr(torch.ops.fxsp, op)
+        out = run(x, *arguments)
+        given = tensor(tuple(out.shape), F32)
+        (grad,) = torch.autograd.grad(out, x, given)
+        with mock.patch.object(place, "_INTERPRETED", False):
+            plain = getattr(exchange, op)(x, *arguments)
+        torch.testing.assert_close(out, plain, rtol=0, atol=0)
+        torch.testing.assert_close(grad, torch.autograd.grad(plain, x, given)[0], rtol=0, atol=0)
+        x = out.detach().requires_grad_()
+
+
 def check_poison() -> None:
     """What is not written is NaN: the other cases would see it."""
     assert torch.zeros(3).new_empty(3, 4).isnan().all()
@@ -131,6 +216,12 @@ def cases() -> dict[str, Callable[[], None]]:
         for segments in SEGMENTS:
             if segments in ("two", "whole ones") or case == ("hidden" if "2000" in segments else "heads in front"):
                 found[f"rows, {case}, {segments}"] = lambda case=case, segments=segments: check_rows(case, segments)
+    for case in ACTIVATIONS:
+        found[f"activations, {case}"] = lambda case=case: check_activations(case)
+    for case in ("one token, pads", "63 tokens, pads", "100 tokens, grouped"):
+        found[f"gradients of heads, {case}"] = lambda case=case: check_gradients(case)
+    for case in ("one of 63", "two", "fewer tokens than ranks"):
+        found[f"gradients of rows, {case}"] = lambda case=case: check_row_gradients(case)
     return found
 
 

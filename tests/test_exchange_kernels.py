@@ -11,6 +11,11 @@ from pathlib import Path
 
 import interpreted
 import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxsp.kernels.crosscompile import fake_gpu
+from fxsp.passes.emit import emit
 
 triton = pytest.importorskip("triton")
 
@@ -112,3 +117,31 @@ def test_an_unaligned_tensor_moves_less_at_a_time(tmp_path):
     binary = compiled("pack_heads_kernel", "bf16", 2, 3, targets()["sm_90"])
     moves = re.findall(r"(?:ld|st)\.global\S*", binary.asm["ptx"])
     assert not any(".v4.b32" in m for m in moves)
+
+
+# Graphs of a GPU that is not here.
+
+_SEGMENTS = [3, 8], [False, False]
+#: Operator, what it is called with, and rows -> our kernels in what is emitted for two ranks.
+EMITTED = {
+    "gather of two segments": ("gather", (*_SEGMENTS, 0, 2, "0"), 6, ["unpack_rows"]),
+    "gather of one": ("gather", ([9], [False], 0, 2, "0"), 5, []),
+    "shard with pads": ("shard", ([9], [False], False, 1, 2, "0"), 9, ["pack_rows"]),
+    "shard without": ("shard", ([8], [False], False, 1, 2, "0"), 8, []),
+    "shard of the rank without pads": ("shard", ([9], [False], False, 0, 2, "0"), 9, []),
+    "shard of two segments": ("shard", (*_SEGMENTS, False, 1, 2, "0"), 11, ["pack_rows"]),
+    "reduce-scatter with pads": ("reduce_scatter", ([9], [False], 0, 2, "0"), 9, ["pack_rows"]),
+}
+
+
+@pytest.mark.parametrize("case", EMITTED)
+def test_activations_are_moved_once(case):
+    """By one kernel where there are pads or several segments, else by nothing."""
+    name, arguments, rows, kernels = EMITTED[case]
+    with fake_gpu():
+        x = torch.empty(rows, 2, 64, device="cuda").transpose(0, 1)  # tokens outermost, as a gather wants them
+        graph = make_fx(lambda x: getattr(torch.ops.fxsp, name)(x, 1, *arguments).neg())(x).graph
+        emit(graph)
+    names = [node.target._opname for node in graph.nodes if node.op == "call_function"]
+    copies = ("pack_rows", "unpack_rows", "clone", "cat", "index_select", "constant_pad_nd", "copy_")
+    assert [n for n in names if n in copies] == kernels
