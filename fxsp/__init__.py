@@ -16,6 +16,7 @@ from fxsp.errors import (
     VerificationError,
 )
 from fxsp.explain import Explanation, explain
+from fxsp.passes.attention_ops import register_attention
 from fxsp.plan import (
     SequenceParallelConfig,
     SequenceParallelInput,
@@ -44,6 +45,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "explain",
+    "register_attention",
     "reports",
     "verify",
 ]

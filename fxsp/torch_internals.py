@@ -44,6 +44,15 @@ def packet_of(target: Any) -> Any:
     return target.overloadpacket
 
 
+def overload_of(op: Any) -> Any:
+    """The operator overload that is meant by one, by a packet with one overload, or by a ``custom_op``; else None."""
+    found = getattr(op, "_opoverload", op)
+    if isinstance(found, torch._ops.OpOverloadPacket):
+        names = found.overloads()
+        found = getattr(found, names[0]) if len(names) == 1 else None
+    return found if is_operator(found) else None
+
+
 def trace_on_fakes(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
     """``function`` as an ATen graph below autograd, static shapes; tensors it closes over become constants."""
     from torch.fx.experimental.proxy_tensor import make_fx

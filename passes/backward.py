@@ -165,6 +165,9 @@ def _whole_value(node: Node, program: Program) -> torch.Tensor:
 
 
 def _dtype(node: Any, program: Program) -> torch.dtype:
+    """Of data that is moved: that of the first operand that has a value."""
+    while not isinstance(_value(node), torch.Tensor) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
     return _whole_value(node, program).dtype
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.errors import StrictError, UnsupportedError
-from fxsp.passes.attention import SDPA
+from fxsp.passes.attention_ops import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
 from fxsp.passes.decide import hint
@@ -198,7 +198,7 @@ class Converter:
         What runs on it next may depend on that: random numbers are drawn in the order of memory, the branches of a
         ``cond`` must agree, and code outside of the graph may take a view of an output.  Attention does not care.
         """
-        if all(user.target is SDPA for user in value.node.users):
+        if all(user.target in ATTENTION_OPS for user in value.node.users):
             return x
         shape, strides = shape_of(value.node), value.node.meta["val"].stride()
         dims = list(range(len(shape)))

@@ -22,19 +22,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from fxsp.passes.attention import SDPA, AttentionChoice, distributed_attention
+from fxsp.passes.attention import AttentionChoice, distributed_attention
+from fxsp.passes.attention_ops import ATTENTION_OPS, SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.grouped import chain_of, repeat_heads, repeated_heads
 from fxsp.passes.lower_ring import lower_ring
 from fxsp.torch_internals import saved_tag
-from fxsp.types import Length, Segment, Sequence, as_length, same_length
+from fxsp.types import Length, Segment, Sequence, Shard, as_length, same_length
 
 __all__ = ["LowerAttention"]
 
@@ -44,7 +45,6 @@ _SAVED = (
     torch.ops.fxsp.all_to_all_within.default,
     torch.ops.fxsp.gather_used.default,
     torch.ops.fxsp.ring_attention.default,
-    SDPA,
 )
 
 
@@ -75,11 +75,12 @@ class LowerAttention:
             for written in _between(before, node):
                 written.meta["attention_record"] = node.meta["attention_record"]
                 # In an activation checkpoint, what was exchanged is saved: else it would be exchanged once more.
-                if "recompute" in node.meta and written.target in _SAVED:
+                if "recompute" in node.meta and (written.target in _SAVED or written.target in ATTENTION_OPS):
                     written.meta.update(saved_tag())
             new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
             node.replace_all_uses_with(new)
-            repeats = [n for name in ("key", "value") for n in list(chain_of(_node(node.kwargs[name])))[:-1]]
+            op = node.meta["attention"].op
+            repeats = [n for name in (op.key, op.value) for n in list(chain_of(_node(node.kwargs[name])))[:-1]]
             graph.erase_node(node)
             for old in dict.fromkeys(repeats):
                 if not old.users:
@@ -101,10 +102,13 @@ class _Lowering:
         self.size = build.ranks.size
         self.cache = cache
         self.choice: AttentionChoice = node.meta["attention"]
+        self.op = self.choice.op
         self.args = dict(node.kwargs)
+        self.mask = self.args.get(self.op.mask) if self.op.mask is not None else None
+        self.causal = self.args.get(self.op.causal) if isinstance(self.op.causal, str) else self.op.causal
         self.repeat = 1
         value = node.meta["global_val"]
-        self.shape = [as_length(n) for n in value.shape]
+        self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
         self.device, self.itemsize = value.device, value.element_size()
         self.queries_as_they_come, self.keys_as_they_come = self._as_they_come()
 
@@ -115,30 +119,45 @@ class _Lowering:
         another.  Keys and values may, if there is no mask at all, and no pads.  Of one segment pads stand at the end:
         there the causal flag itself hides them from all tokens, and queries and keys keep them alike.
         """
-        mask, queries, keys = self.args.get("attn_mask"), self.choice.queries, self.choice.keys
-        if keys is None or any(queries.whole):
+        mask, queries, keys = self.mask, self.choice.queries, self.choice.keys
+        if keys is None or any(queries.whole) or self.op.positional or self.op.per_head:
             return False, False
-        if self.args.get("is_causal"):
+        if self.causal:
             alike = mask is None and len(queries.segments) == 1 and queries.same_as(keys)
             return alike, alike
-        return not _has_rows(mask), mask is None and not any(keys.whole) and not keys.has_pads(self.size)
+        free = not _has_rows(mask), mask is None and not any(keys.whole) and not keys.has_pads(self.size)
+        # An operator that is registered may want as many queries as keys.
+        return free if self.op.op is SDPA or all(free) else (False, False)
 
     def lower(self) -> Node:
-        q, k, v = (_node(self.args[n]) for n in ("query", "key", "value"))
+        q, k, v = (self._heads_first(_node(self.args[n])) for n in (self.op.query, self.op.key, self.op.value))
         (plain_k, times), (plain_v, others) = repeated_heads(k), repeated_heads(v)
         if times == others == self.choice.repeat:
             # Otherwise a conversion stands between, and they are exchanged repeated.
             k, v, self.repeat = plain_k, plain_v, times
             if self.choice.spread > 1:
                 k, v = (self._spread(x, self.choice.spread) for x in (k, v))
-                self.repeat //= self.choice.spread
+                self.repeat = max(1, self.repeat // self.choice.spread)
         if self.choice.method in ("ring", "hybrid"):
             return lower_ring(self.build, self.choice, q, k, v, self.args)
         if self.choice.method == "ulysses":
-            return self._ulysses(q, k, v)
+            return self._turned(self._ulysses(q, k, v))
         if self.choice.keys is not None:
             k, v = self._gather_kv(k, v, self.choice.keys)
-        return self._rows(q, k, v)
+        return self._turned(self._rows(q, k, v))
+
+    def _heads_first(self, x: Node) -> Node:
+        """An operand as ``[B, H, S, D]``."""
+        new = self._turned(x)
+        if new is not x:
+            type_ = x.meta["sp"]
+            new.meta["sp"] = replace(type_, dim=2) if isinstance(type_, Shard) else type_
+            new.meta["global_val"] = x.meta["global_val"].transpose(1, 2)
+        return new
+
+    def _turned(self, x: Node) -> Node:
+        """``[B, H, S, D]`` in the operator's layout, or the other way round."""
+        return x if self.op.heads_first else self.build.call(aten.transpose.int, x, 1, 2)
 
     def _spread(self, x: Node, times: int) -> Node:
         """Heads repeated before the exchange, so that they divide over the ranks."""
@@ -155,13 +174,30 @@ class _Lowering:
             k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
         return self.build.call(SDPA, q, k, v, mask, 0.0, causal, **extra)
 
+    def _attend(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
+        """The operator itself, on this rank."""
+        if self.op.op is SDPA:
+            return self._sdpa(q, k, v, mask, causal)
+        given = dict(self.args)
+        for name, x in zip((self.op.query, self.op.key, self.op.value), (q, k, v), strict=True):
+            laid = self._turned(x)
+            given[name] = laid if self.op.strided else self.build.call(aten.contiguous.default, laid)
+        if self.op.mask is not None:
+            given[self.op.mask] = mask
+        if isinstance(self.op.causal, str):
+            given[self.op.causal] = causal
+        out = self.build.call(self.op.op, **given)
+        if len(self.op.op._schema.returns) > 1:
+            out = self.build.call(operator.getitem, out, self.op.output)
+        return self._turned(out)
+
     # Queries stay, keys and values are whole.
 
     def _rows(self, q: Node, k: Node, v: Node) -> Node:
-        mask, causal = self.args.get("attn_mask"), self.args.get("is_causal")
+        mask, causal = self.mask, self.causal
         if causal:
             mask, causal = self._causal_rows(k), False
-        return self._sdpa(q, k, v, mask, causal)
+        return self._attend(q, k, v, mask, causal)
 
     def _causal_rows(self, k: Node) -> Node:
         """``key position <= query position``, ``[Lq, S]``, for this rank's rows; the flag means the upper left."""
@@ -202,7 +238,7 @@ class _Lowering:
             (q,) = self._to_heads([q], heads[:1], *rows)
             (k,) = self._to_heads([k], heads[1:2], *columns)
             (v,) = self._to_heads([v], heads[2:], *columns)
-        out = self._sdpa(q, k, v, self.args.get("attn_mask"), self.args.get("is_causal"))
+        out = self._attend(q, k, v, self.mask, self.causal)
         return self._to_tokens(out, heads[0], choice.queries)
 
     def _split_whole(self, sequence: Sequence) -> tuple[list[tuple[int, Length, Length, Segment]], Sequence]:

@@ -163,6 +163,8 @@ class _Partitioner(Converter):
         assert isinstance(producer, Node)
         assert isinstance(index, int)
         made = self.copies[producer]
+        if isinstance(made, list) and made[index] is None:
+            return  # nobody uses it
         new = made[index] if isinstance(made, list) else self.build.call(operator.getitem, made, index)
         self.values[node] = Value(node, [(node.meta["sp"], self.typed(new, node.meta["sp"], node))])
 
@@ -226,7 +228,7 @@ class _Partitioner(Converter):
 
         self._copied(node, self.graph.node_copy(node, argument))
 
-    def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Node | list[Node]:
+    def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Any:
         """Write the call for local operands."""
         result = decision.results[0]
         first = next(iter(arguments.values()))
@@ -306,13 +308,16 @@ class _Partitioner(Converter):
         own = own if type_.plain else back(own, type_.sequence.local_length(self.ranks.size))
         return self.build.call(aten.mul.Tensor, arguments["input"], own)
 
-    def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Node:
+    def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Any:
+        place = module_path(node), node_source(node)
         self.program.report.attentions.append(
-            AttentionRecord(module_path(node), node_source(node), choice.method, choice.sent, choice.rejected)
+            AttentionRecord(*place, choice.method, choice.sent, choice.rejected, choice.detail)
         )
         new = self.build.call(distributed_attention, **arguments)
         new.meta["attention"] = choice
         new.meta["attention_record"] = len(self.program.report.attentions) - 1
+        if isinstance(node.meta["val"], (tuple, list)):
+            return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
         return new
 
 

@@ -102,21 +102,11 @@ class Propagate:
             return Decision(tuple(types), tuple(Replicate() for _ in call.result_shapes()))
         if not any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, "all operands are whole")
-        size = program.ranks.size
         structural = (
             decide_structure(call, types)
             or decide_overwrite(call, types)
             or decide_loss(call, types)
-            or decide_attention(
-                call,
-                types,
-                size,
-                program.ulysses_degree,
-                program.ring_degree,
-                program.latency,
-                program.bandwidth,
-                program.graph.output_node().all_input_nodes,
-            )
+            or decide_attention(call, types, program)
         )
         if structural is None and not operands[0].meta["sp_free"]:
             structural = decide_pick(call, types)

@@ -69,8 +69,9 @@ def infer_local(program: Program) -> None:
 def _run(node: Node) -> Any:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["local_val"])
     if node.target is distributed_attention:
-        q: Any = kwargs["query"]
-        v: Any = kwargs["value"]
+        op = node.meta["attention"].op
+        q: Any = kwargs[op.query]
+        v: Any = kwargs[op.value]
         return q.new_empty(*q.shape[:-1], v.shape[-1])
     plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
     if not plain and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):

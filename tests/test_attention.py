@@ -299,7 +299,8 @@ def test_gather_kv_is_one_all_gather(heads: str, tokens: str, size: int) -> None
     (attention,) = program.report.attentions
     assert attention.bytes == first[1]
     rejected = dict(attention.rejected)
-    assert "heads do not divide over" in rejected["ulysses"]
+    # One head can be repeated, so that there are enough to exchange, but that is not cheaper.
+    assert ("heads do not divide over" if heads == "indivisible" else "bytes per rank in") in rejected["ulysses"]
     assert "ring" in rejected
 
 

@@ -1,0 +1,130 @@
+"""Which of the legal ways to run an attention is taken: the cheapest, unless degrees are given.
+
+Heads are exchanged where they divide, and nothing is cheaper by the costs of :mod:`fxsp.passes.attention_cost`.  For a
+causal attention nothing else is considered then: a kernel that knows the causal flag skips half of the work, and on a
+rank's own queries the flag would have to become a mask.  Where heads do not divide, fewer key/value heads may be
+repeated before the exchange, so that they do; an exchange within a ring, a ring, or gathered keys and values are the
+others.  Heads are never padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fxsp.passes.attention_cost import Candidate, Link, exchange_bytes, factorizations
+from fxsp.passes.base import Program
+from fxsp.types import Length, Sequence, as_length, product, same_length
+
+__all__ = ["Question", "choose", "ring_refusal"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One attention whose queries, keys and values are split by tokens."""
+
+    #: Global shapes ``[B, H, S, D]`` (or without heads); keys and values with the heads that travel.
+    q: tuple[Length, ...]
+    k: tuple[Length, ...]
+    v: tuple[Length, ...]
+    queries: Sequence
+    keys: Sequence
+    #: The queries as a fake tensor: dtype and device.
+    like: torch.Tensor
+    #: How often keys and values are repeated for the query heads, after they have travelled.
+    repeat: int
+    program: Program
+    causal: bool = False
+    #: Why it cannot run on some of the queries, or block by block; empty where it can.
+    per_rows: str = ""
+    blocks: str = ""
+
+    @property
+    def kv_bytes(self) -> Length:
+        """Local bytes of keys and values; rows of whole segments do not travel with them."""
+        rows = self.keys.split_length(self.program.ranks.size)
+        return product((*self.k[:-2], rows, self.k[-1] + self.v[-1], self.like.element_size()))
+
+    @property
+    def q_bytes(self) -> Length:
+        """Local bytes of queries and output; the output brings rows of whole segments the other ranks' heads."""
+        size = self.program.ranks.size
+        width = self.queries.split_length(size) * self.q[-1] + self.queries.local_length(size) * self.v[-1]
+        return product((*self.q[:-2], as_length(width), self.like.element_size()))
+
+    @property
+    def gathered_bytes(self) -> Length:
+        """Bytes of all keys and values."""
+        return product((*self.k[:-2], self.keys.length, self.k[-1] + self.v[-1], self.like.element_size()))
+
+    def exchange(self, method: str, u: int, r: int) -> Candidate:
+        """Heads exchanged among ``u`` ranks, in a ring of ``r``."""
+        spread = _spread(self.q, self.k, u)
+        kv_bytes = as_length(self.kv_bytes * spread)
+        k = (self.k[0], as_length(self.k[1] * spread), *self.k[2:]) if len(self.k) == 4 else self.k
+        refusal = (self.blocks or ring_refusal(self.q, self.k, self.repeat)) if r > 1 else ""
+        refusal = refusal or _ulysses_refusal(self.q, k, u)
+        return Candidate(method, u, r, exchange_bytes(self.q_bytes, kv_bytes, u, r), spread, refusal)
+
+    def gather(self) -> Candidate:
+        """All keys and values on every rank."""
+        return Candidate("gather_kv", 1, 1, as_length((self.program.ranks.size - 1) * self.kv_bytes), 1, self.per_rows)
+
+
+def choose(question: Question) -> tuple[Candidate | None, tuple[tuple[str, str], ...], str]:
+    """The way that is taken, the others with their costs or why they are not legal, and the costs of the one taken.
+
+    None if no way is legal.
+    """
+    program = question.program
+    link = Link.of(question.like.device.type, program.latency, program.bandwidth)
+    whole, *rings = (question.exchange(*way) for way in factorizations(program.ranks.size))
+    gather = question.gather()
+    ways = (whole, gather, *rings)
+    legal = [way for way in ways if not way.refusal]
+    asked = next((c for c in rings if c.ring == program.ring_degree and not c.refusal), None)
+    usual = question.queries.same_as(question.keys) and whole.spread == 1
+    best: Candidate | None = None
+    if asked is not None:
+        best = asked
+    elif not whole.refusal and (usual or program.ulysses_degree not in (None, 1)):
+        # Never more than two messages, and each rank holds keys and values of its own heads only.
+        best = whole
+    elif legal:
+        few = legal if whole.refusal else [way for way in legal if way in (whole, gather)]
+        best = min(few, key=lambda c: (c.seconds(link), c.messages))
+    rejected = tuple((c.name, c.text(link)) for c in ways if c is not best)
+    return best, rejected, ""
+
+
+def _spread(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> int:
+    """How often to repeat key/value heads before the exchange, so that they divide over the ranks; 1 if it is moot."""
+    if len(q) != 4 or not isinstance(q[1], int) or not isinstance(k[1], int) or q[1] % k[1]:
+        return 1
+    shared = q[1] // k[1]
+    fits = (n for n in range(1, shared + 1) if shared % n == 0 and k[1] * n % size == 0)
+    return next(fits, 1)
+
+
+def ring_refusal(q: tuple[Length, ...], k: tuple[Length, ...], repeat: int) -> str:
+    """Why keys and values cannot go around a ring, or nothing; ``k`` has the heads that travel."""
+    if len(q) != 4 or len(k) != 4:
+        return f"queries of {len(q)} dimensions have no head dimension"
+    if not isinstance(q[1], int) or not isinstance(k[1], int) or q[1] % (k[1] * repeat):
+        return f"{k[1]} key/value heads do not divide {q[1]} query heads"
+    if not same_length(q[0], k[0]):
+        return "queries and keys differ in batch size"
+    return ""
+
+
+def _ulysses_refusal(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> str:
+    """Why heads cannot be exchanged, or nothing."""
+    if len(q) != 4 or len(k) != 4:
+        return f"queries of {len(q)} dimensions have no head dimension"
+    for name, heads in (("query", q[1]), ("key/value", k[1])):
+        if not isinstance(heads, int) or heads % size:
+            return f"{heads} {name} heads do not divide over {size} ranks"
+    if not same_length(q[0], k[0]):
+        return "queries and keys differ in batch size"
+    return ""
