@@ -181,6 +181,7 @@ def _partition(
         training=_is_training(inputs),
         strict=options.strict,
         grad_reduce=options.grad_reduce,
+        rng=options.rng,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
         latency=options.latency,

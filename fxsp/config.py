@@ -24,6 +24,7 @@ __all__ = ["Degrees", "Options", "resolve_degrees", "resolve_ranks"]
 _CHOICES = {
     "inner": ("inductor", "aot_eager", "eager"),
     "grad_reduce": ("all_reduce", "defer"),
+    "rng": ("global", "per_rank"),
 }
 _FLAGS = ("strict", "check_inputs", "verify")
 _COSTS = {"latency": "seconds", "bandwidth": "bytes per second above 0"}
@@ -51,6 +52,8 @@ class Options:
     strict: bool = False
     #: ``"defer"`` leaves the gradients of parameters as summands for an outer reducer.
     grad_reduce: Literal["all_reduce", "defer"] = "all_reduce"
+    #: ``"per_rank"``: dropout draws on each rank for its own elements, not as one device would draw for all.
+    rng: Literal["global", "per_rank"] = "global"
     #: Compare the inputs of all ranks at every call.
     check_inputs: bool = False
     #: Stages after which the graph is printed.

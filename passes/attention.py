@@ -120,7 +120,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
         return None
     if not len(q) == len(k) == len(v) or not all(same_length(a, b) for a, b in zip(k[:-1], v[:-1], strict=True)):
         return None  # broadcast in ways that no exchange knows
-    _refuse_dropout(call, op)
+    dropped = _check_dropout(call, op, program)
     keys = next((t.sequence for t in kv_types if isinstance(t, Shard)), None)
     per_rows, why = op.rows_refusal(call, q, k), op.refusal(call)
     if len(q) != 4 and op.op is not SDPA:
@@ -141,7 +141,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
             k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
         question = Question(
             q, k, v, q_type.sequence, keys, call[op.query].meta["val"], repeat, program,
-            causal=op.causal_in(call), per_rows=per_rows, blocks="" if op.blocks else f"blocks of {op.op} do not merge",
+            causal=op.causal_in(call), per_rows=per_rows, blocks=_blocks_refusal(op, dropped),
         )  # fmt: skip
         best, rejected, detail = choose(question)
         if best is None:
@@ -203,13 +203,26 @@ def _reason(types: list[Type], needed: tuple[Type, ...]) -> str:
     return ""
 
 
-def _refuse_dropout(call: Call, op: AttentionOp) -> None:
-    if op.dropout is not None and call.get(op.dropout):
-        raise UnsupportedError(
-            f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}): attention dropout "
-            f"({op.dropout}={call[op.dropout]}) on split tokens cannot draw the same mask as one device. "
-            "Set the dropout of attention to 0, or call model.eval()."
-        )
+def _blocks_refusal(op: AttentionOp, dropped: bool) -> str:
+    """Why an attention cannot be computed block by block, or nothing."""
+    if not op.blocks:
+        return f"blocks of {op.op} do not merge"
+    return "attention with dropout is not computed block by block" if dropped else ""
+
+
+def _check_dropout(call: Call, op: AttentionOp, program: Program) -> bool:
+    """Whether dropout is active; refuses it where nobody has said that another draw than one device's will do."""
+    p = call.get(op.dropout) if op.dropout is not None else None
+    if not p:
+        return False
+    if op.op is SDPA and program.rng == "per_rank":
+        return True
+    accept = ', or accept another draw: options={"rng": "per_rank"}' if op.op is SDPA else ""
+    raise UnsupportedError(
+        f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}): attention dropout "
+        f"({op.dropout}={p}) on split tokens cannot draw the same mask as one device. "
+        f"Set the dropout of attention to 0, or call model.eval(){accept}."
+    )
 
 
 assert overloads("scaled_dot_product_attention") == [SDPA]

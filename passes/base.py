@@ -41,6 +41,8 @@ class Program:
     strict: bool = False
     #: ``"all_reduce"``, or ``"defer"``: leave parameter gradients partial for an outer reducer.
     grad_reduce: str = "all_reduce"
+    #: ``"global"``, or ``"per_rank"``: dropout draws by position, each rank for itself.
+    rng: str = "global"
     #: Degrees that the user fixed, or None.
     ulysses_degree: int | None = None
     ring_degree: int | None = None

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+import fxsp.kernels.draws
 import fxsp.kernels.ops  # noqa: F401  (registers the operators)
 from fxsp.kernels.collectives import summand_dtype
 from fxsp.report import CollectiveRecord, Report
@@ -121,6 +122,10 @@ class Builder:
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
         rank, size, _ = self._ranks()
         return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device)
+
+    def seed(self, device: torch.device) -> Node:
+        """A number that the generators of all ranks agree on, int64 ``[1]``."""
+        return self.call(aten.randint.default, 2**62, [1], dtype=torch.int64, device=device)
 
     def take(self, x: Node, dim: int) -> Node:
         rank, size, _ = self._ranks()

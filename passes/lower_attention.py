@@ -45,6 +45,7 @@ _SAVED = (
     torch.ops.fxsp.all_to_all_within.default,
     torch.ops.fxsp.gather_used.default,
     torch.ops.fxsp.ring_attention.default,
+    aten.randint.default,  # the seed of a dropout: another one would drop other elements
 )
 
 
@@ -166,6 +167,8 @@ class _Lowering:
         return new
 
     def _sdpa(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
+        if self.args.get("dropout_p"):
+            return self._dropped(q, k, v, mask, causal)
         extra = {n: self.args[n] for n in ("scale", "enable_gqa") if self.args.get(n) not in (None, False)}
         if self.repeat > 1 and mask is None:
             extra["enable_gqa"] = True  # the kernel reads each key as often as it is needed
@@ -190,6 +193,25 @@ class _Lowering:
         if len(self.op.op._schema.returns) > 1:
             out = self.build.call(operator.getitem, out, self.op.output)
         return self._turned(out)
+
+    def _dropped(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
+        """With active dropout: each element's draw depends on its place in the whole attention."""
+        call, queries = self.build.call, self.choice.queries
+        heads = self.shape[-3] if len(self.shape) > 2 else 1
+        every = call(aten.arange.default, self.build.size(heads), device=self.device)
+        if self.choice.method == "ulysses":
+            every = self.build.take(every, 0)
+            # Queries may have come in another order; then this is another draw, and no worse.
+            come = as_length(queries.local_length(self.size) * self.size)
+            length = come if self.queries_as_they_come else queries.length
+            rows = call(aten.arange.default, self.build.size(length), device=self.device)
+        else:
+            rows = self.build.positions(queries, self.device)
+        k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
+        return call(
+            torch.ops.fxsp_local.dropped_attention.default, q, k, v, mask, self.args["dropout_p"], bool(causal),
+            self.args.get("scale"), bool(self.args.get("enable_gqa")), self.build.seed(self.device), rows, every,
+        )  # fmt: skip
 
     # Queries stay, keys and values are whole.
 

@@ -298,7 +298,19 @@ class _Partitioner(Converter):
         return new
 
     def _dropout(self, node: Node, call: Call, arguments: dict[str, Any], type_: Shard) -> Node:
-        """Active dropout: every rank draws for the whole value, as one device does, and uses its own rows."""
+        """Active dropout: every rank draws for the whole value, as one device does, and uses its own rows.
+
+        With ``rng="per_rank"`` a rank draws for its own rows only, by their positions.
+        """
+        if self.program.rng == "per_rank":
+            self._note_draw()
+            x, p = arguments["input"], arguments["p"]
+            own, dim, back = self.expose(x, shape_of(node), type_)
+            device = node.meta["val"].device
+            rows = self.build.positions(type_.sequence, device)
+            return back(
+                self.build.call(torch.ops.fxsp_local.dropout.default, own, self.build.seed(device), rows, dim, p)
+            )
         like = node.meta["val"]
         sizes = self.build.sizes(shape_of(node))
         ones = self.build.call(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
@@ -308,8 +320,15 @@ class _Partitioner(Converter):
         own = own if type_.plain else back(own, type_.sequence.local_length(self.ranks.size))
         return self.build.call(aten.mul.Tensor, arguments["input"], own)
 
+    def _note_draw(self) -> None:
+        note = "dropout of split values draws by position (rng='per_rank'): not the draw of one device"
+        if note not in self.program.report.notes:
+            self.program.report.notes.append(note)
+
     def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Any:
         place = module_path(node), node_source(node)
+        if choice.op.dropout is not None and arguments.get(choice.op.dropout):
+            self._note_draw()
         self.program.report.attentions.append(
             AttentionRecord(*place, choice.method, choice.sent, choice.rejected, choice.detail)
         )
