@@ -102,6 +102,8 @@ def compile_graph(
     report = Report()
     captured = capture(gm, options.plan)
     report.notes.extend(captured.notes)
+    if captured.root is not None:
+        report.root = type(captured.root).__name__
     translation = torch_internals.Translation.current()
     report.notes.extend(translation.said() if translation is not None else [])
     runner = stages or StageWriter(options.print, ranks)

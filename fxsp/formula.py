@@ -5,7 +5,7 @@ tokens that travel, ``ceil(S/P)`` for each segment that is split and ``S`` for o
 leaves the rank::
 
     gather, all_gather          (P - 1)      everyone else gets the rank's rows
-    all_to_all, reduce_scatter  (P - 1)/P    one part in P stays at home
+    all_to_all, reduce_scatter  (P - 1)/P    one part in P stays at home; among U ranks only, one in U
     all_reduce                  2(P - 1)/P   a reduce-scatter and an all-gather
     rotation                    1            one place on, in a ring
 
@@ -39,13 +39,15 @@ _SHARES = {
 }
 
 
-def _share(text: str, size: int) -> Fraction:
+def _share(text: str, size: int, members: int = 0) -> Fraction:
     shares = {
         "": Fraction(1),
         "1/P": Fraction(1, size),
         "(P-1)": Fraction(size - 1),
         "(P-1)/P": Fraction(size - 1, size),
     }
+    if members:
+        shares["(U-1)/U"] = Fraction(members - 1, members)
     return shares.get(text, Fraction(2 * (size - 1), size))
 
 
@@ -78,6 +80,8 @@ class Formula:
     share: str
     #: What travels: ``(key of the length, whether it is split over the ranks)``.
     tokens: tuple[tuple[tuple[str, int], bool], ...] = ()
+    #: U, where the share speaks of it.
+    members: int = 0
 
     def __call__(self, size: int, lengths: Mapping[str, int] | None = None) -> int:
         """The bytes on ``size`` ranks; ``lengths`` replaces the lengths of the sequences that it names."""
@@ -85,7 +89,7 @@ class Formula:
         for (what, length), split in self.tokens:
             n = (lengths or {}).get(what, length)
             rows += -(-n // size) if split else n
-        return int(-(-self.per_token * rows * _share(self.share, size) // 1))
+        return int(-(-self.per_token * rows * _share(self.share, size, self.members) // 1))
 
     def text(self, names: Names) -> str:
         """``3072·(⌈S1/P⌉+⌈S2/P⌉)·(P-1)/P``."""
@@ -96,14 +100,17 @@ class Formula:
         return "·".join([*factors, *([self.share] if self.share else [])])
 
 
-def formula_of(kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int, ...], size: int) -> Formula | None:
+def formula_of(
+    kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int, ...], size: int, members: int = 0
+) -> Formula | None:
     """The formula of one collective, or None if the bytes counted do not have that form.
 
-    ``sent`` are the bytes counted on ``size`` ranks, ``lengths`` those of the segments of ``tokens``, as numbers.
+    ``sent`` are the bytes counted on ``size`` ranks, ``lengths`` those of the segments of ``tokens``, as numbers;
+    ``members``: it is among so many ranks only.
     """
     if kind not in _SHARES or (tokens is None and kind != "all_reduce"):
         return None
-    share = _SHARES[kind]
+    share = "(U-1)/U" if members else _SHARES[kind]
     travelling: list[tuple[tuple[str, int], bool]] = []
     rows = 0
     for segment, n in zip(tokens.segments, lengths, strict=True) if tokens is not None else ():
@@ -113,10 +120,10 @@ def formula_of(kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int
             return None
         travelling.append(((segment.name, n), segment.sharded))
         rows += -(-n // size) if segment.sharded else n
-    per_token = Fraction(sent) / (_share(share, size) * (rows if travelling else 1))
+    per_token = Fraction(sent) / (_share(share, size, members) * (rows if travelling else 1))
     if per_token.denominator != 1 and travelling:
         return None
-    formula = Formula(per_token, share, tuple(travelling))
+    formula = Formula(per_token, share, tuple(travelling), members)
     return formula if formula(size) == sent else None
 
 
@@ -137,8 +144,8 @@ def memory_formulas(memory: Memory, number: Callable[[Any], int], size: int) -> 
 
 def format_formulas(formulas: Iterable[Formula], names: Names) -> str:
     """A sum of formulas; those of one form are one term."""
-    sums: dict[tuple[str, tuple[tuple[tuple[str, int], bool], ...]], Fraction] = {}
+    sums: dict[tuple[str, tuple[tuple[tuple[str, int], bool], ...], int], Fraction] = {}
     for f in formulas:
-        key = (f.share, f.tokens)
+        key = (f.share, f.tokens, f.members)
         sums[key] = sums.get(key, Fraction(0)) + f.per_token
     return " + ".join(Formula(total, *key).text(names) for key, total in sums.items())

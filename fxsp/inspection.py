@@ -22,6 +22,7 @@ __all__ = [
     "module_path",
     "node_source",
     "op_text",
+    "places_text",
     "plan_lines",
     "section",
 ]
@@ -55,12 +56,19 @@ def format_report(report: Report) -> str:
     return "\n".join(lines) if lines else "nothing to report: no plan entry applied"
 
 
-def section(title: str, body: Iterable[str]) -> list[str]:
+def places_text(records: Iterable[CollectiveRecord | AttentionRecord]) -> str:
+    """Where records come from, alike ones once: ``blocks.*.attn (model.py:12), head (model.py:30) and 2 more``."""
+    found = list(dict.fromkeys((_pattern(r.module), r.source) for r in records))
+    shown = ", ".join(f"{module} ({source})" if source else module for module, source in found[:2])
+    return shown + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+
+
+def section(title: str, body: Iterable[str], limit: int = _LIMIT) -> list[str]:
     """A title and its lines, cut where they are many; nothing without lines."""
     rows = list(body)
     if not rows:
         return []
-    cut = rows[:_LIMIT] if len(rows) > _LIMIT + 1 else rows
+    cut = rows[:limit] if len(rows) > limit + 1 else rows
     more = [f"  … and {len(rows) - len(cut)} more"] if len(cut) < len(rows) else []
     return [f"{title}:", *(f"  {row}" for row in cut), *more]
 
@@ -93,7 +101,7 @@ def attention_lines(records: list[AttentionRecord], formulas: Sequence[str] = ()
     )
     for (module, method, _, rejected, detail, _, _), group in _groups(keyed):
         record, text = group[0]
-        where = module or record.source
+        where = " ".join([*([module] if module else []), *([f"({record.source})"] if record.source else [])])
         line = f"{len(group)} x {method}" + (f" in {where}" if where else "") + f": {_sent(record.bytes)} each"
         if detail:
             line += f"; {detail}"
@@ -115,7 +123,9 @@ def memory_text(record: AttentionRecord, formula: str = "") -> str:
 def _collectives(records: list[CollectiveRecord]) -> Iterator[str]:
     for (kind, reason), group in _groups(((r.kind, r.reason), r) for r in records):
         line = f"{len(group):4d} x {kind:<14} {_sent(_total(r.bytes for r in group))}"
-        yield f"{line}  {reason}".rstrip()
+        place = places_text(group)
+        about = ", ".join(text for text in (reason, f"in {place}" if place else "") if text)
+        yield f"{line}  {about}".rstrip()
     if records:
         yield f"{len(records):4d}   {'in all':<14} {_sent(_total(r.bytes for r in records))}"
 

@@ -117,4 +117,4 @@ def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[
 
 def _formula(record: CollectiveRecord, sent: int, size: int, number: Callable[[Any], int]) -> Formula | None:
     lengths = () if record.tokens is None else tuple(number(n) for n in record.tokens.lengths)
-    return formula_of(record.kind, sent, record.tokens, lengths, size)
+    return formula_of(record.kind, sent, record.tokens, lengths, size, record.members)

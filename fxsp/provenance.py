@@ -6,6 +6,8 @@ here they are put in a row, from the value that was asked for back to the plan.
 
 from __future__ import annotations
 
+import re
+
 from torch.fx import Node
 
 from fxsp.formula import format_formulas
@@ -14,6 +16,7 @@ from fxsp.passes.base import Program
 from fxsp.plan import did_you_mean, listing
 from fxsp.printer import format_bytes
 from fxsp.report import CollectiveRecord
+from fxsp.screen import legend_text
 from fxsp.source import module_path, node_source
 from fxsp.types import Shard
 
@@ -28,21 +31,27 @@ class UnknownNameError(KeyError):
 
 
 def reasons(name: str, program: Program, measures: Measures) -> list[str]:
-    """Lines that say why; raises :class:`UnknownNameError` if there is no value and no module of that name."""
+    """Lines that say why; raises :class:`UnknownNameError` if there is no value and no module of that name.
+
+    A name is that of a value of either program, of a collective, of a module, or of an input or parameter.
+    """
     old = {n.name: n for n in program.facts["global"].graph.nodes if n.op != "output"}
     new = {n.name: n for n in program.graph.nodes if n.op != "output"}
-    records = program.report.collectives
-    collective = next((i for i, record in enumerate(records) if record.value == name), None)
-    if collective is not None:
-        return _collective(records[collective], collective, program, measures, new[name], old)
+    collective = [i for i, record in enumerate(program.report.collectives) if record.value == name]
+    if collective:
+        return _collective(collective, program, measures, new, old)
     if name in old:
         return _value(old[name])
     if name in new:
         node = new[name]
         stands_for = node.meta.get("global_name", "")
-        head = f"{name}: {node.meta.get('sp', 'a step of a conversion')} {_place(node)}".rstrip()
-        return [head, *(f"  {line}" for line in (_value(old[stands_for]) if stands_for in old else ()))]
-    inside = [n for n in old.values() if _within(module_path(n), name)]
+        head = f"{name}: {node.meta.get('sp', 'a step of a conversion')} {_place(node, program)}".rstrip()
+        source = old.get(stands_for) or _ancestor(node, old)
+        return [head, *(f"  {line}" for line in (_value(source) if source is not None else ()))]
+    found = [n for n in old.values() if n.op == "placeholder" and _plain(n.name) == _plain(name)]
+    if found:
+        return _value(found[0])
+    inside = [n for n in old.values() if name == program.report.root or _within(module_path(n), name)]
     if inside:
         return _module(name, inside, program, measures, new, old)
     modules = {module_path(n) for n in old.values()} - {""}
@@ -53,13 +62,38 @@ def reasons(name: str, program: Program, measures: Measures) -> list[str]:
     )
 
 
+def _plain(name: str) -> str:
+    """``blocks.0.qkv.weight`` and ``l_self_modules_blocks_modules_0_modules_qkv_parameters_weight_`` alike."""
+    words = re.split(r"[._]+", name.lower())
+    if words[0] in ("l", "g") and words[-1] == "":
+        words = words[1:]
+    return " ".join(w for w in words if w not in ("self", "kwargs", "modules", "parameters", "buffers", ""))
+
+
 def _within(path: str, name: str) -> bool:
     return path == name or path.startswith(f"{name}.")
 
 
-def _place(node: Node) -> str:
-    parts = [part for part in (module_path(node), node_source(node)) if part]
+def _place(node: Node, program: Program | None = None) -> str:
+    root = program.report.root if program is not None else ""
+    parts = [part for part in (module_path(node) or root, node_source(node)) if part]
     return f"({', '.join(parts)})" if parts else ""
+
+
+def _ancestor(node: Node, old: dict[str, Node]) -> Node | None:
+    """The nearest value of the global program, split if there is one, that a step of a conversion was made of."""
+    queue, seen = [node], {node}
+    first = None
+    for current in queue:
+        found = old.get(current.meta.get("global_name", ""))
+        if found is not None and current is not node:
+            if isinstance(found.meta.get("sp"), Shard):
+                return found
+            first = first or found
+            continue
+        queue += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(current.all_input_nodes)
+    return first
 
 
 def _value(node: Node) -> list[str]:
@@ -88,29 +122,55 @@ def _value(node: Node) -> list[str]:
 
 
 def _collective(
-    record: CollectiveRecord, i: int, program: Program, measures: Measures, node: Node, old: dict[str, Node]
+    which: list[int], program: Program, measures: Measures, new: dict[str, Node], old: dict[str, Node]
 ) -> list[str]:
-    formula = measures.formulas[i]
-    lines = [f"{record.value}: {record.kind}, {format_bytes(measures.sent[i])} per rank {_place(node)}".rstrip()]
-    if formula is not None:
-        lines.append(f"  bytes: {format_formulas([formula], measures.names)}")
+    """One collective, or the steps of a ring, which are one value."""
+    record, node = program.report.collectives[which[0]], new[program.report.collectives[which[0]].value]
+    formulas = [f for i in which if (f := measures.formulas[i]) is not None]
+    sent = format_bytes(sum(measures.sent[i] for i in which))
+    times = f"{len(which)} x " if len(which) > 1 else ""
+    lines = [f"{record.value}: {times}{record.kind}, {sent} per rank {_place(node, program)}".rstrip()]
+    if formulas:
+        lines.append(f"  bytes: {format_formulas(formulas, measures.names)}; {legend_text(measures)}")
     lines.append(f"  why: {record.reason or 'a value is needed in another form'}")
+    attention = next(
+        (a for a in program.report.attentions if (a.module, a.source) == (record.module, record.source)), None
+    )
+    if attention is not None and "attention" in record.reason:
+        lines.append(f"  method: {attention.method}" + (f"; {attention.detail}" if attention.detail else ""))
+        lines += [f"    not {method}: {why}" for method, why in attention.rejected]
     lines.append(f"  what would remove it: {_remedy(record, program)}")
-    source = next((n for n in [node, *node.all_input_nodes] if n.meta.get("global_name") in old), None)
+    gradients: dict[tuple[str, str], list[int]] = {}
+    for i, b in enumerate(program.report.backward):
+        if b.value == record.value:
+            gradients.setdefault((b.kind, b.reason), []).append(measures.sent_backward[i])
+    for (kind, reason), sizes in gradients.items():
+        times = f"{len(sizes)} x " if len(sizes) > 1 else ""
+        lines.append(f"  backward: {times}{kind}, {format_bytes(sum(sizes))} per rank: {reason}")
+    source = old.get(node.meta.get("global_name", "")) or _ancestor(node, old)
     if source is not None:
-        lines += [f"  {line}" for line in _value(old[source.meta["global_name"]])]
+        lines += ["  it comes from:", *(f"    {line}" for line in _value(source))]
     return lines
 
 
 def _remedy(record: CollectiveRecord, program: Program) -> str:
-    if "attention" in record.reason:
+    reason = record.reason
+    if "keys and values" in reason and record.kind == "all_gather":
+        return "keys and values that are whole on every rank already, or ulysses_degree and ring_degree in the options"
+    if "attention" in reason:
         return "only keys and values that are whole on every rank (then attention is local), or fewer ranks"
-    if "graph output" in record.reason:
+    if "graph output" in reason:
         return "an output that is no sequence (its mean, say), or a larger graph: a graph break ends the split region"
+    if "not opened" in reason:
+        return "ordinary operators in place of what is not opened: they run on shards"
     if record.kind == "all_reduce":
         return "no sum over tokens here; it is as small as its result"
-    if any(record.reason == p.entry for p in program.report.plan):
-        return f"taking the entry `{record.reason}` out of the plan: the value then stays split as long as it can"
+    if any(reason == p.entry for p in program.report.plan):
+        return f"taking the entry `{reason}` out of the plan: the value then stays split as long as it can"
+    if "is needed as" in reason:
+        return "a plan that splits both values in the same way"
+    if "written" in reason:
+        return "not writing a value that is split to an input or buffer"
     return "an operator that does not need all tokens in place of this one, or leaving its operand out of the plan"
 
 
@@ -118,18 +178,27 @@ def _module(
     name: str, inside: list[Node], program: Program, measures: Measures, new: dict[str, Node], old: dict[str, Node]
 ) -> list[str]:
     lines = [f"{name}: {len(inside)} values"]
+    whole = name == program.report.root
+    lines += [
+        f"  plan: {entry.entry}: " + ("applied" if entry.applied else f"not applied: {entry.detail}")
+        for entry in program.report.plan
+        if _within(re.split(r"[\[:]", entry.entry)[0], name) or (whole and entry.entry.startswith("<root>"))
+    ]
     for record in program.report.attentions:
-        if _within(record.module, name):
+        if whole or _within(record.module, name):
             lines.append(
                 f"  attention: {record.method} ({record.source}){'; ' if record.detail else ''}{record.detail}"
             )
             lines += [f"    not {method}: {why}" for method, why in record.rejected]
+    places: dict[str, list[int]] = {}
     for i, collective in enumerate(program.report.collectives):
-        if _within(collective.module, name) and collective.value in new:
-            chain = _collective(collective, i, program, measures, new[collective.value], old)
-            lines += [f"  {line}" for line in chain[:4]]
+        if (whole or _within(collective.module, name)) and collective.value in new:
+            places.setdefault(collective.value, []).append(i)
+    for which in places.values():
+        chain = _collective(which, program, measures, new, old)
+        lines += [f"  {line}" for line in chain if not line.startswith(("  method", "  it comes from", "    "))]
     for gather in program.report.implicit_gathers:
-        if _within(gather.module, name):
+        if whole or _within(gather.module, name):
             lines.append(f"  implicit gather: {gather}")
     split = next((n for n in inside if isinstance(n.meta.get("sp"), Shard)), None)
     if split is not None:

@@ -112,12 +112,16 @@ class CollectiveRecord:
     source: str = ""
     #: The tokens that travel (None: the bytes do not depend on the length of a sequence that the plan names).
     tokens: Sequence | None = None
+    #: Among how many consecutive ranks it is (0: all of them).
+    members: int = 0
 
 
 @dataclass
 class Report:
     """All that is known about one partitioned graph."""
 
+    #: The class of the root module: the place of what belongs to no submodule.
+    root: str = "a function"
     plan: list[PlanRecord] = field(default_factory=list)
     implicit_gathers: list[GatherRecord] = field(default_factory=list)
     attentions: list[AttentionRecord] = field(default_factory=list)

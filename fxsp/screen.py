@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from fxsp.formula import Formula, format_formulas
-from fxsp.inspection import attention_lines, gather_lines, plan_lines, section
+from fxsp.inspection import attention_lines, gather_lines, places_text, plan_lines, section
 from fxsp.measures import Measures
 from fxsp.offline import OfflineResult
 from fxsp.printer import format_bytes
 from fxsp.report import CollectiveRecord, Memory, Report
 
-__all__ = ["as_data", "format_count", "memory_texts", "one_screen"]
+__all__ = ["as_data", "format_count", "legend_text", "memory_texts", "one_screen"]
 
 
 def format_count(n: float) -> str:
@@ -44,15 +44,12 @@ def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
     lines += section("plan", plan_lines(report.plan))
     lines += section("attention", attention_lines(report.attentions, [] if m is None else memory_texts(m)))
     if m is not None:
-        forward, backward = (
-            (report.collectives, m.sent, m.formulas),
-            (report.backward, m.sent_backward, m.formulas_backward),
-        )
-        lines += section("collectives (sent per rank, forward)", _collectives(*forward, m))
-        lines += section("collectives (sent per rank, backward)", _collectives(*backward, m))
+        forward = _collectives(report.collectives, m.sent, m.formulas, m)
+        lines += section("collectives (sent per rank, forward)", forward, 25)
+        backward = _collectives(report.backward, m.sent_backward, m.formulas_backward, m)
+        lines += section("collectives (sent per rank, backward)", backward, 25)
         if report.collectives or report.backward:
-            legend = [f"{short} = {n} tokens of {what}" for short, what, n in m.names.legend()]
-            lines.append("; ".join([f"  P = {len(m.flops_per_rank)}", *legend]))
+            lines.append(f"  {legend_text(m)}")
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
     lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
     if m is not None:
@@ -79,9 +76,17 @@ def _collectives(
         groups.setdefault((record.kind, record.reason), []).append(i)
     for (kind, reason), members in groups.items():
         yield f"{len(members):4d} x {kind:<14} {format_bytes(sum(sent[i] for i in members)):<9}  {reason}".rstrip()
-        yield f"       = {_formula([(sent[i], formulas[i]) for i in members], m)}"
+        place = places_text(records[i] for i in members)
+        yield f"       = {_formula([(sent[i], formulas[i]) for i in members], m)}, in {place}"
     if records:
         yield f"{len(records):4d}   {'in all':<14} {format_bytes(sum(sent))}"
+
+
+def legend_text(m: Measures) -> str:
+    """``P = 8; S = 4096 tokens of <root>[x]``: what the letters of formulas are."""
+    among = sorted({f.members for f in (*m.formulas, *m.formulas_backward) if f is not None and f.members})
+    lengths = [f"{short} = {n} tokens of {what}" for short, what, n in m.names.legend()]
+    return "; ".join([f"P = {len(m.flops_per_rank)}", *[f"U = {n}" for n in among], *lengths])
 
 
 def _formula(members: list[tuple[int, Formula | None]], m: Measures) -> str:

@@ -128,7 +128,8 @@ def _adjoint(node: Node, program: Program) -> Iterator[CollectiveRecord]:
     forward = [r for r in program.report.collectives if r.value == node.name]
 
     def record(kind: str, sent: Length, reason: str, tokens: Sequence | None = None) -> CollectiveRecord:
-        return CollectiveRecord(kind, node.name, module_path(node), sent, reason, node_source(node), tokens)
+        place = module_path(node) or program.report.root
+        return CollectiveRecord(kind, node.name, place, sent, reason, node_source(node), tokens)
 
     if name == "use" and node.args[1]:
         source = node.args[0]
@@ -141,7 +142,7 @@ def _adjoint(node: Node, program: Program) -> Iterator[CollectiveRecord]:
     elif name in ("gather_used", "all_to_all", "all_to_all_within"):
         for made in forward:
             if name != "gather_used":
-                yield record("all_to_all", made.bytes, _ATTENTION, made.tokens)
+                yield replace(made, reason=_ATTENTION)
                 continue
             dtype = _dtype(node, program)
             sent = as_length(made.bytes * (summand_dtype(dtype).itemsize // dtype.itemsize))

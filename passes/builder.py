@@ -143,8 +143,10 @@ class Builder:
     def unpack_heads(self, x: Node, heads: Seq[int], length: Length) -> Node:
         return self.call(_ops.unpack_heads.default, x, list(heads), self.size(length), False)
 
-    def record(self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None) -> None:
+    def record(
+        self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None, members: int = 0
+    ) -> None:
         """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""
         node.meta["fxsp_bytes"] = sent
-        place = module_path(node), sent, reason, node_source(node)
-        self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens))
+        place = module_path(node) or self.report.root, sent, reason, node_source(node)
+        self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens, members))

@@ -189,8 +189,15 @@ class Converter:
         self._report_gather(value, kind, reason, sent)
         exposed, dim, back = self.expose(node, shape, type_)
         new = self.build.gather(exposed, dim, type_.sequence, used=used)
+        for key in ("stack_trace", "nn_module_stack"):  # an output has no place of its own
+            if not self._has_place() and key in old.meta:
+                new.meta.setdefault(key, old.meta[key])
         self.build.record("all_gather", new, sent, value.wanted or reason, type_.sequence)
         return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
+
+    def _has_place(self) -> bool:
+        origin = self.build._origin
+        return origin is not None and bool(node_source(origin))
 
     def _laid_out(self, x: Node, value: Value, tokens: int) -> Node:
         """A gathered value (its tokens are outermost in memory) with the dimensions in the order of the global value.
@@ -243,7 +250,7 @@ class Converter:
         assert user is not None
         record = GatherRecord(
             op=str(user.target) if user.op == "call_function" else user.op,
-            module=module_path(user if kind == "implicit" else value.node),
+            module=module_path(user if kind == "implicit" else value.node) or self.program.report.root,
             source=node_source(user if kind == "implicit" else value.node),
             reason=reason,
             bytes=sent,

@@ -87,8 +87,8 @@ def _is_size(node: Node) -> bool:
 
 
 def _joins_widths(node: Node) -> bool:
-    """Whether keys and values are put side by side in the head dimension."""
-    return node.target is aten.cat.default and node.args[1:] == (-1,)
+    """Whether tensors are put side by side: keys and values by widths, or q, k and v by heads (``[u, L, B, h, D]``)."""
+    return node.target is aten.cat.default and node.args[1:] in ((-1,), (3,))
 
 
 class _Attention:

@@ -99,7 +99,8 @@ class _Ring:
         if len(split) < len(places):
             moved = call(aten.cat.default, [self._narrow(packed, 1, start, n) for start, n in split], 1)
         width = as_length(product((shapes[0][0], sum(heads), shapes[0][3])))
-        received = self._exchange(moved, as_length(sum((n for _, n in split), start=0)), width)
+        tokens_sent = Sequence(tuple(s for s in sequence.segments if s.sharded))
+        received = self._exchange(moved, as_length(sum((n for _, n in split), start=0)), width, tokens_sent)
         tokens = self._unpacked(received, [n for _, n in split])
         if len(split) < len(places):
             # A whole segment stays at home: of its rows each rank keeps those of its own heads.
@@ -136,7 +137,7 @@ class _Ring:
         packed = call(aten.cat.default, blocks, 1) if len(blocks) > 1 else call(aten.contiguous.default, blocks[0])
         length = self.queries.local_length(self.build.ranks.size)
         # Rows of whole segments travel to every rank of the place with these heads.
-        received = self._exchange(packed, length, as_length(product((batch, heads, width))))
+        received = self._exchange(packed, length, as_length(product((batch, heads, width))), self.queries)
         merged = call(aten.flatten.using_ints, call(aten.permute.default, received, [2, 1, 0, 3, 4]), 2, 3)
         return call(aten.transpose.int, merged, 1, 2)
 
@@ -160,11 +161,12 @@ class _Ring:
     def _narrow(self, x: Node, dim: int, start: Length, length: Length) -> Node:
         return self.build.call(aten.narrow.default, x, dim, self.build.size(start), self.build.size(length))
 
-    def _exchange(self, x: Node, rows: Length, width: Length) -> Node:
+    def _exchange(self, x: Node, rows: Length, width: Length, tokens: Sequence) -> Node:
         ranks = self.build.ranks
         new = self.build.call(_ops.all_to_all_within.default, x, ranks.rank, ranks.size, ranks.group)
         sent = product((self.ulysses - 1, rows, width, self.itemsize))
-        self.build.record("all_to_all", new, sent, "tokens and heads of an attention, within a place of the ring")
+        why = "tokens and heads of an attention, within a place of the ring"
+        self.build.record("all_to_all", new, sent, why, tokens, self.ulysses)
         return new
 
     def _mask_of_place(self, mask: Node) -> Node:

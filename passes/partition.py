@@ -326,7 +326,7 @@ class _Partitioner(Converter):
             self.program.report.notes.append(note)
 
     def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Any:
-        place = module_path(node), node_source(node)
+        place = module_path(node) or self.program.report.root, node_source(node)
         if choice.op.dropout is not None and arguments.get(choice.op.dropout):
             self._note_draw()
         self.program.report.attentions.append(

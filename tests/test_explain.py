@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import models
@@ -30,54 +29,6 @@ def explained(name: str, size: int = 2, **arguments: Any) -> fxsp.Explanation:
 def small_one(size: int = 2, tokens: int = 5, **arguments: Any) -> fxsp.Explanation:
     with torch.no_grad():
         return fxsp.explain(small.Model(**arguments), small.inputs(tokens), world_size=size, plan=small.SPLIT)
-
-
-def shown(text: str) -> str:
-    """Without source lines, which belong to the libraries, and without rejected methods."""
-    return "\n".join(line.partition("; rejected:")[0].rstrip() for line in text.splitlines())
-
-
-def test_golden_small() -> None:
-    assert shown(str(small_one(mix=True))).split("implicit gathers")[0].rstrip() == dedent("""\
-        Model on 2 ranks
-        plan:
-          applied      <root>[x]: SequenceParallelInput(split_dim=1)  [2, 5, 8] along 1
-        attention:
-          2 x ulysses in blocks.*: 384 B each
-              18 passes over q, k, v, o in memory, 3.4 KiB each = 1152·⌈S/P⌉ B
-        collectives (sent per rank, forward):
-             1 x all_gather     192 B      aten.cumsum.default needs dimension 1 of operand 0 whole (the tokens [5])
-                 = 64·⌈S/P⌉·(P-1) B
-             4 x all_to_all     768 B      tokens and heads of an attention
-                 = 512·⌈S/P⌉·(P-1)/P B
-             5   in all         960 B
-          P = 2; S = 5 tokens of <root>[x]""")
-
-
-def test_golden_flux() -> None:
-    text = shown(str(explained("flux", image=25)))
-    assert text.split("collectives")[1] == dedent("""\
-         (sent per rank, forward):
-             1 x all_gather     416 B      proj_out: SequenceParallelOutput(gather_dim=1, expected_dims=3)
-                 = 32·⌈S1/P⌉·(P-1) B
-             4 x all_to_all     17.0 KiB   tokens and heads of an attention
-                 = 2048·(⌈S2/P⌉+⌈S1/P⌉)·(P-1)/P B
-             5   in all         17.4 KiB
-          P = 2; S1 = 25 tokens of <root>[hidden_states]; S2 = 7 tokens of <root>[encoder_hidden_states]
-        work and memory:
-          operations   7.09 MFLOP on one device, 3.86 MFLOP a rank each: 92% of an even split
-          activations  89.0 KiB on one device, 47.8 KiB a rank: 54% (an even split is 50%)
-          tokens       <root>[hidden_states]: 25 in 2 x 13, 1 pads, 3.8% of the rows
-          tokens       <root>[encoder_hidden_states]: 7 in 2 x 4, 1 pads, 12.5% of the rows
-          tokens       <root>[txt_ids]: 7 in 2 x 4, 1 pads, 12.5% of the rows
-          tokens       <root>[img_ids]: 25 in 2 x 13, 1 pads, 3.8% of the rows""")
-
-
-def test_golden_llama() -> None:
-    text = shown(str(explained("llama", size=2, tokens=16, layers=2, plan=LLAMA)))
-    assert "2 x ulysses in model.layers.*.self_attn" in text
-    assert "tokens       <root>[input_ids]: 16 = 2 x 8, no pads" in text
-    assert "P = 2; S = 16 tokens of <root>[input_ids]" in text
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(9, 2), (12, 1), (17, 2)])

@@ -167,7 +167,7 @@ def test_report() -> None:
         ],
         collectives=[
             *[CollectiveRecord("all_to_all", f"a{i}", "blocks.0.attn", 2048) for i in range(4)],
-            CollectiveRecord("gather", "g", "", 512, "graph output"),
+            CollectiveRecord("gather", "g", "Model", 512, "graph output", "m.py:9"),
         ],
         implicit_gathers=[
             GatherRecord("cumsum", "blocks.0.mix", "m.py:7", "sums over tokens", 768),
@@ -182,11 +182,11 @@ def test_report() -> None:
           applied      blocks.*: SequenceParallelOutput(gather_dim=1)  twice in a row
           not applied  rope[0]: SequenceParallelInput(split_dim=0): expected_dims=2, the tensor has 3
         attention:
-          2 x ulysses in blocks.*.attn: 4.0 KiB each; rejected: ring (more bytes)
-          1 x local in blocks.*.cross: 0 B each; keys are whole
+          2 x ulysses in blocks.*.attn (m.py:1): 4.0 KiB each; rejected: ring (more bytes)
+          1 x local in blocks.*.cross (m.py:2): 0 B each; keys are whole
         collectives (sent per rank, forward):
-             4 x all_to_all     8.0 KiB
-             1 x gather         512 B  graph output
+             4 x all_to_all     8.0 KiB  in blocks.*.attn
+             1 x gather         512 B  graph output, in Model (m.py:9)
              5   in all         8.5 KiB
         implicit gathers (an operator needs all tokens):
           cumsum in blocks.*.mix (m.py:7): sums over tokens; 768 B
