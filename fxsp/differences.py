@@ -214,7 +214,7 @@ def _concrete(type_: Any, numbers: dict[sympy.Symbol, int]) -> Any:
         return type_
 
     def number(length: Length) -> int:
-        return length if isinstance(length, int) else int(length.subs(numbers))
+        return length if isinstance(length, int) else int(length.xreplace(dict(numbers)))
 
     segments = tuple(dataclasses.replace(s, length=number(s.length)) for s in type_.sequence.segments)
     tokens: Tokens = dataclasses.replace(type_.sequence, segments=segments)

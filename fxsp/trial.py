@@ -160,8 +160,9 @@ class Trial:
                 continue
             some = a if a is not None else b
             assert some is not None
-            a, b = (torch.zeros_like(some) if x is None else x for x in (a, b))
-            errors.append((f"the gradient of {name}", relative_error(a, b, usual), TOLERANCE.get(b.dtype, 0.0)))
+            got, want = (torch.zeros_like(some) if x is None else x for x in (a, b))
+            accepted = TOLERANCE.get(want.dtype, 0.0)
+            errors.append((f"the gradient of {name}", relative_error(got, want, usual), accepted))
         return errors
 
     def _diagnosis(self, args: Sequence[Any]) -> str:

@@ -162,6 +162,7 @@ def _whole_value(node: Node, program: Program) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         infer_local(program)
         value = node.meta["local_val"]
+    assert isinstance(value, torch.Tensor)
     return value
 
 
