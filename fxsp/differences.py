@@ -214,7 +214,11 @@ def _concrete(type_: Any, numbers: dict[sympy.Symbol, int]) -> Any:
         return type_
 
     def number(length: Length) -> int:
-        return length if isinstance(length, int) else int(length.xreplace(dict(numbers)))
+        return (
+            length
+            if isinstance(length, int)
+            else int(length.xreplace({s: sympy.Integer(n) for s, n in numbers.items()}))
+        )
 
     segments = tuple(dataclasses.replace(s, length=number(s.length)) for s in type_.sequence.segments)
     tokens: Tokens = dataclasses.replace(type_.sequence, segments=segments)
