@@ -45,9 +45,15 @@ _lock = threading.Lock()
 
 
 def reports() -> list[Report]:
-    """The reports of all graphs that this process has compiled, newest last."""
+    """The reports of all graphs that this process has compiled, or left to hooks, newest last."""
     with _lock:
         return list(_reports)
+
+
+def keep_report(report: Report) -> None:
+    """Add a report to those of this process."""
+    with _lock:
+        _reports.append(report)
 
 
 def sp(
@@ -72,8 +78,7 @@ torch_internals.keep_graphs_whole(lambda backend: backend is sp)
 def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     ranks = resolve_ranks(options)
     report, program = compile_graph(gm, inputs, options, ranks)
-    with _lock:
-        _reports.append(report)
+    keep_report(report)
     splits = splits_of_compilation()
     if program is None:
         return remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # --- simulation: operators and tracing on fakes ----------------------------------------------------------------------
 
@@ -939,16 +940,19 @@ def boxed(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
 
 
-@contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """Within, in this thread, Dynamo looks at no frame (what is compiled for itself is still called compiled)."""
+def set_compiler(compiler: Any) -> Any:
+    """What Dynamo does with the frames of this thread (None: nothing); returns what it did before."""
     from torch._C._dynamo.eval_frame import set_eval_frame
 
-    before = set_eval_frame(None)
-    try:
-        yield
-    finally:
-        set_eval_frame(before)
+    return set_eval_frame(compiler)
+
+
+def only_inlined(function: _F) -> _F:
+    """Have Dynamo trace ``function`` as a part of its callers, but never compile it for itself."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)  # type: ignore[attr-defined]
+    return function
 
 
 def in_backward() -> bool:

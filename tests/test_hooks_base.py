@@ -190,7 +190,7 @@ def test_context_around_the_whole_call_ends_with_an_exception_too() -> None:
 
     class Around(Trace):
         @contextmanager
-        def around_forward(self, module):
+        def around_forward(self, module, given_up):
             log.append("enter")
             try:
                 yield

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxsp.errors import FxspWarning
+from fxsp.torch_internals import only_inlined, set_compiler
 
 __all__ = ["BaseState", "HookRegistry", "ModelHook", "StateManager"]
 
@@ -97,8 +100,12 @@ class ModelHook:
         """Forget what was remembered of earlier calls."""
         return module
 
-    def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """A context for the whole call, all hooks included; entered only if a subclass overrides it."""
+    def around_forward(self, module: nn.Module, given_up: bool) -> AbstractContextManager[Any]:
+        """A context for the whole call, all hooks included; entered only if a subclass overrides it.
+
+        Such a module is compiled as one graph, or not at all.  ``given_up``: a compiler had the call, and left it to
+        run eagerly (a graph break, the recompile limit).
+        """
         raise NotImplementedError(f"{type(self).__name__} does not override around_forward")
 
 
@@ -116,6 +123,15 @@ class _Forward(functools.partial):  # type: ignore[type-arg]
         own = isinstance(original, _Original)
         return inspect.signature(type(module).forward.__get__(module) if own else original)
 
+    @classmethod
+    def of(cls, module: nn.Module) -> _Forward:
+        """For Dynamo every module has code of its own: its limit of recompilations is one per code object."""
+        code = _forward.__code__.replace()
+        return cls(types.FunctionType(code, _forward.__globals__, type(module).__name__), module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Forward.of, self.args
+
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._hook_registry.dispatch(*args, **kwargs)  # type: ignore[union-attr, operator]
@@ -126,9 +142,14 @@ class _Original:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # Looked up here: Dynamo takes some classes of diffusers for operators, and finds no attributes in them.
+        self.function: Callable[..., Any] = type(module).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.function(self.module, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Original, (self.module,)
 
 
 class HookRegistry:
@@ -224,18 +245,30 @@ class HookRegistry:
         if self._override is not None:
             self._sorted_hooks.append(self._override)
 
-    # --- the call
+    # --- the call (what Dynamo cannot trace as one graph from `forward` on is run eagerly, not tried level by level)
 
+    @only_inlined
     def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's forward through its hooks."""
-        return self._within(0, args, kwargs) if self._around else self._call(args, kwargs)
+        if not self._around:
+            return self._call(args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._within(0, False, args, kwargs)
+        # Before anything else: the frames of the hooks would be compiled one by one, and take themselves for traced.
+        before = set_compiler(None)
+        try:
+            return self._within(0, before is not None, args, kwargs)
+        finally:
+            set_compiler(before)
 
-    def _within(self, level: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @only_inlined
+    def _within(self, level: int, given_up: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if level == len(self._around):
             return self._call(args, kwargs)
-        with self._around[level].around_forward(self.module):
-            return self._within(level + 1, args, kwargs)
+        with self._around[level].around_forward(self.module, given_up):
+            return self._within(level + 1, given_up, args, kwargs)
 
+    @only_inlined
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hooks, module = self._sorted_hooks, self.module
         for hook in hooks:
@@ -247,7 +280,7 @@ class HookRegistry:
             if original is None:
                 output = module.forward(*args, **kwargs)
             elif isinstance(original, _Original):  # what it would call
-                output = type(module).forward(module, *args, **kwargs)
+                output = original.function(module, *args, **kwargs)
             else:
                 output = original(*args, **kwargs)
         for hook in reversed(hooks):
@@ -261,7 +294,7 @@ class HookRegistry:
         self._was_attribute = own is not None
         module._omni_original_forward = _Original(module) if own is None else own  # type: ignore[assignment]
         module._hook_registry = self  # type: ignore[assignment]
-        module.forward = _Forward(_forward, module)
+        module.forward = _Forward.of(module)
 
     def _detach(self) -> None:
         module = self.module

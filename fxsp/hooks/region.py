@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fxsp.backend import keep_report
 from fxsp.config import Options, resolve_degrees, resolve_ranks
-from fxsp.errors import OptionError
+from fxsp.errors import FxspWarning, OptionError
 from fxsp.plan import SequenceParallelConfig
 from fxsp.report import Report
 from fxsp.torch_internals import group_named
@@ -87,6 +89,8 @@ class Region:
         self.report = Report()
         #: Functions whose implicit gather was warned about.
         self.warned: set[str] = set()
+        #: Whether ``fxsp.reports()`` has the report of a call that was to be compiled.
+        self._announced = False
         self._threads = threading.local()
         self._traced: Call | None = None
         self._last = Call()
@@ -105,6 +109,16 @@ class Region:
         if not self._threads.calls:
             self.report = Report()
         self._threads.calls.append(Call())
+
+    def took_over(self) -> None:
+        """The call in progress was to be compiled, and is not."""
+        note = "hooks run this call eagerly: it was not compiled as one graph (a graph break, or the recompile limit)"
+        if note not in self.report.notes:
+            self.report.notes.append(note)
+        if not self._announced:
+            self._announced = True
+            keep_report(self.report)
+            warnings.warn(FxspWarning(note), stacklevel=2)
 
     def leave(self) -> None:
         """The call ends, normally or not."""

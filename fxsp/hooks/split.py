@@ -26,7 +26,7 @@ from fxsp.plan import (
     refuse,
 )
 from fxsp.resolve import unwrap
-from fxsp.torch_internals import in_backward, uncompiled
+from fxsp.torch_internals import in_backward
 
 __all__ = [
     "ModuleForwardMetadata",
@@ -111,7 +111,7 @@ class _RegionHook(ModelHook):
             self._region = Region(self._config, alone=True)
         return self._region
 
-    def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:
+    def around_forward(self, module: nn.Module, given_up: bool) -> AbstractContextManager[Any]:
         """Within the model the mode is there already; a checkpoint calls the module by itself once more."""
         if torch.compiler.is_compiling() or self.region.running or not self._acts(module):
             return nullcontext()
@@ -317,14 +317,14 @@ class SequenceParallelRootHook(_RegionHook):
     ``metadata`` has the names of the model's arguments that some ``text_len_source`` of the plan may mean.
     """
 
-    def around_forward(self, module: nn.Module) -> AbstractContextManager[Any]:
+    def around_forward(self, module: nn.Module, given_up: bool) -> AbstractContextManager[Any]:
         if not self.region.resolved and not torch.compiler.is_compiling():
             self.region.resolve()
         if self.region.size == 1:
             return nullcontext()
         if torch.compiler.is_compiling():
             return nullcontext() if sp_is_tracing() else _one_graph()
-        return _eager_call(self.region)
+        return _eager_call(self.region, given_up)
 
     def _acts(self, module: nn.Module) -> bool:
         if self.region.size == 1:
@@ -362,11 +362,13 @@ def _one_graph() -> Iterator[None]:
 
 
 @contextmanager
-def _eager_call(region: Region) -> Iterator[None]:
+def _eager_call(region: Region, given_up: bool) -> Iterator[None]:
     """One eager call of the model; if a compiler gave up on the model, it does not try its parts."""
     region.enter()
     try:
-        with uncompiled(), SplitMode():
+        if given_up:
+            region.took_over()
+        with SplitMode():
             yield
     finally:
         region.leave()
