@@ -19,6 +19,7 @@ from fxsp.differences import first_difference
 from fxsp.errors import OptionError
 from fxsp.offline import OfflineResult, partition_offline
 from fxsp.progress import check_size, told
+from fxsp.report import Report
 from fxsp.simulation import joint_graph, run, simulate
 from fxsp.torch_internals import version
 from fxsp.trial import random_seeds
@@ -43,6 +44,8 @@ class GraphEvidence:
     #: The first value that differs: where it comes from, its type and its error.
     first_difference: str = ""
     tolerance: float = 0.0
+    #: What the compiler did with this graph.
+    report: Report = field(default_factory=Report)
 
     @property
     def errors(self) -> dict[str, float]:
@@ -128,7 +131,7 @@ def verify(
 
 def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphEvidence:
     if result.program is None:
-        return GraphEvidence(size, unsharded=result.report.unsharded)
+        return GraphEvidence(size, unsharded=result.report.unsharded, report=result.report)
     program, inputs = result.program, result.inputs
     for name, x in zip(result.names, inputs, strict=True):
         if isinstance(x, Tensor) and x.is_meta:
@@ -145,7 +148,9 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
     expected = [x for x in flat if isinstance(x, Tensor)]
     written = [i for i, x in enumerate(values) if isinstance(x, Tensor) and version(x) > before[i]]
     tolerance = max((TOLERANCE.get(x.dtype, 0.0) for x in expected), default=0.0)
-    evidence = GraphEvidence(size, tolerance=tolerance, names=[f"output {i}" for i in range(len(expected))])
+    evidence = GraphEvidence(
+        size, tolerance=tolerance, report=result.report, names=[f"output {i}" for i in range(len(expected))]
+    )
     seeds: list[Tensor | None] | None = None
     if gradients:
         seeds = random_seeds(flat)

@@ -114,6 +114,10 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     given = dict(zip(call.operands, types, strict=True))
     q_type, *kv_types = (given[call[name]] for name in names)
     tokens = len(q) - 2 if op.heads_first else 1
+    split = next((t for t in kv_types if isinstance(t, Shard)), None)
+    if not isinstance(q_type, Shard) and split is not None and same_length(q[-2], k[-2]):
+        # Whole queries (a part of them was rotated, say) beside split keys or values: a slice of them costs nothing.
+        q_type = split
     if not (isinstance(q_type, Shard) and q_type.dim == tokens and q_type.plain):
         return None
     if any(isinstance(t, Shard) and not (t.dim == tokens and t.plain) for t in kv_types):

@@ -29,17 +29,13 @@ from fxsp.carried import Split, same_view
 from fxsp.passes.annotate import written_by
 from fxsp.passes.base import Program
 from fxsp.passes.islands import closed_nodes
+from fxsp.passes.work import has_work
 from fxsp.plan import PlanEntry, SequenceParallelInput
 from fxsp.report import PlanRecord
 from fxsp.resolve import ResolvedEntry, resolve_plan
 from fxsp.types import Replicate
 
 __all__ = ["carry", "is_worth_splitting"]
-
-_WORK = frozenset(
-    f"aten::{name}"
-    for name in "linear matmul mm bmm addmm baddbmm einsum bilinear scaled_dot_product_attention conv1d conv2d".split()
-)
 
 
 def carry(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry]) -> list[PlanRecord]:
@@ -79,14 +75,10 @@ def carry(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry]) ->
 def is_worth_splitting(program: Program) -> bool:
     """Whether a partitioned graph multiplies matrices on shards: anything less costs less than gathering the result."""
     return any(
-        _has_work(node) and any(not isinstance(t, Replicate) for t in node.meta["sp_call"].results)
+        has_work(node) and any(not isinstance(t, Replicate) for t in node.meta["sp_call"].results)
         for node in program.facts["global"].graph.nodes
         if "sp_call" in node.meta
     )
-
-
-def _has_work(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _WORK
 
 
 def _nodes(module: torch.nn.Module) -> list[fx.Node]:

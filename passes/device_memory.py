@@ -184,7 +184,9 @@ class _Attention:
             q, _, v = (self._value(x) for x in operands)
             out = attention_output(node, q, v, _global(self.operands["q"]).device.type)
             return out if node.target is ATTENTIONS[0] else (out, out.new_empty(out.shape[:3]))
-        if node in self.tensors and node not in self.operands.values():
+        # Pieces of a value (a chunk of the projection) are known themselves; the tuple that they come from is not.
+        whole = all(x in self.tensors or _global(x) is not None for x in node.all_input_nodes)
+        if whole and node in self.tensors and node not in self.operands.values():
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._value)
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if not _is_size(node):

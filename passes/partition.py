@@ -28,6 +28,7 @@ from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.decide import Decision
+from fxsp.passes.idle import report_idle
 from fxsp.passes.inplace import written_arguments
 from fxsp.passes.losses import LossPlan, write_loss
 from fxsp.passes.overwrite import OverwritePlan, write_overwrite
@@ -68,6 +69,7 @@ class _Partitioner(Converter):
 
     def run(self) -> Program:
         old = self.program.gm
+        report_idle(self.program)
         inputs = [n for n in old.graph.nodes if n.op == "placeholder"]
         for node in inputs:
             self._input(node)
