@@ -960,6 +960,17 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def custom_function(x: torch.Tensor) -> str:
+    """The name of the custom ``autograd.Function`` that a tensor came out of; nothing for those of torch (checkpoints)
+    and ours, and for any other tensor."""
+    node = x.grad_fn
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return ""
+    function = type(node)._forward_cls  # type: ignore[attr-defined]
+    known = function.__module__.partition(".")[0] in ("torch", "fxsp")
+    return "" if known else f"{function.__qualname__}.apply"
+
+
 def checkpoint_looks() -> bool:
     """Whether a checkpoint asks for the shape of a tensor, to compare what it recomputed with what it had."""
     from torch.utils.checkpoint import _default_meta_extractor

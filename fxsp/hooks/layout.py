@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import fxsp.kernels.ops  # noqa: F401  (registers the operators)
-from fxsp.errors import ImplicitGatherWarning, UnsupportedError
+from fxsp.errors import ImplicitGatherWarning
 from fxsp.hooks.region import Region
-from fxsp.hooks.where import caller
+from fxsp.hooks.where import caller, refuse
 from fxsp.kernels.lowering import local_length
 from fxsp.report import GatherRecord
-from fxsp.torch_internals import plain_functions
+from fxsp.torch_internals import custom_function, plain_functions
 
 __all__ = [
     "RULES",
@@ -136,6 +136,8 @@ def gather(x: Tensor, layout: Layout, *, used: bool) -> Tensor:
     """The whole value.  ``used``: what becomes of it is split again, so its gradient is summed over the ranks."""
     region = layout.region
     with plain_functions():
+        if not torch.compiler.is_compiling():
+            check_history(x)
         x, dim = _opened(x, layout)
         op = _ops.gather_used.default if used else _ops.gather.default
         y: Tensor = op(x, dim, list(layout.lengths), list(layout.whole), region.rank, region.size, region.group)
@@ -153,6 +155,22 @@ def _closed(x: Tensor, layout: Layout) -> Tensor:
     if layout.outer == 1 and layout.inner == 1:
         return x
     return x.flatten(layout.dim, layout.dim + 2)
+
+
+def check_history(x: Tensor) -> None:
+    """Refuse what a custom ``autograd.Function`` made of split values: its backward would get this rank's rows, of
+    which nothing tells it that they are not all tokens."""
+    made_by = custom_function(x)
+    if made_by:
+        refuse(made_by, "is an autograd.Function whose backward cannot tell this rank's tokens from all of them")
+
+
+def _check_histories(values: Sequence[Any]) -> None:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            _check_histories(value)
+        elif layout_of(value) is not None:
+            check_history(value)
 
 
 def leave(x: Tensor, layout: Layout) -> Tensor:
@@ -284,6 +302,8 @@ def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         if compiling and (func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0]))):
             out._fxsp_constant = True
         return out
+    if not compiling:
+        _check_histories([*args, *kwargs.values()])
     if name.startswith("fxsp::"):  # the backward pass of an operator of ours, on what it saved
         return func(*args, **kwargs)
     run = RULES.get(name)
@@ -462,17 +482,7 @@ class SplitMode(TorchFunctionMode):
         return _handle_eager(func, args, kwargs or {})
 
 
-# --- what cannot be done ----------------------------------------------------------------------------------------------
-
-
-def refuse(name: str, problem: str) -> NoReturn:
-    """Raise the error for a function that would give wrong numbers on split tokens."""
-    module, source = caller()
-    where = "".join([f" in {module}" if module else "", f" ({source})" if source else ""])
-    raise UnsupportedError(
-        f"hooks: `{name}`{where} {problem}.  A module between split and gather runs on this rank's tokens. Gather "
-        'before it (SequenceParallelOutput), or use torch.compile(model, backend="sp"), which sees the whole program.'
-    )
+# --- what is reported -------------------------------------------------------------------------------------------------
 
 
 def note_gather(name: str, layout: Layout, x: Tensor, why: str) -> None:

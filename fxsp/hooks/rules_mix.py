@@ -126,7 +126,8 @@ def einsum(name: str, func: Func, args: Sequence[Any], kwargs: Mapping[str, Any]
     if not arrow:
         refuse(name, "without `->` is not followed")
     terms = left.split(",")
-    letters = {terms[i][layout.dim]: layout for i, x in enumerate(operands) if (layout := layout_of(x)) is not None}
+    layouts = [(term, layout_of(x)) for term, x in zip(terms, operands, strict=True)]
+    letters = {term[found.dim]: found for term, found in layouts if found is not None}
     split = next((letter for letter in right if letter in letters), None)  # the leftmost of the result stays split
     layout = letters[split] if split is not None else None
     for i, x in enumerate(operands):

@@ -38,9 +38,10 @@ Func = Callable[..., Any]
 def only_layout(name: str, x: Any, others: Any = ()) -> Layout:
     """The layout of the first operand, where the others may not be split."""
     layout = layout_of(x)
-    split = [found for other in others if (found := layout_of(other)) is not None]
+    split = [other for other in others if layout_of(other) is not None]
     if layout is None or split:
-        needs_whole(name, "has a split argument where a whole one is needed", layout or (split[0] if split else None))
+        found = layout_of(split[0]) if layout is None and split else layout
+        needs_whole(name, "has a split argument where a whole one is needed", found)
     return layout
 
 

@@ -1,14 +1,17 @@
-"""Where in the user's code a torch function was called: for reports and errors of the hooks."""
+"""Where in the user's code a torch function was called, for reports; and the error that says it."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
 
-__all__ = ["caller"]
+from fxsp.errors import UnsupportedError
+
+__all__ = ["caller", "refuse"]
 
 _OURS = str(Path(__file__).resolve().parent.parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -29,3 +32,13 @@ def caller() -> tuple[str, str]:
             module = type(owner).__name__
         frame = frame.f_back  # type: ignore[assignment]
     return module, source
+
+
+def refuse(name: str, problem: str) -> NoReturn:
+    """Raise the error for a function that would give wrong numbers on split tokens."""
+    module, source = caller()
+    where = "".join([f" in {module}" if module else "", f" ({source})" if source else ""])
+    raise UnsupportedError(
+        f"hooks: `{name}`{where} {problem}.  A module between split and gather runs on this rank's tokens. Gather "
+        'before it (SequenceParallelOutput), or use torch.compile(model, backend="sp"), which sees the whole program.'
+    )
