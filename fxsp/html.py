@@ -11,11 +11,12 @@ from importlib import resources
 from typing import Any
 
 from fxsp.cost import H100, timeline
-from fxsp.formula import format_formulas
+from fxsp.formula import Formula, format_formulas
 from fxsp.measures import Measures
 from fxsp.offline import OfflineResult
 from fxsp.printer import format_bytes
-from fxsp.screen import format_count, one_screen
+from fxsp.report import CollectiveRecord
+from fxsp.screen import format_count, legend_text, one_screen
 from fxsp.source import node_source
 
 __all__ = ["page"]
@@ -63,19 +64,9 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     sent: dict[str, int] = {}
     for record, size in zip(report.collectives, m.sent, strict=True):  # a ring's rotations are one node
         sent[record.value] = sent.get(record.value, 0) + size
-    data["collectives"] = [
-        [
-            record.value,
-            record.kind,
-            record.module,
-            record.source,
-            format_bytes(size),
-            f"{format_formulas([formula], m.names)} B" if formula is not None else "",
-            record.reason,
-        ]
-        for record, size, formula in zip(report.collectives, m.sent, m.formulas, strict=True)
-    ]
-    data["lengths"] = m.names.legend()
+    data["collectives"] = _collectives(report.collectives, m.sent, m.formulas, m)
+    data["backward"] = _collectives(report.backward, m.sent_backward, m.formulas_backward, m)
+    data["letters"] = legend_text(m)
     nodes = {node.name: node for node in program.graph.nodes}
     data["rows"] = [
         [row.name, row.type, row.value, row.op, row.module, node_source(nodes[row.name]) if row.name in nodes else ""]
@@ -89,14 +80,34 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     return data
 
 
+def _collectives(
+    records: list[CollectiveRecord], sent: list[int], formulas: list[Formula | None], m: Measures
+) -> list[list[Any]]:
+    """Value, kind, module, line, bytes as text, formula, reason, bytes."""
+    return [
+        [
+            record.value,
+            record.kind,
+            record.module,
+            record.source,
+            format_bytes(size),
+            f"{format_formulas([formula], m.names)} B" if formula is not None else "",
+            record.reason,
+            size,
+        ]
+        for record, size, formula in zip(records, sent, formulas, strict=True)
+    ]
+
+
 def _cards(m: Measures, collectives: int) -> list[list[str]]:
     """Title, number, and a line about it."""
     size, busiest = len(m.flops_per_rank), max(m.flops_per_rank, default=0)
     even = m.flops_total / (size * busiest) if busiest else 1.0
     pads = sum(p for _, _, p in m.padding.values())
     rows = sum(t + p for t, _, p in m.padding.values())
+    backward = f"; {format_bytes(sum(m.sent_backward))} backward" if m.sent_backward else ""
     return [
-        ["sent per rank", format_bytes(sum(m.sent)), f"{collectives} collectives, forward"],
+        ["sent per rank", format_bytes(sum(m.sent)), f"{collectives} collectives, forward{backward}"],
         ["work per rank", format_count(busiest), f"{even:.0%} of an even split of {format_count(m.flops_total)}"],
         ["activations per rank", format_bytes(m.memory_rank), f"{format_bytes(m.memory_one)} on one device"],
         ["padding", f"{pads / rows:.1%}" if rows else "0.0%", f"{pads} of {rows} rows are pads"],

@@ -24,6 +24,12 @@ function grouped(rows, key) {
   return [...found.values()];
 }
 const pattern = (path) => path.split(".").map((p) => (/^\d+$/.test(p) ? "*" : p)).join(".");
+function bytes(n) {
+  const units = ["B", "KiB", "MiB", "GiB"];
+  let u = 0;
+  while (n >= 1024 && u < 3) { n /= 1024; u++; }
+  return (u ? n.toFixed(1) : n.toFixed(0)) + " " + units[u];
+}
 const times = (n) => (n > 1 ? n + " × " : "");
 
 let graph, spans = [], view = [0, 1], total = 1;
@@ -43,11 +49,17 @@ function show(index) {
       el("span", "chip", g[0][1]), el("span", "soft", g[0][3].join("; "))])));
   $("gathers").hidden = !graph.implicit.length;
   $("implicit").replaceChildren(table([{ t: "operator", c: 1 }, { t: "module", c: 1 }, { t: "line", c: 1 }, { t: "why" }], graph.implicit));
-  const lengths = (graph.lengths || []).map(([s, what, n]) => s + " = " + n + " tokens of " + what).join("; ");
-  $("collectives").replaceChildren(el("p", "hint", "P = " + data.ranks + (lengths ? "; " + lengths : "")),
-    table([{ t: "value", c: 1 }, { t: "kind" }, { t: "module", c: 1 }, { t: "line", c: 1 }, { t: "bytes", n: 1 },
-      { t: "formula", c: 1 }, { t: "why" }],
-    (graph.collectives || []).map((c) => [c[0], el("span", "chip", c[1]), ...c.slice(2)])));
+  $("letters").textContent = graph.letters || "";
+  const heads = [{ t: "kind" }, { t: "module", c: 1 }, { t: "line", c: 1 }, { t: "bytes", n: 1 }, { t: "formula", c: 1 }, { t: "why" }];
+  $("collectives").replaceChildren(table([{ t: "value", c: 1 }, ...heads],
+    (graph.collectives || []).map((c) => [c[0], el("span", "chip", c[1]), ...c.slice(2, 7)])));
+  // Gradients of parameters are many and alike: those of layers of one kind share a row.
+  $("gradients").hidden = !(graph.backward || []).length;
+  $("backward").replaceChildren(table(heads, grouped(graph.backward || [], (c) => [c[1], pattern(c[2]), c[3], c[6]]).map((g) => [
+    el("span", "", times(g.length), el("span", "chip", g[0][1])), g.length > 1 ? pattern(g[0][2]) : g[0][2], g[0][3],
+    bytes(g.reduce((sum, c) => sum + c[7], 0)), g.length > 1 ? "" : g[0][5], g[0][6]])));
+  $("notes").hidden = !graph.notes.length;
+  $("notes").replaceChildren(...graph.notes.map((note) => el("div", "", note)));
   $("screen").textContent = data.screen;
   tree();
   spans = graph.time || [];
