@@ -96,7 +96,7 @@ def test_structure(path: Path, explanation: fxsp.Explanation) -> None:
 VISIT = """<script>
 const seen = {};
 const rows = () => document.querySelectorAll("#tree .row").length;
-const visible = (node) => node.getClientRects().length > 0;
+const visible = (node) => node.checkVisibility();
 seen.folded = rows();
 for (let i = 0; i < 9; i++)
   for (const box of document.querySelectorAll("#tree details:not([open])")) {
