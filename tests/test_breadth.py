@@ -17,16 +17,16 @@ Ranks = Callable[[int], Pool]
 
 #: Attentions that are split: name -> (number of ranks, arguments, methods, why something is gathered).
 CASES: dict[str, list[tuple[int, dict[str, Any], list[str]]]] = {
-    "sd3": [(2, {}, ["ulysses"] * 3)],
+    "sd3": [(2, {}, ["ulysses"] * 3), (3, {"layers": 1}, ["gather_kv"] * 2)],
     "pixart": [(3, {}, ["gather_kv", "local"]), (2, {"size": 10}, ["ulysses", "local"])],
-    "cogvideox": [(2, {}, ["ulysses"])],
-    "hunyuan_video": [(3, {}, ["gather_kv"] * 2)],
+    "cogvideox": [(2, {}, ["ulysses"]), (3, {}, ["gather_kv"])],
+    "hunyuan_video": [(3, {}, ["gather_kv"] * 2), (2, {"single_layers": 0}, ["ulysses"])],
     "ltx": [(2, {}, ["ulysses", "local"]), (3, {"frames": 1}, ["gather_kv", "local"])],
-    "gpt2": [(2, {"layers": 1}, ["ulysses"])],
+    "gpt2": [(2, {"layers": 1}, ["ulysses"]), (3, {"layers": 1}, ["gather_kv"])],
     "gemma": [(2, {}, ["gather_kv"]), (3, {"tokens": 2}, ["gather_kv"])],
-    "mixtral": [(3, {}, ["gather_kv"])],
+    "mixtral": [(3, {}, ["gather_kv"]), (2, {}, ["ulysses"])],
     "vit": [(2, {}, ["ulysses"]), (3, {}, ["gather_kv"])],
-    "bert": [(2, {"layers": 1}, ["ulysses"])],
+    "bert": [(2, {"layers": 1}, ["ulysses"]), (3, {"layers": 1}, ["gather_kv"])],
 }
 #: What needs all tokens, by model: the experts of Mixtral sort the tokens by expert.
 GATHERS = {"mixtral": ("aten.sort.default in model.layers.0.mlp.experts", "aten.index.Tensor in model.layers.0.mlp")}
