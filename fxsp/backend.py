@@ -191,8 +191,10 @@ def _partition(
         rng=options.rng,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
+        gather_degree=degrees.allgather,
         latency=options.latency,
         bandwidth=options.bandwidth,
+        gather_limit=options.gather_limit,
     )
     program = partition_program(program, Runner(runner.watch, runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)

@@ -27,8 +27,9 @@ _CHOICES = {
     "rng": ("global", "per_rank"),
 }
 _FLAGS = ("strict", "check_inputs", "verify")
-_COSTS = {"latency": "seconds", "bandwidth": "bytes per second above 0"}
+_COSTS = {"latency": "seconds", "bandwidth": "bytes per second above 0", "gather_limit": "bytes"}
 _DEGREES = ("ulysses_degree", "ring_degree")
+_ALL_DEGREES = (*_DEGREES, "allgather_degree")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Options:
     #: Ranks that exchange heads, and ranks in a ring; their product is the size of the group.
     ulysses_degree: int | None = None
     ring_degree: int | None = None
+    #: Ranks that gather keys and values: all of them, and then the other two are 1.
+    allgather_degree: int | None = None
     #: A plan, flat; None: the model's own ``_sp_plan`` or ``_cp_plan``.
     plan: tuple[PlanEntry, ...] | None = None
     #: The degrees as vLLM-Omni writes them, instead of the two options above.
@@ -64,6 +67,9 @@ class Options:
     #: a rank sends (None: 2e9 on the CPU, 1e11 elsewhere).
     latency: float | None = None
     bandwidth: float | None = None
+    #: Bytes of gathered keys and values that a rank may hold for one attention, where there is another way (None:
+    #: 1 GiB).
+    gather_limit: int | None = None
 
     @staticmethod
     def names() -> list[str]:
@@ -94,7 +100,7 @@ class Options:
             raise OptionError("options 'group' and 'mesh' both name the ranks; give one of them")
         config = given.get("config")
         if config is not None:
-            for name in _DEGREES:
+            for name in _ALL_DEGREES:
                 if given.get(name) not in (None, getattr(config, name)):
                     raise OptionError(
                         f"option {name!r} is {given[name]}, but config says {getattr(config, name)}; give one of them"
@@ -110,12 +116,12 @@ def _checked(name: str, value: Any) -> Any:
     elif name in _FLAGS:
         if not isinstance(value, bool):
             raise _bad(name, value, "True or False")
-    elif name in _DEGREES:
+    elif name in _ALL_DEGREES:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise _bad(name, value, "an integer of at least 1, or None to let the compiler choose")
     elif name in _COSTS:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 <= value < math.inf and (value > 0 or name == "latency")):
+        if value is not None and not (number and 0 <= value < math.inf and (value > 0 or name != "bandwidth")):
             raise _bad(name, value, f"a number of {_COSTS[name]}, or None for the default of the device")
     elif name == "plan":
         return None if value is None else parse_plan(value)
@@ -215,6 +221,12 @@ def resolve_degrees(options: Options, size: int) -> Degrees:
             raise _mismatch(f"config {config} is for {config.sequence_parallel_size} ranks", size)
         return Degrees(config.ulysses_degree, config.ring_degree, config.allgather_degree)
     ulysses, ring = options.ulysses_degree, options.ring_degree
+    if (options.allgather_degree or 1) > 1:
+        if (ulysses or 1) * (ring or 1) > 1:
+            raise OptionError("option 'allgather_degree' excludes ulysses_degree and ring_degree")
+        if options.allgather_degree != size:
+            raise _mismatch(f"allgather_degree={options.allgather_degree} does not match", size)
+        return Degrees(1, 1, size)
     if ulysses is None and ring is None:
         return Degrees()
     given = (ulysses or 1) * (ring or 1)

@@ -134,7 +134,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     mask = op.mask_in(call)
     mask_shape = call.shape(op.mask) if op.mask is not None and mask is not None else ()
     outputs = program.graph.output_node().all_input_nodes
-    free = program.ulysses_degree is None and program.ring_degree is None
+    free = program.ulysses_degree is None and program.ring_degree is None and program.gather_degree is None
     if keys is None or (free and not per_rows and all(call[name] in outputs for name in (op.key, op.value))):
         if per_rows:
             return replicate_all(call, types, per_rows)

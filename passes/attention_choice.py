@@ -1,23 +1,34 @@
 """Which of the legal ways to run an attention is taken: the cheapest, unless degrees are given.
 
-Heads are exchanged where they divide, and nothing is cheaper by the costs of :mod:`fxsp.passes.attention_cost`.  For a
-causal attention nothing else is considered then: a kernel that knows the causal flag skips half of the work, and on a
-rank's own queries the flag would have to become a mask.  Where heads do not divide, fewer key/value heads may be
-repeated before the exchange, so that they do; an exchange within a ring, a ring, or gathered keys and values are the
-others.  Heads are never padded.
+Costs are those of :mod:`fxsp.passes.attention_cost`; heads are never padded.
+
+* Where heads divide over the ranks they are exchanged, unless another way takes at most three quarters of the time:
+  after an exchange a rank holds keys and values of its own heads only.
+* A causal attention whose heads divide is always exchanged: a kernel that knows the causal flag skips half of the work,
+  and on a rank's own queries the flag would have to become a mask.
+* Where key/value heads do not divide but query heads do, they may be repeated before the exchange; otherwise heads are
+  exchanged within a ring, or go around a ring, or keys and values are gathered.
+* Keys and values are not gathered if they are more than ``gather_limit`` bytes, as long as there is another way.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from fxsp.kernels.collectives import summand_dtype
 from fxsp.passes.attention_cost import Candidate, Link, exchange_bytes, factorizations
 from fxsp.passes.base import Program
+from fxsp.passes.decide import hint
 from fxsp.types import Length, Sequence, as_length, product, same_length
 
-__all__ = ["Question", "choose", "ring_refusal"]
+__all__ = ["GATHER_LIMIT", "Question", "choose"]
+
+#: Bytes of keys and values of one attention that a rank may hold gathered, where there is another way.
+GATHER_LIMIT = 2**30
+#: Another way is taken instead of an exchange of heads if it takes at most this part of its time.
+_WORTH = 0.75
 
 
 @dataclass(frozen=True)
@@ -58,22 +69,30 @@ class Question:
         """Bytes of all keys and values."""
         return product((*self.k[:-2], self.keys.length, self.k[-1] + self.v[-1], self.like.element_size()))
 
+    @property
+    def widened(self) -> float:
+        """How much wider gradients are when they are summed than keys and values are."""
+        return summand_dtype(self.like.dtype).itemsize / self.like.dtype.itemsize
+
     def exchange(self, method: str, u: int, r: int) -> Candidate:
         """Heads exchanged among ``u`` ranks, in a ring of ``r``."""
         spread = _spread(self.q, self.k, u)
         kv_bytes = as_length(self.kv_bytes * spread)
         k = (self.k[0], as_length(self.k[1] * spread), *self.k[2:]) if len(self.k) == 4 else self.k
-        refusal = (self.blocks or ring_refusal(self.q, self.k, self.repeat)) if r > 1 else ""
+        refusal = (self.blocks or _ring_refusal(self.q, self.k, self.repeat)) if r > 1 else ""
         refusal = refusal or _ulysses_refusal(self.q, k, u)
-        return Candidate(method, u, r, exchange_bytes(self.q_bytes, kv_bytes, u, r), spread, refusal)
+        sent, backward = (exchange_bytes(self.q_bytes, kv_bytes, u, r, n) for n in (1, 1 + self.widened))
+        return Candidate(method, u, r, sent, backward if self.program.training else None, spread, refusal)
 
     def gather(self) -> Candidate:
         """All keys and values on every rank."""
-        return Candidate("gather_kv", 1, 1, as_length((self.program.ranks.size - 1) * self.kv_bytes), 1, self.per_rows)
+        sent = as_length((self.program.ranks.size - 1) * self.kv_bytes)
+        backward = as_length(sent * int(self.widened)) if self.program.training else None
+        return Candidate("gather_kv", 1, 1, sent, backward, 1, self.per_rows)
 
 
 def choose(question: Question) -> tuple[Candidate | None, tuple[tuple[str, str], ...], str]:
-    """The way that is taken, the others with their costs or why they are not legal, and the costs of the one taken.
+    """The way that is taken, the others with their costs or why they are not legal, and the cost of the one taken.
 
     None if no way is legal.
     """
@@ -81,21 +100,42 @@ def choose(question: Question) -> tuple[Candidate | None, tuple[tuple[str, str],
     link = Link.of(question.like.device.type, program.latency, program.bandwidth)
     whole, *rings = (question.exchange(*way) for way in factorizations(program.ranks.size))
     gather = question.gather()
+    asked = _asked(question, gather, [whole, *rings])
+    if asked is not gather:
+        gather = _limited(question, gather, [whole, *rings])
     ways = (whole, gather, *rings)
     legal = [way for way in ways if not way.refusal]
-    asked = next((c for c in rings if c.ring == program.ring_degree and not c.refusal), None)
-    usual = question.queries.same_as(question.keys) and whole.spread == 1
     best: Candidate | None = None
-    if asked is not None:
+    note = ""
+    if asked is not None and not asked.refusal:
         best = asked
-    elif not whole.refusal and (usual or program.ulysses_degree not in (None, 1)):
-        # Never more than two messages, and each rank holds keys and values of its own heads only.
-        best = whole
     elif legal:
-        few = legal if whole.refusal else [way for way in legal if way in (whole, gather)]
-        best = min(few, key=lambda c: (c.seconds(link), c.messages))
+        best = min(legal, key=lambda c: (c.seconds(link), c.messages))
+        if not whole.refusal and whole.spread == 1:
+            cheaper = best.seconds(link) <= _WORTH * whole.seconds(link)
+            alike = question.queries.same_as(question.keys)
+            best = best if cheaper and not (question.causal and alike) else whole
+        if asked is not None:
+            note = f"; {asked.name} was asked for, but {asked.refusal}"
     rejected = tuple((c.name, c.text(link)) for c in ways if c is not best)
-    return best, rejected, ""
+    return best, rejected, f"{best.cost(link)}{note}" if best is not None else ""
+
+
+def _asked(question: Question, gather: Candidate, exchanges: list[Candidate]) -> Candidate | None:
+    """What the degrees that are given ask for."""
+    program = question.program
+    if program.gather_degree is not None and program.gather_degree > 1:
+        return gather
+    return next((c for c in exchanges if c.ring == program.ring_degree), None)
+
+
+def _limited(question: Question, gather: Candidate, others: list[Candidate]) -> Candidate:
+    """Gathered keys and values are refused where they are too many, and there is another way."""
+    limit = GATHER_LIMIT if question.program.gather_limit is None else question.program.gather_limit
+    if gather.refusal or hint(question.gathered_bytes) <= limit or all(c.refusal for c in others):
+        return gather
+    held = f"{question.gathered_bytes} bytes of keys and values would be on every rank, more than gather_limit={limit}"
+    return replace(gather, refusal=held)
 
 
 def _spread(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> int:
@@ -107,7 +147,7 @@ def _spread(q: tuple[Length, ...], k: tuple[Length, ...], size: int) -> int:
     return next(fits, 1)
 
 
-def ring_refusal(q: tuple[Length, ...], k: tuple[Length, ...], repeat: int) -> str:
+def _ring_refusal(q: tuple[Length, ...], k: tuple[Length, ...], repeat: int) -> str:
     """Why keys and values cannot go around a ring, or nothing; ``k`` has the heads that travel."""
     if len(q) != 4 or len(k) != 4:
         return f"queries of {len(q)} dimensions have no head dimension"

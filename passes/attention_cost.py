@@ -1,19 +1,22 @@
 """What each way to run an attention costs: bytes on the wire, messages, and the time that they take.
 
-Per rank, forward; ``q`` are the local bytes of queries and output, ``kv`` those of keys and values, on ``P = u * r``
-ranks:
+Per rank; ``q`` are the local bytes of queries and output, ``kv`` those of keys and values, on ``P = u * r`` ranks:
 
-========== ============================== ==================================================
-method     bytes                          messages, one after the other
-========== ============================== ==================================================
-ulysses    (q + kv) (P-1)/P               2: an all-to-all in, one out
-ring       kv (P-1)                       P-1
-hybrid     (q + kv) (u-1)/u + kv (r-1)    2 + r-1
-gather_kv  kv (P-1)                       1
-========== ============================== ==================================================
+========== ============================== =============================== ===================================
+method     bytes, forward                 bytes, backward                 messages forward (and backward)
+========== ============================== =============================== ===================================
+ulysses    (q + kv) (P-1)/P               the same                        2: an all-to-all in, one out (2)
+ring       kv (r-1)                       kv (r-1) (1 + w)                r-1 (2 (r-1))
+hybrid     (q + kv) (u-1)/u + kv (r-1)    (q + kv) (u-1)/u                2 + r-1 (2 + 2 (r-1))
+                                          + kv (r-1) (1 + w)
+gather_kv  kv (P-1)                       kv (P-1) w                      1 (1)
+========== ============================== =============================== ===================================
 
-Time is ``messages * latency + bytes / bandwidth``.  Passing on overlaps with computing in a ring, which is not counted;
-of equal times the fewer messages win.
+``w`` is how much wider the sum of gradients is than they are: 2 for halves, which are added in fp32, else 1.  A ring
+passes keys and values on once more in the backward pass, with their gradients behind.  The backward pass counts where
+gradients may be asked for.
+
+Time is ``messages * latency + bytes / bandwidth``.  Passing on overlaps with computing in a ring, which is not counted.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Candidate:
     method: str
     ulysses: int
     ring: int
+    #: Bytes that a rank sends, forward and (None: it is not asked for) backward.
     sent: Length
+    backward: Length | None = None
     spread: int = 1
     refusal: str = ""
 
@@ -57,27 +62,36 @@ class Candidate:
 
     @property
     def messages(self) -> int:
+        """One after the other, forward."""
         if self.method == "gather_kv":
             return 1
         return (2 if self.ulysses > 1 else 0) + self.ring - 1
 
+    @property
+    def messages_backward(self) -> int:
+        return 0 if self.backward is None else self.messages + (self.ring - 1)
+
     def seconds(self, link: Link) -> float:
-        return self.messages * link.latency + hint(self.sent) / link.bandwidth
+        messages, sent = self.messages + self.messages_backward, hint(self.sent) + hint(self.backward or 0)
+        return messages * link.latency + sent / link.bandwidth
 
     def text(self, link: Link) -> str:
         """The cost, or why it is not legal."""
-        if self.refusal:
-            return self.refusal
+        return self.refusal or f"sends {self.sent} bytes per rank in {self.cost(link)}"
+
+    def cost(self, link: Link) -> str:
+        """Messages, the bytes of the backward pass, and the time."""
         count = "1 message" if self.messages == 1 else f"{self.messages} messages"
-        return f"sends {self.sent} bytes per rank in {count}, {self.seconds(link) * 1e6:.3g} us"
+        back = "" if self.backward is None else f" and {self.backward} bytes in {self.messages_backward} backward"
+        return f"{count}{back}, {self.seconds(link) * 1e6:.3g} us"
 
 
-def exchange_bytes(q_bytes: Length, kv_bytes: Length, ulysses: int, ring: int) -> Length:
-    """Bytes that a rank sends, forward: ``u`` ranks exchange heads, then keys and values go around ``r`` ranks.
+def exchange_bytes(q_bytes: Length, kv_bytes: Length, ulysses: int, ring: int, times: float = 1) -> Length:
+    """Bytes that a rank sends: ``u`` ranks exchange heads, then keys and values go ``times`` around ``r`` ranks.
 
     ``q_bytes`` are the local bytes of queries and output, ``kv_bytes`` those of keys and values.
     """
-    sent = (q_bytes + kv_bytes) * (ulysses - 1) / ulysses + kv_bytes * (ring - 1)
+    sent = (q_bytes + kv_bytes) * (ulysses - 1) / ulysses + kv_bytes * (ring - 1) * times
     return round(sent) if isinstance(sent, float) else as_length(sent)
 
 

@@ -46,9 +46,12 @@ class Program:
     #: Degrees that the user fixed, or None.
     ulysses_degree: int | None = None
     ring_degree: int | None = None
+    gather_degree: int | None = None
     #: Seconds per message, and bytes per second that a rank sends; None: the defaults of the device.
     latency: float | None = None
     bandwidth: float | None = None
+    #: Bytes of gathered keys and values that a rank may hold for one attention where there is another way.
+    gather_limit: int | None = None
     #: Free for passes to hand facts on (documented by the pass that writes them).
     facts: dict[str, Any] = field(default_factory=dict)
 

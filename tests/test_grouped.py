@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tracing import check, collectives, shard
+from tracing import check, collectives, partition, shard
 
 TOKENS, WIDTH = 5, 4
 
@@ -52,7 +52,9 @@ def bytes_per_rank(heads: int, size: int, share: float = 1.0) -> float:
 @pytest.mark.parametrize("repeat", [expand, interleave, copied])
 @pytest.mark.parametrize("causal", [False, True])
 def test_heads_travel_once(repeat: Callable[[Tensor, int], Tensor], causal: bool) -> None:
-    program = check(attention(repeat, 4, 2, causal), *inputs(4, 2))
+    check(attention(repeat, 4, 2, causal), *inputs(4, 2))
+    # Of two ranks keys and values would be gathered, if nothing is causal: they are fewer bytes.
+    program = partition(attention(repeat, 4, 2, causal), *inputs(4, 2), ulysses_degree=2, ring_degree=1)
     (record,) = program.report.attentions
     assert record.method == "ulysses"
     # Queries and output of four heads, keys and values of two; each sends half of its own to the other rank.
@@ -86,6 +88,12 @@ def test_heads_are_repeated_before_the_exchange_as_often_as_the_ranks_need() -> 
     assert record.method == "gather_kv"
     assert dict(record.rejected)["ulysses"].startswith(f"sends {exchange:.0f} bytes per rank in 2 messages")
     program = check(attention(expand, 8, 4), *inputs(8, 4), size=8)
+    (record,) = program.report.attentions
+    # No head is repeated in an exchange among four, within a ring of two: these are fewer bytes.
+    assert record.method == "hybrid"
+    hybrid = bytes_per_rank(8 + 8 + 4 + 4, 8, 3 / 4 / 7) + bytes_per_rank(4 + 4, 8, 1 / 7)
+    assert record.bytes == hybrid < bytes_per_rank(8 * 4, 8, 1 / 8)
+    program = partition(attention(expand, 8, 4), *inputs(8, 4), size=8, ulysses_degree=8, ring_degree=1)
     (record,) = program.report.attentions
     assert record.method == "ulysses"
     assert record.bytes == bytes_per_rank(8 * 4, 8, 1 / 8)
