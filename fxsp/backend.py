@@ -242,7 +242,9 @@ def _check_stages(options: Options) -> None:
 
 def _say_unsharded(report: Report, captured: Capture) -> None:
     name = type(captured.root).__name__ if captured.root is not None else "a function"
-    warnings.warn(UnshardedWarning(f"a graph of {name} runs whole on every rank: {report.unsharded}"), stacklevel=2)
+    remedy = "fxsp.explain shows what the plan reaches; rewrite that line, or keep it out with torch.compiler.disable"
+    text = f"a graph of {name} runs whole on every rank (right, and not split): {report.unsharded}.\n  {remedy}"
+    warnings.warn(UnshardedWarning(text), stacklevel=2)
 
 
 def _say_gathers(report: Report) -> None:
@@ -252,6 +254,7 @@ def _say_gathers(report: Report) -> None:
         return
     shown = "\n  ".join(str(g) for g in gathers[:8])
     more = f"\n  and {len(gathers) - 8} more" if len(gathers) > 8 else ""
+    more += "\n  A SequenceParallelOutput before such an operator asks for the gather; strict=True refuses it"
     warnings.warn(
         ImplicitGatherWarning(f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"), stacklevel=2
     )

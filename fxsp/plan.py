@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from fxsp.errors import PlanError
+from fxsp.source import forward_source
 
 __all__ = [
     "PlanEntry",
@@ -172,9 +173,12 @@ def did_you_mean(name: object, known: Iterable[object]) -> str:
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
-def refuse(entry: object, problem: str) -> PlanError:
-    """The error for one entry (or the text of one): which, and what is wrong with it."""
-    return PlanError(f"plan entry `{entry}`: {problem}")
+def refuse(entry: object, problem: str, module: object = None) -> PlanError:
+    """The error for one entry (or the text of one): which, what is wrong with it, and where its module is defined."""
+    module = module if module is not None else getattr(entry, "module", None)
+    place = forward_source(module) if module is not None else ""
+    where = f"\n  {type(module).__name__}.forward is in {place}" if place else ""
+    return PlanError(f"plan entry `{entry}`: {problem}{where}")
 
 
 # --- the dictionary form ----------------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ def _expand(entry: PlanEntry, root: nn.Module) -> list[tuple[str, nn.Module]]:
                         entry,
                         f"`*` matches the children of a ModuleList, and {here} is none.\n"
                         f"  Its modules: {listing(children)}.{did_you_mean(atom, children)}",
+                        module,
                     )
                 step += [(f"{path}.{name}" if path else name, child) for name, child in children.items()]
             elif atom in children:
@@ -115,7 +116,9 @@ def _expand(entry: PlanEntry, root: nn.Module) -> list[tuple[str, nn.Module]]:
                     if candidates
                     else did_you_mean(entry.pattern, (name for name, _ in submodules(root) if name))
                 )
-                raise refuse(entry, f'{here} has no module "{atom}".\n  Its modules: {listing(children)}.{hint}')
+                raise refuse(
+                    entry, f'{here} has no module "{atom}".\n  Its modules: {listing(children)}.{hint}', module
+                )
         found = step
     return found
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["clean_module_path", "input_name", "module_path", "node_source"]
+__all__ = ["clean_module_path", "forward_source", "input_name", "module_path", "node_source"]
 
 _TORCH = Path(torch.__file__).resolve().parent
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
@@ -39,6 +40,18 @@ def node_source(node: torch.fx.Node, *, full: bool = False) -> str:
         return ""
     file, line = outside[-1]
     return f"{file if full else Path(file).name}:{line}"
+
+
+def forward_source(module: object) -> str:
+    """``"model.py:12"``: where the ``forward`` of a module's class is defined; ``""`` for those of torch."""
+    code = getattr(inspect.unwrap(getattr(type(module), "forward", None) or _nothing), "__code__", None)
+    if code is None or _in_torch(code.co_filename) or code is _nothing.__code__:
+        return ""
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
+
+
+def _nothing() -> None:
+    """Stands for a ``forward`` that is not there."""
 
 
 @lru_cache(maxsize=4096)
