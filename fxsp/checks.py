@@ -1,7 +1,8 @@
 """Are two tensors the same, here, and are the inputs equal on all ranks?
 
 ``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (each parameter once):
-two 64-bit sums per tensor and one small all-gather.  It synchronizes with the host, and is not on by default.
+two 64-bit sums per tensor, and one all-gather of four numbers while they agree.  It synchronizes with the host, and is
+not on by default.
 """
 
 from __future__ import annotations
@@ -55,10 +56,21 @@ def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, gr
         for _, value in picked:
             if isinstance(value, torch.nn.Parameter):
                 checked_parameters[value] = None
-        mine = torch.tensor([fingerprint(a) for _, a in picked], dtype=torch.int64)
+        mine = torch.tensor([fingerprint(a) for _, a in picked], dtype=torch.int64).view(-1, 2)
         device = next((a.device for _, a in picked if isinstance(a, Tensor)), torch.device("cpu"))
-        everyone = [torch.empty_like(mine, device=device) for _ in range(ranks.size)]
-        dist.all_gather(everyone, mine.to(device), group=group)
+        # An input of another shape may mean another graph, with other inputs: first whether there is one list of them.
+        kinds = _stable(tuple(name for name, _ in picked))
+        heads = _from_all(torch.tensor([len(picked), kinds, *fingerprint(mine)]), device, ranks, group)
+        if all(torch.equal(head, heads[0]) for head in heads):
+            return run(*args)
+        if not all(torch.equal(head[:2], heads[0][:2]) for head in heads):
+            others = [r for r in range(ranks.size) if not torch.equal(heads[r][:2], heads[0][:2])]
+            shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in picked if _is_data(a))
+            raise InputMismatchError(
+                f"ranks {others} run another graph than rank 0, so the shapes of their inputs, or values that are no "
+                f"tensors, differ. On rank {ranks.rank}: {shapes}. Every rank must call the model with the same inputs."
+            )
+        everyone = _from_all(mine, device, ranks, group)
         for row, (name, value) in enumerate(picked):
             others = [r for r in range(ranks.size) if not torch.equal(everyone[r][row], everyone[0][row])]
             if others:
@@ -67,9 +79,20 @@ def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, gr
                     f"input {name} ({shape} on rank {ranks.rank}) differs between rank 0 and ranks {others}. Every "
                     "rank must call the model with the same inputs: seed random inputs alike, or broadcast them."
                 )
-        return run(*args)
+        raise InputMismatchError("the inputs of the ranks differ")
 
     return checked
+
+
+def _from_all(mine: Tensor, device: torch.device, ranks: Ranks, group: Any) -> list[Tensor]:
+    """``mine`` of every rank, on the CPU."""
+    everyone = [torch.empty_like(mine, device=device) for _ in range(ranks.size)]
+    dist.all_gather(everyone, mine.to(device), group=group)
+    return [other.cpu() for other in everyone]
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
 def relative_error(found: Tensor, expected: Tensor, usual: float = 0.0) -> float:

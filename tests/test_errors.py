@@ -142,6 +142,7 @@ def _other_errors(rank: int, size: int) -> dict[str, tuple[str, str]]:
         "strict": failure(lambda: compiled(Model(mix=True), plan=SPLIT, strict=True)(inputs())),
         "dropout": failure(lambda: compiled(Model(dropout=0.3), plan=SPLIT)(inputs())),
         "inputs": failure(lambda: compiled(Model(), plan=SPLIT, check_inputs=True)(inputs() + rank)),
+        "later": failure(lambda: _two_calls(rank)),
         "weights": failure(lambda: compiled(_nudged(Model(), rank), plan=SPLIT, check_inputs=True)(inputs())),
     }
     torch.manual_seed(0)
@@ -152,6 +153,16 @@ def _other_errors(rank: int, size: int) -> dict[str, tuple[str, str]]:
         found["fine"] = failure(lambda: evaluated(inputs()))
         found["same inputs"] = ("", "") if torch.allclose(same, model(inputs()), atol=1e-6) else ("wrong", "values")
     return found
+
+
+_FIRST = {"": {"input": SequenceParallelInput(1)}}
+
+
+def _two_calls(rank: int) -> None:
+    """The second call has another length on one rank only, which compiles another graph there."""
+    checked = compiled(nn.Linear(8, 3), plan=_FIRST, check_inputs=True)
+    checked(inputs())
+    checked(inputs(5 + rank))
 
 
 def _nudged(model: nn.Module, rank: int) -> nn.Module:
@@ -179,6 +190,7 @@ def test_other_errors_on_two_ranks(ranks: Ranks) -> None:
         "strict": ("StrictError", ["aten.cumsum", "small.py:", "192 bytes", "strict=True"]),
         "dropout": ("UnsupportedError", ["blocks.0", "dropout_p=0.3", "small.py:", "eval()"]),
         "inputs": ("InputMismatchError", ["[2, 5, 8]", "between rank 0 and ranks [1]", "same inputs"]),
+        "later": ("InputMismatchError", ["ranks [1] run another graph than rank 0", "8]"]),
         "weights": ("InputMismatchError", ["bias", "between rank 0 and ranks [1]"]),
         "fine": ("", []),
         "same inputs": ("", []),
