@@ -64,13 +64,15 @@ def equal_lengths(differences: Iterable[sympy.Expr]) -> Iterator[None]:
     """
     from torch.utils._sympy.functions import FloorDiv
 
+    differences = list(differences)
     known: dict[sympy.Expr, sympy.Expr] = {}
     quotients: dict[sympy.Expr, sympy.Expr] = {}
-    for difference in differences:
+    for difference in sorted(differences, key=sympy.count_ops):  # a quotient before those that divide by it
         for quotient in difference.atoms(FloorDiv):
-            exact = quotient.args[0] / quotient.args[1]
-            if sympy.expand(difference.xreplace({quotient: exact})) == 0:
+            exact = sympy.cancel(quotient.args[0] / _exactly(quotient.args[1], quotients))
+            if _exactly(difference, {**quotients, quotient: exact}) == 0:
                 quotients[quotient] = exact
+    for difference in differences:
         rest = sympy.expand(difference.xreplace(known))
         for symbol in sorted(rest.free_symbols, key=str):
             factor = rest.coeff(symbol)
@@ -95,12 +97,23 @@ def as_length(size: Any) -> Length:
         return int(size)
     known, quotients = _equal.get()
     if quotients and any(size.has(quotient) for quotient in quotients):
-        exact = sympy.expand(size.xreplace(quotients))
+        exact = _exactly(size, quotients)
         # A quotient that is left over stays one: lengths are computed in whole numbers.
-        size = exact if all(number.is_Integer for number in exact.atoms(sympy.Number)) else size
+        if all(n.is_Integer for n in exact.atoms(sympy.Number)) and not any(
+            p.exp.is_negative for p in exact.atoms(sympy.Pow)
+        ):
+            size = exact
     if known and not known.keys().isdisjoint(size.free_symbols):
         size = sympy.expand(size.xreplace(known))
     return int(size) if size.is_Integer else size
+
+
+def _exactly(size: sympy.Expr, quotients: dict[sympy.Expr, sympy.Expr]) -> sympy.Expr:
+    """``size`` with exact quotients as fractions; inside of another function they stay, which wants whole numbers."""
+    others = [f for f in size.atoms(sympy.Function) if f not in quotients and any(map(f.has, quotients))]
+    kept = {f: sympy.Dummy(integer=True, positive=True) for f in others}
+    exact = sympy.expand(size.xreplace({**quotients, **kept}))
+    return exact.xreplace({dummy: f for f, dummy in kept.items()})
 
 
 def same_length(a: Length, b: Length) -> bool:

@@ -50,6 +50,35 @@ def test_a_length_that_divides_is_a_multiple_of_its_quotient() -> None:
         assert as_length(4 * quotient) == 8
 
 
+def test_quotients_inside_of_other_functions_stay_whole_numbers() -> None:
+    """Windows of a sequence whose number is computed, ``x.view(B, S // 4, 4, C)``, or left to ``-1``."""
+    quotient, tokens = FloorDiv(A, 4), A * B
+    inferred = FloorDiv(A, quotient)
+    with equal_lengths([A - quotient * inferred, A - 4 * quotient]):
+        assert as_length(quotient * 4) == A
+        assert as_length(FloorDiv(A + 2, 3) + 4 * quotient) == FloorDiv(A + 2, 3) + A
+        assert as_length(FloorDiv(quotient + 2, 3)) == FloorDiv(quotient + 2, 3)
+    assert as_length(inferred) != 4
+    windows = FloorDiv(tokens, 4)
+    with equal_lengths([tokens - windows * FloorDiv(tokens, windows), tokens - 4 * windows]):
+        assert as_length(FloorDiv(tokens, windows)) == 4
+
+
+def _windows(x: Tensor) -> Tensor:
+    y = shard(x) * 2
+    y = y.view(y.shape[0], y.shape[1] // 4, 4, y.shape[2]).softmax(2).flatten(1, 2)
+    return torch.softmax(y.view(-1, 4, y.shape[2]), -1).view_as(y)
+
+
+def test_windows_of_a_symbolic_length() -> None:
+    x = torch.randn(2, 12, 4, dtype=torch.float64)
+    for symbolic in (False, True):
+        gm = trace(_windows, x, symbolic=symbolic)
+        program = partition_program(Program(gm, Ranks(0, 2, "simulated"), training=True), Runner(check=True))
+        (out,) = check_replicated(simulate(program.gm, 2, [x]))
+        torch.testing.assert_close(out, _windows(x))
+
+
 def _rotary(text: Tensor, image: Tensor, text_table: Tensor, image_table: Tensor) -> Tensor:
     """As Flux: tokens and the tables of their positions are joined apart, and meet in a product."""
     x = torch.softmax(torch.cat([shard(text), shard(image)], 1), -1)
