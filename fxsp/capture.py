@@ -64,16 +64,21 @@ def install(is_ours: Callable[[object], bool]) -> None:
     if is_ours not in _ours:
         _ours.append(is_ours)
     torch_internals.hook_module_calls(_enter)
+    torch_internals.keep_lengths_symbolic(_is_ours)
 
 
 _ours: list[Callable[[object], bool]] = []
 
 
+def _is_ours(translation: Translation) -> bool:
+    layers = torch_internals.backend_layers(translation.compiler())
+    return any(is_ours(layer) for layer in layers for is_ours in _ours)
+
+
 def _enter(
     translation: Translation, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Callable[[Any], None] | None:
-    layers = torch_internals.backend_layers(translation.compiler())
-    if not any(is_ours(layer) for layer in layers for is_ours in _ours):
+    if not _is_ours(translation):
         return None
     recorder = translation.notes(_Recorder)
     if not recorder.calls:  # the frame may break before it reaches the backend: remember whose it is now

@@ -564,6 +564,28 @@ def keep_graphs_whole(is_ours: Callable[[object], bool]) -> None:
     DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
 
 
+def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
+    """Have Dynamo trace ``torch.as_tensor(length)`` as ``torch.tensor(length)`` where the translation is ours.
+
+    The former makes a symbolic length the number that it happens to be, and so costs a compilation per length; Dynamo
+    has a remedy for the latter only.
+    """
+    try:
+        from torch._dynamo.variables import SymNodeVariable, TorchInGraphFunctionVariable
+
+        handlers = TorchInGraphFunctionVariable._get_handlers()
+    except (ImportError, AttributeError):
+        return  # another compilation per length, and nothing else
+
+    def as_tensor(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        data = args[0] if args else kwargs.get("data")
+        if not isinstance(data, SymNodeVariable) or not is_ours(Translation(tx.output)):
+            return None
+        return TorchInGraphFunctionVariable(torch.tensor).call_function(tx, [*args], kwargs)
+
+    handlers.setdefault(torch.as_tensor, as_tensor)
+
+
 def _missing(what: str, error: Exception | None = None) -> RuntimeError:
     reason = f": {error}" if error else ""
     return RuntimeError(f"torch {torch.__version__} has no {what}{reason}; fxsp supports torch 2.11 to 2.15")

@@ -36,7 +36,7 @@ from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
 from fxsp.report import PlanRecord
 from fxsp.resolve import ResolvedEntry, resolve_plan
 from fxsp.torch_internals import Opaque
-from fxsp.types import Ranks
+from fxsp.types import Ranks, as_length, same_length
 
 __all__ = ["annotate", "written_by"]
 
@@ -262,7 +262,9 @@ class _Writer:
             return value
         example = _example(value) if isinstance(value, fx.Node) else None
         if isinstance(example, (int, torch.SymInt)):
-            return value
+            return _input_size(call.graph, example) or (
+                value if value in call.graph.nodes else Opaque(f'"{source}" is computed after the call')
+            )
         if not isinstance(example, torch.Tensor) or example.ndim == 0:
             return Opaque(f'"{source}" is {_kind(value)}; it must be an integer, or a tensor with a token dimension')
         dim = 0 if example.ndim <= 2 else 1
@@ -331,6 +333,27 @@ def _place(graph: fx.Graph, value: fx.Node, end: fx.Node | None = None) -> fx.No
     """The node after which something may stand that needs ``value`` and follows ``end``: never among the inputs."""
     place = value if end is None or end < value else end
     return list(graph.find_nodes(op="placeholder"))[-1] if place.op == "placeholder" else place
+
+
+def _input_size(graph: fx.Graph, number: Any) -> Any:
+    """An input of ``graph`` that is the symbolic ``number``, or ``(input, dim)`` where a size of it is; else None.
+
+    Dynamo writes the size of a tensor anew where it is used: a node for it may come late, or be gone.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        example = _example(node)
+        if isinstance(example, torch.SymInt) and _same(example, number):
+            return node
+        if isinstance(example, torch.Tensor):
+            dims = (dim for dim, size in enumerate(example.shape) if _same(size, number))
+            if (dim := next(dims, None)) is not None:
+                return node, dim
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether both are one symbolic number, by its expression: no guard."""
+    return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and same_length(as_length(a), as_length(b))
 
 
 _IN_PLACE = frozenset(

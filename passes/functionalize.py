@@ -247,8 +247,20 @@ class _Functionalizer:
         if tensor.storage.tensors == 1 and not tensor.chain:
             tensor.storage.value = self.w.call(aten.detach.default, self._settle(tensor.storage))
             tensor.seen, tensor.version = tensor.storage.value, tensor.storage.version
-        elif self.training:
+        elif self.training and self._has_history(self._settle(tensor.storage)):
             raise UnsupportedError(f"{describe(self.w.origin)} detaches, in place, a tensor that has views")
+
+    def _has_history(self, value: Node) -> bool:
+        """Whether a value depends on an input that requires grad."""
+        seen, pending = {value}, [value]
+        while pending:
+            node = pending.pop()
+            if node.op == "placeholder" and getattr(node.meta["val"], "requires_grad", False):
+                return True
+            new = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(new)
+            pending += new
+        return False
 
     def _put(self, tensor: Tensor, value: Node) -> None:
         storage = tensor.storage
