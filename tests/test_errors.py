@@ -195,7 +195,7 @@ def test_other_errors_on_two_ranks(ranks: Ranks) -> None:
         "fine": ("", []),
         "same inputs": ("", []),
     }
-    for found in ranks(2).run(_other_errors):
+    for found in ranks(2).run(_other_errors, timeout=400.0):
         for name, (kind, parts) in expected.items():
             assert found[name][0] == kind, (name, found[name])
             assert all(part in found[name][1] for part in parts), (name, found[name][1])
