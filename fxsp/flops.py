@@ -151,6 +151,7 @@ FORMULAS: dict[str, Callable[[Call, ShapeOf], int]] = {
     "aten::einsum": _einsum,
     "aten::scaled_dot_product_attention": _attention,
     "fxsp_local::dropped_attention": _attention,
+    "fxsp_local::banded_attention": _attention,
     "fxsp::ring_attention": _busiest_of_a_ring,
     **{f"aten::conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"aten::conv_transpose{n}d": _transposed_convolution for n in (1, 2, 3)},

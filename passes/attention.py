@@ -26,7 +26,7 @@ from torch.fx import Node
 
 from fxsp.errors import UnsupportedError
 from fxsp.passes.attention_choice import Question, choose
-from fxsp.passes.attention_ops import SDPA, AttentionOp, attention_op
+from fxsp.passes.attention_ops import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, replicate_all
 from fxsp.passes.grouped import repeated_heads
@@ -74,7 +74,7 @@ def distributed_attention(*args: object, **kwargs: object) -> object:
     raise AssertionError("distributed_attention is lowered by the attention pass")
 
 
-@rule([SDPA])
+@rule([SDPA, BANDED])
 def sdpa(call: Call) -> OpRule | None:
     """Batch and query rows pass: ``([b, h, m, d], [b, h, n, d], [b, h, n, e]) -> ([b, h, m, e]) whole={d, e, n}``."""
     q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
@@ -87,7 +87,7 @@ def sdpa(call: Call) -> OpRule | None:
         bk, bv = (*bk[:-1], ("hk",)), (*bv[:-1], ("hk",))
         whole |= {"hk", f"b{len(lead) - 1}"}
         sizes["hk"] = k[-3]
-    if call.get("is_causal"):
+    if call.get("is_causal") or call.get("window") is not None:
         whole.add("m")
     sizes |= {"m": q[-2], "n": k[-2], "d": q[-1], "e": v[-1]}
     operands: list[Dims] = [(*bq, ("m",), ("d",)), (*bk, ("n",), ("d",)), (*bv, ("n",), ("e",))]
@@ -127,7 +127,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     dropped = _check_dropout(call, op, program)
     keys = next((t.sequence for t in kv_types if isinstance(t, Shard)), None)
     per_rows, why = op.rows_refusal(call, q, k), op.refusal(call)
-    if len(q) != 4 and op.op is not SDPA:
+    if len(q) != 4 and not op.builtin:
         why = f"{op.op} on queries of {len(q)} dimensions"
     if why:
         return replicate_all(call, types, why)
@@ -140,19 +140,19 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
             return replicate_all(call, types, per_rows)
         choice = AttentionChoice("local", op, q_type.sequence, None, 0)
     else:
-        repeat = _repeats(call, kv_types) if op.op is SDPA else 1
+        repeat = _repeats(call, kv_types) if op.builtin else 1
         if repeat > 1:
             k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
         question = Question(
             q, k, v, q_type.sequence, keys, call[op.query].meta["val"], repeat, program,
-            causal=op.causal_in(call), per_rows=per_rows, blocks=_blocks_refusal(op, dropped),
+            causal=op.causal_in(call), per_rows=per_rows, blocks=_blocks_refusal(call, op, dropped),
         )  # fmt: skip
         best, rejected, detail = choose(question)
         if best is None:
             return replicate_all(call, types, "; ".join(why for _, why in rejected))
         choice = AttentionChoice(
-            best.method, op, q_type.sequence, keys, best.sent, rejected, detail, best.ulysses, best.ring, repeat,
-            best.spread,
+            best.method, op, q_type.sequence, keys, best.sent, rejected, detail + _seen(call), best.ulysses, best.ring,
+            repeat, best.spread,
         )  # fmt: skip
     kv: Type = Used() if choice.keys is None else Shard(tokens, choice.keys)
     needed: dict[str, Type] = {op.query: q_type, op.key: kv, op.value: kv}
@@ -207,11 +207,22 @@ def _reason(types: list[Type], needed: tuple[Type, ...]) -> str:
     return ""
 
 
-def _blocks_refusal(op: AttentionOp, dropped: bool) -> str:
+def _blocks_refusal(call: Call, op: AttentionOp, dropped: bool) -> str:
     """Why an attention cannot be computed block by block, or nothing."""
     if not op.blocks:
         return f"blocks of {op.op} do not merge"
+    if call.get("window") is not None and op.op is BANDED:
+        return "a window is not computed block by block"
     return "attention with dropout is not computed block by block" if dropped else ""
+
+
+def _seen(call: Call) -> str:
+    """For the report: what a mask was seen to be."""
+    if call.op is not BANDED:
+        return ""
+    window = "" if call["window"] is None else f", a window of {call['window'] + 1} tokens"
+    keys = ", one row of allowed keys" if isinstance(call["attn_mask"], Node) else ""
+    return f"; its mask is causal{window}{keys}"
 
 
 def _check_dropout(call: Call, op: AttentionOp, program: Program) -> bool:

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import fxsp.kernels.banded  # noqa: F401  (registers the operator)
 from fxsp.errors import OptionError
 from fxsp.passes.rules import RULES, Call, Dims, OpRule, tensor_nodes
 from fxsp.plan import did_you_mean, listing
 from fxsp.torch_internals import overload_of
 from fxsp.types import Length
 
-__all__ = ["ATTENTION_OPS", "SDPA", "AttentionOp", "attention_op", "register_attention"]
+__all__ = ["ATTENTION_OPS", "BANDED", "SDPA", "AttentionOp", "attention_op", "register_attention"]
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+#: What *masks* makes of an attention whose mask it has seen through.
+BANDED = torch.ops.fxsp_local.banded_attention.default
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class AttentionOp:
     strided: bool = True
     #: Whether its blocks can be merged, as a ring does.
     blocks: bool = False
+
+    @property
+    def builtin(self) -> bool:
+        """Whether the lowering knows what it computes, and writes something else for it."""
+        return self.op in (SDPA, BANDED)
 
     def causal_in(self, call: Call) -> bool:
         """Whether this call is causal."""
@@ -88,11 +96,11 @@ class AttentionOp:
     def rows_refusal(self, call: Call, q: tuple[Length, ...], k: tuple[Length, ...]) -> str:
         """Why it cannot run on some of the queries, or nothing; the shapes are ``[B, H, S, D]``."""
         moved = [n for n in sorted(self.positional) if not _is_default(call, n)]
-        if self.op is not SDPA and any(isinstance(call.get(n), Node) for n in self.per_head):
+        if not self.builtin and any(isinstance(call.get(n), Node) for n in self.per_head):
             moved += [n for n in self.per_head if isinstance(call.get(n), Node)]
         if moved:
             return f"{listing(moved)} of {self.op} would count positions from a rank's first query"
-        if self.causal_in(call) and self.op is not SDPA:
+        if self.causal_in(call) and not self.builtin:
             if self.mask is None or self.mask_in(call) is not None or self.causal is True:
                 return f"{self.op} is causal, and takes no mask that says so for a part of the queries"
             if q[-2] != k[-2]:
@@ -113,6 +121,10 @@ ATTENTION_OPS: dict[Any, AttentionOp] = {
     SDPA: AttentionOp(
         SDPA, mask="attn_mask", causal="is_causal", dropout="dropout_p",
         constants=frozenset({"scale", "enable_gqa"}), blocks=True,
+    ),
+    BANDED: AttentionOp(
+        BANDED, mask="attn_mask", causal="is_causal",
+        constants=frozenset({"window", "scale", "enable_gqa"}), blocks=True,
     ),
 }  # fmt: skip
 

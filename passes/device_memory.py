@@ -183,7 +183,7 @@ class _Attention:
             operands: Any = node.args[:3]
             q, _, v = (self._value(x) for x in operands)
             out = attention_output(node, q, v, _global(self.operands["q"]).device.type)
-            return out if node.target is ATTENTIONS[0] else (out, out.new_empty(out.shape[:3]))
+            return (out, out.new_empty(out.shape[:3])) if node.target is ATTENTIONS[-1] else out
         # Pieces of a value (a chunk of the projection) are known themselves; the tuple that they come from is not.
         whole = all(x in self.tensors or _global(x) is not None for x in node.all_input_nodes)
         if whole and node in self.tensors and node not in self.operands.values():

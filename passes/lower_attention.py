@@ -29,7 +29,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.attention import AttentionChoice, distributed_attention
-from fxsp.passes.attention_ops import ATTENTION_OPS, SDPA
+from fxsp.passes.attention_ops import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.grouped import chain_of, repeat_heads, repeated_heads
@@ -76,7 +76,7 @@ class LowerAttention:
             for written in _between(before, node):
                 written.meta["attention_record"] = node.meta["attention_record"]
                 # In an activation checkpoint, what was exchanged is saved: else it would be exchanged once more.
-                if "recompute" in node.meta and (written.target in _SAVED or written.target in ATTENTION_OPS):
+                if "recompute" in node.meta and _is_saved(written):
                     written.meta.update(saved_tag())
             new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
             node.replace_all_uses_with(new)
@@ -88,6 +88,11 @@ class LowerAttention:
                     graph.erase_node(old)
         program.gm.recompile()
         return program
+
+
+def _is_saved(node: Node) -> bool:
+    # A banded attention is several operators, masks among them: those are computed again.
+    return node.target in _SAVED or (node.target in ATTENTION_OPS and node.target is not BANDED)
 
 
 def _between(before: Node, after: Node) -> Iterator[Node]:
@@ -107,6 +112,7 @@ class _Lowering:
         self.args = dict(node.kwargs)
         self.mask = self.args.get(self.op.mask) if self.op.mask is not None else None
         self.causal = self.args.get(self.op.causal) if isinstance(self.op.causal, str) else self.op.causal
+        self.window = self.args.get("window") if self.op.op is BANDED else None
         self.repeat = 1
         value = node.meta["global_val"]
         self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
@@ -123,12 +129,14 @@ class _Lowering:
         mask, queries, keys = self.mask, self.choice.queries, self.choice.keys
         if keys is None or any(queries.whole) or self.op.positional or self.op.per_head:
             return False, False
+        if self.args.get("window") is not None and self.op.op is BANDED:
+            return False, False
         if self.causal:
             alike = mask is None and len(queries.segments) == 1 and queries.same_as(keys)
             return alike, alike
         free = not _has_rows(mask), mask is None and not any(keys.whole) and not keys.has_pads(self.size)
         # An operator that is registered may want as many queries as keys.
-        return free if self.op.op is SDPA or all(free) else (False, False)
+        return free if self.op.builtin or all(free) else (False, False)
 
     def lower(self) -> Node:
         q, k, v = (self._heads_first(_node(self.args[n])) for n in (self.op.query, self.op.key, self.op.value))
@@ -175,11 +183,15 @@ class _Lowering:
         else:
             # Of the kernels of GPUs, those that take a mask want as many keys as queries.
             k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
+        if causal and (mask is not None or self.window is not None):
+            k, v = (repeat_heads(self.build, x, self.repeat if "enable_gqa" in extra else 1) for x in (k, v))
+            gqa = bool(self.args.get("enable_gqa"))
+            return self.build.call(BANDED, q, k, v, mask, True, self.window, self.args.get("scale"), gqa)
         return self.build.call(SDPA, q, k, v, mask, 0.0, causal, **extra)
 
     def _attend(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
         """The operator itself, on this rank."""
-        if self.op.op is SDPA:
+        if self.op.builtin:
             return self._sdpa(q, k, v, mask, causal)
         given = dict(self.args)
         for name, x in zip((self.op.query, self.op.key, self.op.value), (q, k, v), strict=True):
@@ -222,13 +234,22 @@ class _Lowering:
         return self._attend(q, k, v, mask, causal)
 
     def _causal_rows(self, k: Node) -> Node:
-        """``key position <= query position``, ``[Lq, S]``, for this rank's rows; the flag means the upper left."""
+        """What this rank's rows may look at, ``[Lq, S]``, or with a mask of keys ``[B, 1, Lq, S]``: keys at or before a
+        query's position (the flag means the upper left), not before its window.
+        """
         length = _global(k, -2)
-        key = ("causal", str(self.choice.queries), str(length), self.device)
+        key = ("causal", str(self.choice.queries), str(length), self.device, self.window, self.mask)
         if key not in self.cache:
-            rows = self.build.positions(self.choice.queries, self.device)
-            columns = self.build.call(aten.arange.default, self.build.size(length), device=self.device)
-            self.cache[key] = self.build.call(aten.ge.Tensor, self.build.call(aten.unsqueeze.default, rows, 1), columns)
+            call = self.build.call
+            rows = call(aten.unsqueeze.default, self.build.positions(self.choice.queries, self.device), 1)
+            columns = call(aten.arange.default, self.build.size(length), device=self.device)
+            found = call(aten.ge.Tensor, rows, columns)
+            if self.window is not None:
+                near = call(aten.le.Scalar, call(aten.sub.Tensor, rows, columns), self.window)
+                found = call(aten.logical_and.default, found, near)
+            if isinstance(self.mask, Node):
+                found = call(aten.logical_and.default, found, self.mask)
+            self.cache[key] = found
         return self.cache[key]
 
     def _gather_kv(self, k: Node, v: Node, keys: Sequence) -> tuple[Node, Node]:

@@ -14,6 +14,13 @@ Output::
 
     %sdpa = scaled_dot_product_attention(%q, %k, %v, None, 0.0, True)
 
+What is causal and has a mask of keys besides, or a window, becomes ``fxsp_local.banded_attention``::
+
+    %and  = and(%le, %keys)           [2, 1, 5, 5]
+    %sdpa = scaled_dot_product_attention(%q, %k, %v, %and)
+
+    %banded_attention = banded_attention(%q, %k, %v, %keys, True, None)     %keys [2, 1, 1, 5]
+
 After this pass no attention has a mask that is the causal flag, or that repeats one row.
 """
 
@@ -27,6 +34,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.passes import index_arithmetic  # noqa: F401  (it fills the table)
+from fxsp.passes.attention_ops import BANDED, SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.index_terms import Leaf, Term, Where, equal
 from fxsp.passes.index_values import terms_of
@@ -38,7 +46,6 @@ from fxsp.types import Length, same_length
 __all__ = ["Band", "Masks", "band_of"]
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 #: They give the same rows again.
 _REPEATS = {*overloads("clone", "contiguous", "alias"), *EXPANDS}
 
@@ -79,14 +86,32 @@ def _rewrite(graph: Graph, call: Call, terms: dict[Node, Term], rows: dict[Node,
         changes = {"attn_mask": None}
     elif band == Band(0) and not call.get("is_causal"):
         changes = {"attn_mask": None, "is_causal": True}
+    elif band is not None and _is_banded(call, band):
+        row = next((_one_row_of(graph, mask, leaf, rows) for leaf in band.leaves), None)
+        arguments = [call[name] for name in ("query", "key", "value")]
+        call.node.target = BANDED
+        call.node.args = (*arguments, row, True, band.high, call.get("scale"), bool(call.get("enable_gqa")))
+        call.node.kwargs = {}
+        return
     elif band is not None and band.low is band.high is None and len(band.leaves) == 1:
         (leaf,) = band.leaves
-        if mask not in rows:
-            rows[mask] = _one_row(graph, mask, leaf)
-        changes = {"attn_mask": rows[mask]}
+        changes = {"attn_mask": _one_row_of(graph, mask, leaf, rows)}
     else:
         changes = {"attn_mask": _unexpanded(mask)}
     call.node.args, call.node.kwargs = call.rebuild(**changes)
+
+
+def _is_banded(call: Call, band: Band) -> bool:
+    """Whether this is causal, with a window or a mask of keys."""
+    known = band.low == 0 and (band.high is None or (isinstance(band.high, int) and band.high >= 0))
+    more = len(band.leaves) == 1 or (band.high is not None and not band.leaves)
+    return known and more and not call.get("is_causal") and not call.get("dropout_p")
+
+
+def _one_row_of(graph: Graph, mask: Node, leaf: Leaf, rows: dict[Node, Node]) -> Node:
+    if mask not in rows:
+        rows[mask] = _one_row(graph, mask, leaf)
+    return rows[mask]
 
 
 def band_of(mask: Node, terms: dict[Node, Term], queries: Length, keys: Length) -> Band | None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from fxsp.passes.attention import SDPA
+from fxsp.passes.attention_ops import BANDED, SDPA
 from fxsp.passes.rules import Call
 from fxsp.torch_internals import is_operator, schema, storage_key
 
@@ -43,8 +43,8 @@ __all__ = ["ATTENTIONS", "Cost", "attention_output", "costs"]
 
 _ops = torch.ops.fxsp
 
-#: The operators that attend.
-ATTENTIONS = (SDPA, _ops.ring_attention.default)
+#: The operators that attend; the last one, a ring, has a second result.
+ATTENTIONS = (SDPA, BANDED, _ops.ring_attention.default)
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def _ring(node: Node, value: Any, operands: dict[Node, Any], size: int) -> Itera
 
 _TABLE: dict[str, Callable[..., Iterator[Cost]]] = {
     "aten::scaled_dot_product_attention": lambda *_: iter(()),
+    "fxsp_local::banded_attention": lambda *_: iter(()),
     "fxsp::pack_heads": _moved,
     "fxsp::unpack_heads": _moved,
     "fxsp::pack": _moved,

@@ -10,17 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lockstep import gradients
 from models import bert, llama
 from torch import Tensor
 from torch.fx import Interpreter, Node
 from tracing import check, collectives, partition, shard, trace
 
 from fxsp import SequenceParallelInput
+from fxsp.kernels.banded import allowed
 from fxsp.offline import partition_offline
+from fxsp.passes.attention_ops import BANDED
 from fxsp.passes.base import Program
 from fxsp.passes.index_values import terms_of
 from fxsp.passes.masks import SDPA, Band, Masks, band_of
 from fxsp.passes.rules import Call
+from fxsp.simulation import check_replicated
 from fxsp.types import Ranks
 
 S = 5
@@ -70,12 +74,16 @@ CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
     "with a window that is wide": lambda x: (rows(x) <= rows(x)[:, None]) & (rows(x) > rows(x)[:, None] - S),
 }
 
+
+def window(x: Tensor) -> Tensor:
+    return (rows(x) <= rows(x)[:, None]) & (rows(x) > rows(x)[:, None] - 2)
+
+
 #: Near misses, which must stay as they are.
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "strict": lambda x: (rows(x)[None, :] < rows(x)[:, None]) | (rows(x)[:, None] == 0),
     "anticausal": lambda x: rows(x)[None, :] >= rows(x)[:, None],
     "off by one": lambda x: rows(x)[None, :] <= rows(x)[:, None] + 1,
-    "window": lambda x: (rows(x) <= rows(x)[:, None]) & (rows(x) > rows(x)[:, None] - 2),
     "strided": lambda x: 2 * rows(x)[None, :] <= rows(x)[:, None],
     "large": lambda x: torch.full((S, S), -1e4, dtype=x.dtype).triu(1),
     "soft": lambda x: torch.full((S, S), -1.0, dtype=x.dtype).triu(1),
@@ -104,12 +112,63 @@ def test_a_mask_that_is_nearly_causal_stays(name: str) -> None:
     check(attention(OTHERS[name]), *inputs(), training=False)
 
 
+@pytest.mark.parametrize("heads", [2, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_and_keys_are_seen(padded: bool, heads: int) -> None:
+    """A mask of a window is cut by a rank's rows, or made for the block at hand."""
+
+    def mask(p: Tensor) -> Tensor:
+        close = window(torch.empty(S, 1))
+        return close & p.bool()[:, None, None] if padded else close
+
+    program = check(attention(mask), *inputs(PADDING, heads=heads))
+    (record,) = program.report.attentions
+    assert "a window of 2 tokens" in record.detail
+    assert not [n for n in program.graph.nodes if getattr(n.meta.get("global_val"), "shape", ())[-2:] == (S, S)]
+
+
+@pytest.mark.parametrize(("size", "ulysses"), [(3, 1), (4, 2)])
+def test_causal_beside_padding_in_a_ring(size: int, ulysses: int) -> None:
+    causal = CAUSAL["comparison"]
+    function = attention(lambda p: causal(torch.empty(S, 1)) & p.bool()[:, None, None])
+    for padding in (PADDING, PADDING.flip(1)):
+        x = inputs(padding, heads=4)
+        x[0].requires_grad_()
+        options = {"ulysses_degree": ulysses, "ring_degree": size // ulysses}
+        program = partition(function, *x, size=size, training=True, **options)
+        assert program.report.attentions[0].method == ("ring" if ulysses == 1 else "hybrid")
+        given = torch.randn(2, 4, S, 4, dtype=torch.float64)
+        wanted = function(*x)
+        expected = torch.autograd.grad(wanted, x[0], given)
+        outputs, grads = gradients(program.gm, size, x, [given], poison_pads=True)
+        torch.testing.assert_close(check_replicated(outputs)[0], wanted.detach())
+        torch.testing.assert_close(check_replicated(grads)[0], expected[0])
+
+
+@pytest.mark.parametrize("near", [None, 700])
+def test_long_queries_are_taken_in_blocks(near: int | None) -> None:
+    """Each block beside the keys that it may see; values and gradients are those of one mask."""
+    n = 2100
+    q, k, v = (torch.randn(1, 1, n, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    keys = torch.rand(1, 1, 1, n) > 0.2
+    mask = allowed(torch.arange(n), torch.arange(n), True, near, keys)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    found = torch.ops.fxsp_local.banded_attention(q, k, v, keys, True, near, None, False)
+    torch.testing.assert_close(found, wanted)
+    given = torch.randn_like(found)
+    pairs = (torch.autograd.grad(y, (q, k, v), given) for y in (found, wanted))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_symbolic_lengths() -> None:
     """The proof needs no numbers."""
     call = sdpa_of(attention(CAUSAL["comparison"]), *inputs(), symbolic=True)
     assert (call["attn_mask"], call["is_causal"]) == (None, True)
-    call = sdpa_of(attention(OTHERS["window"]), *inputs(), symbolic=True)
-    assert isinstance(call["attn_mask"], Node)
+    gm = trace(attention(window), *inputs(), symbolic=True)
+    Masks().apply(Program(gm, Ranks(0, 2, "simulated")))
+    (node,) = gm.graph.find_nodes(op="call_function", target=BANDED)
+    assert Call(node)["window"] == 1
 
 
 PADDING = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
@@ -141,8 +200,15 @@ def test_a_mask_that_allows_everything_is_none() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_causal_beside_padding_is_right(size: int) -> None:
     causal = CAUSAL["comparison"]
-    function = attention(lambda p: causal(torch.empty(S, 1)) & p.bool()[:, None, None])
-    check(function, *inputs(PADDING), size=size, training=False)
+    for padding in (PADDING, PADDING.flip(1)):
+        for heads in (size, 4):
+            function = attention(lambda p: causal(torch.empty(S, 1)) & p.bool()[:, None, None])
+            program = check(function, *inputs(padding, heads=heads), size=size)
+            (record,) = program.report.attentions
+            assert "causal, one row of allowed keys" in record.detail
+            assert record.method == ("gather_kv" if heads % size else "ulysses")
+            (call,) = (Call(n) for n in program.facts["global"].graph.nodes if n.target is BANDED)
+            assert tuple(call.shape("attn_mask")) == (2, 1, 1, S)
 
 
 # Proofs against values.
@@ -196,7 +262,7 @@ def test_whatever_is_proven_is_true(term: Any, m: int, n: int, kind: str) -> Non
 
 
 def test_windows_are_bands() -> None:
-    gm = trace(OTHERS["window"], torch.empty(S, 1))
+    gm = trace(window, torch.empty(S, 1))
     (out,) = gm.graph.find_nodes(op="output")
     assert band_of(out.args[0], terms_of(gm.graph), S, S) == Band(0, 1)
 
@@ -207,16 +273,18 @@ def test_windows_are_bands() -> None:
 @pytest.mark.parametrize("mask", [False, True])
 def test_transformers(mask: bool) -> None:
     plan = {"": {"input_ids": SequenceParallelInput(1)}}
-    for builder, wanted in ((llama, None if not mask else 13), (bert, None if not mask else 1)):
+    for builder, wanted in ((llama, None if not mask else 1), (bert, None if not mask else 1)):
         model, given = builder(batch=2, mask=mask)
         with torch.no_grad():
             (result,) = partition_offline(model, (), given, world_size=2, options={"plan": plan})
         assert result.program is not None
-        for node in result.program.facts["global"].graph.find_nodes(op="call_function", target=SDPA):
+        attentions = [n for n in result.program.facts["global"].graph.nodes if n.target in (SDPA, BANDED)]
+        assert attentions
+        for node in attentions:
             call = Call(node)
             found = None if call["attn_mask"] is None else call.shape("attn_mask")[-2]
             assert found == wanted
-            assert bool(call["is_causal"]) == (builder is llama and not mask)
+            assert bool(call["is_causal"]) == (builder is llama)
 
 
 def test_the_pass_is_a_stage() -> None:
