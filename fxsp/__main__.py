@@ -79,10 +79,12 @@ def _factory(name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
         if not hasattr(found, part):
             raise UsageError(f'module {module} has no "{attribute}"')
         found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"{name} is {type(found).__name__}, no function; a factory returns (model, args, kwargs)")
     made = found()
-    if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[2], dict):
+    if not isinstance(made, tuple | list) or len(made) != 3 or not isinstance(made[2], dict):
         raise UsageError(f"{name} returned {type(made).__name__}; a factory returns (model, args, kwargs)")
-    return made
+    return made[0], made[1], made[2]
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

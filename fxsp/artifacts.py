@@ -7,7 +7,8 @@
 ``TORCH_TRACE=dir`` every stage as an artifact ``fxsp_partitioned`` of the compilation, for tlparse
 =================== ==================================================================================================
 
-Nothing is printed, or computed, that nobody asked for.
+Nothing is printed, or computed, that nobody asked for.  ``fxsp`` is the name of a logger, as any package is to
+``TORCH_LOGS``; ``TORCH_LOGS=help``, printed while torch itself is imported, lists the names of torch only.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def broken():
     raise ValueError("no such file of weights")
 def not_three():
     return small.Model()
+number = 3
 """
 
 
@@ -52,6 +54,15 @@ def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "what would remove it" in out
 
 
+def test_progress_after_a_while(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxsp.progress.PATIENCE", 0.02)
+    assert main(["verify", "factories:planned", "--ranks", "2"]) == 0
+    error = capsys.readouterr().err
+    assert re.search(r"^fxsp: 2 ranks: tracing and partitioning \.\.\. \d+ s$", error, re.MULTILINE)
+    assert main(["verify", "factories:build", "--ranks", "2"]) == 1, "nothing was split, so nothing was verified"
+    assert "not split (no plan" in capsys.readouterr().out
+
+
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "factories:planned", "--ranks", "2", "3"]) == 0
     assert "3 ranks: equal" in capsys.readouterr().out
@@ -64,6 +75,7 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
         (["nowhere:build"], 'there is no module "nowhere"'),
         (["factories:buidl"], 'module factories has no "buidl"'),
         (["factories:not_three"], "a factory returns (model, args, kwargs)"),
+        (["factories:number"], "factories:number is int, no function"),
         (["factories:broken"], "ValueError: no such file of weights"),
         (["factories:mixed", "--strict"], "cumsum"),
         (["factories:planned", "--ulysses", "3"], "ulysses_degree=3"),
