@@ -973,7 +973,7 @@ def only_inlined(function: _F) -> _F:
     """Have Dynamo trace ``function`` as a part of its callers, but never compile it for itself."""
     from torch._dynamo.eval_frame import skip_code
 
-    skip_code(function.__code__)  # type: ignore[attr-defined]
+    skip_code(function.__code__)
     return function
 
 
@@ -988,7 +988,7 @@ def custom_function(x: torch.Tensor) -> str:
     node = x.grad_fn
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return ""
-    function = type(node)._forward_cls  # type: ignore[attr-defined]
+    function = type(node)._forward_cls
     known = function.__module__.partition(".")[0] in ("torch", "fxsp")
     return "" if known else f"{function.__qualname__}.apply"
 

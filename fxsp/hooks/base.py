@@ -301,7 +301,7 @@ class HookRegistry:
         if not isinstance(module.__dict__.get("forward"), _Forward):
             return  # somebody wrapped it after us: what they hold goes on to the original, as there are no hooks left
         if self._was_attribute:
-            module.forward = module._omni_original_forward
+            module.forward = module._omni_original_forward  # type: ignore[assignment]
         else:
             del module.forward
         del module._hook_registry

@@ -47,6 +47,9 @@ class Region:
     model's first call.
     """
 
+    #: Whether the ranks are known.
+    resolved: bool
+
     def __init__(
         self, config: SequenceParallelConfig | None, group: dist.ProcessGroup | None = None, *, alone: bool = False
     ) -> None:
