@@ -150,17 +150,17 @@ class Trial:
             where = f" ({place(made[i])})" if len(made) == len(wanted.outputs) else ""
             text = f"output {i}{where}, {b.dtype} {list(b.shape)},"
             errors.append((text, relative_error(a, b), TOLERANCE.get(b.dtype, 0.0)))
-        for name, a, b, w in zip(self.names, found.inputs, wanted.inputs, wanted.written, strict=True):
+        for name, got, want, w in zip(self.names, found.inputs, wanted.inputs, wanted.written, strict=True):
             if w:
-                errors.append((f"input {name} after the call", relative_error(a, b), TOLERANCE.get(b.dtype, 0.0)))
+                accepted = TOLERANCE.get(want.dtype, 0.0)
+                errors.append((f"input {name} after the call", relative_error(got, want), accepted))
         usual = max((g.norm().item() for g in wanted.gradients if g is not None), default=0.0)
         required = [name for name, x in zip(self.names, args, strict=True) if isinstance(x, Tensor) and x.requires_grad]
-        for name, a, b in zip(required, found.gradients, wanted.gradients, strict=False):
-            if a is None and b is None:
+        for name, mine, theirs in zip(required, found.gradients, wanted.gradients, strict=False):
+            some = mine if mine is not None else theirs
+            if some is None:
                 continue
-            some = a if a is not None else b
-            assert some is not None
-            got, want = (torch.zeros_like(some) if x is None else x for x in (a, b))
+            got, want = (torch.zeros_like(some) if x is None else x for x in (mine, theirs))
             accepted = TOLERANCE.get(want.dtype, 0.0)
             errors.append((f"the gradient of {name}", relative_error(got, want, usual), accepted))
         return errors
