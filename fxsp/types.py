@@ -112,8 +112,8 @@ def _exactly(size: sympy.Expr, quotients: dict[sympy.Expr, sympy.Expr]) -> sympy
     """``size`` with exact quotients as fractions; inside of another function they stay, which wants whole numbers."""
     others = [f for f in size.atoms(sympy.Function) if f not in quotients and any(map(f.has, quotients))]
     kept = {f: sympy.Dummy(integer=True, positive=True) for f in others}
-    exact: sympy.Expr = sympy.expand(size.xreplace({**quotients, **kept}))
-    exact = exact.xreplace({dummy: f for f, dummy in kept.items()})
+    expanded = sympy.expand(size.xreplace({**quotients, **kept}))
+    exact: sympy.Expr = expanded.xreplace({dummy: f for f, dummy in kept.items()})
     return exact
 
 
