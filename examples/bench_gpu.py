@@ -108,12 +108,12 @@ class Bench:
             lambda: self.qkv(shape, size),
             (3 * each),
         )
-        yield "unpack heads", lambda x: move.unpack_heads(x, [h], n), rows(size, n, 1, h, width), each
+        yield "unpack heads", lambda x: move.unpack_heads(x, [h], n), rows(size, n, h, width), each
         if len(lengths) > 1:
             yield (
                 "unpack k, v",
-                lambda x: move.unpack_rows(x.narrow(3, h, 2 * h), lengths, whole, size, 0, 0),
-                rows(size, n, 1, 3 * h, width),
+                lambda x: move.unpack_rows(x.narrow(2, h, 2 * h), lengths, whole, size, 0, 0),
+                rows(size, n, 3 * h, width),
                 2 * total * h * width * 2,
             )
         yield (
@@ -149,11 +149,11 @@ class Bench:
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
             received = exchange.pack_heads([q, k, v], n, False, size, fuse).clone()
-            queries = received.narrow(3, 0, h)
-            keys = received.narrow(3, h, 2 * h)
+            queries = received.narrow(2, 0, h)
+            keys = received.narrow(2, h, 2 * h)
             ordered = exchange.unpack(keys, lengths, size)
             out = queries.contiguous()
-            return ordered.permute(1, 2, 0, 3), exchange.unpack_heads(out.clone(), [h], n, fuse)
+            return ordered.permute(1, 0, 2).unsqueeze(0), exchange.unpack_heads(out.clone(), [h], n, fuse)
 
         return run
 

@@ -314,13 +314,13 @@ def unpack(x: Lanes, lengths: Sequence[int], size: int) -> Lanes:
 
 
 def pack_heads(xs: Sequence[Lanes], rows: int, zero_pads: bool, size: int, fuse: bool = False) -> Lanes:
-    """``[B, P h_i, L, D]`` each as ``[P, rows, B, sum of h_i, D]``: the heads of each rank; pads copy the last row."""
+    """``[B, P h_i, L, D]`` each as ``[P, rows, B sum of h_i, D]``: the heads of each rank; pads copy the last row."""
     result = Lanes()
     for tensors in zip(*xs, strict=True):
         index = torch.arange(rows)
         blocks = []
         for r in range(size):
-            heads = torch.cat([x.tensor_split(size, 1)[r].movedim(2, 0) for x in tensors], 2)
+            heads = torch.cat([x.tensor_split(size, 1)[r].movedim(2, 0).flatten(1, 2) for x in tensors], 1)
             block = heads[index.clamp(max=len(heads) - 1).to(heads.device)]
             blocks.append(_rows_are_zeroed(block, 0, index >= len(heads)) if zero_pads else block)
         result.append(torch.stack(blocks))
@@ -328,10 +328,13 @@ def pack_heads(xs: Sequence[Lanes], rows: int, zero_pads: bool, size: int, fuse:
 
 
 def unpack_heads(x: Lanes, heads: Sequence[int], length: int, fuse: bool = False, size: int = 0) -> Lanes:
-    """The way back: ``[P, rows, B, sum of h_i, D]`` as ``[B, length, P sum of h_i, D]``, tensor after tensor."""
+    """The way back: ``[P, rows, B sum of h_i, D]`` as ``[B, length, P sum of h_i, D]``, tensor after tensor."""
 
     def back(lane: torch.Tensor) -> torch.Tensor:
-        tensors = [torch.cat(list(part), 2) for part in lane[:, :length].split(list(heads), 3)]
+        batch = lane.shape[2] // sum(heads)
+        tensors = []
+        for h, part in zip(heads, lane[:, :length].split([batch * h for h in heads], 2), strict=True):
+            tensors.append(torch.cat([block.unflatten(1, (batch, h)) for block in part], 2))
         return torch.cat(tensors, 2).movedim(1, 0)
 
     return _each(x, back)

@@ -3,8 +3,9 @@
 ``pack(x, lengths, P)``: ``x [S, ...]``, the segments one after the other in global order, becomes ``[P, L, ...]``:
 block ``r`` of every segment at ``[r]``.  Pad rows are copies of the segment's last row.  ``unpack`` is the way back,
 and drops pads.  ``pack_heads(xs, rows, P)``: of q, k, v ``[B, P h, L, D]`` (each with its own ``h``), all that rank
-``r`` shall have, side by side in one buffer ``[P, rows, B, sum of h, D]``.  ``unpack_heads`` is the way back, as
-``[B, L, P sum of h, D]`` with all heads of q first: what a linear layer reads, of one tensor.
+``r`` shall have, side by side in one buffer ``[P, rows, B sum of h, D]``: of each row the heads of q for all batch
+entries, then those of k, then those of v, so that each tensor is one run of heads.  ``unpack_heads`` is the way back,
+as ``[B, L, P sum of h, D]`` with all heads of q first: what a linear layer reads, of one tensor.
 
 The adjoint of a way back is ``pack`` with zero pads, that of ``pack`` drops pads: all four only move elements, and no
 gradient is ever index-added.
@@ -91,7 +92,7 @@ def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
 
 
 def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
-    """``[B, P h_i, L, D]`` each ``-> [P, rows, B, sum of h_i, D]``."""
+    """``[B, P h_i, L, D]`` each ``-> [P, rows, B sum of h_i, D]``."""
     movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS and not fuse else None
     if movers is not None:
         return movers.pack_heads(list(xs), rows, zero_pads, size)  # type: ignore[no-any-return]
@@ -99,19 +100,23 @@ def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse
     for x in xs:
         if not _same(rows, x.shape[2]):
             x = _padded(x, 2, rows, zero_pads)
-        parts.append(x.unflatten(1, (size, x.shape[1] // size)).permute(1, 3, 0, 2, 4))
+        parts.append(x.unflatten(1, (size, x.shape[1] // size)).permute(1, 3, 0, 2, 4).flatten(2, 3))
     # Permuted first, then joined, so that the buffer is written once.
-    return _cat(parts, 3).contiguous()
+    return _cat(parts, 2).contiguous()
 
 
 def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = False) -> Tensor:
-    """``[P, rows, B, sum of h_i, D] -> [B, length, P sum of h_i, D]``."""
-    movers = place.kernels(x, x.shape[4:]) if len(heads) <= place.TENSORS and not fuse else None
+    """``[P, rows, B sum of h_i, D] -> [B, length, P sum of h_i, D]``."""
+    movers = place.kernels(x, x.shape[3:]) if len(heads) <= place.TENSORS and not fuse else None
     if movers is not None:
         return movers.unpack_heads(x, list(heads), length)  # type: ignore[no-any-return]
     if not _same(length, x.shape[1]):
         x = x.narrow(1, 0, length)
-    parts = [part.permute(2, 1, 0, 3, 4).flatten(2, 3) for part in x.split(list(heads), 3)]
+    batch = x.shape[2] // sum(heads)
+    parts = [
+        part.unflatten(2, (batch, h)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        for h, part in zip(heads, x.split([batch * h for h in heads], 2), strict=True)
+    ]
     return _cat(parts, 2).contiguous()
 
 
@@ -140,5 +145,5 @@ def pack_heads_eager(xs: list[Tensor], rows: int, zero_pads: bool, size: int, fu
 
 def unpack_heads_eager(x: Tensor, heads: list[int], length: int, fuse: bool = False) -> Tensor:
     """``unpack_heads``, every element written once."""
-    movers = place.kernels(x, x.shape[4:]) if len(heads) <= place.TENSORS else None
+    movers = place.kernels(x, x.shape[3:]) if len(heads) <= place.TENSORS else None
     return (movers or twins).unpack_heads(x, heads, length)  # type: ignore[no-any-return]

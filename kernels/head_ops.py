@@ -24,12 +24,12 @@ HEAD_OPS: dict[str, str] = {
 
 def _pack_fake(xs: list[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool) -> Tensor:
     batch, _, _, width = xs[0].shape
-    return xs[0].new_empty([size, rows, batch, sum(x.shape[1] // size for x in xs), width])
+    return xs[0].new_empty([size, rows, batch * sum(x.shape[1] // size for x in xs), width])
 
 
 def _unpack_fake(x: Tensor, heads: list[int], length: Any, fuse: bool) -> Tensor:
-    size, _, batch, _, width = x.shape
-    return x.new_empty([batch, length, size * sum(heads), width])
+    size, _, all_heads, width = x.shape
+    return x.new_empty([all_heads // sum(heads), length, size * sum(heads), width])
 
 
 def _apart(x: Tensor, heads: list[int], size: int) -> list[Tensor]:
@@ -39,17 +39,15 @@ def _apart(x: Tensor, heads: list[int], size: int) -> list[Tensor]:
 
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     xs, _, _, ctx.size, ctx.fuse = inputs
-    ctx.heads, ctx.length = [x.shape[1] // ctx.size for x in xs], xs[0].shape[2]
+    ctx.heads, ctx.length, ctx.batch = [x.shape[1] // ctx.size for x in xs], xs[0].shape[2], xs[0].shape[0]
 
 
 def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     unpack = torch.ops.fxsp.unpack_heads
     if ctx.fuse:
         # Each by itself: what comes behind reads its own part of the buffer.
-        parts = [
-            unpack(part, [h], ctx.length, True) for h, part in zip(ctx.heads, grad.split(ctx.heads, 3), strict=True)
-        ]
-        return [part.transpose(1, 2) for part in parts], None, None, None, None
+        own = zip(ctx.heads, grad.split([ctx.batch * h for h in ctx.heads], 2), strict=True)
+        return [unpack(part, [h], ctx.length, True).transpose(1, 2) for h, part in own], None, None, None, None
     whole = unpack(grad, ctx.heads, ctx.length, False)
     return _apart(whole, ctx.heads, ctx.size), None, None, None, None
 

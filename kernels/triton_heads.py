@@ -41,7 +41,9 @@ def pack_heads_kernel(
     HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, D: tl.constexpr,
     UNIT: tl.constexpr, ZERO: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``q, k, v [B, P H, length, D]`` -> ``out [P, rows, B, HQ + HK + HV, D]``; a tensor with no heads is absent.
+    """``q, k, v [B, P H, length, D]`` -> ``out [P, rows, B (HQ + HK + HV), D]``; a tensor with no heads is absent.
+
+    Of a row, first come the heads of q for all batch entries, then those of k, then those of v.
 
     Rows from ``length`` on are copies of the last one, or zero.
     Grid: (tiles of rows, P * B, chunks of q + chunks of k + chunks of v).
@@ -50,27 +52,28 @@ def pack_heads_kernel(
     p = tl.program_id(1) // batch
     b = tl.program_id(1) % batch
     chunk = tl.program_id(2)
-    o_out = ((p.to(tl.int64) * rows + row) * batch + b) * ((HQ + HK + HV) * D)
+    o_out = (p.to(tl.int64) * rows + row) * batch * ((HQ + HK + HV) * D)
     QS: tl.constexpr = (HQ * D + BLOCK_E - 1) // BLOCK_E
     KS: tl.constexpr = (HK * D + BLOCK_E - 1) // BLOCK_E
     if chunk < QS:
-        _send(q, qb, qh, ql, qd, out, o_out, p, b, chunk, row, length, rows, HQ, D, UNIT, ZERO, BLOCK_E)
+        o_q = o_out + b * (HQ * D)
+        _send(q, qb, qh, ql, qd, out, o_q, p, b, chunk, row, length, rows, HQ, D, UNIT, ZERO, BLOCK_E)
     elif chunk < QS + KS:
-        o_k = o_out + HQ * D
+        o_k = o_out + batch * (HQ * D) + b * (HK * D)
         _send(k, kb, kh, kl, kd, out, o_k, p, b, chunk - QS, row, length, rows, HK, D, UNIT, ZERO, BLOCK_E)
     else:
-        o_v = o_out + (HQ + HK) * D
+        o_v = o_out + batch * ((HQ + HK) * D) + b * (HV * D)
         _send(v, vb, vh, vl, vd, out, o_v, p, b, chunk - QS - KS, row, length, rows, HV, D, UNIT, ZERO, BLOCK_E)
 
 
 @triton.jit
 def _receive(
-    x, o_x, xh, xd, out, o_out, chunk, row, length, HEAD: tl.constexpr,
+    x, o_x, xh, xd, out, o_out, chunk, row, length, first,
     H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The tile of one tensor: heads ``HEAD ...`` of a token of ``x`` to ``o_out[row] ...``."""
+    """The tile of one tensor: heads ``first ...`` of a token of ``x`` to ``o_out[row] ...``."""
     e = chunk * BLOCK_E + tl.arange(0, BLOCK_E)
-    head = (HEAD + e // D).to(tl.int64)
+    head = (first + e // D).to(tl.int64)
     m = (row < length)[:, None] & (e < H * D)[None, :]
     o_e = head * (xh * UNIT) + (e % D).to(tl.int64) * xd
     values = tl.load(x + o_x[:, None] + o_e[None, :], mask=m, other=0.0)
@@ -79,11 +82,11 @@ def _receive(
 
 @triton.jit(do_not_specialize=["batch", "size", "length"])
 def unpack_heads_kernel(
-    x, out, xp, xl, xb, xh, xd, batch, size, length,
+    x, out, xp, xl, xh, xd, batch, size, length,
     HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, D: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``x [P, rows, B, HQ + HK + HV, D]`` -> ``out [B, length, P HQ + P HK + P HV, D]``, contiguous; other rows drop.
+    """``x [P, rows, B (HQ + HK + HV), D]`` -> ``out [B, length, P HQ + P HK + P HV, D]``, contiguous; other rows drop.
 
     Grid: (tiles of rows, P * B, chunks of q + chunks of k + chunks of v).
     """
@@ -91,16 +94,18 @@ def unpack_heads_kernel(
     p = tl.program_id(1) // batch
     b = tl.program_id(1) % batch
     chunk = tl.program_id(2)
-    o_x = p.to(tl.int64) * (xp * UNIT) + row.to(tl.int64) * (xl * UNIT) + b.to(tl.int64) * (xb * UNIT)
+    o_x = p.to(tl.int64) * (xp * UNIT) + row.to(tl.int64) * (xl * UNIT)
     o_out = (b.to(tl.int64) * length + row) * size * ((HQ + HK + HV) * D)
     QS: tl.constexpr = (HQ * D + BLOCK_E - 1) // BLOCK_E
     KS: tl.constexpr = (HK * D + BLOCK_E - 1) // BLOCK_E
     if chunk < QS:
         o_q = o_out + p * (HQ * D)
-        _receive(x, o_x, xh, xd, out, o_q, chunk, row, length, 0, HQ, D, UNIT, BLOCK_E)
+        _receive(x, o_x, xh, xd, out, o_q, chunk, row, length, b * HQ, HQ, D, UNIT, BLOCK_E)
     elif chunk < QS + KS:
         o_k = o_out + size * (HQ * D) + p * (HK * D)
-        _receive(x, o_x, xh, xd, out, o_k, chunk - QS, row, length, HQ, HK, D, UNIT, BLOCK_E)
+        at = batch * HQ + b * HK
+        _receive(x, o_x, xh, xd, out, o_k, chunk - QS, row, length, at, HK, D, UNIT, BLOCK_E)
     else:
         o_v = o_out + size * ((HQ + HK) * D) + p * (HV * D)
-        _receive(x, o_x, xh, xd, out, o_v, chunk - QS - KS, row, length, HQ + HK, HV, D, UNIT, BLOCK_E)
+        at = batch * (HQ + HK) + b * HV
+        _receive(x, o_x, xh, xd, out, o_v, chunk - QS - KS, row, length, at, HV, D, UNIT, BLOCK_E)

@@ -68,7 +68,7 @@ def pack_heads(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tenso
     """See :func:`fxsp.kernels.twins.pack_heads`; at most three tensors, of one shape but for their heads."""
     batch, _, length, width = xs[0].shape
     heads = [int(x.shape[1]) // int(size) for x in xs]
-    out = xs[0].new_empty([size, rows, batch, sum(heads), width])
+    out = xs[0].new_empty([size, rows, batch * sum(heads), width])
     itemsize = out.element_size()
     per = unit(itemsize, width, *(x.stride() for x in xs))
     block_l, block_e = tile(max(heads) * width, itemsize)
@@ -86,8 +86,9 @@ def pack_heads(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tenso
 @triton_op("fxsp_kernels::unpack_heads", mutates_args=())
 def unpack_heads(x: Tensor, heads: list[int], length: int) -> Tensor:
     """See :func:`fxsp.kernels.twins.unpack_heads`; at most three tensors."""
-    size, _, batch, _, width = x.shape
+    size, _, _, width = x.shape
     heads = [int(h) for h in heads]
+    batch = x.shape[2] // sum(heads)
     out = x.new_empty([batch, length, size * sum(heads), width])
     itemsize = out.element_size()
     per = unit(itemsize, width, x.stride())

@@ -17,13 +17,13 @@ __all__ = ["pack_heads", "pack_rows", "unpack_heads", "unpack_rows"]
 
 
 def pack_heads(xs: Sequence[Tensor], rows: int, zero_pads: bool, size: int) -> Tensor:
-    """``[B, P h_i, L, D]`` each -> ``[P, rows, B, sum of h_i, D]``, rows from L on copies of the last one, or zero."""
+    """``[B, P h_i, L, D]`` each -> ``[P, rows, B sum of h_i, D]``, rows from L on copies of the last one, or zero."""
     batch, _, length, width = xs[0].shape
     heads = [x.shape[1] // size for x in xs]
-    out = xs[0].new_empty(size, rows, batch, sum(heads), width)
+    out = xs[0].new_empty(size, rows, batch * sum(heads), width)
     start = 0
     for x, h in zip(xs, heads, strict=True):
-        part = out.narrow(3, start, h)
+        part = out.narrow(2, batch * start, batch * h).unflatten(2, (batch, h))
         part[:, :length].copy_(x.unflatten(1, (size, h)).permute(1, 3, 0, 2, 4))
         if rows > length:
             part[:, length:] = 0.0 if zero_pads else part[:, length - 1 : length]
@@ -32,13 +32,15 @@ def pack_heads(xs: Sequence[Tensor], rows: int, zero_pads: bool, size: int) -> T
 
 
 def unpack_heads(x: Tensor, heads: Sequence[int], length: int) -> Tensor:
-    """``[P, rows, B, sum of h_i, D]`` -> ``[B, length, P sum of h_i, D]``: all heads of the first tensor come first."""
-    size, _, batch, _, width = x.shape
+    """``[P, rows, B sum of h_i, D]`` -> ``[B, length, P sum of h_i, D]``: all heads of the first tensor come first."""
+    size, _, _, width = x.shape
+    batch = x.shape[2] // sum(heads)
     out = x.new_empty(batch, length, size * sum(heads), width)
     start = 0
     for h in heads:
         part = out.narrow(2, size * start, size * h).unflatten(2, (size, h))
-        part.copy_(x[:, :length].narrow(3, start, h).permute(2, 1, 0, 3, 4))
+        own = x[:, :length].narrow(2, batch * start, batch * h).unflatten(2, (batch, h))
+        part.copy_(own.permute(2, 1, 0, 3, 4))
         start += h
     return out
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxsp.passes.base import Program
-from fxsp.passes.moves import ATTENTIONS, attention_output, costs
+from fxsp.passes.moves import attended, attention_output, costs, is_attention
 from fxsp.passes.producers import producers_of
 from fxsp.report import Memory, Move
 from fxsp.torch_internals import fake_mode_of, is_operator, schema, size_hint
@@ -49,7 +49,7 @@ class DeviceMemory:
         known: dict[Any, Memory] = {}
         records = program.report.attentions
         for index, nodes in groups.items():
-            attention = next((node for node in nodes if node.target in ATTENTIONS), None)
+            attention = next(filter(is_attention, nodes), None)
             if attention is None:
                 continue
             found = _Attention(nodes, attention, program.ranks.size, number)
@@ -113,8 +113,7 @@ class _Attention:
     def _reads(self, node: Node) -> list[tuple[Node, str]]:
         """The operands of a node before the attention, and what of q, k, v is in each."""
         if node is self.attention:
-            operands: Any = [(x, name) for x, name in zip(node.args, "qkv", strict=False) if isinstance(x, Node)]
-            return list(operands)
+            return attended(node)
         names = self.tensors.get(node, "")
         side_by_side: Any = node.args[0] if node.target is _PACK or _joins_widths(node) else ()
         if names and len(names) == len(side_by_side):
@@ -169,9 +168,12 @@ class _Attention:
 
     def _per_token(self, name: str) -> int:
         """Elements of one token, of all heads."""
-        q, v = self._value(self.operands["q"]), self._value(self.operands["v"])
-        batch, heads, _, width = q.shape if name in "qo" else self._value(self.operands[name]).shape
-        return int(batch * heads * (v.shape[3] if name == "o" else width))
+        node = self.operands["q" if name == "o" else name]
+        x, type_ = self._value(node), node.meta.get("sp")
+        elements = x.numel() // x.shape[type_.dim if isinstance(type_, Shard) else -2]
+        return (
+            int(elements // x.shape[-1] * self._value(self.operands["v"]).shape[-1]) if name == "o" else int(elements)
+        )
 
     def _value(self, node: Node) -> Any:
         if node not in self.values:
@@ -180,10 +182,8 @@ class _Attention:
 
     def _run(self, node: Node) -> Any:
         if node is self.attention:
-            operands: Any = node.args[:3]
-            q, _, v = (self._value(x) for x in operands)
-            out = attention_output(node, q, v, _global(self.operands["q"]).device.type)
-            return (out, out.new_empty(out.shape[:3])) if node.target is ATTENTIONS[-1] else out
+            q, _, v = (self._value(x) for x, _ in attended(node))
+            return attention_output(node, q, v, _global(self.operands["q"]).device.type)
         # Pieces of a value (a chunk of the projection) are known themselves; the tuple that they come from is not.
         whole = all(x in self.tensors or _global(x) is not None for x in node.all_input_nodes)
         if whole and node in self.tensors and node not in self.operands.values():

@@ -3,18 +3,20 @@
 Ulysses, for two ranks, four heads of 8, five tokens; two all-to-alls and nothing else moves::
 
     %q, %k, %v: [B, 4, 3, 8]
-    %pack_heads:   [2, 3, B, 6, 8]   q, k, v by destination: rank, token, batch, head; written once
-    %all_to_all:   [2, 3, B, 6, 8]   by source: rank and token together are the global order
-    %narrow:       [5, B, 4, 8]      keys and values without pads: a narrow of the outermost dimension, a view
-    %attention:    [B, 2, 6, 8]      queries with pads: what becomes of a pad is a pad
-    %reshape:      [2, 3, B, 2, 8]   a view, where the attention writes its output as it reads the queries
-    %all_to_all:   [2, 3, B, 2, 8]   by source: the heads of each rank
+    %pack_heads:   [2, 3, B 6, 8]    q, k, v by destination: rank, token, tensor, batch, head; written once
+    %all_to_all:   [2, 3, B 6, 8]    by source: rank and token together are the global order
+    %narrow:       [5, B 4, 8]       keys and values without pads: a narrow of the outermost dimension, a view
+    %attention:    [1, B 2, 6, 8]    queries with pads: what becomes of a pad is a pad
+    %reshape:      [2, 3, B 2, 8]    a view, since fused kernels write token by token
+    %all_to_all:   [2, 3, B 2, 8]    by source: the heads of each rank
     %unpack_heads: [B, 3, 4, 8]      by token, as the output projection reads them
     %result:       [B, 4, 3, 8]      a view
 
 Queries stay as they arrive, rank by rank and with pads, as long as nothing looks at their order: then nothing moves on
 either side of the attention.  Of keys and values pads must go, unless the causal flag hides them, and several segments
-with pads are put in global order by ``unpack``; so are queries whose order counts, and ``pack`` is the way back.
+with pads are put in global order by ``unpack``; so are queries whose order counts, and ``pack`` is the way back.  Heads
+of all batch entries count as heads of one, unless a mask tells them apart: else the output of a larger batch would lie
+batch first, and had to be copied to be sent.
 After this pass no ``distributed_attention`` remains.
 """
 
@@ -35,7 +37,7 @@ from fxsp.passes.builder import Builder
 from fxsp.passes.grouped import chain_of, repeat_heads, repeated_heads
 from fxsp.passes.lower_ring import lower_ring
 from fxsp.torch_internals import saved_tag
-from fxsp.types import Length, Segment, Sequence, Shard, as_length, same_length
+from fxsp.types import Length, Segment, Sequence, Shard, as_length, product, same_length
 
 __all__ = ["LowerAttention"]
 
@@ -118,6 +120,8 @@ class _Lowering:
         self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
         self.device, self.itemsize = value.device, value.element_size()
         self.queries_as_they_come, self.keys_as_they_come = self._as_they_come()
+        #: Whether heads of different batch entries may count as heads of one: then the output lies as it is sent.
+        self.batch_as_heads = self.op.op is SDPA and isinstance(self.shape[0], int) and _is_for_all_heads(self.mask)
 
     def _as_they_come(self) -> tuple[bool, bool]:
         """Whether queries (and the output), and keys and values, may stay as they arrive: rank by rank, with pads.
@@ -307,9 +311,11 @@ class _Lowering:
         tensors anyway.
         """
         split, packed, received = self._exchange_to_heads(tensors, heads, sequence)
+        batch = self.shape[0]
         done = self._apart(self._blocks(received), heads[:first], alone=False) if first else []
         if first:
-            received = self._narrow(received, 3, sum(heads[:first]), sum(heads[first:]))
+            starts, left = (product((batch, sum(part))) for part in (heads[:first], heads[first:]))
+            received = self._narrow(received, 2, starts, left)
         if as_they_come:
             tokens = self._blocks(received)
         elif len(split.segments) > 1:
@@ -323,21 +329,27 @@ class _Lowering:
         return done + self._apart(tokens, heads[first:], alone=len(heads) == first + 1)
 
     def _blocks(self, received: Node) -> Node:
-        """``[P, L, B, h, D]`` -> ``[P L, B, h, D]``, a view."""
+        """``[P, L, B h, D]`` -> ``[P L, B h, D]``, a view."""
         return self.build.call(aten.flatten.using_ints, received, 0, 1)
 
     def _apart(self, tokens: Node, heads: list[int], alone: bool) -> list[Node]:
-        """``[S, B, h, D]`` -> ``[B, h_i, S, D]`` each, views; ``alone``: the one tensor has all heads."""
-        turned = self.build.call(aten.permute.default, tokens, [1, 2, 0, 3])
-        if alone:
-            return [turned]
-        starts = [sum(heads[:i]) for i in range(len(heads))]
-        return [self._narrow(turned, 1, s, h) for s, h in zip(starts, heads, strict=True)]
+        """``[S, B h, D]`` -> ``[B, h_i, S, D]`` each, or ``[1, B h_i, S, D]``, views; ``alone``: of one tensor."""
+        call, batch = self.build.call, self.shape[0]
+        turned = call(aten.permute.default, tokens, [1, 0, 2])
+        parts = []
+        for i, h in enumerate(heads):
+            start, count = product((batch, sum(heads[:i]))), product((batch, h))
+            part = turned if alone else self._narrow(turned, 0, start, count)
+            parts.append(
+                call(aten.unsqueeze.default, part, 0) if self.batch_as_heads
+                else call(aten.unflatten.int, part, 0, [-1, h])
+            )  # fmt: skip
+        return parts
 
     def _exchange_to_heads(
         self, tensors: list[Node], heads: list[int], sequence: Sequence
     ) -> tuple[Sequence, Node, Node]:
-        """The segments that travel; ``[P, L, B, h, D]`` by destination; the same of those segments, by source."""
+        """The segments that travel; ``[P, L, B h, D]`` by destination; the same of those segments, by source."""
         places, split = self._split_whole(sequence)
         packed = self.build.pack_heads(tensors, sequence.local_length(self.size), self.size)
         moved = packed
@@ -365,19 +377,17 @@ class _Lowering:
         call = self.build.call
         places, split = self._split_whole(sequence)
         batch, _, _, width = self.shape
-        rows = call(aten.permute.default, out, [2, 0, 1, 3])  # [S, B, h, D]
+        rows = call(aten.permute.default, out, [2, 0, 1, 3])  # [S, B, h, D], or [S, 1, B h, D]
         if any(sequence.whole):
-            packed = self._pack_with_whole(rows, places, heads)
+            packed = call(aten.flatten.using_ints, self._pack_with_whole(rows, places, heads), 2, 3)
         elif self.queries_as_they_come or (len(split.segments) == 1 and not split.has_pads(self.size)):
-            local = split.local_length(self.size)
-            sizes = self.build.sizes([self.size, local, batch, heads, width])
-            packed = call(aten.reshape.default, rows, sizes)
-            packed = call(aten.contiguous.default, packed)
+            sizes = self.build.sizes([self.size, split.local_length(self.size), product((batch, heads)), width])
+            packed = call(aten.contiguous.default, call(aten.reshape.default, rows, sizes))
         else:
-            packed = self.build.pack(rows, split)
+            packed = call(aten.flatten.using_ints, self.build.pack(rows, split), 2, 3)
         # Rows of whole segments travel to every rank with these heads.
         received = self._all_to_all(packed, sequence, heads, width, batch)
-        # [P, L, B, h, D] -> [B, L, P h, D], as the output projection reads it; then heads in front by strides.
+        # [P, L, B h, D] -> [B, L, P h, D], as the output projection reads it; then heads in front by strides.
         merged = self.build.unpack_heads(received, [heads], sequence.local_length(self.size))
         return call(aten.transpose.int, merged, 1, 2)
 
@@ -389,7 +399,8 @@ class _Lowering:
             if segment.sharded:
                 blocks.append(self.build.pack(part, Sequence((segment,))))
             else:
-                sizes = self.build.sizes([self.size, segment.length, batch, heads, width])
+                inner = [1, product((batch, heads))] if self.batch_as_heads else [batch, heads]
+                sizes = self.build.sizes([self.size, segment.length, *inner, width])
                 blocks.append(self.build.call(aten.expand.default, part, sizes))
         return self.build.call(aten.cat.default, blocks, 1)
 
@@ -407,6 +418,13 @@ def _has_rows(mask: Any) -> bool:
         return mask is not None
     shape = mask.meta["global_val"].shape
     return len(shape) >= 2 and not same_length(as_length(shape[-2]), 1)
+
+
+def _is_for_all_heads(mask: Any) -> bool:
+    """Whether a mask, if there is one, is the same for all heads of all batch entries."""
+    if not isinstance(mask, Node):
+        return mask is None
+    return all(same_length(as_length(n), 1) for n in mask.meta["global_val"].shape[:-2])
 
 
 def _node(argument: Any) -> Node:

@@ -20,8 +20,7 @@ any other           1 read, 1 write of a result  that has memory of its own (``c
 =================== ============================ =======================================================================
 
 The attention itself, which reads q, k, v and writes o in any case, is not counted.  Its output lies in memory as its
-queries do (flash attention and cuDNN on GPUs); on a CPU, and where a mask is given, batch first, then tokens: of a
-larger batch than one the next reshape is a copy then.
+queries do (flash attention and cuDNN on GPUs); on a CPU, and where a mask is given, batch first, then tokens.
 """
 
 from __future__ import annotations
@@ -35,16 +34,13 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from fxsp.passes.attention_ops import BANDED, SDPA
+from fxsp.passes.attention_ops import ATTENTION_OPS
 from fxsp.passes.rules import Call
 from fxsp.torch_internals import is_operator, schema, storage_key
 
-__all__ = ["ATTENTIONS", "Cost", "attention_output", "costs"]
+__all__ = ["Cost", "attended", "attention_output", "costs", "is_attention"]
 
-_ops = torch.ops.fxsp
-
-#: The operators that attend; the last one, a ring, has a second result.
-ATTENTIONS = (SDPA, BANDED, _ops.ring_attention.default)
+_RING = torch.ops.fxsp.ring_attention.default
 
 
 @dataclass(frozen=True)
@@ -60,21 +56,37 @@ class Cost:
     rows: str = ""
 
 
-def attention_output(node: Node, q: Tensor, v: Tensor, device: str) -> Tensor:
-    """A tensor like the output of an attention, with the strides of the kernels for ``device``."""
+def is_attention(node: Node) -> bool:
+    """Whether a node attends: an operator of :data:`ATTENTION_OPS`, or a ring."""
+    return node.target in ATTENTION_OPS or node.target is _RING
+
+
+def attended(node: Node) -> list[tuple[Node, str]]:
+    """The operands of an attention that are q, k and v."""
+    call, op = Call(node), ATTENTION_OPS.get(node.target)
+    names = ("q", "k", "v") if op is None else (op.query, op.key, op.value)
+    return [(call[name], letter) for name, letter in zip(names, "qkv", strict=True)]
+
+
+def attention_output(node: Node, q: Tensor, v: Tensor, device: str) -> Any:
+    """A result like that of an attention, with the strides of the kernels for ``device``."""
+    op, width = ATTENTION_OPS.get(node.target), v.shape[3]
+    if op is not None and not op.builtin:
+        out = q.new_empty([*q.shape[:3], width])
+        return out if len(schema(node.target).returns) == 1 else [out] * len(schema(node.target).returns)
     batch, heads, rows, _ = q.shape
-    width = v.shape[3]
-    by_token = device != "cpu" and node.target is SDPA and not isinstance(Call(node).get("attn_mask"), Node)
-    if by_token and q.stride(2) > q.stride(0):
-        return q.new_empty(rows, batch, heads, width).permute(1, 2, 0, 3)
-    return q.new_empty(batch, rows, heads, width).transpose(1, 2)
+    if device != "cpu" and op is not None and op.mask_in(Call(node)) is None and q.stride(2) > q.stride(0):
+        out = q.new_empty(rows, batch, heads, width).permute(1, 2, 0, 3)
+    else:
+        out = q.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return out if op is not None else [out, out.new_empty(out.shape[:3])]
 
 
 def costs(node: Node, value: Any, operands: dict[Node, Any], size: int) -> Iterator[Cost]:
     """What ``node`` costs by the table; ``value`` is its result, ``operands`` the values of its operands."""
     name = schema(node.target).name if is_operator(node.target) else ""
-    rule = _TABLE.get(name, _own_memory)
-    yield from rule(node, value, operands, size)
+    if node.target not in ATTENTION_OPS:
+        yield from _TABLE.get(name, _own_memory)(node, value, operands, size)
 
 
 def _bytes(x: Tensor) -> int:
@@ -120,8 +132,6 @@ def _ring(node: Node, value: Any, operands: dict[Node, Any], size: int) -> Itera
 
 
 _TABLE: dict[str, Callable[..., Iterator[Cost]]] = {
-    "aten::scaled_dot_product_attention": lambda *_: iter(()),
-    "fxsp_local::banded_attention": lambda *_: iter(()),
     "fxsp::pack_heads": _moved,
     "fxsp::unpack_heads": _moved,
     "fxsp::pack": _moved,

@@ -391,24 +391,25 @@ _BACK = "all_to_all unpack_heads transpose gather"
 
 
 _SDPA = "scaled_dot_product_attention"
-_QKV = "narrow narrow narrow"
-#: Mask, tokens -> what becomes of them.
+_Q, _KV = "permute narrow unsqueeze", "permute narrow unsqueeze narrow unsqueeze"
+_QKV, _SENT = f"{_KV} narrow unsqueeze", "permute reshape contiguous"
+#: Mask, tokens -> what becomes of them, of two batch entries.
 GRAPHS = {
     # No pads, one segment: what arrives is the global order by strides, and a reshape packs the output.
-    ("none", "one_segment"): f"{_OUT} flatten permute {_QKV} {_SDPA} permute reshape contiguous {_BACK}",
+    ("none", "one_segment"): f"{_OUT} flatten {_QKV} {_SDPA} {_SENT} {_BACK}",
     # A tail of pads is a narrow of the outermost dimension; queries keep it, unless their rows have meaning.
-    ("none", "odd"): f"{_OUT} flatten permute narrow narrow flatten narrow permute narrow narrow {_SDPA} permute "
-    f"reshape contiguous {_BACK}",
-    ("bool", "odd"): f"{_OUT} flatten narrow permute {_QKV} {_SDPA} permute pack {_BACK}",
+    ("none", "odd"): f"{_OUT} flatten {_Q} narrow flatten narrow {_KV} {_SDPA} {_SENT} {_BACK}",
+    ("bool", "odd"): f"{_OUT} flatten narrow {_QKV} {_SDPA} permute pack flatten {_BACK}",
     # Behind the last token the causal flag hides all pads.
-    ("causal", "odd"): f"{_OUT} flatten permute {_QKV} {_SDPA} permute reshape contiguous {_BACK}",
-    ("causal", "two_segments"): f"cat {_OUT} unpack permute {_QKV} {_SDPA} permute pack {_BACK}",
+    ("causal", "odd"): f"{_OUT} flatten {_QKV} {_SDPA} {_SENT} {_BACK}",
+    ("causal", "two_segments"): f"cat {_OUT} unpack {_QKV} {_SDPA} permute pack flatten {_BACK}",
     # Several segments with pads: keys and values are put in order, queries need none.
-    ("none", "two_segments"): f"cat {_OUT} flatten permute narrow narrow unpack permute narrow narrow {_SDPA} permute "
-    f"reshape contiguous {_BACK}",
-    ("padding", "two_segments"): f"cat {_OUT} flatten permute narrow narrow unpack permute narrow narrow {_SDPA} "
-    f"permute reshape contiguous {_BACK}",
-    ("bool", "two_segments"): f"cat {_OUT} unpack permute {_QKV} {_SDPA} permute pack {_BACK}",
+    ("none", "two_segments"): f"cat {_OUT} flatten {_Q} narrow unpack {_KV} {_SDPA} {_SENT} {_BACK}",
+    ("bool", "two_segments"): f"cat {_OUT} unpack {_QKV} {_SDPA} permute pack flatten {_BACK}",
+    # A mask that differs between batch entries: they stay apart.
+    ("padding", "two_segments"): f"cat {_OUT} flatten {_Q} narrow unpack {_KV} {_SDPA} {_SENT} {_BACK}".replace(
+        "unsqueeze", "unflatten"
+    ),
 }
 
 

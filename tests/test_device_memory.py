@@ -24,7 +24,7 @@ from fxsp.torch_internals import inductor_decompositions
 D = 8
 
 
-def attention(tokens: tuple[int, ...], mask: str, heads: tuple[int, int]) -> tuple[Any, list[Any]]:
+def attention(tokens: tuple[int, ...], mask: str, heads: tuple[int, int], batch: int) -> tuple[Any, list[Any]]:
     """An attention over segments of these lengths, and its inputs."""
     length, times = sum(tokens), heads[0] // heads[1]
 
@@ -36,16 +36,21 @@ def attention(tokens: tuple[int, ...], mask: str, heads: tuple[int, int]) -> tup
         given = parts[-1] if mask in ("rows", "keys") else None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=given, is_causal=mask == "causal")
 
-    inputs = [torch.randn(1, h, n, D) for h in (heads[0], heads[1], heads[1]) for n in tokens]
+    inputs = [torch.randn(batch, h, n, D) for h in (heads[0], heads[1], heads[1]) for n in tokens]
     if mask in ("rows", "keys"):
-        inputs.append(torch.randn(length if mask == "rows" else 1, length))
+        inputs.append(torch.randn(batch, 1, length if mask == "rows" else 1, length))
     return function, inputs
 
 
 def counted(
-    tokens: tuple[int, ...], mask: str = "none", size: int = 2, heads: tuple[int, int] = (4, 4), **options: Any
+    tokens: tuple[int, ...],
+    mask: str = "none",
+    size: int = 2,
+    heads: tuple[int, int] = (4, 4),
+    batch: int = 1,
+    **options: Any,
 ) -> Program:
-    function, inputs = attention(tokens, mask, heads)
+    function, inputs = attention(tokens, mask, heads, batch)
     return partition(function, *inputs, size=size, **options)
 
 
@@ -87,6 +92,15 @@ def test_golden(tokens: tuple[int, ...], mask: str, size: int) -> None:
     memory = memory_of(program)
     assert (steps(memory), memory.passes) == GOLDEN[tokens, mask, size]
     assert sum(record.kind == "all_to_all" for record in program.report.collectives) == 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "passes"),
+    [("none", 16), ("causal", 16), pytest.param("keys", 18, id="keys of each entry"), ("rows", 18)],
+)
+def test_batches(mask: str, passes: int) -> None:
+    """Two entries count as one with more heads; where a mask tells them apart, the output is copied to be sent."""
+    assert memory_of(counted((8,), mask, batch=2)).passes == passes
 
 
 def test_bytes() -> None:

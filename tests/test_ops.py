@@ -57,7 +57,7 @@ def test_opcheck_ring_attention(masked):
 def test_opcheck_heads(heads, fuse, rows):
     xs = [torch.randn(2, 7, h, 3).transpose(1, 2).requires_grad_() for h in heads]
     torch.library.opcheck(fx.pack_heads.default, (xs, rows, False, 2, fuse))
-    packed = torch.randn(2, rows, 2, sum(heads) // 2, 3, requires_grad=True)
+    packed = torch.randn(2, rows, 2 * sum(heads) // 2, 3, requires_grad=True)
     torch.library.opcheck(fx.unpack_heads.default, (packed, [h // 2 for h in heads], 7, fuse))
 
 
