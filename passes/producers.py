@@ -119,7 +119,7 @@ def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
 def _steps(node: Node) -> bool:
     """Whether a slice takes, or writes, every other element."""
     at = {"slice": 4, "slice_scatter": 5}.get(getattr(node.target, "_opname", ""), len(node.args))
-    return len(node.args) > at and node.args[at] == 2
+    return bool(len(node.args) > at and node.args[at] == 2)
 
 
 def _of_tokens(node: Node) -> bool:
