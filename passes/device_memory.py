@@ -96,7 +96,7 @@ class _Attention:
 
     def __init__(self, nodes: list[Node], attention: Node, size: int, number: Callable[[Any], int]) -> None:
         self.nodes, self.attention, self.size, self.number = nodes, attention, size, number
-        inside = set(nodes)
+        self.inside = inside = set(nodes)
         #: Node -> the tensors that pass through it: those that the attention reads from it, or what it wrote.
         self.tensors: dict[Node, str] = {}
         for node in reversed(nodes):
@@ -184,12 +184,7 @@ class _Attention:
         if node is self.attention:
             q, _, v = (self._value(x) for x, _ in attended(node))
             return attention_output(node, q, v, _global(self.operands["q"]).device.type)
-        # Pieces of a value (a chunk of the projection) are known themselves; the tuple that they come from is not.
-        whole = all(x in self.tensors or _global(x) is not None for x in node.all_input_nodes)
-        if whole and node in self.tensors and node not in self.operands.values():
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._value)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if not _is_size(node):
+        if not _is_size(node) and not (node in self.inside and node in self.tensors):
             return self._given(node)
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._value)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -83,16 +83,7 @@ class _Ring:
     def _to_heads(self, tensors: list[Node], shapes: Seq[Seq[Length]], sequence: Sequence) -> list[Node]:
         call, u = self.build.call, self.ulysses
         heads = [_share(shape[1], u) for shape in shapes]
-        rows = [
-            call(aten.permute.default, call(aten.unflatten.int, x, 1, [u, h]), [1, 3, 0, 2, 4])
-            for x, h in zip(tensors, heads, strict=True)
-        ]
-        # [u, L, B, h, D]
-        packed = (
-            call(aten.cat.default, rows, 3)
-            if len(rows) > 1
-            else call(aten.clone.default, rows[0], memory_format=torch.contiguous_format)
-        )
+        packed = self.build.pack_heads(tensors, sequence.local_length(self.build.ranks.size), u)  # [u, L, B h, D]
         places = self._places(sequence)
         split = [p for p, s in zip(places, sequence.segments, strict=True) if s.sharded]
         moved = packed
@@ -114,11 +105,12 @@ class _Ring:
                     own = call(_ops.take.default, self._narrow(packed, 1, local, n), 0, self.build.ranks.rank % u, u)
                     parts.append(call(aten.squeeze.dim, own, 0))
             tokens = call(aten.cat.default, parts, 0)
-        turned = call(aten.permute.default, tokens, [1, 2, 0, 3])
-        if len(heads) == 1:
-            return [turned]
-        starts = [sum(heads[:i]) for i in range(len(heads))]
-        return [self._narrow(turned, 1, s, h) for s, h in zip(starts, heads, strict=True)]
+        turned = call(aten.permute.default, tokens, [1, 0, 2])
+        parts = []
+        for i, h in enumerate(heads):
+            at, count = (product((shapes[0][0], n)) for n in (sum(heads[:i]), h))
+            parts.append(call(aten.unflatten.int, self._narrow(turned, 0, at, count), 0, [-1, h]))
+        return parts
 
     def _to_ranks(self, out: Node) -> Node:
         """``[B, H/u, u*L, E]`` of a place -> ``[B, H, L, E]`` of each of its ranks."""
@@ -135,11 +127,11 @@ class _Ring:
             sizes = self.build.sizes([u, n, batch, heads, width])
             blocks.append(call(aten.reshape.default if segment.sharded else aten.expand.default, part, sizes))
         packed = call(aten.cat.default, blocks, 1) if len(blocks) > 1 else call(aten.contiguous.default, blocks[0])
+        packed = call(aten.flatten.using_ints, packed, 2, 3)
         length = self.queries.local_length(self.build.ranks.size)
         # Rows of whole segments travel to every rank of the place with these heads.
         received = self._exchange(packed, length, as_length(product((batch, heads, width))), self.queries)
-        merged = call(aten.flatten.using_ints, call(aten.permute.default, received, [2, 1, 0, 3, 4]), 2, 3)
-        return call(aten.transpose.int, merged, 1, 2)
+        return call(aten.transpose.int, self.build.unpack_heads(received, [heads], length), 1, 2)
 
     def _places(self, sequence: Sequence) -> list[tuple[Length, Length]]:
         """Per segment: its first row on a rank, and the number of its rows there."""
