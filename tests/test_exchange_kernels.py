@@ -45,7 +45,7 @@ KERNELS = {
     "pack_rows_kernel": ("x out", "xd od", {"H": 3, "WHOLE": 2, "ZERO": True}),
     "unpack_rows_kernel": ("x out", "xd od", {"H": 3, "WHOLE": 2}),
 }
-WIDTHS = [("bf16", 2, 128), ("bf16", 2, 40), ("fp32", 4, 72)]
+WIDTHS = [("bf16", 2, 128), ("bf16", 2, 40), ("fp32", 4, 72), ("fp16", 2, 64), ("bf16", 2, 120)]
 
 
 def compiled(name, dtype, itemsize, width, target):
