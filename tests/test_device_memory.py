@@ -109,15 +109,16 @@ def test_bytes() -> None:
     assert [move.bytes for move in memory.moves] == [6 * rows, 6 * rows, 2 * rows, 2 * rows]
     assert memory.bytes == 16 * rows
     # Grouped: keys and values have a half of the heads; pads are moved too.
-    memory = memory_of(counted((7,), heads=(4, 2)))
+    memory = memory_of(counted((7,), size=4, heads=(8, 4)))
+    rows = 1 * 8 * 2 * D * 4
     assert memory.passes == 16
     assert memory.bytes == 4 * (rows + rows // 2 + rows // 2) + 4 * rows
 
 
 def test_repeated_heads_are_repeated_by_the_kernel() -> None:
     """Unless there is a mask, which kernels with fewer key heads do not take."""
-    assert "flatten" not in steps(memory_of(counted((8,), heads=(8, 4))))
-    assert "flatten k 2, flatten v 2" in steps(memory_of(counted((8,), "rows", heads=(8, 4))))
+    assert "flatten" not in steps(memory_of(counted((8,), heads=(8, 4), ulysses_degree=2)))
+    assert "flatten k 2, flatten v 2" in steps(memory_of(counted((8,), "rows", heads=(8, 4), ulysses_degree=2)))
 
 
 @pytest.mark.parametrize("size", [2, 4])
