@@ -2,8 +2,8 @@
 
 Costs are those of :mod:`fxsp.passes.attention_cost`; heads are never padded.
 
-* Where heads divide over the ranks they are exchanged, unless another way takes at most three quarters of the time:
-  after an exchange a rank holds keys and values of its own heads only.
+* Where heads divide over the ranks they are exchanged (in attention of tokens to themselves), unless another way takes
+  at most three quarters of the time: after an exchange a rank holds keys and values of its own heads only.
 * A causal attention whose heads divide is always exchanged: a kernel that knows the causal flag skips half of the work,
   and on a rank's own queries the flag would have to become a mask.
 * Where key/value heads do not divide but query heads do, they may be repeated before the exchange; otherwise heads are
@@ -111,10 +111,9 @@ def choose(question: Question) -> tuple[Candidate | None, tuple[tuple[str, str],
         best = asked
     elif legal:
         best = min(legal, key=lambda c: (c.seconds(link), c.messages))
-        if not whole.refusal and whole.spread == 1:
+        if not whole.refusal and whole.spread == 1 and question.queries.same_as(question.keys):
             cheaper = best.seconds(link) <= _WORTH * whole.seconds(link)
-            alike = question.queries.same_as(question.keys)
-            best = best if cheaper and not (question.causal and alike) else whole
+            best = best if cheaper and not question.causal else whole
         if asked is not None:
             note = f"; {asked.name} was asked for, but {asked.refusal}"
     rejected = tuple((c.name, c.text(link)) for c in ways if c is not best)

@@ -90,7 +90,8 @@ def _rewrite(graph: Graph, call: Call, terms: dict[Node, Term], rows: dict[Node,
         row = next((_one_row_of(graph, mask, leaf, rows) for leaf in band.leaves), None)
         arguments = [call[name] for name in ("query", "key", "value")]
         call.node.target = BANDED
-        call.node.args = (*arguments, row, True, band.high, call.get("scale"), bool(call.get("enable_gqa")))
+        window = band.high if isinstance(band.high, int) else None
+        call.node.args = (*arguments, row, True, window, call.get("scale"), bool(call.get("enable_gqa")))
         call.node.kwargs = {}
         return
     elif band is not None and band.low is band.high is None and len(band.leaves) == 1:

@@ -75,7 +75,10 @@ class Config:
     @property
     def method(self) -> str:
         # Half as many key heads, and two ranks: keys and values are fewer bytes than what an exchange moves.
-        cheap = self.heads == "gqa" and self.size == 2 and self.mask != "causal"
+        # So they are where text that is whole on both is longer than the rest: its output is exchanged too.
+        text = self.tokens == "whole_text"
+        ranks = {("gqa", False): (2,), ("gqa", True): (2, 3), ("mha", True): (2,)}.get((self.heads, text), ())
+        cheap = self.size in ranks and self.mask != "causal"
         return "gather_kv" if self.heads in ("indivisible", "few_keys") or cheap else "ulysses"
 
     @property
