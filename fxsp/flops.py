@@ -11,14 +11,13 @@ Counted is what a rank really does: pads, and rows that are the same on every ra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
-from fxsp.kernels.ring_blocks import chunks_of, meetings, same_sequence
+from fxsp.kernels.ring_blocks import pairs_of
 from fxsp.passes.rules import Call
 from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
 
@@ -104,35 +103,13 @@ def ring_flops(node: Node, shape_of: ShapeOf, rank: int) -> int:
     q, v = shape_of(call["q"]), shape_of(call["v"])
     assert q is not None
     assert v is not None
-    tokens = [tuple(map(_length, call[name])) for name in ("q_lengths", "k_lengths")]
-    whole = [tuple(map(bool, call[name])) for name in ("q_whole", "k_whole")]
+    queries, keys = (
+        (tuple(map(_length, call[f"{x}_lengths"])), tuple(call[f"{x}_whole"]), tuple(call[f"{x}_head_tail"]))
+        for x in "qk"
+    )
     ulysses, size = call["ulysses"], call["size"]
-    pairs = _ring_pairs(*tokens, *whole, bool(call["causal"]), ulysses, size // ulysses, rank // ulysses)
+    pairs = pairs_of(queries, keys, bool(call["causal"]), ulysses, size // ulysses, rank // ulysses)
     return 2 * q[0] * q[1] * pairs * (q[-1] + v[-1])
-
-
-@lru_cache(maxsize=4096)
-def _ring_pairs(
-    q_lengths: tuple[int, ...],
-    k_lengths: tuple[int, ...],
-    q_whole: tuple[bool, ...],
-    k_whole: tuple[bool, ...],
-    causal: bool,
-    ulysses: int,
-    ring: int,
-    place: int,
-) -> int:
-    """Pairs of queries and keys that one place of a ring computes, over all steps."""
-    queries = chunks_of(q_lengths, q_whole, ulysses, ring, place)
-    same = same_sequence(q_lengths, q_whole, k_lengths, k_whole)
-    pairs = 0
-    for step in range(ring):
-        keys = chunks_of(k_lengths, k_whole, ulysses, ring, (place - step) % ring)
-        keys = [key for key in keys if step == 0 or not key.whole]
-        for meeting in meetings(queries, keys, causal, same):
-            m, n = sum(queries[i].rows for i in meeting.queries), sum(keys[j].real for j in meeting.keys)
-            pairs += attention_flops((m, 1), (n, 1), (n, 0), causal=meeting.how == "causal") // 2
-    return pairs
 
 
 def _length(size: Any) -> int:

@@ -1,8 +1,8 @@
 """What a rank sends, as a formula in the lengths of the sequences and the number of ranks.
 
 A collective that moves tokens sends ``c * rows * share`` bytes: ``c`` bytes for each token, the local rows of the
-tokens that travel, ``ceil(S/P)`` for each segment that is split and ``S`` for one that is whole, and the share that
-leaves the rank::
+tokens that travel, ``ceil(S/P)`` for each segment that is split (``2 ceil(S/2P)`` into heads and tails) and ``S`` for
+one that is whole, and the share that leaves the rank::
 
     gather, all_gather          (P - 1)      everyone else gets the rank's rows
     all_to_all, reduce_scatter  (P - 1)/P    one part in P stays at home; among U ranks only, one in U
@@ -51,6 +51,16 @@ def _share(text: str, size: int, members: int = 0) -> Fraction:
     return shares.get(text, Fraction(2 * (size - 1), size))
 
 
+def _rows(length: int, parts: int, size: int) -> int:
+    """Rows of a segment on each rank, pads included."""
+    return parts * -(-length // (parts * size)) if parts else length
+
+
+def _rows_text(name: str, parts: int) -> str:
+    """Heads and tails are two parts."""
+    return f"{parts}⌈{name}/{parts}P⌉" if parts > 1 else f"⌈{name}/P⌉" if parts else name
+
+
 class Names:
     """Short names for lengths: ``S`` if there is one, else ``S1``, ``S2``, ... in order of first use."""
 
@@ -78,24 +88,23 @@ class Formula:
 
     per_token: Fraction
     share: str
-    #: What travels: ``(key of the length, whether it is split over the ranks)``.
-    tokens: tuple[tuple[tuple[str, int], bool], ...] = ()
+    #: What travels: ``(key of the length, in how many parts it is split on each rank)``; 0 parts: it is whole.
+    tokens: tuple[tuple[tuple[str, int], int], ...] = ()
     #: U, where the share speaks of it.
     members: int = 0
 
     def __call__(self, size: int, lengths: Mapping[str, int] | None = None) -> int:
         """The bytes on ``size`` ranks; ``lengths`` replaces the lengths of the sequences that it names."""
         rows = 0 if self.tokens else 1
-        for (what, length), split in self.tokens:
-            n = (lengths or {}).get(what, length)
-            rows += -(-n // size) if split else n
+        for (what, length), parts in self.tokens:
+            rows += _rows((lengths or {}).get(what, length), parts, size)
         return int(-(-self.per_token * rows * _share(self.share, size, self.members) // 1))
 
     def text(self, names: Names) -> str:
         """``3072·(⌈S1/P⌉+⌈S2/P⌉)·(P-1)/P``."""
         factors = [str(self.per_token)] if self.per_token != 1 else []
         if self.tokens:
-            terms = [f"⌈{names.short(key)}/P⌉" if split else names.short(key) for key, split in self.tokens]
+            terms = [_rows_text(names.short(key), parts) for key, parts in self.tokens]
             factors.append(terms[0] if len(terms) == 1 else f"({'+'.join(terms)})")
         return "·".join([*factors, *([self.share] if self.share else [])])
 
@@ -111,15 +120,15 @@ def formula_of(
     if kind not in _SHARES or (tokens is None and kind != "all_reduce"):
         return None
     share = "(U-1)/U" if members else _SHARES[kind]
-    travelling: list[tuple[tuple[str, int], bool]] = []
+    travelling: list[tuple[tuple[str, int], int]] = []
     rows = 0
     for segment, n in zip(tokens.segments, lengths, strict=True) if tokens is not None else ():
         if not segment.sharded and kind in ("all_gather", "rotation"):
             continue  # whole on every rank: it stays at home
         if not segment.name:
             return None
-        travelling.append(((segment.name, n), segment.sharded))
-        rows += -(-n // size) if segment.sharded else n
+        travelling.append(((segment.name, n), segment.parts))
+        rows += _rows(n, segment.parts, size)
     per_token = Fraction(sent) / (_share(share, size, members) * (rows if travelling else 1))
     if per_token.denominator != 1 and travelling:
         return None
@@ -136,7 +145,7 @@ def memory_formulas(memory: Memory, number: Callable[[Any], int], size: int) -> 
             rest += move.bytes
             continue
         local = move.rows == "local"
-        keys = tuple(((s.name, number(s.length)), local and s.sharded) for s in tokens.segments)
+        keys = tuple(((s.name, number(s.length)), s.parts if local else 0) for s in tokens.segments)
         rows = Fraction(number(tokens.local_length(size))) if local else Fraction(number(tokens.length), size)
         found.append(Formula(move.bytes / rows, "" if local else "1/P", keys))
     return found, rest
@@ -144,7 +153,7 @@ def memory_formulas(memory: Memory, number: Callable[[Any], int], size: int) -> 
 
 def format_formulas(formulas: Iterable[Formula], names: Names) -> str:
     """A sum of formulas; those of one form are one term."""
-    sums: dict[tuple[str, tuple[tuple[tuple[str, int], bool], ...], int], Fraction] = {}
+    sums: dict[tuple[str, tuple[tuple[tuple[str, int], int], ...], int], Fraction] = {}
     for f in formulas:
         key = (f.share, f.tokens, f.members)
         sums[key] = sums.get(key, Fraction(0)) + f.per_token

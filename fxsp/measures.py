@@ -110,7 +110,7 @@ def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[
         for segment in type_.sequence.segments if isinstance(type_, Shard) else ():
             if segment.sharded and segment.name:
                 tokens = number(segment.length)
-                rows = -(-tokens // size)
+                rows = segment.parts * -(-tokens // (segment.parts * size))
                 found[segment.name] = (tokens, rows, rows * size - tokens)
     return found
 

@@ -4,7 +4,9 @@ This is the reference that the operators and everything made of them are tested 
 ``fxsp.kernels``, for clarity and not for speed, and must stay so: a mistake in one has to show against the other.
 
 Rows of a split segment of ``n`` tokens: ``L = ceil(n / P)`` per rank, rank ``r`` has rows ``r*L .. (r+1)*L``; a row
-``>= n`` is a pad.  A whole segment lies entire on every rank.  Segments follow each other along the dimension.
+``>= n`` is a pad.  A whole segment lies entire on every rank.  Segments follow each other along the dimension.  Of a
+segment of heads and tails rank ``r`` has the ``r``-th block of ``ceil(n / 2P)`` rows, counted from the front, and the
+``r``-th, counted from the end of all ``2P`` blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fxsp import oracle_attention
+from fxsp import oracle_attention, oracle_deal
 from fxsp.errors import UnsupportedError, VerificationError
 
 __all__ = ["Call", "Lanes", "bind", "gather", "shard", "total"]
@@ -45,7 +47,11 @@ class Call:
         if self.name == "pack_heads":
             length = self.arguments["xs"][0][0].shape[2]
             return Lanes([torch.cat([y[:, :length], 0.75 * y[:, :1].expand_as(y[:, length:])], 1) for y in result])
-        x, lengths, size = (self.arguments[name] for name in ("x", "lengths", "size"))  # pack: for each receiver
+        x, lengths, size = (self.arguments[name] for name in ("x", "lengths", "size"))
+        if self.name == "deal":
+            how = self.arguments["dim"], lengths, self.arguments["head_tail"], size
+            return Lanes([oracle_deal.poisoned(y, lane, *how) for y, lane in zip(result, x, strict=True)])
+        # pack: for each receiver
         split = [False] * len(lengths)
         return Lanes(
             [
@@ -86,19 +92,27 @@ class _Piece:
     local_start: int
     local_length: int
     whole: bool
+    #: Number of ranks, if it is split into heads and tails; else 0.
+    head_tail: int = 0
 
     def rows(self, rank: int) -> torch.Tensor:
         """Index within the segment of each local row; pads run past the end."""
+        if self.head_tail:
+            blocks = torch.arange(self.head_tail * self.local_length).view(2 * self.head_tail, -1)
+            return torch.cat([blocks[rank], blocks[-1 - rank]])
         first = 0 if self.whole else rank * self.local_length
         return torch.arange(first, first + self.local_length)
 
 
-def _pieces(lengths: Sequence[int], whole: Sequence[bool], size: int) -> Iterator[_Piece]:
+def _pieces(
+    lengths: Sequence[int], whole: Sequence[bool], size: int, head_tail: Sequence[bool] = ()
+) -> Iterator[_Piece]:
     start = local_start = 0
-    for n, is_whole in zip(lengths, whole, strict=True):
+    for i, (n, is_whole) in enumerate(zip(lengths, whole, strict=True)):
         n = int(n)
-        local = n if is_whole else -(-n // size)
-        yield _Piece(start, n, local_start, local, bool(is_whole))
+        dealt = len(head_tail) > i and bool(head_tail[i])
+        local = n if is_whole else 2 * -(-n // (2 * size)) if dealt else -(-n // size)
+        yield _Piece(start, n, local_start, local, bool(is_whole), size if dealt else 0)
         start += n
         local_start += local
 
@@ -224,14 +238,22 @@ def all_to_all(x: Lanes, group: str = "", size: int = 1) -> Lanes:
     return Lanes([torch.stack([sender[r] for sender in x]) for r in range(size)])
 
 
-def mask_pads(x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], rank: int = 0, size: int = 1) -> Lanes:
+def mask_pads(
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    rank: int = 0,
+    size: int = 1,
+    head_tail: Sequence[bool] = (),
+) -> Lanes:
     """Zero in pad rows; zero in rows of whole segments except on rank 0, so that a sum over ranks is the global sum."""
-    _check_local("mask_pads", x, dim, lengths, whole, size)
+    _check_local("mask_pads", x, dim, lengths, whole, size, head_tail)
     result = Lanes()
     for r, lane in enumerate(x):
         drop = [
             torch.full((piece.length,), r != 0) if piece.whole else piece.rows(r) >= piece.length
-            for piece in _pieces(lengths, whole, size)
+            for piece in _pieces(lengths, whole, size, head_tail)
         ]
         result.append(_rows_are_zeroed(lane, dim, torch.cat(drop)))
     return result
@@ -243,13 +265,25 @@ def positions(
     rank: int = 0,
     size: int = 1,
     device: torch.device | str = "cpu",
+    head_tail: Sequence[bool] = (),
 ) -> Lanes:
     """The global index of each local row, int64; a pad has that of its segment's last row."""
     result = Lanes()
     for r in range(size):
-        parts = [piece.start + piece.rows(r).clamp(max=piece.length - 1) for piece in _pieces(lengths, whole, size)]
+        pieces = _pieces(lengths, whole, size, head_tail)
+        parts = [piece.start + piece.rows(r).clamp(max=piece.length - 1) for piece in pieces]
         result.append(torch.cat(parts).to(device))
     return result
+
+
+def deal(x: Lanes, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], zero_pads: bool, size: int) -> Lanes:
+    """Global rows in the order of ranks, by every rank for itself."""
+    return _each(x, lambda lane: oracle_deal.deal(lane, dim, lengths, head_tail, zero_pads, size))
+
+
+def undeal(x: Lanes, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], size: int) -> Lanes:
+    """The way back; pads are dropped."""
+    return _each(x, lambda lane: oracle_deal.undeal(lane, dim, lengths, head_tail, size))
 
 
 def take(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:
@@ -361,7 +395,7 @@ def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:
 
 
 #: Operators without communication: their size may be that of a part of the ranks.
-_LOCAL = frozenset({"pack", "pack_heads", "put", "take", "unpack"})
+_LOCAL = frozenset({"deal", "pack", "pack_heads", "put", "take", "undeal", "unpack"})
 
 _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "all_to_all_within": all_to_all_within,
@@ -370,6 +404,7 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "all_reduce": all_reduce,
     "all_to_all": all_to_all,
     "annotate": annotate,
+    "deal": deal,
     "gather": gather,
     "gather_sum": gather_sum,
     "gather_used": gather,
@@ -384,14 +419,23 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "scale_whole": scale_whole,
     "shard": shard,
     "take": take,
+    "undeal": undeal,
     "unpack": unpack,
     "unpack_heads": unpack_heads,
     "use": use,
 }
 
 
-def _check_local(name: str, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int) -> None:
-    expected = sum(piece.local_length for piece in _pieces(lengths, whole, size))
+def _check_local(
+    name: str,
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    size: int,
+    head_tail: Sequence[bool] = (),
+) -> None:
+    expected = sum(piece.local_length for piece in _pieces(lengths, whole, size, head_tail))
     for lane in x:
         if lane.shape[dim] != expected:
             raise VerificationError(

@@ -15,14 +15,23 @@ from torch import Tensor
 __all__ = ["place_positions", "ring_attention", "ring_attention_backward"]
 
 
-def _tokens(lengths: Sequence[int], whole: Sequence[bool], ulysses: int, ring: int, place: int) -> list[int]:
+def _tokens(
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    ulysses: int,
+    ring: int,
+    place: int,
+    head_tail: Sequence[bool] = (),
+) -> list[int]:
     """The global position of each row of one place of the ring; -1 - n for a pad, n that of its segment's last row."""
     result: list[int] = []
     start = 0
-    for n, entire in zip(lengths, whole, strict=True):
-        rows = n if entire else ulysses * -(-n // (ulysses * ring))
-        first = 0 if entire else place * rows
-        result += [start + i if i < n else -1 - (start + n - 1) for i in range(first, first + rows)]
+    for n, entire, dealt in zip(lengths, whole, head_tail or [False] * len(lengths), strict=True):
+        parts = 2 * ring if dealt else ring
+        rows = n if entire else ulysses * -(-n // (ulysses * parts))
+        firsts = [0] if entire else [place * rows, (parts - 1 - place) * rows] if dealt else [place * rows]
+        for first in firsts:
+            result += [start + i if i < n else -1 - (start + n - 1) for i in range(first, first + rows)]
         start += n
     return result
 
@@ -46,18 +55,19 @@ def ring_attention(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
     q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
     causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
+    q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (),
 ) -> Any:  # fmt: skip
     """``(out, lse)`` of each rank; differentiable."""
     ring = size // ulysses
     results = []
     for r in range(size):
         place, peer = divmod(r, ulysses)
-        tokens = _tokens(q_lengths, q_whole, ulysses, ring, place)
+        tokens = _tokens(q_lengths, q_whole, ulysses, ring, place, q_head_tail)
         rows = torch.tensor([p if p >= 0 else -1 - p for p in tokens])
         # Where each key is: a whole segment's at home, a split one's where its token lies.
         at: dict[int, tuple[int, int]] = {}
         for other in (*range(ring), place):
-            for row, position in enumerate(_tokens(k_lengths, k_whole, ulysses, ring, other)):
+            for row, position in enumerate(_tokens(k_lengths, k_whole, ulysses, ring, other, k_head_tail)):
                 if position >= 0:
                     at[position] = (other * ulysses + peer, row)
         keys = torch.stack([k[lane][:, :, row] for lane, row in (at[n] for n in range(len(at)))], 2)
@@ -68,10 +78,16 @@ def ring_attention(
 
 
 def place_positions(
-    lengths: Sequence[int], whole: Sequence[bool], ulysses: int, rank: int = 0, size: int = 1, device: Any = "cpu"
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    ulysses: int,
+    rank: int = 0,
+    size: int = 1,
+    device: Any = "cpu",
+    head_tail: Sequence[bool] = (),
 ) -> Any:
     """The global index of each row of a rank's place in the ring; a pad has that of its segment's last row."""
-    places = [_tokens(lengths, whole, ulysses, size // ulysses, r // ulysses) for r in range(size)]
+    places = [_tokens(lengths, whole, ulysses, size // ulysses, r // ulysses, head_tail) for r in range(size)]
     return [torch.tensor([p if p >= 0 else -1 - p for p in rows], device=device) for rows in places]
 
 
@@ -79,7 +95,8 @@ def ring_attention_backward(
     grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
     mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], q_lengths: Sequence[int],
     q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
-    mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
+    mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "", q_head_tail: Sequence[bool] = (),
+    k_head_tail: Sequence[bool] = (),
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
     with torch.enable_grad():
@@ -87,8 +104,9 @@ def ring_attention_backward(
         masks = None if mask is None else [m.detach().requires_grad_(mask_grad) for m in mask]
         queries, keys, values = operands
         results = ring_attention(
-            queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size
-        )
+            queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "",
+            q_head_tail, k_head_tail,
+        )  # fmt: skip
         leaves = [x for lanes in operands for x in lanes]
         if masks is not None and mask_grad:
             leaves += masks

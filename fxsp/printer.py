@@ -245,17 +245,19 @@ def _fxsp_text(node: torch.fx.Node) -> str:
         if name == "rank":
             operands.append("rank")
         elif name == "lengths":
-            operands.append(_segments(value, arguments.get("whole", [False] * len(value))))
+            kinds = (arguments.get(kind) or [False] * len(value) for kind in ("whole", "head_tail"))
+            operands.append(_segments(value, *kinds))
         elif name == "zero_pads":
             operands += ["zero_pads"] if value else []
-        elif name not in ("whole", "size", "group"):
+        elif name not in ("whole", "head_tail", "size", "group"):
             operands.append(_operand(value))
     return f"{fxsp_name(node)}({', '.join(operands)})"
 
 
-def _segments(lengths: Any, whole: Any) -> str:
+def _segments(lengths: Any, whole: Any, head_tail: Any) -> str:
     texts = [str(_operand(n) if (known := _length(n)) is None else known) for n in lengths]
-    parts = [f"{text} whole" if w else text for text, w in zip(texts, whole, strict=False)]
+    kinds = [" whole" if w else " head-tail" if h else "" for w, h in zip(whole, head_tail, strict=True)]
+    parts = [text + kind for text, kind in zip(texts, kinds, strict=False)]
     return f"[{'|'.join(parts)}]"
 
 
@@ -339,10 +341,12 @@ def _rotations(node: torch.fx.Node, ranks: Ranks) -> Length:
         return 0
     rows: Length = 0
     size, ulysses = ranks.size, arguments["ulysses"]
-    for length, whole in zip(arguments["k_lengths"], arguments["k_whole"], strict=True):
+    dealt = arguments.get("k_head_tail") or [False] * len(arguments["k_whole"])
+    for length, whole, head_tail in zip(arguments["k_lengths"], arguments["k_whole"], dealt, strict=True):
         n = _length(length)
         if not whole:
-            rows = rows + (0 if n is None else ulysses * ceil_div(n, size))
+            parts = 2 if head_tail else 1
+            rows = rows + (0 if n is None else parts * ulysses * ceil_div(n, parts * size))
     width = as_length(shapes[0][3] + shapes[1][3])
     item = _val(arguments["k"]).element_size()
     return product((*shapes[0][:2], as_length(rows), width, item, size // ulysses - 1))

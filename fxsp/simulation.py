@@ -329,7 +329,11 @@ def assemble(type_: Type, lanes: Sequence[torch.Tensor]) -> torch.Tensor:
     split = (*split[: dim + 1], local, *split[dim + 2 :])
     rows = oracle.Lanes([lane.reshape(split) for lane in lanes])
     lengths = [int(n) for n in type_.sequence.lengths]
-    whole: torch.Tensor = oracle.gather(rows, dim + 1, lengths, list(type_.sequence.whole), size=size)[0]
+    dealt = type_.sequence.dealt(size)
+    padded = [int(n) for n in dealt.lengths]
+    whole: torch.Tensor = oracle.gather(rows, dim + 1, padded, list(dealt.whole), size=size)[0]
+    if any(type_.sequence.head_tail):
+        whole = oracle.undeal(oracle.Lanes([whole]), dim + 1, lengths, type_.sequence.head_tail, size)[0]
     return whole.reshape(*shape[:dim], int(type_.global_size()), *shape[dim + 1 :])
 
 

@@ -7,6 +7,7 @@ Notation (what ``str`` prints and :func:`parse` reads)::
     P                      Partial: every rank has a summand of the value; its gradient is whole
     S(1, [512|4096])       Shard: dimension 1 holds the tokens of two segments, each split over the ranks
     S(1, [512 whole|4096]) the first segment is whole on every rank, the second is split
+    S(1, [4096 head-tail]) of 2 P chunks of the tokens rank r has chunks r and 2P-1-r
     S(0, 2*[4096]*3)       the tokens are an inner factor of dimension 0, of size 2*4096*3
 
 The four kinds are the replicate/varying/partial states of spmd_types and the sharding types of GSPMD and Shardy,
@@ -28,6 +29,7 @@ import sympy
 import torch
 
 __all__ = [
+    "Layout",
     "Length",
     "Partial",
     "Ranks",
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 Length = int | sympy.Expr
-Layout = Literal["contiguous", "head_tail"]
+Layout = Literal["contiguous", "head-tail"]
 
 
 #: Symbols, and quotients without a rest, and what they are equal to.
@@ -163,47 +165,62 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Segment:
-    """``length`` consecutive tokens of a sequence, split over the ranks or (``sharded=False``) whole on each."""
+    """``length`` consecutive tokens of a sequence, split over the ranks or (``sharded=False``) whole on each.
+
+    ``layout`` says which tokens of a split segment rank ``r`` of ``P`` holds.  ``contiguous``: rows ``r*L .. (r+1)*L``
+    of ``L = ceil(n/P)``.  ``head-tail``: the chunks ``r`` and ``2P-1-r`` of ``2P`` chunks of ``ceil(n/2P)`` rows, so
+    that a causal ring gives each rank the same work (zigzag ring attention).  Rows from ``n`` on are pads.
+    """
 
     length: Length
     sharded: bool = True
     #: Whose tokens they are, for reports: the plan entry's argument (``hidden_states``).  No part of equality.
     name: str = field(default="", compare=False)
+    layout: Layout = "contiguous"
 
     def __post_init__(self) -> None:
         _check_length(self.length, "a segment")
+        if self.layout not in ("contiguous", "head-tail"):
+            raise ValueError(f"a layout is contiguous or head-tail, not {self.layout!r}")
+        if self.head_tail and not self.sharded:
+            raise ValueError("a segment that is whole on every rank has no layout")
+
+    @property
+    def head_tail(self) -> bool:
+        return self.layout == "head-tail"
+
+    @property
+    def parts(self) -> int:
+        """Chunks of its tokens on each rank (0: it is whole)."""
+        return (2 if self.head_tail else 1) if self.sharded else 0
 
     def local_length(self, size: int) -> Length:
-        """Tokens per rank, the pads at the tail included: ``ceil(length / size)``."""
-        return ceil_div(self.length, size) if self.sharded else self.length
+        """Tokens per rank, pads included: ``parts * ceil(length / (parts * size))``, or all."""
+        if not self.sharded:
+            return self.length
+        return as_length(self.parts * ceil_div(self.length, self.parts * size))
 
     def __str__(self) -> str:
-        return str(self.length) if self.sharded else f"{self.length} whole"
+        kind = "" if self.sharded else " whole"
+        return f"{self.length}{kind or (' head-tail' if self.head_tail else '')}"
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """The tokens along one dimension: segments in global order; a rank holds its part of each, one after the other.
-
-    ``layout`` says which tokens of a sharded segment a rank holds: ``contiguous`` rows ``r*L .. (r+1)*L`` of ``L =
-    ceil(n/P)``; ``head_tail`` is reserved for balanced causal rings.
-    """
+    """The tokens along one dimension: segments in global order; a rank holds its part of each, one after the other."""
 
     segments: tuple[Segment, ...]
-    layout: Layout = "contiguous"
 
     def __post_init__(self) -> None:
         if not self.segments:
             raise ValueError("a sequence has at least one segment")
-        if self.layout not in ("contiguous", "head_tail"):
-            raise ValueError(f"a layout is contiguous or head_tail, not {self.layout!r}")
         if not any(s.sharded for s in self.segments):
             raise ValueError("a sequence has at least one sharded segment; without one the value is Replicate")
 
     @staticmethod
-    def of(*lengths: Length) -> Sequence:
+    def of(*lengths: Length, layout: Layout = "contiguous") -> Sequence:
         """A sequence of sharded segments of these lengths."""
-        return Sequence(tuple(Segment(as_length(n)) for n in lengths))
+        return Sequence(tuple(Segment(as_length(n), layout=layout) for n in lengths))
 
     @property
     def length(self) -> Length:
@@ -219,6 +236,25 @@ class Sequence:
         """Per segment: is it whole on every rank?"""
         return tuple(not s.sharded for s in self.segments)
 
+    @property
+    def head_tail(self) -> tuple[bool, ...]:
+        """Per segment: is it split into heads and tails?"""
+        return tuple(s.head_tail for s in self.segments)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of all split segments; contiguous if they differ."""
+        return "head-tail" if all(s.head_tail for s in self.segments if s.sharded) else "contiguous"
+
+    def dealt(self, size: int) -> Sequence:
+        """The contiguous sequence of the rows of heads and tails, rank after rank, pads included."""
+        return Sequence(
+            tuple(
+                Segment(as_length(size * s.local_length(size)), name=s.name) if s.head_tail else s
+                for s in self.segments
+            )
+        )
+
     def local_length(self, size: int) -> Length:
         """Rows per rank, pads included."""
         return as_length(sum((s.local_length(size) for s in self.segments), start=0))
@@ -229,19 +265,19 @@ class Sequence:
 
     def has_pads(self, size: int) -> bool:
         """Whether some rank may hold pad rows (a symbolic length may)."""
-        return any(s.sharded and not (isinstance(s.length, int) and s.length % size == 0) for s in self.segments)
+        split = [s for s in self.segments if s.sharded]
+        return any(not isinstance(s.length, int) or s.length % (s.parts * size) != 0 for s in split)
 
     def same_as(self, other: Sequence) -> bool:
         """Whether both describe the same placement of tokens."""
         return (
-            self.layout == other.layout
-            and self.whole == other.whole
+            self.whole == other.whole
+            and self.head_tail == other.head_tail
             and all(same_length(a, b) for a, b in zip(self.lengths, other.lengths, strict=True))
         )
 
     def __str__(self) -> str:
-        body = "|".join(str(s) for s in self.segments)
-        return f"[{body}]" if self.layout == "contiguous" else f"[{body}; {self.layout}]"
+        return f"[{'|'.join(str(s) for s in self.segments)}]"
 
 
 @dataclass(frozen=True)
@@ -334,15 +370,14 @@ def parse(text: str) -> Type:
         return simple[text]
     match = _SHARD.match(text)
     if match is None:
-        raise ValueError(f"not a sharding type: {text!r}; write R, U, P or S(dim, [n|m whole])")
+        raise ValueError(f"not a sharding type: {text!r}; write R, U, P or S(dim, [n|m whole|l head-tail])")
     dim, outer, body, inner = match.groups()
-    body, _, layout = body.partition("; ")
     segments = []
     for part in body.split("|"):
-        whole = part.endswith(" whole")
-        segments.append(Segment(_parse_length(part.removesuffix(" whole")), not whole))
-    sequence = Sequence(tuple(segments), layout or "contiguous")  # type: ignore[arg-type]
-    return Shard(int(dim), sequence, _parse_length(outer or "1"), _parse_length(inner or "1"))
+        whole, head_tail = part.endswith(" whole"), part.endswith(" head-tail")
+        length = _parse_length(part.removesuffix(" whole").removesuffix(" head-tail"))
+        segments.append(Segment(length, not whole, layout="head-tail" if head_tail else "contiguous"))
+    return Shard(int(dim), Sequence(tuple(segments)), _parse_length(outer or "1"), _parse_length(inner or "1"))
 
 
 def _factor(length: Length) -> str:

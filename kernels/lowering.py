@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives, exchange, place
+from fxsp.kernels.deal import deal, rows_from, undeal
 from fxsp.kernels.ring import RING
 from fxsp.kernels.ring_blocks import chunks_of
 from fxsp.types import as_length, product, same_length
@@ -63,13 +64,6 @@ def _cat(pieces: list[Tensor], dim: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
-def _rows_from(length: Size, rank: int, size: int, device: torch.device) -> Tensor:
-    """Global indices of a split segment's local rows; the index of a pad is not below ``length``."""
-    rows = local_length(length, False, size)
-    index: Tensor = torch.arange(rows, device=device) + rank * rows
-    return index
-
-
 def annotate(x: Tensor, kind: str, dim: int, text_len: Size, entry: str) -> Tensor:
     return x
 
@@ -104,7 +98,7 @@ def _own_rows(x: Tensor, dim: int, start: Size, length: Size, zero_pads: bool, r
         shape[dim] = rows - real
         pads = x.new_zeros(shape) if zero_pads else x.narrow(dim, start + length - 1, 1).expand(shape)
         return torch.cat([mine, pads], dim) if real else pads
-    index = _rows_from(length, rank, size, x.device)
+    index = rows_from(length, rank, size, False, x.device)
     mine = x.index_select(dim, index.clamp(max=length - 1) + start)
     return mine.masked_fill((index >= length).view(_shape_along(x, dim)), 0) if zero_pads else mine
 
@@ -251,17 +245,26 @@ def reduce_scatter(
     return dense(_cat(pieces, 0)).movedim(0, dim)
 
 
-def mask_pads(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int) -> Tensor:
+def mask_pads(
+    x: Tensor,
+    dim: int,
+    lengths: Sequence[Size],
+    whole: Sequence[bool],
+    rank: int,
+    size: int,
+    head_tail: Sequence[bool] = (),
+) -> Tensor:
     keep, all_kept = [], True
-    for length, entire in zip(lengths, whole, strict=True):
+    for length, entire, dealt in zip(lengths, whole, head_tail or [False] * len(whole), strict=True):
         if entire:
             keep.append(torch.full([length], rank == 0, dtype=torch.bool, device=x.device))
             all_kept = all_kept and rank == 0
         else:
-            keep.append(_rows_from(length, rank, size, x.device) < length)
-            rows = local_length(length, False, size)
-            all_kept = all_kept and isinstance(length, int) and (rank + 1) * rows <= length
-    if all_kept or size == 1:
+            keep.append(rows_from(length, rank, size, dealt, x.device) < length)
+            # The end of a rank's last row: that of its tail, if it has one.
+            parts, last = (2 * size, 2 * size - rank) if dealt else (size, rank + 1)
+            all_kept = all_kept and isinstance(length, int) and last * local_length(length, False, parts) <= length
+    if all_kept or (size == 1 and not any(head_tail)):
         return dense(x)
     return x.masked_fill(~_cat(keep, 0).view(_shape_along(x, dim)), 0)
 
@@ -276,22 +279,35 @@ def scale_whole(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bo
     return dense(_cat(pieces, dim))
 
 
-def positions(lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, device: torch.device) -> Tensor:
+def positions(
+    lengths: Sequence[Size],
+    whole: Sequence[bool],
+    rank: int,
+    size: int,
+    device: torch.device,
+    head_tail: Sequence[bool] = (),
+) -> Tensor:
     pieces, start = [], 0
-    for length, entire in zip(lengths, whole, strict=True):
+    for length, entire, dealt in zip(lengths, whole, head_tail or [False] * len(whole), strict=True):
         if entire:
             rows = torch.arange(length, device=device)
         else:
-            rows = _rows_from(length, rank, size, device).clamp(max=length - 1)
+            rows = rows_from(length, rank, size, dealt, device).clamp(max=length - 1)
         pieces.append(rows + start)
         start = start + length
     return _cat(pieces, 0)
 
 
 def place_positions(
-    lengths: Sequence[Size], whole: Sequence[bool], ulysses: int, rank: int, size: int, device: torch.device
+    lengths: Sequence[Size],
+    whole: Sequence[bool],
+    ulysses: int,
+    rank: int,
+    size: int,
+    device: torch.device,
+    head_tail: Sequence[bool] = (),
 ) -> Tensor:
-    chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses)
+    chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses, head_tail)
     rows = [(torch.arange(c.rows, device=device) + c.first).clamp(max=c.limit - 1) for c in chunks]
     return _cat(rows, 0)
 
@@ -324,6 +340,8 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "scale_whole": scale_whole,
     "positions": positions,
     "place_positions": place_positions,
+    "deal": deal,
+    "undeal": undeal,
     "take": take,
     "put": put,
     "pack": exchange.pack,

@@ -32,15 +32,17 @@ class _Ring:
 
     def __init__(
         self, q: Tensor, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None,
-        ulysses: int, rank: int, size: int, group: str,
+        ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (),
     ) -> None:  # fmt: skip
         self.ring = size // ulysses
         self.place = rank // ulysses
         self.causal = causal
-        self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole)
+        self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole, q_head_tail, k_head_tail)
         self.at = (ulysses, rank, size, group)
-        self.queries = chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place)
-        self.keys = [chunks_of(k_lengths, k_whole, ulysses, self.ring, place) for place in range(self.ring)]
+        self.queries = chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place, q_head_tail)
+        self.keys = [
+            chunks_of(k_lengths, k_whole, ulysses, self.ring, place, k_head_tail) for place in range(self.ring)
+        ]
         self.scale = scale if scale is not None else float(q.shape[-1]) ** -0.5
 
     def step(self, t: int) -> tuple[list[Chunk], list[Meeting]]:
@@ -195,14 +197,17 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
-    causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str,
+    causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (),
+    k_head_tail: Any = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out [B, H, Lq, E], lse [B, H, Lq])`` of this rank's queries over everyone's keys.
 
     ``q [B, H, Lq, D]``, ``k [B, h, Lk, D]``, ``v [B, h, Lk, E]`` are local rows; the rows of ``mask`` are those of the
     queries (or one), its columns all keys in global order (or one).
     """
-    ring = _Ring(q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group)
+    ring = _Ring(
+        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail
+    )
     mask = _four(mask)
     tops = _tops(mask)
     held: list[tuple[Tensor, Tensor] | None] = [None] * len(ring.queries)
@@ -242,10 +247,12 @@ def ring_attention(
 def ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, q_lengths: Any,
     q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, ulysses: int,
-    rank: int, size: int, group: str,
+    rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the final ``out`` and ``lse``."""
-    ring = _Ring(q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group)
+    ring = _Ring(
+        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail
+    )
     dtype = wide(q.dtype)
     given, mask = mask, _four(mask)
     tops = _tops(mask)

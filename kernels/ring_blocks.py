@@ -4,6 +4,10 @@ A rank's rows are one *chunk* of each segment, one after the other.  In a ring o
 have exchanged heads, a place holds ``u * ceil(n / (u*r))`` rows of a segment of ``n`` tokens; rows from ``n`` on are
 pads.  A segment that is whole is one chunk, the same in every place, and meets its queries in the first step only.
 
+Of a segment that is split into heads and tails (:mod:`fxsp.kernels.deal`) place ``p`` has two chunks of the ``2r``:
+``p`` and ``2r-1-p``.  In a causal attention the own keys are seen in order; of the keys of an earlier place all queries
+see the head, and those of a later place the tail alone sees, all of them: half of the block each time.
+
 Where lengths are ints the pads of keys are left out by a narrow, and chunks whose keys all lie in the future of a
 causal attention are skipped.  A length may be symbolic: then no length is compared, chunks of one sequence are
 compared by their places, and pads are masked.
@@ -13,14 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fxsp.types import as_length, same_length
 
-__all__ = ["Chunk", "Meeting", "chunks_of", "meetings", "rows_of"]
+__all__ = ["Chunk", "Meeting", "chunks_of", "meetings", "pairs_of", "rows_of"]
 
 #: An ``int`` or a ``SymInt``.
 Size = Any
+#: Lengths of segments, which are whole, and which are heads and tails (empty: none).
+Tokens = tuple[Sequence[Size], Sequence[bool], Sequence[bool]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Chunk:
     """``rows`` local rows from ``row`` on: the tokens ``first, first + 1, ...``; those from ``limit`` on are pads."""
 
     segment: int
+    #: Which of the segment's chunks it is, in the order of tokens.
     place: int
     row: Size
     rows: Size
@@ -70,16 +78,25 @@ def rows_of(length: Size, ulysses: int, ring: int) -> Size:
     return ulysses * ((length + size - 1) // size)
 
 
-def chunks_of(lengths: Sequence[Size], whole: Sequence[bool], ulysses: int, ring: int, place: int) -> list[Chunk]:
+def chunks_of(
+    lengths: Sequence[Size],
+    whole: Sequence[bool],
+    ulysses: int,
+    ring: int,
+    place: int,
+    head_tail: Sequence[bool] = (),
+) -> list[Chunk]:
     """The chunks of one place of the ring, in the order of its rows."""
     result: list[Chunk] = []
     row: Size = 0
     start: Size = 0
     for i, (length, entire) in enumerate(zip(lengths, whole, strict=True)):
-        rows = length if entire else rows_of(length, ulysses, ring)
-        first = start if entire else start + place * rows
-        result.append(Chunk(i, 0 if entire else place, row, rows, first, start + length, bool(entire)))
-        row, start = row + rows, start + length
+        dealt = any(head_tail[i : i + 1])
+        rows = length if entire else rows_of(length, ulysses, 2 * ring if dealt else ring)
+        for chunk in (0,) if entire else (place, 2 * ring - 1 - place) if dealt else (place,):
+            result.append(Chunk(i, chunk, row, rows, start + chunk * rows, start + length, bool(entire)))
+            row = row + rows
+        start = start + length
     return result
 
 
@@ -91,9 +108,9 @@ def meetings(queries: Sequence[Chunk], keys: Sequence[Chunk], causal: bool, same
         return []
     if not causal:
         return [Meeting(everyone, tuple(usable), pads=any(keys[j].pads for j in usable))]
-    if same and len(queries) == len(keys) == 1 and queries[0].place == keys[0].place:
-        # Pads come last: a query that is no pad sees none.
-        return [Meeting((0,), (0,), "causal")]
+    if same and len({c.segment for c in (*queries, *keys)}) == 1 and _places(queries) == _places(keys):
+        # The rows of one segment are in order, and pads come last: a query that is no pad sees none.
+        return [Meeting(everyone, tuple(usable), "causal")]
     if not (same or all(c.static for c in (*queries, *keys))):
         return [Meeting(everyone, tuple(usable), "positions", any(keys[j].pads for j in usable))]
     result: list[Meeting] = []
@@ -111,6 +128,27 @@ def meetings(queries: Sequence[Chunk], keys: Sequence[Chunk], causal: bool, same
         result += [Meeting((i,), (j,), how) for j, how in seen.items() if how in ("causal", "positions")]
     _close(open_for, keys, queries, result)
     return result
+
+
+def _places(chunks: Sequence[Chunk]) -> list[int]:
+    return [chunk.place for chunk in chunks]
+
+
+@lru_cache(maxsize=4096)
+def pairs_of(queries: Tokens, keys: Tokens, causal: bool, ulysses: int, ring: int, place: int) -> int:
+    """Pairs of a query and a key that one place of the ring computes, pads too; lengths are ints, in tuples."""
+    own = chunks_of(queries[0], queries[1], ulysses, ring, place, queries[2])
+    same = same_sequence(queries[0], queries[1], keys[0], keys[1], queries[2], keys[2])
+    pairs = 0
+    for step in range(ring):
+        here = chunks_of(keys[0], keys[1], ulysses, ring, (place - step) % ring, keys[2])
+        here = [chunk for chunk in here if step == 0 or not chunk.whole]
+        for call in meetings(own, here, causal, same):
+            m, n = sum(own[i].rows for i in call.queries), sum(here[j].real for j in call.keys)
+            full = min(m, n)
+            # Row i of a causal call sees the first i + 1 keys.
+            pairs += full * (full + 1) // 2 + (m - full) * n if call.how == "causal" else m * n
+    return pairs
 
 
 def _close(
@@ -141,10 +179,18 @@ def _relation(q: Chunk, k: Chunk, same: bool) -> str:
     return "full" if k.first + k.real - 1 <= first_query else "positions"
 
 
-def same_sequence(a: Sequence[Size], a_whole: Sequence[bool], b: Sequence[Size], b_whole: Sequence[bool]) -> bool:
+def same_sequence(
+    a: Sequence[Size],
+    a_whole: Sequence[bool],
+    b: Sequence[Size],
+    b_whole: Sequence[bool],
+    a_head_tail: Sequence[bool] = (),
+    b_head_tail: Sequence[bool] = (),
+) -> bool:
     """Whether both describe one sequence; adds no guard."""
     return (
         len(a) == len(b)
         and list(a_whole) == list(b_whole)
+        and list(a_head_tail) == list(b_head_tail)
         and all(same_length(as_length(m), as_length(n)) for m, n in zip(a, b, strict=True))
     )

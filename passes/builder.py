@@ -95,12 +95,26 @@ class Builder:
     def _ranks(self) -> tuple[int, int, str]:
         return self.ranks.rank, self.ranks.size, self.ranks.group
 
+    def deal(self, x: Node, dim: int, lengths: Seq[Length], head_tail: Seq[bool], size: int) -> Node:
+        """Global rows in the order of ``size`` ranks, where they are heads and tails; else as they are."""
+        if not any(head_tail):
+            return x
+        return self.call(_ops.deal.default, x, dim, self.sizes(lengths), list(head_tail), False, size)
+
+    def undeal(self, x: Node, dim: int, lengths: Seq[Length], head_tail: Seq[bool], size: int) -> Node:
+        if not any(head_tail):
+            return x
+        return self.call(_ops.undeal.default, x, dim, self.sizes(lengths), list(head_tail), size)
+
     def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        return self.call(_ops.shard.default, x, dim, *self._sequence(sequence), False, *self._ranks())
+        size = self.ranks.size
+        x = self.deal(x, dim, sequence.lengths, sequence.head_tail, size)
+        return self.call(_ops.shard.default, x, dim, *self._sequence(sequence.dealt(size)), False, *self._ranks())
 
     def gather(self, x: Node, dim: int, sequence: Sequence, *, used: bool) -> Node:
-        op = _ops.gather_used if used else _ops.gather
-        return self.call(op.default, x, dim, *self._sequence(sequence), *self._ranks())
+        op, size = _ops.gather_used if used else _ops.gather, self.ranks.size
+        new = self.call(op.default, x, dim, *self._sequence(sequence.dealt(size)), *self._ranks())
+        return self.undeal(new, dim, sequence.lengths, sequence.head_tail, size)
 
     def leave(self, x: Node, length: Length) -> Node:
         """Rows that are whole on every rank, as a replicated value: the same data, the gradient is shared out."""
@@ -117,11 +131,13 @@ class Builder:
 
     def mask_pads(self, x: Node, dim: int, sequence: Sequence) -> Node:
         rank, size, _ = self._ranks()
-        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size)
+        layout = [list(sequence.head_tail)] if any(sequence.head_tail) else []
+        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size, *layout)
 
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
         rank, size, _ = self._ranks()
-        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device)
+        layout = [list(sequence.head_tail)] if any(sequence.head_tail) else []
+        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device, *layout)
 
     def seed(self, device: torch.device) -> Node:
         """A number that the generators of all ranks agree on, int64 ``[1]``."""
@@ -132,10 +148,14 @@ class Builder:
         return self.call(_ops.take.default, x, dim, rank, size)
 
     def unpack(self, x: Node, sequence: Sequence) -> Node:
-        return self.call(_ops.unpack.default, x, self.sizes(sequence.lengths), self.ranks.size)
+        size = self.ranks.size
+        rows = self.call(_ops.unpack.default, x, self.sizes(sequence.dealt(size).lengths), size)
+        return self.undeal(rows, 0, sequence.lengths, sequence.head_tail, size)
 
     def pack(self, x: Node, sequence: Sequence) -> Node:
-        return self.call(_ops.pack.default, x, self.sizes(sequence.lengths), self.ranks.size, False)
+        size = self.ranks.size
+        rows = self.deal(x, 0, sequence.lengths, sequence.head_tail, size)
+        return self.call(_ops.pack.default, rows, self.sizes(sequence.dealt(size).lengths), size, False)
 
     def pack_heads(self, xs: Seq[Node], length: Length, size: int) -> Node:
         return self.call(_ops.pack_heads.default, list(xs), self.size(length), False, size, False)
@@ -147,6 +167,8 @@ class Builder:
         self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None, members: int = 0
     ) -> None:
         """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""
+        if node.target is _ops.undeal.default:  # gathered rows, put in order
+            node = node.all_input_nodes[0]
         node.meta["fxsp_bytes"] = sent
         place = module_path(node) or self.report.root, sent, reason, node_source(node)
         self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens, members))

@@ -120,8 +120,8 @@ def emit(
 
 def _arguments(node: Node) -> tuple[Any, ...]:
     """The arguments in the order of the schema, keywords included."""
-    names = [argument.name for argument in schema(node.target).arguments]
-    return (*node.args, *(node.kwargs[name] for name in names[len(node.args) :]))
+    left = schema(node.target).arguments[len(node.args) :]
+    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in left))
 
 
 def _replace(node: Node, value: Any) -> None:

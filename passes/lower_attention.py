@@ -127,8 +127,8 @@ class _Lowering:
         """Whether queries (and the output), and keys and values, may stay as they arrive: rank by rank, with pads.
 
         Rows of queries may come in any order, and some may be pads, if no mask and no causal flag tells one from
-        another.  Keys and values may, if there is no mask at all, and no pads.  Of one segment pads stand at the end:
-        there the causal flag itself hides them from all tokens, and queries and keys keep them alike.
+        another.  Keys and values may, if there is no mask at all, and no pads.  Of one contiguous segment pads stand
+        at the end: there the causal flag itself hides them from all tokens, and queries and keys keep them alike.
         """
         mask, queries, keys = self.mask, self.choice.queries, self.choice.keys
         if keys is None or any(queries.whole) or self.op.positional or self.op.per_head:
@@ -136,7 +136,7 @@ class _Lowering:
         if self.args.get("window") is not None and self.op.op is BANDED:
             return False, False
         if self.causal:
-            alike = mask is None and len(queries.segments) == 1 and queries.same_as(keys)
+            alike = mask is None and len(queries.segments) == 1 and queries.same_as(keys) and not any(queries.head_tail)
             return alike, alike
         free = not _has_rows(mask), mask is None and not any(keys.whole) and not keys.has_pads(self.size)
         # An operator that is registered may want as many queries as keys.
@@ -318,7 +318,7 @@ class _Lowering:
             received = self._narrow(received, 2, starts, left)
         if as_they_come:
             tokens = self._blocks(received)
-        elif len(split.segments) > 1:
+        elif len(split.segments) > 1 or any(split.head_tail):
             tokens = self.build.unpack(received, split)
         else:
             tokens = self._blocks(received)
@@ -380,7 +380,9 @@ class _Lowering:
         rows = call(aten.permute.default, out, [2, 0, 1, 3])  # [S, B, h, D], or [S, 1, B h, D]
         if any(sequence.whole):
             packed = call(aten.flatten.using_ints, self._pack_with_whole(rows, places, heads), 2, 3)
-        elif self.queries_as_they_come or (len(split.segments) == 1 and not split.has_pads(self.size)):
+        elif self.queries_as_they_come or (
+            len(split.segments) == 1 and not split.has_pads(self.size) and not any(split.head_tail)
+        ):
             sizes = self.build.sizes([self.size, split.local_length(self.size), product((batch, heads)), width])
             packed = call(aten.contiguous.default, call(aten.reshape.default, rows, sizes))
         else:

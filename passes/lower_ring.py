@@ -6,7 +6,8 @@ Ring, for two ranks, four heads of 8, five tokens::
     %ring_attention: [B, 4, 3, 8], [B, 4, 3]    one node until *emit*: what it does differs by rank
 
 Hybrid, for ``u * r`` ranks: ``u`` consecutive ranks exchange heads for tokens, so that together they are one place of a
-ring of ``r``; keys and values go from rank ``i`` to ``i + u``; then the output is exchanged back.
+ring of ``r``; keys and values go from rank ``i`` to ``i + u``; then the output is exchanged back.  The heads and tails
+of ``u`` ranks, put in order, are the head and the tail of the place.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class _Ring:
         both = self.build.call(
             _ops.ring_attention.default, q, k, v, mask, *self._sequence(self.queries), *self._sequence(self.keys),
             bool(arguments.get("is_causal")), arguments.get("scale"), self.ulysses, ranks.rank, ranks.size, ranks.group,
+            *self._layouts(self.queries, self.keys),
         )  # fmt: skip
         out = self.build.call(operator.getitem, both, 0)
         self._record_rotations(both)
@@ -58,6 +60,10 @@ class _Ring:
 
     def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
         return self.build.sizes(sequence.lengths), list(sequence.whole)
+
+    def _layouts(self, *sequences: Sequence) -> list[list[bool]]:
+        """Which segments are heads and tails; nothing if none is."""
+        return [list(s.head_tail) for s in sequences] if any(any(s.head_tail) for s in sequences) else []
 
     def _record_rotations(self, both: Node) -> None:
         (batch, heads, _, width), value = self.shapes[1], self.shapes[2]
@@ -86,13 +92,14 @@ class _Ring:
         packed = self.build.pack_heads(tensors, sequence.local_length(self.build.ranks.size), u)  # [u, L, B h, D]
         places = self._places(sequence)
         split = [p for p, s in zip(places, sequence.segments, strict=True) if s.sharded]
+        head_tail = [s.head_tail for s in sequence.segments if s.sharded]
         moved = packed
         if len(split) < len(places):
             moved = call(aten.cat.default, [self._narrow(packed, 1, start, n) for start, n in split], 1)
         width = as_length(product((shapes[0][0], sum(heads), shapes[0][3])))
         tokens_sent = Sequence(tuple(s for s in sequence.segments if s.sharded))
         received = self._exchange(moved, as_length(sum((n for _, n in split), start=0)), width, tokens_sent)
-        tokens = self._unpacked(received, [n for _, n in split])
+        tokens = self._unpacked(received, [n for _, n in split], head_tail)
         if len(split) < len(places):
             # A whole segment stays at home: of its rows each rank keeps those of its own heads.
             parts = []
@@ -118,10 +125,14 @@ class _Ring:
         batch, width = self.shapes[0][0], self.shapes[2][3]
         heads = _share(self.shapes[0][1], u)
         rows = call(aten.permute.default, out, [2, 0, 1, 3])
+        counts = [
+            as_length(u * n) if segment.sharded else n
+            for (_, n), segment in zip(self._places(self.queries), self.queries.segments, strict=True)
+        ]
+        rows = self.build.deal(rows, 0, counts, self.queries.head_tail, u)
         blocks = []
         start: Length = 0
-        for (_, n), segment in zip(self._places(self.queries), self.queries.segments, strict=True):
-            count = as_length(u * n) if segment.sharded else n
+        for count, (_, n), segment in zip(counts, self._places(self.queries), self.queries.segments, strict=True):
             part = self._narrow(rows, 0, start, count)
             start = as_length(start + count)
             sizes = self.build.sizes([u, n, batch, heads, width])
@@ -143,12 +154,14 @@ class _Ring:
             start = as_length(start + rows)
         return result
 
-    def _unpacked(self, received: Node, rows: list[Length]) -> Node:
+    def _unpacked(self, received: Node, rows: list[Length], head_tail: list[bool]) -> Node:
         """``[u, L, ...]`` by rank -> ``[u*L, ...]``, each segment in order; pads stay."""
+        lengths = [as_length(self.ulysses * n) for n in rows]
         if len(rows) == 1:
-            return self.build.call(aten.flatten.using_ints, received, 0, 1)
-        lengths = self.build.sizes([as_length(self.ulysses * n) for n in rows])
-        return self.build.call(_ops.unpack.default, received, lengths, self.ulysses)
+            tokens = self.build.call(aten.flatten.using_ints, received, 0, 1)
+        else:
+            tokens = self.build.call(_ops.unpack.default, received, self.build.sizes(lengths), self.ulysses)
+        return self.build.undeal(tokens, 0, lengths, head_tail, self.ulysses)
 
     def _narrow(self, x: Node, dim: int, start: Length, length: Length) -> Node:
         return self.build.call(aten.narrow.default, x, dim, self.build.size(start), self.build.size(length))
@@ -170,7 +183,7 @@ class _Ring:
         if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(self.queries.length, 1)):
             rows = self.build.call(
                 _ops.place_positions.default, *self._sequence(self.queries), self.ulysses, ranks.rank, ranks.size,
-                device,
+                device, *self._layouts(self.queries),
             )  # fmt: skip
             mask = self.build.call(aten.index_select.default, mask, len(shape) - 2, rows)
         return mask

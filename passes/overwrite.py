@@ -63,9 +63,10 @@ def decide_overwrite(call: Call, types: list[Type]) -> Decision | None:
 
 
 def _around(sequence: Sequence, start: Length, end: Length, length: Length) -> Sequence:
-    before = () if same_length(start, 0) else (Segment(start),)
+    layout = sequence.layout
+    before = () if same_length(start, 0) else (Segment(start, layout=layout),)
     rest = as_length(length - end)
-    after = () if same_length(rest, 0) else (Segment(rest),)
+    after = () if same_length(rest, 0) else (Segment(rest, layout=layout),)
     return Sequence((*before, *sequence.segments, *after))
 
 

@@ -30,6 +30,7 @@ from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.decide import Decision
 from fxsp.passes.idle import report_idle
 from fxsp.passes.inplace import written_arguments
+from fxsp.passes.layout import ring_work
 from fxsp.passes.losses import LossPlan, write_loss
 from fxsp.passes.overwrite import OverwritePlan, write_overwrite
 from fxsp.passes.pick import PickPlan, write_pick
@@ -331,8 +332,9 @@ class _Partitioner(Converter):
         place = module_path(node) or self.program.report.root, node_source(node)
         if choice.op.dropout is not None and arguments.get(choice.op.dropout):
             self._note_draw()
+        detail = "; ".join(filter(None, [choice.detail, ring_work(Call(node), choice)]))
         self.program.report.attentions.append(
-            AttentionRecord(*place, choice.method, choice.sent, choice.rejected, choice.detail)
+            AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
         )
         new = self.build.call(distributed_attention, **arguments)
         new.meta["attention"] = choice

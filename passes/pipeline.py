@@ -21,6 +21,7 @@ from fxsp.passes import (  # noqa: F401  (they fill the rule table)
 from fxsp.passes.backward import backward_collectives
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.device_memory import DeviceMemory
+from fxsp.passes.layout import Layout
 from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.masks import Masks
 from fxsp.passes.partition import Partition
@@ -46,6 +47,8 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(Masks(), "masked", verify_graph),
     # Types are needed before anything is rewritten: a rule reads the global shapes.
     Stage(Propagate(), "propagated", verify_types),
+    # Which tokens a rank holds depends on how attentions will run; it changes the types, and nothing else.
+    Stage(Layout(), "laid_out", verify_types),
     # Conversions and local sizes in one sweep; attention stays one node, because its operands are only now local.
     Stage(Partition(), "local", verify_local),
     # Its collectives move local layouts that no later pass may change.

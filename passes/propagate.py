@@ -18,6 +18,7 @@ Output (one line per value)::
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,19 @@ from fxsp.passes.rules import Call, overloads, rule_of, shape_of, tensor_nodes, 
 from fxsp.passes.rules_elementwise import CHEAP, draws
 from fxsp.passes.structure import CATS, CUTS, decide_structure
 from fxsp.source import module_path, node_source
-from fxsp.types import Partial, Replicate, Segment, Sequence, Shard, Type, as_length, product, same_length
+from fxsp.types import (
+    Layout,
+    Length,
+    Partial,
+    Replicate,
+    Segment,
+    Sequence,
+    Shard,
+    Type,
+    as_length,
+    product,
+    same_length,
+)
 
 __all__ = ["Propagate", "is_annotate", "is_random"]
 
@@ -73,7 +86,7 @@ class Propagate:
         if is_annotate(node):
             source = node.args[0]
             assert isinstance(source, Node)
-            meta["sp"] = _annotated(node, source.meta["sp"])
+            meta["sp"] = _annotated(node, source.meta["sp"], program.facts.get("head_tail", ()))
             meta["sp_free"] = source.meta["sp_free"]
         elif node.target is operator.getitem and isinstance(node.args[0], Node) and "sp" in node.args[0].meta:
             types = node.args[0].meta["sp"]
@@ -155,8 +168,8 @@ def _is_free(node: Node, type_: Any) -> bool:
     return cheap and all(n.meta["sp_free"] for n in tensor_nodes((node.args, list(node.kwargs.values()))))
 
 
-def _annotated(node: Node, source: Type) -> Type:
-    """The type that a plan entry asks for."""
+def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
+    """The type that a plan entry asks for; tokens of the lengths ``head_tail`` are split into heads and tails."""
     _, kind, dim, text_len, entry = node.args
     if kind == "gather":
         return Replicate(origin=str(entry))
@@ -171,12 +184,17 @@ def _annotated(node: Node, source: Type) -> Type:
         return source
     text = as_length(text_len.meta["val"] if isinstance(text_len, Node) else text_len)
     if isinstance(text, int) and text < 0:
-        return Shard(dim, Sequence((Segment(length, name=name),)), origin=str(entry))
+        return Shard(dim, Sequence((_segment(length, name, head_tail),)), origin=str(entry))
     rest = as_length(length - text)
     if isinstance(rest, int) and rest <= 0:
         raise PlanError(
             f"{entry}: the text part has {text} tokens, but the tensor has only {length} along dimension {dim}"
         )
-    split = Segment(rest, name=name)
+    split = _segment(rest, name, head_tail)
     segments = (split,) if same_length(text, 0) else (Segment(text, False, f"{name} (text)"), split)
     return Shard(dim, Sequence(segments), origin=str(entry))
+
+
+def _segment(length: Length, name: str, head_tail: Iterable[Length]) -> Segment:
+    layout: Layout = "head-tail" if any(same_length(length, n) for n in head_tail) else "contiguous"
+    return Segment(length, name=name, layout=layout)

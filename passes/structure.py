@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxsp.passes.decide import Decision
 from fxsp.passes.rules import Call, overloads, shape_of
-from fxsp.types import Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
+from fxsp.types import Layout, Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = ["CATS", "CUTS", "SLICES", "decide_structure"]
 
@@ -42,6 +42,8 @@ def _cat(call: Call, types: list[Type]) -> Decision | None:
         return None
     segments: list[Segment] = []
     operands: list[Type] = []
+    layouts = {t.sequence.layout for t in joined}
+    layout: Layout = layouts.pop() if len(layouts) == 1 else "contiguous"
     for shape, type_ in zip(shapes, types, strict=True):
         if isinstance(type_, Shard):
             operands.append(type_)
@@ -50,7 +52,7 @@ def _cat(call: Call, types: list[Type]) -> Decision | None:
             continue
         else:
             # A whole operand among sharded ones is split as a segment of its own: free, and evenly spread.
-            operands.append(Shard(dim, Sequence.of(shape[dim]), origin="joined to sharded tokens"))
+            operands.append(Shard(dim, Sequence.of(shape[dim], layout=layout), origin="joined to sharded tokens"))
         segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
     result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
     return Decision(tuple(operands), (result,))

@@ -43,6 +43,12 @@ def _adjoint(name: str, grads: Sequence[torch.Tensor], args: Sequence[Any]) -> S
         dim, lengths, whole, rank, size, group = args
         own = _call("shard", grads, dim, lengths, whole, True, rank, size, group)
         return _call("scale_whole", own, dim, lengths, whole, size)
+    if name == "deal":
+        dim, lengths, head_tail, _, size = args
+        return _call("undeal", grads, dim, lengths, head_tail, size)
+    if name == "undeal":
+        *rows, size = args
+        return _call("deal", grads, *rows, True, size)
     if name == "pack":
         return _call("unpack", grads, *args[:2])
     if name == "unpack":

@@ -32,6 +32,8 @@ ALONE = {
     "scale_whole": lambda x: (x, 1, *SEGMENTS, 1),
     "positions": lambda x: (*SEGMENTS, 0, 1, x.device),
     "place_positions": lambda x: (*SEGMENTS, 1, 0, 1, x.device),
+    "deal": lambda x: (x, 1, [3, 4], [False, True], False, 1),
+    "undeal": lambda x: (x, 1, [3, 4], [False, True], 1),
     "take": lambda x: (x, 1, 0, 1),
     "put": lambda x: (x, 1, 0, 1),
     "pack": lambda x: (x.transpose(0, 1), [3, 4], 1, False),

@@ -50,10 +50,14 @@ def lengths() -> st.SearchStrategy[Length]:
 
 @st.composite
 def sequences(draw: st.DrawFn) -> Sequence:
-    segments = [Segment(n, draw(st.booleans())) for n in draw(st.lists(lengths(), min_size=1, max_size=4))]
+    kinds = st.sampled_from([(True, "contiguous"), (True, "head-tail"), (False, "contiguous")])
+    segments = []
+    for n in draw(st.lists(lengths(), min_size=1, max_size=4)):
+        sharded, layout = draw(kinds)
+        segments.append(Segment(n, sharded, layout=layout))
     at = draw(st.integers(0, len(segments) - 1))
     segments[at] = Segment(segments[at].length)
-    return Sequence(tuple(segments), draw(st.sampled_from(["contiguous", "head_tail"])))
+    return Sequence(tuple(segments))
 
 
 def types() -> st.SearchStrategy[Type]:
@@ -77,7 +81,11 @@ def test_parse_is_the_inverse_of_str(type_: Type) -> None:
         (Shard(1, Sequence((Segment(512, False), Segment(4096)))), "S(1, [512 whole|4096])"),
         (Shard(0, Sequence.of(4096), 2, 3), "S(0, 2*[4096]*3)"),
         (Shard(0, Sequence.of(4096), 1, 3), "S(0, 1*[4096]*3)"),
-        (Shard(2, Sequence((Segment(8),), "head_tail")), "S(2, [8; head_tail])"),
+        (Shard(2, Sequence.of(8, layout="head-tail")), "S(2, [8 head-tail])"),
+        (
+            Shard(1, Sequence((Segment(3, False), Segment(2 * S0 - 1, layout="head-tail"), Segment(4)))),
+            "S(1, [3 whole|2*s0 - 1 head-tail|4])",
+        ),
         (Shard(1, Sequence.of(S0, 2 * S1 - 1), S0 + 1), "S(1, (s0 + 1)*[s0|2*s1 - 1]*1)"),
         (Shard(1, Sequence.of(FloorDiv(S0 + 1, 2))), "S(1, [((s0 + 1)//2)])"),
     ],
@@ -89,7 +97,7 @@ def test_notation(type_: Type, text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "X", "S", "S(1)", "S(1, 5)", "S(-1, [5])", "S(1, [])", "S(1, [5 whole])", "S(1, [0])", "S(1, [5; ring])",
+    ["", "X", "S", "S(1)", "S(1, 5)", "S(-1, [5])", "S(1, [])", "S(1, [5 whole])", "S(1, [0])", "S(1, [5 ring])",
      "S(1, [a.b])", "S(1, 0*[5]*1)", "S(1, [print(1)])", "S(1, [5|])"],
 )  # fmt: skip
 def test_what_is_no_type_is_refused(text: str) -> None:
@@ -108,7 +116,8 @@ def test_the_origin_is_no_part_of_equality() -> None:
     [
         (lambda: Sequence(()), ValueError, "at least one segment"),
         (lambda: Sequence((Segment(3, False),)), ValueError, "without one the value is Replicate"),
-        (lambda: Sequence((Segment(3),), "ring"), ValueError, "contiguous or head_tail"),
+        (lambda: Sequence.of(3, layout="ring"), ValueError, "contiguous or head-tail"),
+        (lambda: Segment(3, False, layout="head-tail"), ValueError, "no layout"),
         (lambda: Segment(0), ValueError, "at least one token, not 0"),
         (lambda: Segment(-2), ValueError, "at least one token"),
         (lambda: Segment(2.0), TypeError, "an int or a sympy expression"),
@@ -134,6 +143,9 @@ def test_invalid_types_cannot_be_made(make: Any, error: type[Exception], message
         ([Segment(5), Segment(7)], 3, 2 + 3),
         ([Segment(5, False), Segment(7)], 3, 5 + 3),
         ([Segment(7), Segment(1, False), Segment(8)], 4, 2 + 1 + 2),
+        ([Segment(7, layout="head-tail"), Segment(8, layout="head-tail"), Segment(5)], 4, 2 + 2 + 2),
+        ([Segment(9, layout="head-tail")], 4, 4),
+        ([Segment(2, layout="head-tail")], 4, 2),
     ],
 )
 def test_local_lengths(segments: list[Segment], size: int, local: int) -> None:
@@ -143,8 +155,10 @@ def test_local_lengths(segments: list[Segment], size: int, local: int) -> None:
     assert shard.local_size(size) == 6 * local
     assert shard.global_size() == 6 * sum(int(s.length) for s in segments)
     assert sequence.whole == tuple(not s.sharded for s in segments)
-    assert sequence.has_pads(size) == any(s.sharded and int(s.length) % size for s in segments)
-    assert not sequence.has_pads(1)
+    assert sequence.has_pads(size) == any(
+        s.sharded and int(s.local_length(size)) * size != int(s.length) for s in segments
+    )
+    assert sequence.has_pads(1) == any(s.head_tail and int(s.length) % 2 for s in segments)
 
 
 @given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 100))
@@ -193,4 +207,4 @@ def test_same_placement() -> None:
     assert not a.same_as(Replicate())
     whole = Sequence((Segment(2, False), Segment(4)))
     assert not Sequence.of(2, 4).same_as(whole)
-    assert not Sequence((Segment(4),), "head_tail").same_as(Sequence.of(4))
+    assert not Sequence.of(4, layout="head-tail").same_as(Sequence.of(4))

@@ -1,0 +1,59 @@
+"""What ``fxsp.deal`` and ``fxsp.undeal`` mean: a list of the tokens, in the order in which ranks hold them.
+
+Written apart from ``fxsp.kernels``, as the rest of the oracle (:mod:`fxsp.oracle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["deal", "poisoned", "undeal"]
+
+
+def _rows(lengths: Sequence[int], head_tail: Sequence[bool], size: int) -> list[tuple[int, bool]]:
+    """Of each row the token and whether it is a pad (of that token): segment by segment, rank after rank."""
+    result: list[tuple[int, bool]] = []
+    start = 0
+    for n, dealt in zip(map(int, lengths), head_tail, strict=True):
+        tokens = [(start + min(i, n - 1), i >= n) for i in range(n if not dealt else 2 * size * -(-n // (2 * size)))]
+        start += n
+        if not dealt:
+            result += tokens
+            continue
+        blocks = [tokens[i :: len(tokens) // (2 * size)] for i in range(len(tokens) // (2 * size))]
+        chunks = [[block[c] for block in blocks] for c in range(2 * size)]
+        for rank in range(size):
+            result += chunks[rank] + chunks[-1 - rank]
+    return result
+
+
+def _pads(rows: Sequence[tuple[int, bool]], x: Tensor, dim: int) -> Tensor:
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.tensor([pad for _, pad in rows], device=x.device).view(shape)
+
+
+def deal(x: Tensor, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], zero_pads: bool, size: int) -> Tensor:
+    """Global rows in the order of ranks; a pad is a copy of the segment's last row, or zero."""
+    rows = _rows(lengths, head_tail, size)
+    result = torch.stack([x.select(dim, token) for token, _ in rows], dim)
+    return result.masked_fill(_pads(rows, x, dim), 0) if zero_pads else result
+
+
+def undeal(x: Tensor, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], size: int) -> Tensor:
+    """The way back: every token from where it lies; pads are dropped."""
+    at = {token: i for i, (token, pad) in enumerate(_rows(lengths, head_tail, size)) if not pad}
+    return torch.stack([x.select(dim, at[token]) for token in range(len(at))], dim)
+
+
+def poisoned(
+    dealt: Tensor, x: Tensor, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], size: int
+) -> Tensor:
+    """What :func:`deal` made of ``x``, with other pads: the first row, three quarters of it where numbers are real."""
+    first = x.narrow(dim, 0, 1)
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        first = first * 0.75
+    return torch.where(_pads(_rows(lengths, head_tail, size), x, dim), first, dealt)

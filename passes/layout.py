@@ -1,0 +1,106 @@
+"""layout: the tokens of a causal ring are split into heads and tails, so that every rank has the same to compute.
+
+With contiguous rows the first rank of a causal ring sees one block of keys, and the last one all of them.  Types are
+there, so the attentions that will be causal rings over one sequence are known; their segments get the layout
+``head-tail`` (see :class:`fxsp.types.Segment`) where the plan splits them, and types are found once more.
+
+Before and after, for a causal attention on a ring::
+
+    %annotate S(1, [37])               S(1, [37 head-tail])
+    %linear   S(1, [37])               S(1, [37 head-tail])
+    %sdpa     S(2, [37])               S(2, [37 head-tail])
+
+It is a layout of tokens, not another program: who needs the order of tokens is given it, as before.  If more values
+would have to be gathered than with contiguous rows, contiguous they stay, and the report says so.
+
+After this pass ``facts["head_tail"]`` are the lengths of the segments that are split so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from fxsp.kernels.ring_blocks import pairs_of
+from fxsp.passes.attention import AttentionChoice
+from fxsp.passes.base import Program
+from fxsp.passes.decide import Decision, hint
+from fxsp.passes.propagate import Propagate
+from fxsp.passes.rules import Call, shape_of
+from fxsp.types import Length, Shard, product, same_length
+
+__all__ = ["Layout", "ring_work"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """After this pass causal rings are balanced, where nothing else would pay for it."""
+
+    name: str = "layout"
+
+    def apply(self, program: Program) -> Program:
+        lengths: list[Length] = []
+        for node in program.graph.nodes:
+            for n in _lengths(node):
+                if not any(same_length(n, m) for m in lengths):
+                    lengths.append(n)
+        if not lengths:
+            return program
+        before = _gathered(program)
+        program.facts["head_tail"] = tuple(lengths)
+        Propagate().apply(program)
+        after = _gathered(program)
+        if after > before:
+            program.facts["head_tail"] = ()
+            Propagate().apply(program)
+            program.report.notes.append(
+                f"a causal ring over contiguous tokens: its last rank has the most to compute; with heads and tails of "
+                f"the sequence on each rank, {after - before} more bytes would be gathered"
+            )
+        return program
+
+
+def ring_work(call: Call, choice: AttentionChoice) -> str:
+    """For the report: the layout of a causal ring, and how many pairs of a query and a key the ranks compute."""
+    if choice.keys is None or not _is_causal_ring(call, choice):
+        return ""
+    text = f"{choice.queries.layout} tokens"
+    queries, keys = ((s.lengths, s.whole, s.head_tail) for s in (choice.queries, choice.keys))
+    if not all(isinstance(n, int) for n in queries[0]):
+        return text
+    # Ranks of one place of a ring compute the same pairs, of other heads.
+    pairs = [pairs_of(queries, keys, True, choice.ulysses, choice.ring, place) for place in range(choice.ring)]
+    return f"{text}, {min(pairs):,} to {max(pairs):,} pairs of a query and a key for each head on a rank"
+
+
+def _is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
+    """Whether ranks would have unequal work if their tokens were contiguous."""
+    causal = choice.op.causal_in(call) and choice.ring > 1
+    return causal and choice.keys is not None and choice.queries.same_as(choice.keys)
+
+
+def _lengths(node: Node) -> Iterator[Length]:
+    decision = node.meta.get("sp_call")
+    if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
+        if _is_causal_ring(Call(node), decision.detail):
+            yield from (s.length for s in decision.detail.queries.segments if s.sharded)
+
+
+def _gathered(program: Program) -> int:
+    """Bytes, global and by size hints, of the values that some call needs in another form than they have."""
+    total = 0
+    seen: set[tuple[Node, str]] = set()
+    for node in program.graph.nodes:
+        decision = node.meta.get("sp_call")
+        if not isinstance(decision, Decision):
+            continue
+        for old, needed in zip(Call(node).operands, decision.operands, strict=True):
+            have = old.meta["sp"]
+            if not isinstance(have, Shard) or have.same_as(needed) or old.meta.get("sp_free"):
+                continue
+            if (old, str(needed)) not in seen:
+                seen.add((old, str(needed)))
+                total += hint(product((*shape_of(old), old.meta["val"].element_size())))
+    return total
