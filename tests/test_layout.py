@@ -111,7 +111,7 @@ def _called(size: int, ulysses: int, length: int, layout: str) -> list[int]:
             mock.patch.object(collectives, "wait", lambda flat: flat),
         ):
             ring.ring_attention(x, x, x, None, *where, rank, size, "none", *heads)
-        tokens = (sequence.lengths, [False], sequence.head_tail)
+        tokens = (sequence.lengths, sequence.whole, sequence.head_tail)
         assert pairs == pairs_of(tokens, tokens, True, ulysses, size // ulysses, rank // ulysses)
         found.append(pairs)
     return found
