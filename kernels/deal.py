@@ -42,18 +42,26 @@ def rows_from(length: Size, rank: int, size: int, head_tail: bool, device: torch
     return own
 
 
+# Element by element, without broadcasting: a guard on the length of a chunk would be a graph of its own.
+
+
 def _tokens(length: Size, size: int, device: torch.device) -> Tensor:
     """``[2 P C]``: the token of each dealt row; that of a pad is not below ``length``."""
-    rows, head = _chunk(length, size), torch.arange(size, device=device)
-    chunks = torch.stack([head, 2 * size - 1 - head], 1).flatten()
-    return (chunks.unsqueeze(1) * rows + torch.arange(rows, device=device)).flatten()
+    rows = _chunk(length, size)
+    row = torch.arange(2 * size * rows, device=device)
+    at = row // rows
+    head = at // 2
+    tokens: Tensor = torch.where(at % 2 == 0, head, 2 * size - 1 - head) * rows + row % rows
+    return tokens
 
 
 def _places(length: Size, size: int, device: torch.device) -> Tensor:
     """``[n]``: the dealt row of each token."""
-    rows, head = _chunk(length, size), 2 * torch.arange(size, device=device)
-    chunks = torch.cat([head, head.flip(0) + 1])
-    return (chunks.unsqueeze(1) * rows + torch.arange(rows, device=device)).flatten().narrow(0, 0, length)
+    rows = _chunk(length, size)
+    token = torch.arange(length, device=device)
+    chunk = token // rows
+    places: Tensor = torch.where(chunk < size, 2 * chunk, 4 * size - 1 - 2 * chunk) * rows + token % rows
+    return places
 
 
 def deal(x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool], zero_pads: bool, size: int) -> Tensor:
