@@ -70,10 +70,12 @@ def attended(node: Node) -> list[tuple[Node, str]]:
 
 def attention_output(node: Node, q: Tensor, v: Tensor, device: str) -> Any:
     """A result like that of an attention, with the strides of the kernels for ``device``."""
-    op, width = ATTENTION_OPS.get(node.target), v.shape[3]
+    op, width = ATTENTION_OPS.get(node.target), v.shape[-1]
     if op is not None and not op.builtin:
-        out = q.new_empty([*q.shape[:3], width])
+        out = q.new_empty([*q.shape[:-1], width])
         return out if len(schema(node.target).returns) == 1 else [out] * len(schema(node.target).returns)
+    if q.dim() != 4:  # no fused kernel takes these
+        return q.new_empty([*q.shape[:-1], width])
     batch, heads, rows, _ = q.shape
     if device != "cpu" and op is not None and op.mask_in(Call(node)) is None and q.stride(2) > q.stride(0):
         out = q.new_empty(rows, batch, heads, width).permute(1, 2, 0, 3)
