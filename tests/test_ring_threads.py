@@ -42,13 +42,13 @@ class _Threads:
 
 
 def _masks(kind: str, rows: int, columns: int, size: int) -> list[Tensor] | None:
-    if kind not in ("bool", "additive", "padding"):
+    if kind not in ("bool", "additive", "padding", "causal padding"):
         return None
-    x = torch.randn(1, 1, rows if kind != "padding" else 1, columns)
+    x = torch.randn(1, 1, 1 if "padding" in kind else rows, columns)
     return [x if kind == "additive" else (x > -0.5).index_fill(3, torch.tensor([0]), True)] * size
 
 
-@pytest.mark.parametrize("mask", ["causal", "none", "bool", "additive", "padding"])
+@pytest.mark.parametrize("mask", ["causal", "causal padding", "none", "bool", "additive", "padding"])
 @pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (3, 1), (4, 1), (4, 2)])
 def test_heads_and_tails(size: int, ulysses: int, mask: str) -> None:
     """Output, log-sum-exp, and the gradients of q, k, v and the mask."""
@@ -60,7 +60,7 @@ def test_heads_and_tails(size: int, ulysses: int, mask: str) -> None:
         rows = ulysses * int(sequence.local_length(size))
         q, k, v, g = ([torch.randn(2, h, rows, 4) for _ in range(size)] for h in (4, 2, 2, 4))
         masks = _masks(mask, rows, sum(tokens), size)
-        where = (lengths, whole, lengths, whole, mask == "causal", 0.6)
+        where = (lengths, whole, lengths, whole, "causal" in mask, 0.6)
         layout = (head_tail, head_tail)
         real = []
         for rank in range(size):
