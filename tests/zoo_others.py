@@ -97,7 +97,7 @@ _MODELS: dict[str, tuple[Callable[[], Built], int, tuple[str, ...], tuple[str, .
             attention_chunk_size=8,
         ),
         2,
-        ("ulysses",),
+        ("gather_kv",),
         ("aten.repeat",),
     ),
     "gpt_neox": (_transformer("GPTNeoXForCausalLM", "GPTNeoXConfig"), 8, ("hybrid",), ()),
