@@ -98,10 +98,11 @@ def _one_thread() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("name", USES)
-def test_uses_of_a_length(name: str) -> None:
+@pytest.mark.parametrize(("name", "size"), [*((name, 3) for name in USES), ("registers", 8)])
+def test_uses_of_a_length(name: str, size: int) -> None:
     model, reports = _Model(USES[name]), list[Report]()
-    backend = Simulated(3, by_plan({"plan": {"": {"x": SequenceParallelInput(1)}}}, reports), poison_pads=True)
+    plan = {"": {"x": SequenceParallelInput(1)}}
+    backend = Simulated(size, by_plan({"plan": plan}, reports), poison_pads=True)
     fast, compiles = torch.compile(model, backend=backend), []
     for length in (12, 20, 16, 8, 44):
         x = torch.randn(2, length, 8, requires_grad=True)
@@ -155,6 +156,20 @@ def test_a_number_of_text_tokens_that_is_a_size(target: str | int) -> None:
     for program in backend.programs:
         assert program is not None
         assert all(record.applied for record in program.report.plan)
+
+
+def test_two_sequences_that_vary() -> None:
+    plan = {"": {"x": SequenceParallelInput(1), "text": SequenceParallelInput(1)}}
+    for size in (3, 8):
+        torch.compiler.reset()
+        backend, model, compiles = Simulated(size, by_plan({"plan": plan})), _Joint(), []
+        fast = torch.compile(model, backend=backend)
+        for image, text in ((22, 11), (23, 10), (17, 16), (12, 13)):
+            x, y = torch.randn(2, image, 8), torch.randn(2, text, 8)
+            before = len(backend.programs)
+            torch.testing.assert_close(fast(x, y), model(x, y), rtol=1e-5, atol=1e-6)
+            compiles.append(len(backend.programs) - before)
+        assert compiles == [1, 1, 0, 0]
 
 
 def test_a_text_mask_of_many_lengths() -> None:
