@@ -1,0 +1,151 @@
+"""Every way to attend x masks x head counts x lengths: gradients on four and eight ranks, and in low precision.
+
+Values on every number of ranks, and what is sent, are in :mod:`test_attention` and :mod:`test_ring`; real processes in
+:mod:`test_ring_processes` and :mod:`test_bench_attention`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lockstep import gradients
+from rule_validation import Recorder, T
+from test_attention import D, assert_same
+from torch.fx import Node
+
+from fxsp.passes.attention import SDPA
+from fxsp.passes.base import Program
+from fxsp.passes.pipeline import partition_program
+from fxsp.simulation import check_replicated
+from fxsp.types import Ranks, Sequence, Shard
+
+MASKS = ("none", "bool", "additive", "per_head", "padding", "causal", "causal_padding")
+#: Query and key/value heads for ``p`` ranks.
+HEADS = {
+    "mha": lambda p: (p, p),
+    "gqa": lambda p: (2 * p, p),
+    "mqa": lambda p: (p, 1),
+    "indivisible": lambda p: (p + 1, p + 1),
+}
+#: Fewer tokens than ranks, fewer than two a rank, odd, two segments.
+TOKENS = {
+    "below_p": lambda p: (p - 1,),
+    "below_2p": lambda p: (p + 1,),
+    "odd": lambda p: (2 * p + 1,),
+    "two_segments": lambda p: (3, 2 * p + 1),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """Degrees that fix a lowering; where heads do not divide, another one takes over, and must be right too."""
+
+    method: str
+    size: int
+    ulysses: int | None = None
+    ring: int | None = None
+    allgather: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.size}"
+
+    def partition(self, recorder: Recorder) -> Program:
+        degrees = {"ulysses_degree": self.ulysses, "ring_degree": self.ring, "gather_degree": self.allgather}
+        ranks = Ranks(0, self.size, "simulated")
+        return partition_program(Program(recorder.finish(), ranks, training=True, **degrees))
+
+
+WAYS = [
+    *(Way("ulysses", p, ulysses=p, ring=1) for p in (4, 8)),
+    *(Way("ring", p, ulysses=1, ring=p) for p in (4, 8)),
+    *(Way("gather_kv", p, allgather=p) for p in (2, 4, 8)),
+    Way("hybrid", 4, ulysses=2, ring=2),
+    Way("hybrid", 8, ulysses=2, ring=4),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _record(recorder: Recorder, size: int, mask: str, heads: str, tokens: str, dtype: torch.dtype) -> None:
+    sequence = Sequence.of(*TOKENS[tokens](size))
+    length, (hq, hkv) = int(sequence.length), HEADS[heads](size)
+    operands = []
+    for count in (hq, hkv, hkv):
+        x = recorder.input(T((2, count, length, D)))
+        x.meta["val"] = x.meta["val"].detach().to(dtype).requires_grad_()
+        operands.append(recorder.lay(x, Shard(2, sequence)))
+    given = _mask(recorder, mask, hq, length, dtype)
+    out = recorder.call(SDPA, *operands, given, 0.0, mask == "causal", enable_gqa=hq != hkv)
+    recorder.outputs.append(out)
+
+
+def _mask(recorder: Recorder, mask: str, heads: int, length: int, dtype: torch.dtype) -> Node | None:
+    shapes = {
+        "bool": (length, length),
+        "additive": (1, 1, length, length),
+        "per_head": (heads, length, length),
+        "padding": (2, 1, 1, length),
+        "causal_padding": (2, 1, length, length),
+    }
+    if mask not in shapes:
+        return None
+    node = recorder.input(T(shapes[mask], "normal" if mask == "additive" else "bool"))
+    value = node.meta["val"]
+    if mask == "additive":
+        node.meta["val"] = value.detach().to(dtype).requires_grad_()
+        return node
+    if mask == "causal_padding":
+        value = (value[:, :, :1] & torch.ones(length, length, dtype=torch.bool).tril()).clone()
+    value[..., 0] = True  # a row without any key is not a number
+    node.meta["val"] = value
+    return node
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_gradients(tokens: str, way: Way) -> None:
+    """fp32, each output and gradient within 1e-5 of one device; all masks, with head counts in turn."""
+    # Every mask with two of the head counts, every head count with three or four of the masks.
+    counts = list(HEADS)
+    turn = WAYS.index(way) + list(TOKENS).index(tokens)
+    pairs = [(mask, counts[(i + turn + extra) % 4]) for i, mask in enumerate(MASKS) for extra in (0, 2)]
+    recorder = Recorder()
+    for mask, heads in pairs:
+        _record(recorder, way.size, mask, heads, tokens, torch.float32)
+    program = way.partition(recorder)
+    assert not [g for g in program.report.implicit_gathers if g.kind == "implicit"]
+    found = {heads: r.method for (_, heads), r in zip(pairs, program.report.attentions, strict=True)}
+    assert all(found[heads] == way.method for heads in ("mha", "gqa") if heads in found)
+    assert_same(recorder, program.gm, way.size, 1e-5, training=True, names=list(map(str, pairs)))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.size == 4], ids=str)
+def test_low_precision(way: Way) -> None:
+    """bf16, outputs and gradients within 1e-2 of fp32 on one device (2-norm)."""
+    recorder = Recorder()
+    for mask, heads in itertools.product(("none", "bool", "padding", "causal"), ("mha", "gqa")):
+        _record(recorder, way.size, mask, heads, "two_segments", torch.bfloat16)
+    program = way.partition(recorder)
+    values = [x.meta["val"] for x in recorder.inputs]
+    given = [torch.randn(y.meta["val"].shape).to(torch.bfloat16) for y in recorder.outputs]
+    outputs, grads = gradients(program.gm, way.size, values, given, poison_pads=True)
+    got = check_replicated([[*o, *g] for o, g in zip(outputs, grads, strict=True)])
+
+    wide = iter([x.detach().float().requires_grad_() if x.is_floating_point() else x for x in values])
+    leaves, wanted = [], []
+    for mask, _ in itertools.product(("none", "bool", "padding", "causal"), ("mha", "gqa")):
+        q, k, v = next(wide), next(wide), next(wide)
+        allowed = next(wide) if mask in ("bool", "padding") else None
+        leaves += [q, k, v]
+        options = {"is_causal": mask == "causal", "enable_gqa": q.shape[1] != k.shape[1]}
+        wanted.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, **options))
+    wanted += torch.autograd.grad(wanted, leaves, [g.float() for g in given])
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert a.dtype == torch.bfloat16
+        assert float((a.detach().float() - b.detach()).norm() / b.detach().norm()) <= 1e-2, i
