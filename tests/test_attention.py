@@ -427,7 +427,7 @@ def test_graphs(mask: str, tokens: str) -> None:
 def test_the_graph_of_gathered_keys() -> None:
     recorder = Recorder()
     record(recorder, Config("causal", "few_keys", "odd", 2))
-    expected = f"shard cat gather_used split_with_sizes positions arange unsqueeze ge {_SDPA} gather"
+    expected = f"shard cat gather_used split_with_sizes positions unsqueeze arange ge {_SDPA} gather"
     assert _operators(run(recorder, 2)) == expected
 
 
