@@ -121,7 +121,9 @@ class _Lowering:
         self.device, self.itemsize = value.device, value.element_size()
         self.queries_as_they_come, self.keys_as_they_come = self._as_they_come()
         #: Whether heads of different batch entries may count as heads of one: then the output lies as it is sent.
-        self.batch_as_heads = self.op.op is SDPA and isinstance(self.shape[0], int) and _is_for_all_heads(self.mask)
+        #: Dropout tells them apart.
+        alike = _is_for_all_heads(self.mask) and not self.args.get("dropout_p")
+        self.batch_as_heads = self.op.op is SDPA and isinstance(self.shape[0], int) and alike
 
     def _as_they_come(self) -> tuple[bool, bool]:
         """Whether queries (and the output), and keys and values, may stay as they arrive: rank by rank, with pads.

@@ -6,11 +6,13 @@ or outer part of a dimension.  Elementwise operators get their samples from thei
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rule_validation import Sample, T
 
+from fxsp.passes.attention_ops import BANDED
 from fxsp.passes.rules import overloads
 from fxsp.passes.rules_elementwise import ELEMENTWISE
 
@@ -385,3 +387,14 @@ for _name, _calls in _CALLS.items():
     for _call in _calls:
         _made = _sample(_name, _call)
         SAMPLES.setdefault(_made.op, []).append(_made)
+#: Attention under a mask that is known by positions, which masks become: see fxsp.kernels.banded.
+SAMPLES[BANDED] = [
+    replace(_made, op=BANDED)
+    for _made in (
+        _sample("scaled_dot_product_attention", call)
+        for call in (
+            (T((2, 2, 5, 4)), T((2, 2, 5, 4)), T((2, 2, 5, 3)), None, True, 2, None, False),
+            (T((2, 4, 5, 4)), T((2, 2, 5, 4)), T((2, 2, 5, 4)), T((2, 1, 1, 5), "bool"), True, None, 0.5, True),
+        )
+    )
+]
