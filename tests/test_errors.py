@@ -84,7 +84,10 @@ def test_a_model_may_be_corrected_after_an_error() -> None:
 
 def test_a_wrong_option_is_an_option_error() -> None:
     for options, parts in [
-        ({"degree": 2}, ["unknown option 'degree'", "Valid options: ulysses_degree, ring_degree, plan"]),
+        (
+            {"degree": 2},
+            ["unknown option 'degree'", "Valid options: ulysses_degree, ring_degree, allgather_degree, plan"],
+        ),
         ({"inner": "inductr"}, ["'inductor', 'aot_eager', 'eager'", 'Did you mean "inductor"']),
         ({"print": "partition"}, ['Did you mean "partitioned"', "captured, annotated"]),
         ({"ulysses_degree": 2}, ["ulysses_degree=2 does not match", "the group has 1 rank", "torchrun"]),

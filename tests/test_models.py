@@ -171,7 +171,8 @@ def test_text_whole_on_every_rank(ranks: Ranks, size: int, text: int, image: int
         assert error <= 1e-5
         assert gradient <= 1e-5
         assert f"S(1, [{text} whole|{image}])" in graph
-        assert methods == ["ulysses" if size == 2 else "gather_kv"] * 2
+        # The text's output would be exchanged too: not worth it for one token of an image.
+        assert methods == ["ulysses" if (size, image) == (2, 6) else "gather_kv"] * 2
         assert not texts
         assert not gathers
 
