@@ -14,6 +14,7 @@ from rule_validation import Case, Recorder, Sample, T, cases_of, layouts, proble
 import fxsp.passes.pipeline
 from fxsp.passes import decide as decisions
 from fxsp.passes import propagate
+from fxsp.passes.attention_ops import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.rules import RULES, Call, OpRule
@@ -60,7 +61,8 @@ def _report(found: list[str]) -> str:
 
 
 def test_every_operator_of_the_table_has_a_sample() -> None:
-    assert not [str(op) for op in RULES if op not in SAMPLES and op not in ELEMENTWISE]
+    registered = ATTENTION_OPS.keys() - {SDPA, BANDED}  # by other tests, in the same process
+    assert not [str(op) for op in RULES if op not in SAMPLES and op not in ELEMENTWISE and op not in registered]
     assert not [str(op) for op in SAMPLES if op not in RULES], "samples of operators without rule: see WHOLE_SAMPLES"
 
 
