@@ -184,13 +184,13 @@ class _Lowering:
         if self.args.get("dropout_p"):
             return self._dropped(q, k, v, mask, causal)
         extra = {n: self.args[n] for n in ("scale", "enable_gqa") if self.args.get(n) not in (None, False)}
-        if self.repeat > 1 and mask is None:
+        banded = causal and (mask is not None or self.window is not None)
+        if self.repeat > 1 and mask is None and not banded:
             extra["enable_gqa"] = True  # the kernel reads each key as often as it is needed
         else:
             # Of the kernels of GPUs, those that take a mask want as many keys as queries.
             k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
-        if causal and (mask is not None or self.window is not None):
-            k, v = (repeat_heads(self.build, x, self.repeat if "enable_gqa" in extra else 1) for x in (k, v))
+        if banded:
             gqa = bool(self.args.get("enable_gqa"))
             return self.build.call(BANDED, q, k, v, mask, True, self.window, self.args.get("scale"), gqa)
         return self.build.call(SDPA, q, k, v, mask, 0.0, causal, **extra)
