@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["clean_module_path", "forward_source", "input_name", "module_path", "node_source"]
+__all__ = ["clean_module_path", "forward_source", "input_name", "module_path", "node_source", "place"]
 
 _TORCH = Path(torch.__file__).resolve().parent
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
@@ -67,6 +67,11 @@ def module_path(node: torch.fx.Node) -> str:
         return ""
     innermost = list(stack.values())[-1]
     return clean_module_path(innermost[0] if isinstance(innermost, tuple) else str(innermost))
+
+
+def place(node: torch.fx.Node) -> str:
+    """``"blocks.0.attn (model.py:12)"``, for messages."""
+    return f"{module_path(node) or 'the root module'} ({node_source(node) or 'no source line'})"
 
 
 def input_name(source: str) -> str:

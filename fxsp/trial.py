@@ -22,20 +22,11 @@ from torch.utils._pytree import tree_leaves
 from fxsp.checks import TOLERANCE, relative_error, same_random_numbers
 from fxsp.differences import first_difference, place
 from fxsp.errors import VerificationError
+from fxsp.kernels.ops import same_memory
 from fxsp.passes.base import Program
 from fxsp.torch_internals import version
 
-__all__ = ["Trial", "random_seeds", "same_memory"]
-
-
-def same_memory(x: Any) -> Any:
-    """A copy that lies in memory as ``x`` does, gaps and expanded dimensions included; no tensor stays itself."""
-    if not isinstance(x, Tensor):
-        return x
-    if x.numel() == 0:
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.detach().as_strided((span,), (1,)).clone().as_strided(x.size(), x.stride(), 0)
+__all__ = ["Trial", "random_seeds"]
 
 
 def random_seeds(outputs: Sequence[Any]) -> list[Tensor | None]:
@@ -117,7 +108,7 @@ class Trial:
 
     def _run(self, function: Callable[..., Any], args: Sequence[Any]) -> _Ran:
         training = self.training and torch.is_grad_enabled()
-        leaves = [_leaf(x) if training else same_memory(x) for x in args]
+        leaves = [_leaf(x, training) for x in args]
         # A graph may write to its inputs, and autograd lets no one write to a leaf.
         values = [_through(x) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
         before = [version(x) if isinstance(x, Tensor) else 0 for x in values]
@@ -170,7 +161,8 @@ class Trial:
         seeds = None
         if self.training and torch.is_grad_enabled():
             with same_random_numbers():
-                values = [_through(x) if isinstance(x, Tensor) and x.requires_grad else x for x in map(_leaf, args)]
+                leaves = [_leaf(x, True) for x in args]
+                values = [_through(x) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
                 seeds = random_seeds(tree_leaves(self.whole(*values)))
         tolerance = max((TOLERANCE.get(x.dtype, 0.0) for x in args if isinstance(x, Tensor)), default=0.0)
         found = first_difference(self.local, self.typed, self.ranks.size, inputs, seeds, tolerance, self.defer)
@@ -182,17 +174,16 @@ class Trial:
         )
 
 
-def _leaf(x: Any) -> Any:
-    copied = same_memory(x)
-    return copied.requires_grad_(x.requires_grad) if isinstance(x, Tensor) else copied
+def _leaf(x: Any, training: bool) -> Any:
+    """A copy of a tensor, without its history; what is no tensor stays itself."""
+    return same_memory(x.detach()).requires_grad_(training and x.requires_grad) if isinstance(x, Tensor) else x
 
 
 def _through(x: Tensor) -> Tensor:
     """A value of its own memory whose gradient is that of ``x``, in the layout of ``x``."""
-    copy = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
     if any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True)):
         return x.view_as(x)  # expanded: nobody may write to it
-    return copy.copy_(x)
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _requiring(values: Sequence[Any]) -> list[Tensor]:

@@ -48,7 +48,7 @@ from torch import Tensor
 from fxsp.kernels import exchange, head_ops, ring_ops
 from fxsp.kernels.lowering import LOWERINGS
 
-__all__ = ["INTERNAL", "OPS"]
+__all__ = ["INTERNAL", "OPS", "same_memory"]
 
 _SEQ = "int dim, SymInt[] lengths, bool[] whole"
 
@@ -86,8 +86,8 @@ _library = torch.library.Library("fxsp", "DEF")
 _fxsp = torch.ops.fxsp
 
 
-def _copy(x: Tensor) -> Tensor:
-    """A copy with the very strides of ``x``, expanded dimensions included."""
+def same_memory(x: Tensor) -> Tensor:
+    """A copy that lies in memory as ``x`` does, gaps and expanded dimensions included."""
     if x.numel() == 0:
         return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -104,7 +104,7 @@ def _real(name: str) -> Callable[..., Tensor]:
     def run(x: Tensor, *args: Any) -> Tensor:
         y = lowering(x, *args)
         aliases = y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        return _copy(y) if aliases else y
+        return same_memory(y) if aliases else y
 
     return run
 

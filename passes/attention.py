@@ -32,7 +32,7 @@ from fxsp.passes.decide import Decision, replicate_all
 from fxsp.passes.grouped import repeated_heads
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import broadcast
-from fxsp.source import module_path, node_source
+from fxsp.source import place
 from fxsp.types import Length, Replicate, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = [
@@ -234,7 +234,7 @@ def _check_dropout(call: Call, op: AttentionOp, program: Program) -> bool:
         return True
     accept = ', or accept another draw: options={"rng": "per_rank"}' if op.op is SDPA else ""
     raise UnsupportedError(
-        f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}): attention dropout "
+        f"{call.op} in {place(call.node)}: attention dropout "
         f"({op.dropout}={p}) on split tokens cannot draw the same mask as one device. "
         f"Set the dropout of attention to 0, or call model.eval(){accept}."
     )

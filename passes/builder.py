@@ -92,6 +92,10 @@ class Builder:
     def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
         return self.sizes(sequence.lengths), list(sequence.whole)
 
+    def layouts(self, *sequences: Sequence) -> list[list[bool]]:
+        """Last arguments of an op: of each sequence, which segments are heads and tails; none if nothing is."""
+        return [list(s.head_tail) for s in sequences] if any(any(s.head_tail) for s in sequences) else []
+
     def _ranks(self) -> tuple[int, int, str]:
         return self.ranks.rank, self.ranks.size, self.ranks.group
 
@@ -131,13 +135,13 @@ class Builder:
 
     def mask_pads(self, x: Node, dim: int, sequence: Sequence) -> Node:
         rank, size, _ = self._ranks()
-        layout = [list(sequence.head_tail)] if any(sequence.head_tail) else []
-        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size, *layout)
+        layouts = self.layouts(sequence)
+        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size, *layouts)
 
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
         rank, size, _ = self._ranks()
-        layout = [list(sequence.head_tail)] if any(sequence.head_tail) else []
-        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device, *layout)
+        layouts = self.layouts(sequence)
+        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device, *layouts)
 
     def seed(self, device: torch.device) -> Node:
         """A number that the generators of all ranks agree on, int64 ``[1]``."""

@@ -22,7 +22,7 @@ from fxsp.passes.rules import shape_of
 from fxsp.passes.rules_elementwise import CHEAP
 from fxsp.passes.structure import CATS, SLICES
 from fxsp.report import GatherRecord
-from fxsp.source import module_path, node_source
+from fxsp.source import module_path, node_source, place
 from fxsp.types import Length, Partial, Replicate, Shard, Type, Used, as_length, product, same_length
 
 __all__ = ["LOW_PRECISION", "Converter", "Value"]
@@ -236,7 +236,7 @@ class Converter:
             return self.build.call(aten.permute.default, new, [order.index(d) for d in range(len(shape))])
         if _reads_shards(old):
             error = UnsupportedError(
-                f"as_strided in {module_path(old) or 'the root module'} ({node_source(old) or 'no source line'}) "
+                f"as_strided in {place(old)} "
                 "reads memory around a value that is split: use a slice, an expand or an unfold instead"
             )
             error.whole_graph = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxsp.passes.rules import Call, Dims, OpRule
-from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, as_length, product, same_length
+from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, same_length
 
 __all__ = ["Decision", "decide", "hint", "locate", "replicate_all"]
 
@@ -190,7 +190,3 @@ def _why(name: str, rule: OpRule, types: list[Type]) -> str:
         if placement.factor in rule.whole:
             return f"{name} needs dimension {type_.dim} of operand {i} whole (the tokens {type_.sequence})"
     return f"{name} cannot keep the tokens split"
-
-
-def global_bytes(shape: tuple[Length, ...], itemsize: int) -> Length:
-    return as_length(product((*shape, itemsize)))

@@ -52,7 +52,7 @@ class _Ring:
         both = self.build.call(
             _ops.ring_attention.default, q, k, v, mask, *self._sequence(self.queries), *self._sequence(self.keys),
             bool(arguments.get("is_causal")), arguments.get("scale"), self.ulysses, ranks.rank, ranks.size, ranks.group,
-            *self._layouts(self.queries, self.keys),
+            *self.build.layouts(self.queries, self.keys),
         )  # fmt: skip
         out = self.build.call(operator.getitem, both, 0)
         self._record_rotations(both)
@@ -60,10 +60,6 @@ class _Ring:
 
     def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
         return self.build.sizes(sequence.lengths), list(sequence.whole)
-
-    def _layouts(self, *sequences: Sequence) -> list[list[bool]]:
-        """Which segments are heads and tails; nothing if none is."""
-        return [list(s.head_tail) for s in sequences] if any(any(s.head_tail) for s in sequences) else []
 
     def _record_rotations(self, both: Node) -> None:
         (batch, heads, _, width), value = self.shapes[1], self.shapes[2]
@@ -183,7 +179,7 @@ class _Ring:
         if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(self.queries.length, 1)):
             rows = self.build.call(
                 _ops.place_positions.default, *self._sequence(self.queries), self.ulysses, ranks.rank, ranks.size,
-                device, *self._layouts(self.queries),
+                device, *self.build.layouts(self.queries),
             )  # fmt: skip
             mask = self.build.call(aten.index_select.default, mask, len(shape) - 2, rows)
         return mask

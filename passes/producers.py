@@ -18,17 +18,12 @@ from torch.fx import Node
 
 from fxsp.passes.rules import overloads
 from fxsp.passes.rules_views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.passes.work import has_work
 from fxsp.torch_internals import is_operator, is_pointwise
 from fxsp.types import Shard
 
 __all__ = ["producers_of"]
 
-_PRODUCTS = frozenset(
-    overloads(
-        "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d",
-        "scaled_dot_product_attention",
-    )
-)  # fmt: skip
 _NORMS = {
     op: name
     for name in ("rms_norm", "layer_norm", "native_layer_norm", "group_norm", "_fused_rms_norm")
@@ -83,14 +78,14 @@ def _between(node: Node) -> list[Node]:
     # What no product leads to (a rotary table) is read by a producer, and is none.
     data: dict[Node, None] = {}
     for x in sorted(seen):
-        if any(n.target in _PRODUCTS or n in data for n in x.all_input_nodes):
+        if any(has_work(n) or n in data for n in x.all_input_nodes):
             data[x] = None
     return list(data)
 
 
 def _passes(node: Node) -> bool:
     """Whether what is before ``node`` is still on the way to the attention."""
-    if node.op != "call_function" or node.target in _PRODUCTS:
+    if node.op != "call_function" or has_work(node):
         return False
     if any(node.target in kind for kind in (_NORMS, _MEANS, _CASTS, _JOINS, _MOVES)):
         return True

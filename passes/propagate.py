@@ -35,7 +35,7 @@ from fxsp.passes.pick import decide_pick
 from fxsp.passes.rules import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_elementwise import CHEAP, draws
 from fxsp.passes.structure import CATS, CUTS, decide_structure
-from fxsp.source import module_path, node_source
+from fxsp.source import place
 from fxsp.types import (
     Layout,
     Length,
@@ -140,7 +140,7 @@ def _refuse_writes(call: Call) -> None:
             for target in tensor_nodes(call[argument.name]):
                 if target.op != "placeholder":
                     raise UnsupportedError(
-                        f"{call.op} in {module_path(call.node) or 'the root module'} ({node_source(call.node)}) "
+                        f"{call.op} in {place(call.node)} "
                         f"writes to {target}, no input of the graph: functionalize in-place operators first"
                     )
 
