@@ -87,6 +87,9 @@ class Builder:
     def sizes(self, lengths: Seq[Length]) -> list[int | Node]:
         return [self.size(n) for n in lengths]
 
+    def narrow(self, x: Node, dim: int, start: Length, length: Length) -> Node:
+        return self.call(aten.narrow.default, x, dim, self.size(start), self.size(length))
+
     # The fxsp ops.
 
     def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:

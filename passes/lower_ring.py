@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from fxsp.passes.attention import AttentionChoice
 from fxsp.passes.builder import Builder
+from fxsp.passes.exchange_heads import apart, share
 from fxsp.types import Length, Sequence, as_length, product, same_length
 
 __all__ = ["lower_ring"]
@@ -84,14 +85,14 @@ class _Ring:
 
     def _to_heads(self, tensors: list[Node], shapes: Seq[Seq[Length]], sequence: Sequence) -> list[Node]:
         call, u = self.build.call, self.ulysses
-        heads = [_share(shape[1], u) for shape in shapes]
+        heads = [share(shape[1], u) for shape in shapes]
         packed = self.build.pack_heads(tensors, sequence.local_length(self.build.ranks.size), u)  # [u, L, B h, D]
         places = self._places(sequence)
         split = [p for p, s in zip(places, sequence.segments, strict=True) if s.sharded]
         head_tail = [s.head_tail for s in sequence.segments if s.sharded]
         moved = packed
         if len(split) < len(places):
-            moved = call(aten.cat.default, [self._narrow(packed, 1, start, n) for start, n in split], 1)
+            moved = call(aten.cat.default, [self.build.narrow(packed, 1, start, n) for start, n in split], 1)
         width = as_length(product((shapes[0][0], sum(heads), shapes[0][3])))
         tokens_sent = Sequence(tuple(s for s in sequence.segments if s.sharded))
         received = self._exchange(moved, as_length(sum((n for _, n in split), start=0)), width, tokens_sent)
@@ -102,24 +103,21 @@ class _Ring:
             start: Length = 0
             for (local, n), segment in zip(places, sequence.segments, strict=True):
                 if segment.sharded:
-                    parts.append(self._narrow(tokens, 0, start, as_length(u * n)))
+                    parts.append(self.build.narrow(tokens, 0, start, as_length(u * n)))
                     start = as_length(start + u * n)
                 else:
-                    own = call(_ops.take.default, self._narrow(packed, 1, local, n), 0, self.build.ranks.rank % u, u)
+                    own = call(
+                        _ops.take.default, self.build.narrow(packed, 1, local, n), 0, self.build.ranks.rank % u, u
+                    )
                     parts.append(call(aten.squeeze.dim, own, 0))
             tokens = call(aten.cat.default, parts, 0)
-        turned = call(aten.permute.default, tokens, [1, 0, 2])
-        parts = []
-        for i, h in enumerate(heads):
-            at, count = (product((shapes[0][0], n)) for n in (sum(heads[:i]), h))
-            parts.append(call(aten.unflatten.int, self._narrow(turned, 0, at, count), 0, [-1, h]))
-        return parts
+        return apart(self.build, tokens, shapes[0][0], heads)
 
     def _to_ranks(self, out: Node) -> Node:
         """``[B, H/u, u*L, E]`` of a place -> ``[B, H, L, E]`` of each of its ranks."""
         call, u = self.build.call, self.ulysses
         batch, width = self.shapes[0][0], self.shapes[2][3]
-        heads = _share(self.shapes[0][1], u)
+        heads = share(self.shapes[0][1], u)
         rows = call(aten.permute.default, out, [2, 0, 1, 3])
         counts = [
             as_length(u * n) if segment.sharded else n
@@ -129,7 +127,7 @@ class _Ring:
         blocks = []
         start: Length = 0
         for count, (_, n), segment in zip(counts, self._places(self.queries), self.queries.segments, strict=True):
-            part = self._narrow(rows, 0, start, count)
+            part = self.build.narrow(rows, 0, start, count)
             start = as_length(start + count)
             sizes = self.build.sizes([u, n, batch, heads, width])
             blocks.append(call(aten.reshape.default if segment.sharded else aten.expand.default, part, sizes))
@@ -159,9 +157,6 @@ class _Ring:
             tokens = self.build.call(_ops.unpack.default, received, self.build.sizes(lengths), self.ulysses)
         return self.build.undeal(tokens, 0, lengths, head_tail, self.ulysses)
 
-    def _narrow(self, x: Node, dim: int, start: Length, length: Length) -> Node:
-        return self.build.call(aten.narrow.default, x, dim, self.build.size(start), self.build.size(length))
-
     def _exchange(self, x: Node, rows: Length, width: Length, tokens: Sequence) -> Node:
         ranks = self.build.ranks
         new = self.build.call(_ops.all_to_all_within.default, x, ranks.rank, ranks.size, ranks.group)
@@ -183,9 +178,3 @@ class _Ring:
             )  # fmt: skip
             mask = self.build.call(aten.index_select.default, mask, len(shape) - 2, rows)
         return mask
-
-
-def _share(heads: Length, size: int) -> int:
-    assert isinstance(heads, int)
-    assert heads % size == 0
-    return heads // size

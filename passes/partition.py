@@ -276,9 +276,7 @@ class _Partitioner(Converter):
                 piece = x
             else:
                 start, count = (as_length(sum(part, start=0)) for part in (locals_[:first], locals_[first:last]))
-                piece = self.build.call(
-                    aten.narrow.default, x, source.dim, self.build.size(start), self.build.size(count)
-                )
+                piece = self.build.narrow(x, source.dim, start, count)
             if isinstance(type_, Replicate) and self.build.training:
                 length = as_length(sum((s.length for s in source.sequence.segments[first:last]), start=0))
                 moved = self.build.call(aten.movedim.int, piece, source.dim, 0)
