@@ -41,6 +41,8 @@ class Config:
     heads: str
     tokens: str
     size: int
+    #: Batch entries; 0: two on two ranks, else one.
+    entries: int = 0
 
     @property
     def head_counts(self) -> tuple[int, int]:
@@ -68,6 +70,7 @@ class Config:
             "odd": (2 * p + 1,),
             "two_segments": (3, 2 * p + 1),
             "fewer_than_ranks": (p - 1,),
+            "fewer_than_two_each": (p + 1,),
             "one_token": (1,),
         }
         return Sequence.of(*lengths[self.tokens])
@@ -83,7 +86,7 @@ class Config:
 
     @property
     def batch(self) -> int:
-        return 2 if self.size == 2 else 1
+        return self.entries or (2 if self.size == 2 else 1)
 
 
 def _mask(config: Config, recorder: Recorder, rows: int, columns: int, dtype: torch.dtype) -> Node | None:
@@ -93,12 +96,15 @@ def _mask(config: Config, recorder: Recorder, rows: int, columns: int, dtype: to
         "additive": (batch, 1, rows, columns),
         "per_head": (heads, rows, columns),
         "padding": (batch, 1, 1, columns),
+        "causal_padding": (batch, 1, rows, columns),
     }
     if config.mask not in shapes:
         return None
     kind = "normal" if config.mask == "additive" else "bool"
     node = recorder.input(T(shapes[config.mask], kind))
     value = node.meta["val"]
+    if config.mask == "causal_padding":
+        value = value[:, :, :1] & torch.ones(rows, columns, dtype=torch.bool).tril()
     # The first key is always allowed: a row without any is not a number.
     node.meta["val"] = (
         value.detach().to(dtype).requires_grad_() if kind == "normal" else value.index_fill(-1, torch.tensor([0]), True)

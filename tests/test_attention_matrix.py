@@ -12,31 +12,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lockstep import gradients
-from rule_validation import Recorder, T
-from test_attention import D, assert_same
-from torch.fx import Node
+from rule_validation import Recorder
+from test_attention import MASKS, Config, assert_same, record
 
-from fxsp.passes.attention import SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.simulation import check_replicated
-from fxsp.types import Ranks, Sequence, Shard
+from fxsp.types import Ranks
 
-MASKS = ("none", "bool", "additive", "per_head", "padding", "causal", "causal_padding")
-#: Query and key/value heads for ``p`` ranks.
-HEADS = {
-    "mha": lambda p: (p, p),
-    "gqa": lambda p: (2 * p, p),
-    "mqa": lambda p: (p, 1),
-    "indivisible": lambda p: (p + 1, p + 1),
-}
-#: Fewer tokens than ranks, fewer than two a rank, odd, two segments.
-TOKENS = {
-    "below_p": lambda p: (p - 1,),
-    "below_2p": lambda p: (p + 1,),
-    "odd": lambda p: (2 * p + 1,),
-    "two_segments": lambda p: (3, 2 * p + 1),
-}
+ALL_MASKS = (*MASKS, "causal_padding")
+HEADS = ("mha", "gqa", "few_keys", "indivisible")
+TOKENS = ("fewer_than_ranks", "fewer_than_two_each", "odd", "two_segments")
 
 
 @dataclass(frozen=True)
@@ -72,52 +58,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _record(recorder: Recorder, size: int, mask: str, heads: str, tokens: str, dtype: torch.dtype) -> None:
-    sequence = Sequence.of(*TOKENS[tokens](size))
-    length, (hq, hkv) = int(sequence.length), HEADS[heads](size)
-    operands = []
-    for count in (hq, hkv, hkv):
-        x = recorder.input(T((2, count, length, D)))
-        x.meta["val"] = x.meta["val"].detach().to(dtype).requires_grad_()
-        operands.append(recorder.lay(x, Shard(2, sequence)))
-    given = _mask(recorder, mask, hq, length, dtype)
-    out = recorder.call(SDPA, *operands, given, 0.0, mask == "causal", enable_gqa=hq != hkv)
-    recorder.outputs.append(out)
-
-
-def _mask(recorder: Recorder, mask: str, heads: int, length: int, dtype: torch.dtype) -> Node | None:
-    shapes = {
-        "bool": (length, length),
-        "additive": (1, 1, length, length),
-        "per_head": (heads, length, length),
-        "padding": (2, 1, 1, length),
-        "causal_padding": (2, 1, length, length),
-    }
-    if mask not in shapes:
-        return None
-    node = recorder.input(T(shapes[mask], "normal" if mask == "additive" else "bool"))
-    value = node.meta["val"]
-    if mask == "additive":
-        node.meta["val"] = value.detach().to(dtype).requires_grad_()
-        return node
-    if mask == "causal_padding":
-        value = (value[:, :, :1] & torch.ones(length, length, dtype=torch.bool).tril()).clone()
-    value[..., 0] = True  # a row without any key is not a number
-    node.meta["val"] = value
-    return node
-
-
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_gradients(tokens: str, way: Way) -> None:
     """fp32, each output and gradient within 1e-5 of one device; all masks, with head counts in turn."""
     # Every mask with two of the head counts, every head count with three or four of the masks.
-    counts = list(HEADS)
-    turn = WAYS.index(way) + list(TOKENS).index(tokens)
-    pairs = [(mask, counts[(i + turn + extra) % 4]) for i, mask in enumerate(MASKS) for extra in (0, 2)]
+    turn = WAYS.index(way) + TOKENS.index(tokens)
+    pairs = [(mask, HEADS[(i + turn + extra) % 4]) for i, mask in enumerate(ALL_MASKS) for extra in (0, 2)]
     recorder = Recorder()
     for mask, heads in pairs:
-        _record(recorder, way.size, mask, heads, tokens, torch.float32)
+        record(recorder, Config(mask, heads, tokens, way.size, entries=2), torch.float32)
     program = way.partition(recorder)
     assert not [g for g in program.report.implicit_gathers if g.kind == "implicit"]
     found = {heads: r.method for (_, heads), r in zip(pairs, program.report.attentions, strict=True)}
@@ -130,7 +80,7 @@ def test_low_precision(way: Way) -> None:
     """bf16, outputs and gradients within 1e-2 of fp32 on one device (2-norm)."""
     recorder = Recorder()
     for mask, heads in itertools.product(("none", "bool", "padding", "causal"), ("mha", "gqa")):
-        _record(recorder, way.size, mask, heads, "two_segments", torch.bfloat16)
+        record(recorder, Config(mask, heads, "two_segments", way.size, entries=2), torch.bfloat16)
     program = way.partition(recorder)
     values = [x.meta["val"] for x in recorder.inputs]
     given = [torch.randn(y.meta["val"].shape).to(torch.bfloat16) for y in recorder.outputs]
@@ -143,7 +93,7 @@ def test_low_precision(way: Way) -> None:
         q, k, v = next(wide), next(wide), next(wide)
         allowed = next(wide) if mask in ("bool", "padding") else None
         leaves += [q, k, v]
-        options = {"is_causal": mask == "causal", "enable_gqa": q.shape[1] != k.shape[1]}
+        options = {"is_causal": mask == "causal", "scale": 0.7, "enable_gqa": q.shape[1] != k.shape[1]}
         wanted.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, **options))
     wanted += torch.autograd.grad(wanted, leaves, [g.float() for g in given])
     for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
