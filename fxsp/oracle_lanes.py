@@ -1,0 +1,128 @@
+"""A value on all ranks, one tensor per rank, and where the rows of its segments lie.
+
+Rows of a split segment of ``n`` tokens: ``L = ceil(n / P)`` per rank, rank ``r`` has rows ``r*L .. (r+1)*L``; a row
+``>= n`` is a pad.  A whole segment lies entire on every rank.  Segments follow each other along the dimension.  Of a
+segment of heads and tails rank ``r`` has the ``r``-th block of ``ceil(n / 2P)`` rows, counted from the front, and the
+``r``-th, counted from the end of all ``2P`` blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxsp.errors import VerificationError
+
+__all__ = ["Lanes", "Piece", "check_local", "each", "fresh", "pieces", "poison", "rows_are_zeroed", "total"]
+
+
+class Lanes(list[Any]):
+    """One tensor per rank (a tuple of them, of an operator with several results)."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment: where it starts in the global and in the local dimension, and how long it is in each."""
+
+    start: int
+    length: int
+    local_start: int
+    local_length: int
+    whole: bool
+    #: Number of ranks, if it is split into heads and tails; else 0.
+    head_tail: int = 0
+
+    def rows(self, rank: int) -> torch.Tensor:
+        """Index within the segment of each local row; pads run past the end."""
+        if self.head_tail:
+            blocks = torch.arange(self.head_tail * self.local_length).view(2 * self.head_tail, -1)
+            return torch.cat([blocks[rank], blocks[-1 - rank]])
+        first = 0 if self.whole else rank * self.local_length
+        return torch.arange(first, first + self.local_length)
+
+
+def pieces(lengths: Sequence[int], whole: Sequence[bool], size: int, head_tail: Sequence[bool] = ()) -> Iterator[Piece]:
+    """The segments of these lengths, in order."""
+    start = local_start = 0
+    for i, (n, is_whole) in enumerate(zip(lengths, whole, strict=True)):
+        n = int(n)
+        dealt = len(head_tail) > i and bool(head_tail[i])
+        local = n if is_whole else 2 * -(-n // (2 * size)) if dealt else -(-n // size)
+        yield Piece(start, n, local_start, local, bool(is_whole), size if dealt else 0)
+        start += n
+        local_start += local
+
+
+def rows_are_zeroed(x: torch.Tensor, dim: int, row_is_zero: torch.Tensor) -> torch.Tensor:
+    """``x`` with zeros (never a product with zero) where ``row_is_zero`` along ``dim``."""
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return x.masked_fill(row_is_zero.to(x.device).view(shape), 0)
+
+
+def total(lanes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum over ranks: half precision is accumulated in float32, bool is "any"."""
+    dtype = lanes[0].dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.int64 if dtype == torch.bool else dtype
+    result = lanes[0].to(wide, copy=True)
+    for lane in lanes[1:]:
+        result = result + lane.to(wide)
+    summed: torch.Tensor = result.to(dtype)
+    return summed
+
+
+def fresh(x: Lanes) -> Lanes:
+    """Copies, as an operator never returns its operand; one tensor for all ranks stays one."""
+    copies = {id(lane): lane.clone() for lane in x}
+    return Lanes([copies[id(lane)] for lane in x])
+
+
+def each(x: Lanes, function: Callable[[torch.Tensor], torch.Tensor]) -> Lanes:
+    """A local operator: one result per distinct tensor, so that what all ranks share stays shared."""
+    results = {id(lane): function(lane) for lane in x}
+    return Lanes([results[id(lane)] for lane in x])
+
+
+def check_local(
+    name: str,
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    whole: Sequence[bool],
+    size: int,
+    head_tail: Sequence[bool] = (),
+) -> None:
+    """Raises ``VerificationError`` unless dimension ``dim`` of every lane has the local rows of these segments."""
+    expected = sum(piece.local_length for piece in pieces(lengths, whole, size, head_tail))
+    for lane in x:
+        if lane.shape[dim] != expected:
+            raise VerificationError(
+                f"fxsp::{name} of {list(lane.shape)} along {dim}: {list(lengths)} have {expected} local rows"
+            )
+
+
+def poison(
+    result: Lanes, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int, **_: Any
+) -> Lanes:
+    """Other values in the pad rows: those of the first row, three quarters of them where numbers are real.
+
+    Values that the program might have, because pads, being copies of rows, promise just that: nothing new overflows or
+    leaves a domain, so zero times a pad is zero, and an index of a pad is in range.
+    """
+    poisoned = Lanes()
+    for r, lane in enumerate(result):
+        lane = lane.clone()
+        for piece in pieces(lengths, whole, size):
+            pads = (piece.rows(r) >= piece.length).nonzero().flatten()
+            if piece.whole or not pads.numel():
+                continue
+            first = x[r].narrow(dim, 0, 1)
+            if lane.dtype.is_floating_point or lane.dtype.is_complex:
+                first = first * 0.75
+            rows = piece.local_start + pads.to(lane.device)
+            lane.index_copy_(dim, rows, first.repeat_interleave(pads.numel(), dim))
+        poisoned.append(lane)
+    return poisoned
