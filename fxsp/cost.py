@@ -26,8 +26,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.flops import Shape, node_flops
-from fxsp.printer import fxsp_name
 from fxsp.torch_internals import is_operator, is_pointwise, storage_key
+from fxsp.traffic import fxsp_name
 
 __all__ = ["H100", "Device", "Span", "timeline"]
 

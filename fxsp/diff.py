@@ -8,7 +8,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from fxsp.printer import MARKER, Row, format_bytes
+from fxsp.printer import MARKER, Row
+from fxsp.traffic import format_bytes
 
 __all__ = ["diff_stages"]
 

@@ -14,10 +14,10 @@ from fxsp.cost import H100, timeline
 from fxsp.formula import Formula, format_formulas
 from fxsp.measures import Measures
 from fxsp.offline import OfflineResult
-from fxsp.printer import format_bytes
 from fxsp.report import CollectiveRecord
 from fxsp.screen import format_count, legend_text, one_screen
 from fxsp.source import node_source
+from fxsp.traffic import format_bytes
 
 __all__ = ["page"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from fxsp.printer import bytes_sent, format_bytes, format_graph, local_shape, op_text
+from fxsp.printer import format_graph, op_text
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.source import module_path, node_source
+from fxsp.traffic import bytes_sent, format_bytes, local_shape
 from fxsp.types import Length, as_length
 
 __all__ = [

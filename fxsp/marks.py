@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from fxsp.printer import COLLECTIVES
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import is_operator, schema
+from fxsp.traffic import COLLECTIVES
 
 __all__ = ["name_collectives", "named_collective"]
 

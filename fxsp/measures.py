@@ -14,9 +14,9 @@ from fxsp.formula import Formula, Names, formula_of, memory_formulas
 from fxsp.memory import peak_bytes
 from fxsp.passes.base import Program
 from fxsp.passes.verify import infer_local
-from fxsp.printer import fxsp_name
 from fxsp.report import CollectiveRecord
 from fxsp.torch_internals import fake_mode_of, size_hint
+from fxsp.traffic import fxsp_name
 from fxsp.types import Shard, as_length
 
 __all__ = ["Measures", "measure"]

@@ -21,38 +21,20 @@ import torch
 
 from fxsp import torch_internals
 from fxsp.source import module_path
-from fxsp.types import Length, Ranks, Shard, as_length, ceil_div, product
+from fxsp.traffic import (
+    arguments_of,
+    bytes_sent,
+    format_bytes,
+    fxsp_name,
+    length_of,
+    shape_on_rank,
+    value_of,
+)
+from fxsp.types import Length, Ranks, as_length
 
-__all__ = [
-    "COLLECTIVES",
-    "MARKER",
-    "Row",
-    "bytes_sent",
-    "format_bytes",
-    "format_graph",
-    "format_rows",
-    "fxsp_name",
-    "local_shape",
-    "op_text",
-    "rows",
-]
+__all__ = ["MARKER", "Row", "format_graph", "format_rows", "op_text", "rows"]
 
 MARKER = "▶"
-
-#: The fxsp operators that communicate.
-COLLECTIVES = frozenset(
-    {
-        "all_reduce",
-        "all_to_all",
-        "all_to_all_within",
-        "gather",
-        "gather_sum",
-        "gather_used",
-        "reduce_grad",
-        "reduce_scatter",
-        "ring_attention",
-    }
-)
 
 _DTYPES = {
     torch.float64: "f64",
@@ -152,31 +134,6 @@ def _count(n: int, noun: str) -> str:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def local_shape(node: torch.fx.Node, ranks: Ranks) -> tuple[Length, ...] | None:
-    """The shape of the node's tensor on each rank; None if it is no tensor.
-
-    From ``meta["local_val"]`` where there is one, else from the global value and the type.
-    """
-    val = _val(node)
-    if not isinstance(val, torch.Tensor):
-        return None
-    return _local_shape(val, None if "local_val" in node.meta else node.meta.get("sp"), ranks)
-
-
-def _val(node: torch.fx.Node) -> Any:
-    for key in ("local_val", "val", "global_val", "example_value"):
-        if node.meta.get(key) is not None:
-            return node.meta[key]
-    return None
-
-
-def _local_shape(val: torch.Tensor, type_: Any, ranks: Ranks) -> tuple[Length, ...]:
-    shape = [as_length(n) for n in val.shape]
-    if isinstance(type_, Shard) and type_.dim < len(shape):
-        shape[type_.dim] = type_.local_size(ranks.size)
-    return tuple(shape)
-
-
 def _type_text(type_: Any) -> str:
     if isinstance(type_, list | tuple):
         texts = [_type_text(t) for t in type_]
@@ -187,7 +144,7 @@ def _type_text(type_: Any) -> str:
 def _value_text(node: torch.fx.Node, ranks: Ranks) -> str:
     if node.op == "output":
         return ""
-    val = _val(node)
+    val = value_of(node)
     types = None if "local_val" in node.meta else node.meta.get("sp")
     if isinstance(val, list | tuple):
         each = types if isinstance(types, list | tuple) else [types] * len(val)
@@ -197,7 +154,7 @@ def _value_text(node: torch.fx.Node, ranks: Ranks) -> str:
 
 def _tensor_text(val: Any, type_: Any, ranks: Ranks) -> str:
     if isinstance(val, torch.Tensor):
-        shape = ", ".join(str(n) for n in _local_shape(val, type_, ranks))
+        shape = ", ".join(str(n) for n in shape_on_rank(val, type_, ranks))
         return f"{_DTYPES.get(val.dtype, str(val.dtype).removeprefix('torch.'))}[{shape}]"
     return "" if val is None else str(val)
 
@@ -223,23 +180,9 @@ def op_text(node: torch.fx.Node) -> str:
     return f"{_name(node.target)}({', '.join(operands)})"
 
 
-def fxsp_name(node: torch.fx.Node) -> str | None:
-    """``"gather"`` for a call of ``torch.ops.fxsp.gather``; None for all that is no fxsp operator."""
-    if node.op != "call_function" or not torch_internals.is_operator(node.target):
-        return None
-    namespace, name = torch_internals.schema(node.target).name.split("::")
-    return name if namespace == "fxsp" else None
-
-
-def _arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """The operands of an operator by name."""
-    names = [argument.name for argument in torch_internals.schema(node.target).arguments]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
 def _fxsp_text(node: torch.fx.Node) -> str:
     """Segments in the notation of the types; no group, no size, and the rank is a word."""
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     operands = []
     for name, value in arguments.items():
         if name == "rank":
@@ -255,7 +198,7 @@ def _fxsp_text(node: torch.fx.Node) -> str:
 
 
 def _segments(lengths: Any, whole: Any, head_tail: Any) -> str:
-    texts = [str(_operand(n) if (known := _length(n)) is None else known) for n in lengths]
+    texts = [str(_operand(n) if (known := length_of(n)) is None else known) for n in lengths]
     kinds = [" whole" if w else " head-tail" if h else "" for w, h in zip(whole, head_tail, strict=True)]
     parts = [text + kind for text, kind in zip(texts, kinds, strict=False)]
     return f"[{'|'.join(parts)}]"
@@ -284,92 +227,3 @@ def _operand(arg: Any) -> str:
     if isinstance(arg, torch.device | torch.layout | torch.memory_format):
         return str(arg).removeprefix("torch.")
     return repr(arg) if isinstance(arg, str) else str(arg)
-
-
-# --- traffic ---------------------------------------------------------------------------------------------------------
-
-
-def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
-    """Bytes that each rank sends in this node; None if it is no collective (or its operand's shape is unknown: 0).
-
-    all-to-all: ``(P-1)/P`` of the operand; gather: the rank's rows of split segments to ``P-1`` others;
-    reduce-scatter: everyone else's rows; all-reduce: ``2 (P-1)/P`` of the operand.  Sums of half precision travel as
-    float32.  Pads are counted: they travel.
-    """
-    name = fxsp_name(node)
-    if name not in COLLECTIVES:
-        return None
-    if "fxsp_bytes" in node.meta:  # the pass that made it has counted
-        return as_length(node.meta["fxsp_bytes"])
-    operand = node.args[0]
-    shape = local_shape(operand, ranks) if isinstance(operand, torch.fx.Node) else None
-    val = _val(operand) if isinstance(operand, torch.fx.Node) else None
-    if shape is None or val is None:
-        return 0
-    size, item = ranks.size, val.element_size()
-    if name in ("all_reduce", "reduce_grad", "reduce_scatter") and val.dtype in (torch.float16, torch.bfloat16):
-        item = 4
-    if name == "all_to_all":
-        return _part(product((*shape, item)), size - 1, size)
-    if name == "all_to_all_within":
-        return as_length(product((*shape[1:], item)) * (shape[0] - 1))
-    if name == "ring_attention":
-        return _rotations(node, ranks)
-    if name in ("all_reduce", "reduce_grad"):
-        return _part(product((*shape, item)), 2 * (size - 1), size)
-    arguments = _arguments(node)
-    dim = arguments["dim"]
-    rows: Length = 0
-    for length, whole in zip(arguments["lengths"], arguments["whole"], strict=True):
-        n = _length(length)
-        if n is None:  # a size that nobody described: all rows travel, at most
-            rows = shape[dim]
-            break
-        if not whole:
-            rows = rows + ceil_div(n, size)
-        elif name == "gather_sum":  # summed by an all-reduce
-            rows = rows + _part(2 * n, 1, size)
-    others = [n for i, n in enumerate(shape) if i != dim]
-    return product((*others, as_length(rows), item, size - 1))
-
-
-def _rotations(node: torch.fx.Node, ranks: Ranks) -> Length:
-    """A ring sends the split rows of keys and values once for each other place."""
-    arguments = _arguments(node)
-    shapes = [local_shape(arguments[name], ranks) for name in ("k", "v")]
-    if shapes[0] is None or shapes[1] is None:
-        return 0
-    rows: Length = 0
-    size, ulysses = ranks.size, arguments["ulysses"]
-    dealt = arguments.get("k_head_tail") or [False] * len(arguments["k_whole"])
-    for length, whole, head_tail in zip(arguments["k_lengths"], arguments["k_whole"], dealt, strict=True):
-        n = _length(length)
-        if not whole:
-            parts = 2 if head_tail else 1
-            rows = rows + (0 if n is None else parts * ulysses * ceil_div(n, parts * size))
-    width = as_length(shapes[0][3] + shapes[1][3])
-    item = _val(arguments["k"]).element_size()
-    return product((*shapes[0][:2], as_length(rows), width, item, size // ulysses - 1))
-
-
-def _length(arg: Any) -> Length | None:
-    value = _val(arg) if isinstance(arg, torch.fx.Node) else arg
-    return None if value is None else as_length(value)
-
-
-def _part(total: Length, numerator: int, denominator: int) -> Length:
-    """``total * numerator / denominator``, rounded up."""
-    return ceil_div(as_length(total * numerator), denominator)
-
-
-def format_bytes(n: Any) -> str:
-    """``"96 B"``, ``"1.5 KiB"``, ``"3.0 MiB"``; a symbolic number stays a formula."""
-    if not isinstance(n, int | float):
-        return f"{n} B"
-    if n < 1024:
-        return f"{n:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        n = n / 1024
-        if n < 1024 or unit == "GiB":
-            break
-    return f"{n:.1f} {unit}"

@@ -14,10 +14,10 @@ from fxsp.formula import format_formulas
 from fxsp.measures import Measures
 from fxsp.passes.base import Program
 from fxsp.plan import did_you_mean, listing
-from fxsp.printer import format_bytes
 from fxsp.report import CollectiveRecord
 from fxsp.screen import legend_text
 from fxsp.source import module_path, node_source
+from fxsp.traffic import format_bytes
 from fxsp.types import Shard
 
 __all__ = ["UnknownNameError", "reasons"]

@@ -9,8 +9,8 @@ from fxsp.formula import Formula, format_formulas
 from fxsp.inspection import attention_lines, gather_lines, places_text, plan_lines, section
 from fxsp.measures import Measures
 from fxsp.offline import OfflineResult
-from fxsp.printer import format_bytes
 from fxsp.report import CollectiveRecord, Memory, Report
+from fxsp.traffic import format_bytes
 
 __all__ = ["as_data", "format_count", "legend_text", "memory_texts", "one_screen"]
 
