@@ -20,7 +20,6 @@ did before.  An argument is replaced within the calls of its module only, an out
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,14 +30,23 @@ from torch import fx
 import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
 from fxsp import torch_internals
 from fxsp.calls import Capture, ModuleCall
+from fxsp.passes.dynamo_graph import (
+    all_described,
+    copy_origin,
+    described,
+    example_of,
+    input_size,
+    place_after,
+    written_by,
+)
 from fxsp.passes.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
 from fxsp.report import PlanRecord
 from fxsp.resolve import ResolvedEntry, resolve_plan
 from fxsp.torch_internals import Opaque
-from fxsp.types import Ranks, as_length, same_length
+from fxsp.types import Ranks
 
-__all__ = ["annotate", "written_by"]
+__all__ = ["annotate"]
 
 
 def annotate(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry], ranks: Ranks) -> list[PlanRecord]:
@@ -166,7 +174,7 @@ class _Writer:
                 raise refuse(row, f'"{name}" has {len(value)} values, and the plan lists {part[1]} specs for it')
             return value[part[0]]
         if part is not None:
-            raise refuse(row, f'"{name}" is {_kind(value)}, not a tuple; give one spec instead of a list')
+            raise refuse(row, f'"{name}" is {described(value)}, not a tuple; give one spec instead of a list')
         return value
 
     # --- outputs
@@ -180,7 +188,7 @@ class _Writer:
         uses = []
         for version in self._versions(node):
             if version is node or (end is not None and not end < version):
-                place = _place(call.graph, version, end)
+                place = place_after(call.graph, version, end)
                 uses.append((version, place, [user for user in version.users if place < user]))
         uses = [(version, place, users) for version, place, users in uses if users]
         if not uses:
@@ -210,11 +218,13 @@ class _Writer:
         if target is None:
             present = [value for value in values if value is not None]
             if len(present) != 1 and several:
-                raise refuse(row, f"the module returns {len(present)} values: {_shown(values)}; give a list of specs")
+                raise refuse(
+                    row, f"the module returns {len(present)} values: {all_described(values)}; give a list of specs"
+                )
             return present[0] if present else None
         assert isinstance(target, int)
         if target >= len(values):
-            raise refuse(row, f"there is no output {target}; the module returns {len(values)}: {_shown(values)}")
+            raise refuse(row, f"there is no output {target}; the module returns {len(values)}: {all_described(values)}")
         return values[target]
 
     # --- both
@@ -226,25 +236,30 @@ class _Writer:
             return _Outcome(False, f"the {what} is None")
         if isinstance(value, Opaque):
             return _Outcome(False, value.why)
-        if not isinstance(value, fx.Node) or not isinstance(_example(value), torch.Tensor):
-            return _Outcome(False, f"the {what} is {_kind(value)}, not a tensor")
-        shape, spec = tuple(_example(value).shape), row.entry.spec
+        if not isinstance(value, fx.Node) or not isinstance(example_of(value), torch.Tensor):
+            return _Outcome(False, f"the {what} is {described(value)}, not a tensor")
+        shape, spec = tuple(example_of(value).shape), row.entry.spec
         if spec.expected_dims is not None and spec.expected_dims != len(shape):
             return _Outcome(
-                False, f"the tensor {_kind(value)} is {len(shape)}-D, not {spec.expected_dims}-D as expected_dims says"
+                False,
+                f"the tensor {described(value)} is {len(shape)}-D, not {spec.expected_dims}-D as expected_dims says",
             )
         if not -len(shape) <= row.entry.dim < len(shape):
-            raise refuse(row, f"dimension {row.entry.dim} is out of range: the tensor {_kind(value)} is {len(shape)}-D")
+            raise refuse(
+                row, f"dimension {row.entry.dim} is out of range: the tensor {described(value)} is {len(shape)}-D"
+            )
         dim = row.entry.dim % len(shape)
         if isinstance(shape[dim], int) and shape[dim] == 0:
-            return _Outcome(False, f"dimension {dim} of the tensor {_kind(value)} is empty")
+            return _Outcome(False, f"dimension {dim} of the tensor {described(value)} is empty")
         text_len: Any = -1
         if isinstance(spec, SequenceParallelPartialInput):
             text_len = self._text_length(spec.text_len_source, call)
             if isinstance(text_len, Opaque):
                 return _Outcome(False, f"text_len_source: {text_len.why}")
             if isinstance(text_len, int) and isinstance(shape[dim], int) and text_len >= shape[dim]:
-                return _Outcome(False, f"{text_len} text tokens leave nothing to split of {_kind(value)} along {dim}")
+                return _Outcome(
+                    False, f"{text_len} text tokens leave nothing to split of {described(value)} along {dim}"
+                )
         return value, dim, text_len
 
     def _text_length(self, source: str | int, call: ModuleCall) -> Any:
@@ -260,13 +275,15 @@ class _Writer:
             return Opaque(f'"{source}" is {value.why}')
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        example = _example(value) if isinstance(value, fx.Node) else None
+        example = example_of(value) if isinstance(value, fx.Node) else None
         if isinstance(example, (int, torch.SymInt)):
-            return _input_size(call.graph, example) or (
+            return input_size(call.graph, example) or (
                 value if value in call.graph.nodes else Opaque(f'"{source}" is computed after the call')
             )
         if not isinstance(example, torch.Tensor) or example.ndim == 0:
-            return Opaque(f'"{source}" is {_kind(value)}; it must be an integer, or a tensor with a token dimension')
+            return Opaque(
+                f'"{source}" is {described(value)}; it must be an integer, or a tensor with a token dimension'
+            )
         dim = 0 if example.ndim <= 2 else 1
         size = example.shape[dim]
         return size if isinstance(size, int) else (value, dim)
@@ -276,17 +293,17 @@ class _Writer:
         if not isinstance(text_len, tuple):
             return text_len
         node, dim = text_len
-        with graph.inserting_after(_place(graph, node)):
+        with graph.inserting_after(place_after(graph, node)):
             size = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-        size.meta["example_value"] = _example(node).shape[dim]
-        _copy_origin(node, size)
+        size.meta["example_value"] = example_of(node).shape[dim]
+        copy_origin(node, size)
         return size
 
     def _annotation(self, row: ResolvedEntry, value: fx.Node, dim: int, text_len: Any, origin: fx.Node) -> fx.Node:
         args = (value, row.entry.kind, dim, text_len, str(row))
         new = value.graph.call_function(torch.ops.fxsp.annotate.default, args)
-        new.meta["example_value"] = _example(value)
-        _copy_origin(origin, new)
+        new.meta["example_value"] = example_of(value)
+        copy_origin(origin, new)
         self.inserted[new] = None
         versions = next((v for v in self.versions.values() if value in v), None)
         (self.versions.setdefault(value, [value]) if versions is None else versions).append(new)
@@ -297,101 +314,4 @@ class _Writer:
 
     def _applied(self, node: fx.Node, dim: int) -> _Outcome:
         alone = "" if self.insert else "; one rank: nothing to split"
-        return _Outcome(True, f"{_kind(node)} along {dim}{alone}")
-
-
-# --- nodes and values -------------------------------------------------------------------------------------------------
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value")
-
-
-def _copy_origin(old: fx.Node, new: fx.Node) -> None:
-    new.meta.update({key: old.meta[key] for key in ("nn_module_stack", "stack_trace") if key in old.meta})
-
-
-def _kind(value: Any) -> str:
-    """A value in a few words: ``[1, 24, 64]`` for a tensor."""
-    if isinstance(value, fx.Node):
-        example = _example(value)
-        if isinstance(example, torch.Tensor):
-            return f"[{', '.join(str(size) for size in example.shape)}]"
-        return f"a {type(example).__name__}"
-    if isinstance(value, Opaque):
-        return value.why
-    if isinstance(value, (list, tuple, dict)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return repr(value)
-
-
-def _shown(values: list[Any]) -> str:
-    return ", ".join(_kind(value) for value in values)
-
-
-def _place(graph: fx.Graph, value: fx.Node, end: fx.Node | None = None) -> fx.Node:
-    """The node after which something may stand that needs ``value`` and follows ``end``: never among the inputs."""
-    place = value if end is None or end < value else end
-    return list(graph.find_nodes(op="placeholder"))[-1] if place.op == "placeholder" else place
-
-
-def _input_size(graph: fx.Graph, number: Any) -> Any:
-    """An input of ``graph`` that is the symbolic ``number``, or ``(input, dim)`` where a size of it is; else None.
-
-    Dynamo writes the size of a tensor anew where it is used: a node for it may come late, or be gone.
-    """
-    for node in graph.find_nodes(op="placeholder"):
-        example = _example(node)
-        if isinstance(example, torch.SymInt) and _same(example, number):
-            return node
-        if isinstance(example, torch.Tensor):
-            dims = (dim for dim, size in enumerate(example.shape) if _same(size, number))
-            if (dim := next(dims, None)) is not None:
-                return node, dim
-    return None
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether both are one symbolic number, by its expression: no guard."""
-    return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and same_length(as_length(a), as_length(b))
-
-
-_IN_PLACE = frozenset(
-    getattr(operator, name)
-    for name in (
-        *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-        *("iand", "ior", "ixor", "ilshift", "irshift"),
-    )
-)
-
-
-def written_by(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
-    """The nodes that write to the storage of ``node``: an annotation is a copy, and would not see what they write."""
-    storage = torch_internals.storage_key(_example(node))
-    return [
-        writer
-        for writer in graph.nodes
-        for target in _written(writer)
-        if isinstance(_example(target), torch.Tensor) and torch_internals.storage_key(_example(target)) == storage
-    ]
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node of Dynamo's graph writes to."""
-    first = [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
-    out = node.kwargs.get("out")
-    outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, fx.Node)]
-    if node.op == "call_method":
-        name = str(node.target)
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
-        return outs + (first if in_place else [])
-    if node.op != "call_function":
-        return []
-    if torch_internals.is_operator(node.target):
-        arguments = torch_internals.schema(node.target).arguments
-        pairs = zip(arguments, node.args, strict=False)
-        written = [arg for a, arg in pairs if a.alias_info is not None and a.alias_info.is_write]
-        return outs + [arg for arg in written if isinstance(arg, fx.Node)]
-    name = getattr(node.target, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or node.target in _IN_PLACE
-    return outs + (first if in_place or node.kwargs.get("inplace") is True else [])
+        return _Outcome(True, f"{described(node)} along {dim}{alone}")

@@ -26,8 +26,8 @@ import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
 from fxsp import torch_internals
 from fxsp.calls import Capture
 from fxsp.carried import Split, same_view
-from fxsp.passes.annotate import written_by
 from fxsp.passes.base import Program
+from fxsp.passes.dynamo_graph import written_by
 from fxsp.passes.islands import closed_nodes
 from fxsp.passes.work import has_work
 from fxsp.plan import PlanEntry, SequenceParallelInput
