@@ -108,7 +108,8 @@ def ring_flops(node: Node, shape_of: ShapeOf, rank: int) -> int:
         for x in "qk"
     )
     ulysses, size = call["ulysses"], call["size"]
-    pairs = pairs_of(queries, keys, bool(call["causal"]), ulysses, size // ulysses, rank // ulysses)
+    window = None if call["window"] is None else _length(call["window"])
+    pairs = pairs_of(queries, keys, bool(call["causal"]), ulysses, size // ulysses, rank // ulysses, window)
     return 2 * q[0] * q[1] * pairs * (q[-1] + v[-1])
 
 

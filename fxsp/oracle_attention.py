@@ -55,7 +55,7 @@ def ring_attention(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
     q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
     causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
-    q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (),
+    q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
 ) -> Any:  # fmt: skip
     """``(out, lse)`` of each rank; differentiable."""
     ring = size // ulysses
@@ -73,6 +73,9 @@ def ring_attention(
         keys = torch.stack([k[lane][:, :, row] for lane, row in (at[n] for n in range(len(at)))], 2)
         values = torch.stack([v[lane][:, :, row] for lane, row in (at[n] for n in range(len(at)))], 2)
         past = torch.arange(len(at)) <= rows.unsqueeze(1) if causal else None
+        if window is not None:
+            near = torch.arange(len(at)) >= rows.unsqueeze(1) - window
+            past = near if past is None else past & near
         results.append(_attention(q[r], keys, values, None if mask is None else mask[r], past, scale))
     return results
 
@@ -96,7 +99,7 @@ def ring_attention_backward(
     mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], q_lengths: Sequence[int],
     q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
     mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "", q_head_tail: Sequence[bool] = (),
-    k_head_tail: Sequence[bool] = (),
+    k_head_tail: Sequence[bool] = (), window: int | None = None,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
     with torch.enable_grad():
@@ -105,7 +108,7 @@ def ring_attention_backward(
         queries, keys, values = operands
         results = ring_attention(
             queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "",
-            q_head_tail, k_head_tail,
+            q_head_tail, k_head_tail, window,
         )  # fmt: skip
         leaves = [x for lanes in operands for x in lanes]
         if masks is not None and mask_grad:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fxsp.kernels import collectives
 from fxsp.kernels.merge import merge, wide
-from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of, meetings, same_sequence
+from fxsp.kernels.ring_bias import absorbed, bias_of, counted, keys_of, largest, one, positions, range_of
+from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of, in_pieces, meetings, same_sequence
 from fxsp.kernels.ring_kernels import block_backward, block_forward
-from fxsp.types import as_length, same_length
 
 __all__ = ["ring_attention", "ring_attention_backward"]
 
@@ -33,15 +33,18 @@ class _Ring:
     def __init__(
         self, q: Tensor, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None,
         ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (),
+        window: Size = None,
     ) -> None:  # fmt: skip
         self.ring = size // ulysses
         self.place = rank // ulysses
         self.causal = causal
         self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole, q_head_tail, k_head_tail)
         self.at = (ulysses, rank, size, group)
-        self.queries = chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place, q_head_tail)
+        self.window = window
+        self.queries = in_pieces(chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place, q_head_tail), window)
         self.keys = [
-            chunks_of(k_lengths, k_whole, ulysses, self.ring, place, k_head_tail) for place in range(self.ring)
+            in_pieces(chunks_of(k_lengths, k_whole, ulysses, self.ring, place, k_head_tail), window)
+            for place in range(self.ring)
         ]
         self.scale = scale if scale is not None else float(q.shape[-1]) ** -0.5
 
@@ -55,7 +58,10 @@ class _Ring:
                     moving.append(Chunk(k.segment, k.place, row, k.rows, k.first, k.limit, False))
                     row = row + k.rows
             keys = moving
-        return keys, meetings(self.queries, keys, self.causal, self.same)
+        return keys, meetings(self.queries, keys, self.causal, self.same, self.window)
+
+    def bias(self, mask: Tensor | None, keys: Sequence[Chunk], call: Meeting, like: Tensor) -> Tensor | None:
+        return bias_of(mask, self.queries, keys, call, self.causal, self.window, like)
 
     def split_rows(self, x: Tensor) -> Tensor:
         """The rows that travel."""
@@ -81,116 +87,6 @@ class _Ring:
         return result
 
 
-def _range(chunks: Sequence[Chunk], which: Sequence[int]) -> tuple[Size, Size]:
-    """First row and number of rows of adjacent chunks."""
-    rows = chunks[which[0]].rows
-    for i in which[1:]:
-        rows = rows + chunks[i].rows
-    return chunks[which[0]].row, rows
-
-
-def _keys_of(x: Tensor, chunks: Sequence[Chunk], which: Sequence[int]) -> Tensor:
-    """The first ``real`` rows of these chunks."""
-    if len(which) == len(chunks) and all(same_length(as_length(k.real), as_length(k.rows)) for k in chunks):
-        return x
-    pieces = [x.narrow(2, chunks[j].row, chunks[j].real) for j in which]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-
-
-def _one(n: Size) -> bool:
-    return same_length(as_length(n), 1)
-
-
-def _bias(mask: Tensor | None, ring: _Ring, keys: Sequence[Chunk], meeting: Meeting, like: Tensor) -> Tensor | None:
-    """The additive bias of one call: this call's rows and columns of the mask, and what positions and pads forbid."""
-    bias = None
-    if mask is not None:
-        rows, columns = mask.shape[-2:]
-        part = mask
-        if not _one(rows):
-            part = part.narrow(-2, *_range(ring.queries, meeting.queries))
-        if not _one(columns):
-            part = _columns(part, keys, meeting.keys)
-        if part.dtype == torch.bool:
-            bias = torch.zeros([], dtype=like.dtype, device=like.device).where(part, float("-inf"))
-        else:
-            bias = part.to(like.dtype)
-    allowed = _allowed(ring, keys, meeting, like.device)
-    if mask is not None and meeting.how == "causal":
-        # Fused kernels take the causal flag or a bias, not both: with both, gradients of the CPU's are wrong.
-        rows = sum(ring.queries[i].rows for i in meeting.queries)
-        columns = sum(keys[j].real for j in meeting.keys)
-        past = torch.arange(columns, device=like.device) <= torch.arange(rows, device=like.device).unsqueeze(1)
-        allowed = past if allowed is None else past & allowed
-    if allowed is not None:
-        zero = torch.zeros([], dtype=like.dtype, device=like.device)
-        bias = (zero if bias is None else bias).where(allowed, float("-inf"))
-        bias = bias.view([1] * (4 - bias.dim()) + list(bias.shape))
-    return bias
-
-
-#: A score plus such a bias is the bias: nothing is left of the score (of masks that hold the smallest number).
-_ABSORBS = -1e30
-
-
-def _tops(mask: Tensor | None) -> Tensor | None:
-    """The largest bias of each row of an additive mask; None if there is no such mask."""
-    return None if mask is None or mask.dtype == torch.bool else mask.amax(-1)
-
-
-def _absorbed(tops: Tensor | None, ring: _Ring, meeting: Meeting, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Of one call's rows: the largest bias, and whether all keys have one that swallows every score.
-
-    One device then attends equally to the keys with the largest.  A log-sum-exp of such a row cannot tell how many
-    they were, so it is replaced by the logarithm of their number.
-    """
-    if tops is None:
-        return None
-    if not _one(tops.shape[-1]):
-        tops = tops.narrow(-1, *_range(ring.queries, meeting.queries))
-    tops = tops.to(dtype)
-    return tops, (tops < _ABSORBS) & (tops > float("-inf"))
-
-
-def _counted(lse: Tensor, bias: Tensor | None, absorbed: tuple[Tensor, Tensor] | None) -> Tensor:
-    if absorbed is None or bias is None:
-        return lse
-    tops, rows = absorbed
-    count = (bias == tops.unsqueeze(-1)).expand(*bias.shape[:3], bias.shape[3]).sum(-1)
-    return torch.where(rows, count.to(lse.dtype).log(), lse)
-
-
-def _columns(mask: Tensor, keys: Sequence[Chunk], which: Sequence[int]) -> Tensor:
-    """The columns of a mask (global, in order) that belong to these chunks."""
-    pieces = []
-    for j in which:
-        k = keys[j]
-        if k.pads:
-            pieces.append(mask.index_select(-1, _positions(k, mask.device).clamp(max=k.limit - 1)))
-        else:
-            pieces.append(mask.narrow(-1, k.first, k.real))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-
-
-def _positions(chunk: Chunk, device: torch.device, rows: Size = None) -> Tensor:
-    return torch.add(torch.arange(chunk.rows if rows is None else rows, device=device), chunk.first)
-
-
-def _allowed(ring: _Ring, keys: Sequence[Chunk], meeting: Meeting, device: torch.device) -> Tensor | None:
-    """``[m, n]`` or ``[1, n]``: what positions and pads allow."""
-    allowed = None
-    if meeting.pads:
-        parts = [_positions(keys[j], device, keys[j].real) < keys[j].limit for j in meeting.keys]
-        allowed = torch.cat(parts).unsqueeze(0)
-    if meeting.how == "positions":
-        queries = [ring.queries[i] for i in meeting.queries]
-        rows = torch.cat([_positions(c, device).clamp(max=c.limit - 1) for c in queries]).unsqueeze(1)
-        columns = torch.cat([_positions(keys[j], device, keys[j].real) for j in meeting.keys])
-        past = columns <= rows
-        allowed = past if allowed is None else past & allowed
-    return allowed
-
-
 def _four(mask: Tensor | None) -> Tensor | None:
     """A mask with all four dimensions."""
     return None if mask is None else mask.view([1] * (4 - mask.dim()) + list(mask.shape))
@@ -204,18 +100,20 @@ def _tokens_first(x: Tensor) -> Tensor:
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
     causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (),
-    k_head_tail: Any = (),
+    k_head_tail: Any = (), window: Size = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out [B, H, Lq, E], lse [B, H, Lq])`` of this rank's queries over everyone's keys.
 
     ``q [B, H, Lq, D]``, ``k [B, h, Lk, D]``, ``v [B, h, Lk, E]`` are local rows; the rows of ``mask`` are those of the
-    queries (or one), its columns all keys in global order (or one).
+    queries (or one), its columns all keys in global order (or one).  ``causal`` and ``window`` are those of
+    :func:`fxsp.kernels.banded.allowed`, of global positions.
     """
     ring = _Ring(
-        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail
-    )
+        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
+        window,
+    )  # fmt: skip
     mask = _four(mask)
-    tops = _tops(mask)
+    tops = largest(mask)
     held: list[tuple[Tensor, Tensor] | None] = [None] * len(ring.queries)
     steps = [ring.step(t) for t in range(ring.ring)]
     left = [sum(i in call.queries for _, calls in steps for call in calls) for i in range(len(ring.queries))]
@@ -223,12 +121,12 @@ def ring_attention(
     for t, (keys, calls) in enumerate(steps):
         pending = ring.send(moving) if t + 1 < ring.ring else None
         for call in calls:
-            first, rows = _range(ring.queries, call.queries)
+            first, rows = range_of(ring.queries, call.queries)
             part = q if len(call.queries) == len(ring.queries) else q.narrow(2, first, rows)
-            bias = _bias(mask, ring, keys, call, q)
-            ks, vs = (_keys_of(x, keys, call.keys) for x in here)
+            bias = ring.bias(mask, keys, call, q)
+            ks, vs = (keys_of(x, keys, call.keys) for x in here)
             out, lse = block_forward(part, ks, vs, bias, call.how == "causal" and bias is None, ring.scale)
-            lse = _counted(lse, bias, _absorbed(tops, ring, call, q.dtype))
+            lse = counted(lse, bias, absorbed(tops, ring.queries, call, q.dtype))
             for i in call.queries:
                 c = ring.queries[i]
                 o, s = out.narrow(2, c.row - first, c.rows), lse.narrow(2, c.row - first, c.rows)
@@ -253,15 +151,16 @@ def ring_attention(
 def ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, q_lengths: Any,
     q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, ulysses: int,
-    rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (),
+    rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (), window: Size = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the final ``out`` and ``lse``."""
     ring = _Ring(
-        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail
-    )
+        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
+        window,
+    )  # fmt: skip
     dtype = wide(q.dtype)
     given, mask = mask, _four(mask)
-    tops = _tops(mask)
+    tops = largest(mask)
     dq: list[Tensor | None] = [None] * len(ring.queries)
     dmask = torch.zeros_like(mask, dtype=dtype) if mask is not None and mask_grad else None
     here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
@@ -273,19 +172,19 @@ def ring_attention_backward(
         dk: list[Tensor | None] = [None] * len(keys)
         dv: list[Tensor | None] = [None] * len(keys)
         for call in calls:
-            first, rows = _range(ring.queries, call.queries)
-            ks, vs = (_keys_of(x, keys, call.keys) for x in here)
+            first, rows = range_of(ring.queries, call.queries)
+            ks, vs = (keys_of(x, keys, call.keys) for x in here)
             g, part, o = (x.narrow(2, first, rows) for x in (grad, q, out))
             sums = lse.narrow(2, first, rows)
-            absorbed = _absorbed(tops, ring, call, q.dtype)
-            if absorbed is not None:
+            swallowed = absorbed(tops, ring.queries, call, q.dtype)
+            if swallowed is not None:
                 # The kernel's probabilities are 1 then, instead of one over the number of keys.
-                level, which = (x.expand(*sums.shape) for x in absorbed)
+                level, which = (x.expand(*sums.shape) for x in swallowed)
                 g = torch.where(
                     which.unsqueeze(-1), g * torch.where(which, -sums, 0.0).exp().unsqueeze(-1).to(g.dtype), g
                 )
                 sums = torch.where(which, level.to(sums.dtype), sums)
-            bias = _bias(mask, ring, keys, call, q)
+            bias = ring.bias(mask, keys, call, q)
             gq, gk, gv, gbias = block_backward(
                 g, part, ks, vs, bias, o, sums, call.how == "causal" and bias is None, ring.scale, mask_grad
             )
@@ -354,14 +253,14 @@ def _with_split(ring: _Ring, own: Tensor, arrived: Tensor) -> Tensor:
 def _mask_gradient(total: Tensor, g: Tensor, ring: _Ring, keys: Sequence[Chunk], call: Meeting) -> Tensor:
     """``total`` with the gradient of one call's scores added where its rows and columns are."""
     for dim in (0, 1, 2, 3):
-        if _one(total.shape[dim]):
+        if one(total.shape[dim]):
             g = g.sum(dim, keepdim=True)
-    if not _one(total.shape[2]):
-        first, rows = _range(ring.queries, call.queries)
+    if not one(total.shape[2]):
+        first, rows = range_of(ring.queries, call.queries)
         g = torch.constant_pad_nd(g, [0, 0, first, total.shape[2] - first - rows])
-    if _one(total.shape[3]):
+    if one(total.shape[3]):
         return total + g
-    columns = [_positions(keys[j], g.device, keys[j].real).clamp(max=keys[j].limit - 1) for j in call.keys]
+    columns = [positions(keys[j], g.device, keys[j].real).clamp(max=keys[j].limit - 1) for j in call.keys]
     # Columns of pads have no gradient: adding it to that of the last token changes nothing.
     return total.index_add(3, torch.cat(columns), g)
 

@@ -17,7 +17,7 @@ from fxsp.kernels.ring import RING
 __all__ = ["RING_OPS", "register"]
 
 _TOKENS = "SymInt[] q_lengths, bool[] q_whole, SymInt[] k_lengths, bool[] k_whole, bool causal, float? scale"
-_PLACE = "int ulysses, int rank, int size, str group, bool[] q_head_tail=[], bool[] k_head_tail=[]"
+_PLACE = "int ulysses, int rank, int size, str group, bool[] q_head_tail=[], bool[] k_head_tail=[], SymInt? window=None"
 
 #: Name of an op -> its schema.
 RING_OPS: dict[str, str] = {

@@ -145,7 +145,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
             k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
         question = Question(
             q, k, v, q_type.sequence, keys, call[op.query].meta["val"], repeat, program,
-            causal=op.causal_in(call), per_rows=per_rows, blocks=_blocks_refusal(call, op, dropped),
+            causal=op.causal_in(call), per_rows=per_rows, blocks=_blocks_refusal(op, dropped),
         )  # fmt: skip
         best, rejected, detail = choose(question)
         if best is None:
@@ -207,12 +207,10 @@ def _reason(types: list[Type], needed: tuple[Type, ...]) -> str:
     return ""
 
 
-def _blocks_refusal(call: Call, op: AttentionOp, dropped: bool) -> str:
+def _blocks_refusal(op: AttentionOp, dropped: bool) -> str:
     """Why an attention cannot be computed block by block, or nothing."""
     if not op.blocks:
         return f"blocks of {op.op} do not merge"
-    if call.get("window") is not None and op.op is BANDED:
-        return "a window is not computed block by block"
     return "attention with dropout is not computed block by block" if dropped else ""
 
 

@@ -64,6 +64,10 @@ class AttentionOp:
         """Whether this call is causal."""
         return bool(call.get(self.causal)) if isinstance(self.causal, str) else self.causal
 
+    def window_in(self, call: Call) -> int | None:
+        """How many tokens before a query it sees, if that is known; None: all."""
+        return call.get("window") if self.op is BANDED else None
+
     def mask_in(self, call: Call) -> Node | None:
         """The mask of this call, if it has one."""
         mask = call.get(self.mask) if self.mask is not None else None

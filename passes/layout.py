@@ -1,8 +1,9 @@
 """layout: the tokens of a causal ring are split into heads and tails, so that every rank has the same to compute.
 
-With contiguous rows the first rank of a causal ring sees one block of keys, and the last one all of them.  Types are
-there, so the attentions that will be causal rings over one sequence are known; their segments get the layout
-``head-tail`` (see :class:`fxsp.types.Segment`) where the plan splits them, and types are found once more.
+With contiguous rows the first rank of a causal ring sees one block of keys, and the last one all of them (unless there
+is a window, and all of them see as much).  Types are there, so the attentions that will be causal rings over one
+sequence are known; their segments get the layout ``head-tail`` (see :class:`fxsp.types.Segment`) where the plan splits
+them, and types are found once more.
 
 Before and after, for a causal attention on a ring::
 
@@ -19,6 +20,7 @@ After this pass ``facts["head_tail"]`` are the lengths of the segments that are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -67,12 +69,25 @@ def ring_work(call: Call, choice: AttentionChoice) -> str:
     if choice.keys is None or not _is_causal_ring(call, choice):
         return ""
     text = f"{choice.queries.layout} tokens"
-    queries, keys = ((s.lengths, s.whole, s.head_tail) for s in (choice.queries, choice.keys))
-    if not all(isinstance(n, int) for n in queries[0]):
+    if not all(isinstance(n, int) for n in choice.queries.lengths):
         return text
-    # Ranks of one place of a ring compute the same pairs, of other heads.
-    pairs = [pairs_of(queries, keys, True, choice.ulysses, choice.ring, place) for place in range(choice.ring)]
+    pairs = _pairs(call, choice, choice.queries.head_tail)
     return f"{text}, {min(pairs):,} to {max(pairs):,} pairs of a query and a key for each head on a rank"
+
+
+def _pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
+    """Pairs that the places of the ring compute, by size hints; the ranks of one compute the same, of other heads."""
+    tokens = (tuple(map(hint, choice.queries.lengths)), tuple(choice.queries.whole), tuple(head_tail))
+    window = choice.op.window_in(call)
+    return [pairs_of(tokens, tokens, True, choice.ulysses, choice.ring, place, window) for place in range(choice.ring)]
+
+
+def _is_balanced(call: Call, choice: AttentionChoice) -> bool:
+    """Whether heads and tails would give the busiest rank no less to do: with a window ranks may have the same."""
+    if choice.op.window_in(call) is None:
+        return False
+    contiguous, dealt = ([flag and s.sharded for s in choice.queries.segments] for flag in (False, True))
+    return max(_pairs(call, choice, contiguous)) <= max(_pairs(call, choice, dealt))
 
 
 def _is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
@@ -84,8 +99,9 @@ def _is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
 def _lengths(node: Node) -> Iterator[Length]:
     decision = node.meta.get("sp_call")
     if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
-        if _is_causal_ring(Call(node), decision.detail):
-            yield from (s.length for s in decision.detail.queries.segments if s.sharded)
+        call, choice = Call(node), decision.detail
+        if _is_causal_ring(call, choice) and not _is_balanced(call, choice):
+            yield from (s.length for s in choice.queries.segments if s.sharded)
 
 
 def _gathered(program: Program) -> int:

@@ -53,11 +53,16 @@ class _Ring:
         both = self.build.call(
             _ops.ring_attention.default, q, k, v, mask, *self._sequence(self.queries), *self._sequence(self.keys),
             bool(arguments.get("is_causal")), arguments.get("scale"), self.ulysses, ranks.rank, ranks.size, ranks.group,
-            *self.build.layouts(self.queries, self.keys),
+            *self._more(arguments.get("window")),
         )  # fmt: skip
         out = self.build.call(operator.getitem, both, 0)
         self._record_rotations(both)
         return self._to_ranks(out) if self.ulysses > 1 else out
+
+    def _more(self, window: Any) -> list[Any]:
+        """Layouts and window, those that are not the default."""
+        layouts = self.build.layouts(self.queries, self.keys)
+        return layouts if window is None else [*(layouts or ([], [])), window]
 
     def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
         return self.build.sizes(sequence.lengths), list(sequence.whole)

@@ -1,0 +1,147 @@
+"""What one call of the block kernel in a ring sees: its rows and columns of the mask, and what is forbidden.
+
+A call is a :class:`~fxsp.kernels.ring_blocks.Meeting` of some of the queries and some of the keys that are here; what
+positions (the causal flag, a window) and pads forbid becomes an additive bias, but for what the kernel's own causal
+flag says.  Most calls of a causal ring see all of their keys, and have no bias at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsp.kernels.banded import allowed as allowed_by_band
+from fxsp.kernels.ring_blocks import Chunk, Meeting
+from fxsp.types import as_length, same_length
+
+__all__ = ["absorbed", "bias_of", "counted", "keys_of", "largest", "one", "positions", "range_of", "tokens_of"]
+
+Size = Any
+
+
+def range_of(chunks: Sequence[Chunk], which: Sequence[int]) -> tuple[Size, Size]:
+    """First row and number of rows of adjacent chunks."""
+    rows = chunks[which[0]].rows
+    for i in which[1:]:
+        rows = rows + chunks[i].rows
+    return chunks[which[0]].row, rows
+
+
+def keys_of(x: Tensor, chunks: Sequence[Chunk], which: Sequence[int]) -> Tensor:
+    """The first ``real`` rows of these chunks."""
+    if len(which) == len(chunks) and all(same_length(as_length(k.real), as_length(k.rows)) for k in chunks):
+        return x
+    pieces = [x.narrow(2, chunks[j].row, chunks[j].real) for j in which]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def one(n: Size) -> bool:
+    """Whether a size certainly is 1; adds no guard."""
+    return same_length(as_length(n), 1)
+
+
+def bias_of(
+    mask: Tensor | None, queries: Sequence[Chunk], keys: Sequence[Chunk], meeting: Meeting, causal: bool,
+    window: Size, like: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """The additive bias of one call: this call's rows and columns of the mask, and what positions and pads forbid."""
+    bias = None
+    if mask is not None:
+        rows, columns = mask.shape[-2:]
+        part = mask
+        if not one(rows):
+            part = part.narrow(-2, *range_of(queries, meeting.queries))
+        if not one(columns):
+            part = _columns(part, keys, meeting.keys)
+        if part.dtype == torch.bool:
+            bias = torch.zeros([], dtype=like.dtype, device=like.device).where(part, float("-inf"))
+        else:
+            bias = part.to(like.dtype)
+    allowed = _allowed(queries, keys, meeting, causal, window, like.device)
+    if mask is not None and meeting.how == "causal":
+        # Fused kernels take the causal flag or a bias, not both: with both, gradients of the CPU's are wrong.
+        rows = sum(queries[i].rows for i in meeting.queries)
+        columns = sum(keys[j].real for j in meeting.keys)
+        past = torch.arange(columns, device=like.device) <= torch.arange(rows, device=like.device).unsqueeze(1)
+        allowed = past if allowed is None else past & allowed
+    if allowed is not None:
+        zero = torch.zeros([], dtype=like.dtype, device=like.device)
+        bias = (zero if bias is None else bias).where(allowed, float("-inf"))
+        bias = bias.view([1] * (4 - bias.dim()) + list(bias.shape))
+    return bias
+
+
+#: A score plus such a bias is the bias: nothing is left of the score (of masks that hold the smallest number).
+_ABSORBS = -1e30
+
+
+def largest(mask: Tensor | None) -> Tensor | None:
+    """The largest bias of each row of an additive mask; None if there is no such mask."""
+    return None if mask is None or mask.dtype == torch.bool else mask.amax(-1)
+
+
+def absorbed(
+    tops: Tensor | None, queries: Sequence[Chunk], meeting: Meeting, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Of one call's rows: the largest bias, and whether all keys have one that swallows every score.
+
+    One device then attends equally to the keys with the largest.  A log-sum-exp of such a row cannot tell how many
+    they were, so it is replaced by the logarithm of their number.
+    """
+    if tops is None:
+        return None
+    if not one(tops.shape[-1]):
+        tops = tops.narrow(-1, *range_of(queries, meeting.queries))
+    tops = tops.to(dtype)
+    return tops, (tops < _ABSORBS) & (tops > float("-inf"))
+
+
+def counted(lse: Tensor, bias: Tensor | None, swallowed: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The log-sum-exp of one call, with what :func:`absorbed` says of its rows."""
+    if swallowed is None or bias is None:
+        return lse
+    tops, rows = swallowed
+    count = (bias == tops.unsqueeze(-1)).expand(*bias.shape[:3], bias.shape[3]).sum(-1)
+    return torch.where(rows, count.to(lse.dtype).log(), lse)
+
+
+def _columns(mask: Tensor, keys: Sequence[Chunk], which: Sequence[int]) -> Tensor:
+    """The columns of a mask (global, in order) that belong to these chunks."""
+    pieces = []
+    for j in which:
+        k = keys[j]
+        if k.pads:
+            pieces.append(mask.index_select(-1, positions(k, mask.device).clamp(max=k.limit - 1)))
+        else:
+            pieces.append(mask.narrow(-1, k.first, k.real))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def positions(chunk: Chunk, device: torch.device, rows: Size = None) -> Tensor:
+    """The place in the whole sequence of each row; that of a pad is not below ``chunk.limit``."""
+    return torch.add(torch.arange(chunk.rows if rows is None else rows, device=device), chunk.first)
+
+
+def tokens_of(
+    queries: Sequence[Chunk], keys: Sequence[Chunk], meeting: Meeting, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``([m], [n])``: the tokens of one call's queries and keys; a pad of the queries is its segment's last token."""
+    rows = [positions(c, device).clamp(max=c.limit - 1) for c in (queries[i] for i in meeting.queries)]
+    columns = [positions(keys[j], device, keys[j].real) for j in meeting.keys]
+    return torch.cat(rows), torch.cat(columns)
+
+
+def _allowed(
+    queries: Sequence[Chunk], keys: Sequence[Chunk], meeting: Meeting, causal: bool, window: Size, device: torch.device
+) -> Tensor | None:
+    """``[m, n]`` or ``[1, n]``: what positions and pads allow."""
+    real = None
+    if meeting.pads:
+        parts = [positions(keys[j], device, keys[j].real) < keys[j].limit for j in meeting.keys]
+        real = torch.cat(parts).unsqueeze(0)
+    if meeting.how != "positions":
+        return real
+    return allowed_by_band(*tokens_of(queries, keys, meeting, device), causal, window, real)
