@@ -270,6 +270,9 @@ def _mutates(function: Any) -> bool:
 
 
 def _is_random(function: Any) -> bool:
+    """Whether the call may draw random numbers; nobody looks into the bodies of higher-order operators."""
+    if torch_internals.is_higher_order(function):
+        return True
     return torch_internals.is_operator(function) and torch.Tag.nondeterministic_seeded in function.tags
 
 

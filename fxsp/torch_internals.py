@@ -343,6 +343,11 @@ def functorch_depth_change(target: Any) -> int:
     return _FUNCTORCH_LEVELS.get(getattr(target, "__name__", ""), 0) if is_functorch(target) else 0
 
 
+def is_functorch_gradient(target: Any) -> bool:
+    """Whether a node's target differentiates what a functorch transform computed."""
+    return is_functorch(target) and getattr(target, "__name__", "") == "_autograd_grad"
+
+
 @contextlib.contextmanager
 def functorch_levels() -> Iterator[None]:
     """What fails in here leaves no level of a functorch transform open."""

@@ -82,8 +82,12 @@ def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def _stretches(graph: torch.fx.Graph) -> list[list[torch.fx.Node]]:
-    """The outermost stretches of functorch transforms, in order."""
+    """The outermost stretches of functorch transforms, in order.
+
+    The function that ``torch.func.vjp`` returns differentiates after its level is closed: a stretch goes on to that.
+    """
     found: list[list[torch.fx.Node]] = []
+    inside: set[torch.fx.Node] = set()
     depth = 0
     for node in graph.nodes:
         change = torch_internals.functorch_depth_change(node.target) if node.op == "call_function" else 0
@@ -91,8 +95,21 @@ def _stretches(graph: torch.fx.Graph) -> list[list[torch.fx.Node]]:
             found.append([])
         if depth > 0 or change > 0:
             found[-1].append(node)
+            inside.add(node)
+        elif torch_internals.is_functorch_gradient(node.target) and not inside.isdisjoint(node.all_input_nodes):
+            first = next(i for i, stretch in enumerate(found) if not set(stretch).isdisjoint(node.all_input_nodes))
+            found[first:] = [_up_to(node, found[first][0])]
+            inside.update(found[first])
         depth += change
     return found
+
+
+def _up_to(last: torch.fx.Node, first: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes from ``first`` to ``last``, both included, without constants."""
+    nodes = [last]
+    while nodes[-1] is not first:
+        nodes.append(nodes[-1].prev)
+    return [node for node in reversed(nodes) if node.op != "get_attr"]
 
 
 def _enclose(gm: torch.fx.GraphModule, stretch: list[torch.fx.Node]) -> None:

@@ -94,6 +94,18 @@ def mapped(y: Tensor) -> Tensor:
     return map_rows(lambda row: row.cumsum(0), y)
 
 
+@hook(gathers="functorch transform")
+def pulled_back(y: Tensor) -> Tensor:
+    """What ``vjp`` returns differentiates after the transform has ended."""
+    value, back = torch.func.vjp(lambda z: z.cumsum(1).sin(), y)
+    return back(value * y)[0] + back(y)[0]
+
+
+@hook(gathers="functorch transform")
+def noise_in_vmap(y: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: row.cumsum(0) * torch.rand(DIM), randomness="same")(y)
+
+
 @hook(gathers="higher-order operator scan")
 def scanned(y: Tensor) -> Tensor:
     return scan(lambda state, row: (state * 0.5 + row, state + row), y[:, 0] * 0, y, dim=1)[1]

@@ -16,14 +16,14 @@ from torch.fx import GraphModule, Node
 
 from fxsp import oracle
 from fxsp.oracle import Lanes
-from fxsp.torch_internals import is_operator, schema
+from fxsp.torch_internals import is_higher_order, is_operator, schema
 
 __all__ = ["gradients", "lanes_of"]
 
 
 def is_random(target: Any) -> bool:
-    """Whether a call draws random numbers."""
-    return is_operator(target) and torch.Tag.nondeterministic_seeded in target.tags
+    """Whether a call draws random numbers, or has a body that may."""
+    return is_higher_order(target) or (is_operator(target) and torch.Tag.nondeterministic_seeded in target.tags)
 
 
 def _call(name: str, lanes: Sequence[torch.Tensor], *args: Any, poison: bool = False) -> list[torch.Tensor]:
