@@ -72,7 +72,7 @@ def timeline(
             start = max(begin, wire)
             wire = ready[node] = start + device.latency + sent[node.name] / device.link
             spans.append(Span(node, start, wire, True))
-            if fxsp_name(node) == "ring_attention":  # blocks are computed while others travel
+            if fxsp_name(node) in ("ring_attention", "merged_attention"):  # blocks are computed while others travel
                 start = max(begin, compute)
                 compute = start + _seconds(node, number, device)
                 ready[node] = max(wire, compute)

@@ -118,6 +118,15 @@ def _length(size: Any) -> int:
     return symint_hint(size.meta["local_val"]) if isinstance(size, Node) else int(size)
 
 
+def _merged(call: Call, shape_of: ShapeOf) -> int:
+    """Whole queries, and the keys of a rank, pads too."""
+    q, k, v = (shape_of(call[name]) for name in "qkv")
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    return attention_flops(q, k, v, causal=False)
+
+
 def _busiest_of_a_ring(call: Call, shape_of: ShapeOf) -> int:
     return ring_flops(call.node, shape_of, call["size"] - 1)
 
@@ -130,6 +139,7 @@ FORMULAS: dict[str, Callable[[Call, ShapeOf], int]] = {
     "aten::scaled_dot_product_attention": _attention,
     "fxsp_local::dropped_attention": _attention,
     "fxsp_local::banded_attention": _attention,
+    "fxsp::merged_attention": _merged,
     "fxsp::ring_attention": _busiest_of_a_ring,
     **{f"aten::conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"aten::conv_transpose{n}d": _transposed_convolution for n in (1, 2, 3)},

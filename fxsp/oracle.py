@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxsp import oracle_attention, oracle_deal
+from fxsp import oracle_attention, oracle_deal, oracle_merged
 from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.oracle_lanes import Lanes, poison, total
 from fxsp.oracle_ops import (
@@ -110,6 +110,8 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "all_to_all_within": all_to_all_within,
     "ring_attention": _lanes(oracle_attention.ring_attention),
     "ring_attention_backward": _lanes(oracle_attention.ring_attention_backward),
+    "merged_attention": _lanes(oracle_merged.merged_attention),
+    "merged_attention_backward": _lanes(oracle_merged.merged_attention_backward),
     "all_reduce": all_reduce,
     "all_to_all": all_to_all,
     "annotate": annotate,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxsp.kernels import collectives, exchange, place
 from fxsp.kernels.deal import deal, rows_from, undeal
+from fxsp.kernels.merged import MERGED
 from fxsp.kernels.ring import RING
 from fxsp.kernels.ring_blocks import chunks_of
 from fxsp.types import as_length, product, same_length
@@ -349,4 +350,5 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "pack_heads": exchange.pack_heads,
     "unpack_heads": exchange.unpack_heads,
     **RING,
+    **MERGED,
 }

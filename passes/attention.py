@@ -9,7 +9,8 @@ local      queries split, keys/values whole     nothing
 ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output (DeepSpeed-Ulysses)
 hybrid     heads divide over some ranks only    the same among those, keys and values around a ring of the others
 ring       it is asked for                      keys and values, block by block
-gather_kv  both split                           one all-gather of keys and values
+gather_kv  both split, or keys alone            one all-gather of keys and values
+merged     queries whole, keys split            one all-gather of the outputs, and of their log-sum-exps
 ========== ==================================== ======================================================================
 
 Where several are legal their costs decide (:mod:`fxsp.passes.attention_choice`); heads are never padded.
@@ -26,6 +27,7 @@ from torch.fx import Node
 
 from fxsp.errors import UnsupportedError
 from fxsp.passes.attention_choice import Question, choose
+from fxsp.passes.attention_merged import choose_for_whole_queries
 from fxsp.passes.attention_ops import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, replicate_all
@@ -47,13 +49,13 @@ __all__ = [
 class AttentionChoice:
     """The method of one attention; ``Decision.detail`` of its call.
 
-    ``method`` is ``"local"``, ``"gather_kv"``, ``"ulysses"``, ``"ring"`` or ``"hybrid"``.
+    ``method`` is ``"local"``, ``"gather_kv"``, ``"ulysses"``, ``"ring"``, ``"hybrid"`` or ``"merged"``.
     """
 
     method: str
     op: AttentionOp
     #: The tokens of the queries, and of the keys and values (None: whole on every rank).
-    queries: Sequence
+    queries: Sequence | None
     keys: Sequence | None
     #: Bytes that each rank sends, forward.
     sent: Length
@@ -118,9 +120,11 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     if not isinstance(q_type, Shard) and split is not None and same_length(q[-2], k[-2]):
         # Whole queries (a part of them was rotated, say) beside split keys or values: a slice of them costs nothing.
         q_type = split
-    if not (isinstance(q_type, Shard) and q_type.dim == tokens and q_type.plain):
-        return None
     if any(isinstance(t, Shard) and not (t.dim == tokens and t.plain) for t in kv_types):
+        return None
+    if isinstance(q_type, Replicate) and split is not None:
+        return _whole_queries(call, op, types, kv_types, tokens, program)
+    if not (isinstance(q_type, Shard) and q_type.dim == tokens and q_type.plain):
         return None
     if not len(q) == len(k) == len(v) or not all(same_length(a, b) for a, b in zip(k[:-1], v[:-1], strict=True)):
         return None  # broadcast in ways that no exchange knows
@@ -167,9 +171,42 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     return Decision(operands, results, _reason(types, operands), detail=choice)
 
 
+def _whole_queries(
+    call: Call, op: AttentionOp, types: list[Type], kv_types: list[Type], tokens: int, program: Program
+) -> Decision | None:
+    """Whole queries beside split keys and values; None where the keys are had whole without communication."""
+    q, k, v = (op.laid(call.shape(name)) for name in (op.query, op.key, op.value))
+    outputs = program.graph.output_node().all_input_nodes
+    parts = [call[name] for name, t in zip((op.key, op.value), kv_types, strict=True) if isinstance(t, Shard)]
+    if all(x.meta["sp_free"] or x in outputs for x in parts) or not len(q) == len(k) == len(v):
+        return None
+    if (len(q) != 4 and not op.builtin) or (op.dropout is not None and call.get(op.dropout)):
+        return None  # whole dropout draws as one device does
+    (keys, *_) = (t.sequence for t in kv_types if isinstance(t, Shard))
+    repeat = _repeats(call, kv_types) if op.builtin else 1
+    if repeat > 1:
+        k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
+    window = "" if op.window_in(call) is None else "a window of whole queries is not computed by blocks of keys"
+    question = Question(
+        q, k, v, keys, keys, call[op.query].meta["val"], repeat, program, causal=op.causal_in(call),
+        blocks=_blocks_refusal(op, False) or window,
+    )  # fmt: skip
+    best, rejected, detail = choose_for_whole_queries(question)
+    choice = AttentionChoice(
+        best.method, op, None, keys, best.sent, rejected, detail + _seen(call), repeat=repeat
+    )  # fmt: skip
+    whole: Type = Used() if best.method == "merged" else Replicate()
+    needed: dict[str, Type] = {name: Shard(tokens, keys) for name in (op.key, op.value)}
+    given = [a.name for a in call.op._schema.arguments if isinstance(call.get(a.name), Node)]
+    operands = tuple(needed.get(name, whole) for name in given)
+    results = tuple(Replicate(origin=f"{call.op} of whole queries") for _ in call.result_shapes())
+    return Decision(operands, results, _reason(types, operands), detail=choice)
+
+
 def _mask_type(call: Call, name: str, choice: AttentionChoice, q: tuple[Length, ...], mask: tuple[Length, ...]) -> Type:
     """What a rank needs of the mask."""
     if choice.ulysses == 1:
+        assert choice.queries is not None
         return _mask_rows(mask, q, choice.queries)
     per_head = len(mask) >= 3 and not same_length(mask[-3], 1)
     return _own_heads(call, name, len(mask) - 3) if per_head and choice.ring == 1 else Used()

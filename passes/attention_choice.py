@@ -23,7 +23,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.decide import hint
 from fxsp.types import Length, Sequence, as_length, product, same_length
 
-__all__ = ["GATHER_LIMIT", "Question", "choose"]
+__all__ = ["GATHER_LIMIT", "Question", "choose", "limited"]
 
 #: Bytes of keys and values of one attention that a rank may hold gathered, where there is another way.
 GATHER_LIMIT = 2**30
@@ -39,6 +39,7 @@ class Question:
     q: tuple[Length, ...]
     k: tuple[Length, ...]
     v: tuple[Length, ...]
+    #: The tokens of the queries; those of the keys, too, where queries are whole.
     queries: Sequence
     keys: Sequence
     #: The queries as a fake tensor: dtype and device.
@@ -74,12 +75,17 @@ class Question:
         """How much wider gradients are when they are summed than keys and values are."""
         return summand_dtype(self.like.dtype).itemsize / self.like.dtype.itemsize
 
+    @property
+    def ring_refusal(self) -> str:
+        """Why it cannot be computed by blocks of keys, for its shapes; empty where it can."""
+        return _ring_refusal(self.q, self.k, self.repeat)
+
     def exchange(self, method: str, u: int, r: int) -> Candidate:
         """Heads exchanged among ``u`` ranks, in a ring of ``r``."""
         spread = _spread(self.q, self.k, u)
         kv_bytes = as_length(self.kv_bytes * spread)
         k = (self.k[0], as_length(self.k[1] * spread), *self.k[2:]) if len(self.k) == 4 else self.k
-        refusal = (self.blocks or _ring_refusal(self.q, self.k, self.repeat)) if r > 1 else ""
+        refusal = (self.blocks or self.ring_refusal) if r > 1 else ""
         refusal = refusal or _ulysses_refusal(self.q, k, u)
         sent, backward = (exchange_bytes(self.q_bytes, kv_bytes, u, r, n) for n in (1, 1 + self.widened))
         return Candidate(method, u, r, sent, backward if self.program.training else None, spread, refusal)
@@ -102,7 +108,7 @@ def choose(question: Question) -> tuple[Candidate | None, tuple[tuple[str, str],
     gather = question.gather()
     asked = _asked(question, gather, [whole, *rings])
     if asked is not gather:
-        gather = _limited(question, gather, [whole, *rings])
+        gather = limited(question, gather, [whole, *rings])
     ways = (whole, gather, *rings)
     legal = [way for way in ways if not way.refusal]
     best: Candidate | None = None
@@ -128,7 +134,7 @@ def _asked(question: Question, gather: Candidate, exchanges: list[Candidate]) ->
     return next((c for c in exchanges if c.ring == program.ring_degree), None)
 
 
-def _limited(question: Question, gather: Candidate, others: list[Candidate]) -> Candidate:
+def limited(question: Question, gather: Candidate, others: list[Candidate]) -> Candidate:
     """Gathered keys and values are refused where they are too many, and there is another way."""
     limit = GATHER_LIMIT if question.program.gather_limit is None else question.program.gather_limit
     if gather.refusal or hint(question.gathered_bytes) <= limit or all(c.refusal for c in others):

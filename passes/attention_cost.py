@@ -10,6 +10,7 @@ ring       kv (r-1)                       kv (r-1) (1 + w)                r-1 (2
 hybrid     (q + kv) (u-1)/u + kv (r-1)    (q + kv) (u-1)/u                2 + r-1 (2 + 2 (r-1))
                                           + kv (r-1) (1 + w)
 gather_kv  kv (P-1)                       kv (P-1) w                      1 (1)
+merged     see :mod:`fxsp.passes.attention_merged`, for queries that are whole
 ========== ============================== =============================== ===================================
 
 ``w`` is how much wider the sum of gradients is than they are: 2 for halves, which are added in fp32, else 1.  A ring
@@ -63,13 +64,13 @@ class Candidate:
     @property
     def messages(self) -> int:
         """One after the other, forward."""
-        if self.method == "gather_kv":
+        if self.method in ("gather_kv", "merged"):
             return 1
         return (2 if self.ulysses > 1 else 0) + self.ring - 1
 
     @property
     def messages_backward(self) -> int:
-        return 0 if self.backward is None else self.messages + (self.ring - 1)
+        return 0 if not self.backward else self.messages + (self.ring - 1)
 
     def seconds(self, link: Link) -> float:
         messages, sent = self.messages + self.messages_backward, hint(self.sent) + hint(self.backward or 0)

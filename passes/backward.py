@@ -85,7 +85,7 @@ def _passes_on(node: Node) -> bool:
     if not is_operator(node.target):
         return node.target is operator.getitem
     namespace, name = schema(node.target).name.split("::")
-    return name in _LINEAR or (namespace == "fxsp" and name != "ring_attention")
+    return name in _LINEAR or (namespace == "fxsp" and name not in ("ring_attention", "merged_attention"))
 
 
 def _with_gradients(program: Program) -> list[Node]:

@@ -66,7 +66,7 @@ class Layout:
 
 def ring_work(call: Call, choice: AttentionChoice) -> str:
     """For the report: the layout of a causal ring, and how many pairs of a query and a key the ranks compute."""
-    if choice.keys is None or not _is_causal_ring(call, choice):
+    if choice.queries is None or choice.keys is None or not _is_causal_ring(call, choice):
         return ""
     text = f"{choice.queries.layout} tokens"
     if not all(isinstance(n, int) for n in choice.queries.lengths):
@@ -77,6 +77,7 @@ def ring_work(call: Call, choice: AttentionChoice) -> str:
 
 def _pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
     """Pairs that the places of the ring compute, by size hints; the ranks of one compute the same, of other heads."""
+    assert choice.queries is not None
     tokens = (tuple(map(hint, choice.queries.lengths)), tuple(choice.queries.whole), tuple(head_tail))
     window = choice.op.window_in(call)
     return [pairs_of(tokens, tokens, True, choice.ulysses, choice.ring, place, window) for place in range(choice.ring)]
@@ -86,21 +87,23 @@ def _is_balanced(call: Call, choice: AttentionChoice) -> bool:
     """Whether heads and tails would give the busiest rank no less to do: with a window ranks may have the same."""
     if choice.op.window_in(call) is None:
         return False
+    assert choice.queries is not None
     contiguous, dealt = ([flag and s.sharded for s in choice.queries.segments] for flag in (False, True))
     return max(_pairs(call, choice, contiguous)) <= max(_pairs(call, choice, dealt))
 
 
 def _is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
     """Whether ranks would have unequal work if their tokens were contiguous."""
-    causal = choice.op.causal_in(call) and choice.ring > 1
-    return causal and choice.keys is not None and choice.queries.same_as(choice.keys)
+    if choice.queries is None or choice.keys is None or choice.ring == 1:
+        return False
+    return choice.op.causal_in(call) and choice.queries.same_as(choice.keys)
 
 
 def _lengths(node: Node) -> Iterator[Length]:
     decision = node.meta.get("sp_call")
     if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
         call, choice = Call(node), decision.detail
-        if _is_causal_ring(call, choice) and not _is_balanced(call, choice):
+        if choice.queries is not None and _is_causal_ring(call, choice) and not _is_balanced(call, choice):
             yield from (s.length for s in choice.queries.segments if s.sharded)
 
 

@@ -48,6 +48,7 @@ _SAVED = (
     torch.ops.fxsp.all_to_all_within.default,
     torch.ops.fxsp.gather_used.default,
     torch.ops.fxsp.ring_attention.default,
+    torch.ops.fxsp.merged_attention.default,
     aten.randint.default,  # the seed of a dropout: another one would drop other elements
 )
 
@@ -134,7 +135,7 @@ class _Lowering:
         at the end: there the causal flag itself hides them from all tokens, and queries and keys keep them alike.
         """
         mask, queries, keys = self.mask, self.choice.queries, self.choice.keys
-        if keys is None or any(queries.whole) or self.op.positional or self.op.per_head:
+        if keys is None or queries is None or any(queries.whole) or self.op.positional or self.op.per_head:
             return False, False
         if self.args.get("window") is not None and self.op.op is BANDED:
             return False, False
@@ -154,6 +155,8 @@ class _Lowering:
             if self.choice.spread > 1:
                 k, v = (self._spread(x, self.choice.spread) for x in (k, v))
                 self.repeat = max(1, self.repeat // self.choice.spread)
+        if self.choice.method == "merged":
+            return self._merged(q, k, v)
         if self.choice.method in ("ring", "hybrid"):
             return lower_ring(self.build, self.choice, q, k, v, self.args)
         if self.choice.method == "ulysses":
@@ -216,6 +219,7 @@ class _Lowering:
     def _dropped(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
         """With active dropout: each element's draw depends on its place in the whole attention."""
         call, queries = self.build.call, self.choice.queries
+        assert queries is not None
         heads = self.shape[-3] if len(self.shape) > 2 else 1
         every = call(aten.arange.default, self.build.size(heads), device=self.device)
         if self.choice.method == "ulysses":
@@ -232,23 +236,37 @@ class _Lowering:
             self.args.get("scale"), bool(self.args.get("enable_gqa")), self.build.seed(self.device), rows, every,
         )  # fmt: skip
 
+    # Queries are whole, each rank attends to its own keys.
+
+    def _merged(self, q: Node, k: Node, v: Node) -> Node:
+        keys, ranks = self.choice.keys, self.build.ranks
+        assert keys is not None
+        both = self.build.call(
+            torch.ops.fxsp.merged_attention.default, q, k, v, self.mask, self.build.sizes(keys.lengths),
+            list(keys.whole), bool(self.causal), self.args.get("scale"), ranks.rank, ranks.size, ranks.group,
+            *self.build.layouts(keys),
+        )  # fmt: skip
+        why = "outputs of an attention to each rank's own keys, merged by their log-sum-exps"
+        self.build.record("all_gather", both, self.choice.sent, why)
+        return self.build.call(operator.getitem, both, 0)
+
     # Queries stay, keys and values are whole.
 
     def _rows(self, q: Node, k: Node, v: Node) -> Node:
         mask, causal = self.mask, self.causal
-        if causal:
-            mask, causal = self._causal_rows(k), False
+        if causal and self.choice.queries is not None:
+            mask, causal = self._causal_rows(k, self.choice.queries), False
         return self._attend(q, k, v, mask, causal)
 
-    def _causal_rows(self, k: Node) -> Node:
+    def _causal_rows(self, k: Node, queries: Sequence) -> Node:
         """What this rank's rows may look at, ``[Lq, S]``, or with a mask of keys ``[B, 1, Lq, S]``: keys at or before a
         query's position (the flag means the upper left), not before its window.
         """
         length = _global(k, -2)
-        key = ("causal", str(self.choice.queries), str(length), self.device, self.window, self.mask)
+        key = ("causal", str(queries), str(length), self.device, self.window, self.mask)
         if key not in self.cache:
             call = self.build.call
-            rows = call(aten.unsqueeze.default, self.build.positions(self.choice.queries, self.device), 1)
+            rows = call(aten.unsqueeze.default, self.build.positions(queries, self.device), 1)
             columns = call(aten.arange.default, self.build.size(length), device=self.device)
             found = call(aten.ge.Tensor, rows, columns)
             if self.window is not None:
@@ -264,7 +282,8 @@ class _Lowering:
         widths = [_global(k, -1), _global(v, -1)]
         dim = len(self.shape) - 2
         both = self.build.call(aten.cat.default, [k, v], -1)
-        whole = self.build.gather(both, dim, keys, used=True)
+        # Whole queries meet them on every rank alike.
+        whole = self.build.gather(both, dim, keys, used=self.choice.queries is not None)
         self.build.record("all_gather", whole, self.choice.sent, "keys and values of an attention", keys)
         parts = self.build.call(aten.split_with_sizes.default, whole, self.build.sizes(widths), -1)
         first, second = (self.build.call(operator.getitem, parts, i) for i in (0, 1))
@@ -277,6 +296,7 @@ class _Lowering:
     def _ulysses(self, q: Node, k: Node, v: Node) -> Node:
         choice = self.choice
         assert choice.keys is not None
+        assert choice.queries is not None
         exchange = HeadExchange(self.build, self.shape, self.itemsize, self.batch_as_heads)
         rows, columns = (choice.queries, self.queries_as_they_come), (choice.keys, self.keys_as_they_come)
         if choice.queries.same_as(choice.keys) and _global(q, -1) == _global(v, -1):

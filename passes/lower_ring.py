@@ -38,6 +38,7 @@ def lower_ring(build: Builder, choice: AttentionChoice, q: Node, k: Node, v: Nod
 class _Ring:
     def __init__(self, build: Builder, choice: AttentionChoice, tensors: Seq[Node]) -> None:
         assert choice.keys is not None
+        assert choice.queries is not None
         self.build = build
         self.queries, self.keys = choice.queries, choice.keys
         self.ulysses, self.ring = choice.ulysses, choice.ring

@@ -15,6 +15,7 @@ gather_used         1 read, P writes             the all-gather of keys and valu
 \\                   P reads, P writes            after it, where there are several segments: they are put in order
 ring_attention      4 (r-1) reads and writes     each step k, v are laid in one message, and travel (r places)
 \\                   3 (r-1)                      each step the output so far and the step's are read, their sum written
+merged_attention    1 read, P writes of outputs  those of all ranks come in
 any other           1 read, 1 write of a result  that has memory of its own (``cat``, ``contiguous``, ``reshape``, ...)
 \\                   nothing                      where the result is a view of an operand
 =================== ============================ =======================================================================
@@ -40,7 +41,7 @@ from fxsp.torch_internals import is_operator, schema, storage_key
 
 __all__ = ["Cost", "attended", "attention_output", "costs", "is_attention"]
 
-_RING = torch.ops.fxsp.ring_attention.default
+_MINE = (torch.ops.fxsp.ring_attention.default, torch.ops.fxsp.merged_attention.default)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Cost:
 
 
 def is_attention(node: Node) -> bool:
-    """Whether a node attends: an operator of :data:`ATTENTION_OPS`, or a ring."""
-    return node.target in ATTENTION_OPS or node.target is _RING
+    """Whether a node attends: an operator of :data:`ATTENTION_OPS`, or one of ours (a ring, a merged one)."""
+    return node.target in ATTENTION_OPS or node.target in _MINE
 
 
 def attended(node: Node) -> list[tuple[Node, str]]:
@@ -133,6 +134,11 @@ def _ring(node: Node, value: Any, operands: dict[Node, Any], size: int) -> Itera
     yield Cost(2 * steps, steps, moved, "o", "local")
 
 
+def _merged(node: Node, value: Any, operands: dict[Node, Any], size: int) -> Iterator[Cost]:
+    if size > 1:
+        yield Cost(1, size, (1 + size) * _bytes(value[0]), "o", "real")
+
+
 _TABLE: dict[str, Callable[..., Iterator[Cost]]] = {
     "fxsp::pack_heads": _moved,
     "fxsp::unpack_heads": _moved,
@@ -143,4 +149,5 @@ _TABLE: dict[str, Callable[..., Iterator[Cost]]] = {
     "fxsp::take": _taken,
     "fxsp::gather_used": _gathered,
     "fxsp::ring_attention": _ring,
+    "fxsp::merged_attention": _merged,
 }

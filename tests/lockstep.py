@@ -92,7 +92,7 @@ def lanes_of(
         args = per_rank[0][0]
         if name in ("positions", "place_positions"):
             return list(oracle.bind(name, args, {}, size).run())
-        if name == "ring_attention":
+        if name in ("ring_attention", "merged_attention"):
             # Plain attention on the lanes: autograd differentiates it as it stands.
             operands = [None if args[i] is None else Lanes([a[i] for a, _ in per_rank]) for i in range(4)]
             return list(oracle.bind(name, [*operands, *args[4:]], {}, size).run())

@@ -341,22 +341,6 @@ def test_masks_computed_from_split_tokens(heads: int, training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_whole_queries_gather_keys(training: bool) -> None:
-    recorder = Recorder()
-    q = recorder.input(T((1, 2, 3, D)))
-    k, v = (recorder.lay(recorder.input(T((1, 2, 7, D))), Shard(2, Sequence.of(7))) for _ in "kv")
-    k, v = (recorder.call(aten.softmax.int, x, -1) for x in (k, v))
-    recorder.outputs.append(recorder.call(SDPA, q, k, v))
-    program = run(recorder, 2, training=training)
-    assert not program.report.attentions
-    first, second = program.report.implicit_gathers
-    assert first.op == "aten.scaled_dot_product_attention.default"
-    assert "needs dimension 2 of operand 1 whole (the tokens [7])" in first.reason
-    assert second.bytes == 4 * 2 * D * 8
-    assert_same(recorder, program.gm, 2, 1e-9, training=training, names=["out"])
-
-
-@pytest.mark.parametrize("training", [False, True])
 def test_batch_split_attention_is_local(training: bool) -> None:
     """Attention within frames: the tokens are the batch."""
     recorder = Recorder()

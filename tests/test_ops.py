@@ -9,6 +9,7 @@ from fxsp import oracle
 from fxsp.kernels import exchange
 from fxsp.kernels.head_ops import HEAD_OPS
 from fxsp.kernels.lowering import LOWERINGS, known_dense
+from fxsp.kernels.merged_ops import MERGED_OPS
 from fxsp.kernels.ops import INTERNAL, OPS
 from fxsp.kernels.ring_ops import RING_OPS
 
@@ -43,7 +44,7 @@ ALONE = {
 
 def test_every_op_has_a_meaning_and_a_check():
     assert set(OPS) | set(INTERNAL) == set(ALONE)
-    assert set(LOWERINGS) == set(ALONE) | set(HEAD_OPS) | set(RING_OPS)
+    assert set(LOWERINGS) == set(ALONE) | set(HEAD_OPS) | set(RING_OPS) | set(MERGED_OPS)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -52,6 +53,13 @@ def test_opcheck_ring_attention(masked):
     mask = torch.randn(7, 7, requires_grad=True) if masked else None
     args = (q, k, v, mask, *SEGMENTS, *SEGMENTS, not masked, None, 1, 0, 1, "")
     torch.library.opcheck(fx.ring_attention.default, args)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_merged_attention(masked):
+    q, k, v = (torch.randn(2, h, n, w, requires_grad=True) for h, n, w in ((4, 3, 8), (2, 7, 8), (2, 7, 6)))
+    mask = torch.randn(3, 7, requires_grad=True) if masked else None
+    torch.library.opcheck(fx.merged_attention.default, (q, k, v, mask, *SEGMENTS, not masked, None, 0, 1, ""))
 
 
 @pytest.mark.parametrize("rows", [7, 9])

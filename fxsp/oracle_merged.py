@@ -1,0 +1,85 @@
+"""What ``fxsp.merged_attention`` means, on lists with one tensor per rank: attention by its definition.
+
+Every rank has the queries' attention to the keys of all ranks, in global order without pads.  Autograd differentiates
+a rank's result by what that rank alone attends to, its own keys: that is the gradient of its keys and values, and its
+summand of the gradients of queries and mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsp.oracle_lanes import pieces
+
+__all__ = ["merged_attention", "merged_attention_backward"]
+
+
+def merged_attention(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
+    k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None, rank: int = 0, size: int = 1,
+    group: str = "", k_head_tail: Sequence[bool] = (),
+) -> Any:  # fmt: skip
+    """``(out, lse)`` of each rank; differentiable."""
+    total = sum(k_lengths)
+    # Who attends to which key, and in which of its rows it is.
+    owner, row = [0] * total, [0] * total
+    for piece in pieces(k_lengths, k_whole, size, k_head_tail):
+        for r in [size - 1] if piece.whole else range(size):
+            for i, token in enumerate(piece.rows(r).tolist()):
+                if token < piece.length:
+                    owner[piece.start + token], row[piece.start + token] = r, piece.local_start + i
+    dtype = torch.float64 if q[0].dtype == torch.float64 else torch.float32
+    scale = q[0].shape[-1] ** -0.5 if scale is None else scale
+    groups = q[0].shape[1] // k[0].shape[1]
+    results = []
+    for r in range(size):
+        mine = torch.tensor([o == r for o in owner], device=q[r].device)
+
+        def own(x: Sequence[Tensor], r: int = r) -> Tensor:
+            rows = [(x[o] if o == r else x[o].detach())[:, :, i] for o, i in zip(owner, row, strict=True)]
+            return torch.stack(rows, 2).to(dtype).repeat_interleave(groups, 1)
+
+        keys, values = own(k), own(v)
+        both = [torch.einsum("bhmd,bhnd->bhmn", x.to(dtype), keys) for x in (q[r], q[r].detach())]
+        scores = torch.where(mine, *both) * scale
+        if mask is not None:
+            given = mask[r]
+            if given.dtype == torch.bool:
+                scores = scores.masked_fill(~given, -torch.inf)
+            else:
+                scores = scores + torch.where(mine, given, given.detach())
+        if causal:
+            past = torch.arange(total) <= torch.arange(scores.shape[2]).unsqueeze(1)
+            scores = scores.masked_fill(~past, -torch.inf)
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+        out = torch.einsum("bhmn,bhne->bhme", weights, values)
+        results.append((out.to(q[r].dtype), scores.logsumexp(-1)))
+    return results
+
+
+def merged_attention_backward(
+    grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
+    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], k_lengths: Sequence[int],
+    k_whole: Sequence[bool], causal: bool, scale: float | None, mask_grad: bool, rank: int = 0, size: int = 1,
+    group: str = "", k_head_tail: Sequence[bool] = (),
+) -> Any:  # fmt: skip
+    """The gradients of q, k, v and the mask, by autograd of :func:`merged_attention`."""
+    with torch.enable_grad():
+        lanes = [[x.detach().requires_grad_() for x in operand] for operand in (q, k, v)]
+        masks = None if mask is None else [m.detach().requires_grad_(mask_grad) for m in mask]
+        results = merged_attention(
+            *lanes, masks, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail
+        )  # fmt: skip
+        leaves = [x for operand in lanes for x in operand]
+        if masks is not None and mask_grad:
+            leaves += masks
+        found = torch.autograd.grad([o for o, _ in results], leaves, list(grad), materialize_grads=True)
+    columns = [found[i : i + size] for i in range(0, len(found), size)]
+    if len(columns) == 3:
+        columns.append(tuple(x.new_zeros(0) for x in q))
+    return list(zip(*columns, strict=True))
