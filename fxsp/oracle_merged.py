@@ -44,8 +44,8 @@ def merged_attention(
             return torch.stack(rows, 2).to(dtype).repeat_interleave(groups, 1)
 
         keys, values = own(k), own(v)
-        both = [torch.einsum("bhmd,bhnd->bhmn", x.to(dtype), keys) for x in (q[r], q[r].detach())]
-        scores = torch.where(mine, *both) * scale
+        near, far = (torch.einsum("bhmd,bhnd->bhmn", x.to(dtype), keys) for x in (q[r], q[r].detach()))
+        scores: Tensor = torch.where(mine, near, far) * scale
         if mask is not None:
             given = mask[r]
             if given.dtype == torch.bool:
@@ -72,9 +72,9 @@ def merged_attention_backward(
     with torch.enable_grad():
         lanes = [[x.detach().requires_grad_() for x in operand] for operand in (q, k, v)]
         masks = None if mask is None else [m.detach().requires_grad_(mask_grad) for m in mask]
-        results = merged_attention(
-            *lanes, masks, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail
-        )  # fmt: skip
+        queries, keys, values = lanes
+        where = k_lengths, k_whole, causal, scale
+        results = merged_attention(queries, keys, values, masks, *where, 0, size, "", k_head_tail)
         leaves = [x for operand in lanes for x in operand]
         if masks is not None and mask_grad:
             leaves += masks

@@ -167,7 +167,8 @@ def merged_attention_backward(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     none = q.new_zeros([0]) if mask is None or not mask_grad else torch.zeros_like(mask)
     if not block.kept:
-        return (*(_tokens_first(torch.zeros_like(x)) for x in (q, k, v)), none)
+        dq, dk, dv = (_tokens_first(torch.zeros_like(x)) for x in (q, k, v))
+        return dq, dk, dv, none
     absorbed = block.absorbed(q.dtype)
     if absorbed is not None:
         # The kernel's probabilities are 1 then, instead of one over the number of keys.

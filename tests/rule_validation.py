@@ -235,12 +235,13 @@ class Recorder:
         first, *rest = type_.sequence.segments
         if not rest:
             laid = self._annotate(exposed, at, -1)
-        elif not first.sharded:
+        elif not first.sharded and len(rest) == 1:
             laid = self._annotate(exposed, at, first.length)
         else:
             cut = self.call(aten.split_with_sizes.default, exposed, list(type_.sequence.lengths), at)
             pieces = [self.call(operator.getitem, cut, i) for i in range(len(rest) + 1)]
-            laid = self.call(aten.cat.default, [self._annotate(p, at, -1) for p in pieces], at)
+            each = zip(pieces, type_.sequence.segments, strict=True)
+            laid = self.call(aten.cat.default, [self._annotate(p, at, -1) if s.sharded else p for p, s in each], at)
         return laid if type_.plain else self.call(aten.reshape.default, laid, shape)
 
     def _annotate(self, x: Node, dim: int, text: Length) -> Node:

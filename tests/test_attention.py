@@ -65,6 +65,12 @@ class Config:
         p = self.size
         if self.tokens == "whole_text":
             return Sequence((Segment(3, False), Segment(2 * p - 1)))
+        if self.tokens == "text_behind":
+            return Sequence((Segment(p + 1), Segment(3, False)))
+        if self.tokens == "text_around":
+            return Sequence((Segment(2, False), Segment(p + 1), Segment(2 * p), Segment(1, False)))
+        if self.tokens == "whole_text_short_image":
+            return Sequence((Segment(3, False), Segment(p - 1)))
         lengths = {
             "one_segment": (2 * p,),
             "odd": (2 * p + 1,),

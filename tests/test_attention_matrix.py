@@ -7,18 +7,18 @@ Values on every number of ranks, and what is sent, are in :mod:`test_attention` 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from lockstep import gradients
 from rule_validation import Recorder
-from test_attention import MASKS, Config, assert_same, record
+from test_attention import MASKS, Config, D, assert_same, record
 
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.simulation import check_replicated
-from fxsp.types import Ranks
+from fxsp.types import Ranks, Sequence
 
 ALL_MASKS = (*MASKS, "causal_padding")
 HEADS = ("mha", "gqa", "few_keys", "indivisible")
@@ -52,6 +52,14 @@ WAYS = [
     Way("hybrid", 8, ulysses=2, ring=4),
 ]
 
+JOINT = [
+    Way("ulysses", 3, ulysses=3, ring=1),
+    Way("ring", 3, ulysses=1, ring=3),
+    Way("gather_kv", 3, allgather=3),
+    Way("hybrid", 4, ulysses=2, ring=2),
+    Way("ring", 8, ulysses=1, ring=8),
+]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
@@ -73,6 +81,42 @@ def test_gradients(tokens: str, way: Way) -> None:
     found = {heads: r.method for (_, heads), r in zip(pairs, program.report.attentions, strict=True)}
     assert all(found[heads] == way.method for heads in ("mha", "gqa") if heads in found)
     assert_same(recorder, program.gm, way.size, 1e-5, training=True, names=list(map(str, pairs)))
+
+
+@pytest.mark.parametrize("way", JOINT, ids=str)
+def test_joint_attention(way: Way) -> None:
+    """Text that is whole before split tokens, or was before it is put behind or around them: gradients, and bytes."""
+    texts = ("whole_text", "text_behind", "text_around", "whole_text_short_image")
+    configs = [
+        Config(mask, HEADS[(i + j) % 4], tokens, way.size, entries=2)
+        for i, mask in enumerate(ALL_MASKS)
+        for j, tokens in enumerate(texts)
+    ]
+    recorder = Recorder()
+    for config in configs:
+        record(recorder, config, torch.float32)
+    program = way.partition(recorder)
+    assert not [g for g in program.report.implicit_gathers if g.kind == "implicit"]
+    assert_same(recorder, program.gm, way.size, 1e-5, training=True, names=list(map(str, configs)))
+    dealt = program.facts.get("head_tail", ())
+    for config, attention in zip(configs, program.report.attentions, strict=True):
+        heads, kv_heads = config.head_counts
+        if attention.method != way.method:
+            assert config.heads in ("indivisible", "few_keys"), config
+            continue
+        # Text that is put beside split tokens by a cat is split too: its rows are there for nothing.
+        whole = config.tokens.startswith("whole_text")
+        segments = [s if whole else replace(s, sharded=True) for s in config.sequence.segments]
+        tokens = Sequence(
+            tuple(replace(s, layout="head-tail") if s.sharded and s.length in dealt else s for s in segments)
+        )
+        split = int(tokens.split_length(way.size)) * 2 * D * 4
+        rows = int(tokens.local_length(way.size)) * 2 * D * 4
+        u, r = {"ring": (1, way.size), "hybrid": (2, way.size // 2)}.get(way.method, (way.size, 1))
+        # Of whole segments only the output travels, of the other ranks' heads.
+        kv = 2 * (kv_heads if kv_heads % u == 0 else u) * split
+        sent = (heads * (split + rows) + kv) * (u - 1) // u + kv * (r - 1)
+        assert attention.bytes == (2 * kv_heads * split * (way.size - 1) if way.method == "gather_kv" else sent), config
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.size == 4], ids=str)
