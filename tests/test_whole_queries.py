@@ -150,6 +150,31 @@ def test_what_is_sent(size: int, dtype: torch.dtype) -> None:
     assert f"sends {(size - 1) * 2 * 2 * 65 * (D + E) * item} bytes" in rejected[1]
 
 
+@pytest.mark.parametrize("method", ["merged", "gather_kv"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_models_write(training: bool, method: str) -> None:
+    """Key heads that are repeated, a mask that is computed from split keys, keys or values alone that are split."""
+    size, tokens = 3, Shard(2, Sequence.of(10))
+    recorder = Recorder()
+    q = recorder.input(T((1, 4, 3, D)))
+    x = recorder.call(aten.softmax.int, recorder.lay(recorder.input(T((1, 2, 10, D))), tokens), -1)
+    whole = recorder.input(T((1, 4, 10, D)))
+    many = recorder.call(aten.repeat_interleave.self_int, x, 2, 1)
+    bias = recorder.call(aten.unsqueeze.default, recorder.call(aten.sum.dim_IntList, x, [1, 3]), 1)
+    bias = recorder.call(aten.unsqueeze.default, bias, 1)
+    calls = [(q, many, many, None), (q, many, many, bias), (q, many, whole, None), (q, whole, many, bias)]
+    recorder.outputs += [recorder.call(SDPA, *operands) for operands in calls]
+    degrees = {"gather_degree": size} if method == "gather_kv" else {"gather_limit": 0}
+    program = run(recorder, size, training=training, **degrees)
+    assert [a.method for a in program.report.attentions] == [method] * 4
+    heads = {True: [2, 2, 4, 4], False: [4] * 4}[method == "gather_kv"]
+    rows = {True: 4 * 2 * D, False: 3 * (D + 1)}[method == "gather_kv"]
+    assert [a.bytes for a in program.report.attentions] == [(size - 1) * h * rows * 8 for h in heads]
+    # The mask, of one number for each key.
+    assert {g.bytes for g in program.report.implicit_gathers if g.kind == "implicit"} == {(size - 1) * 4 * 8}
+    assert_same(recorder, program.gm, size, 1e-9, training=training, names=list("abcd"))
+
+
 def test_many_queries_gather_few_keys() -> None:
     recorder = Recorder()
     Case("none", "mqa", Sequence.of(5), queries=40).record(recorder)
