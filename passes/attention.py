@@ -182,6 +182,8 @@ def _whole_queries(
         return None
     if (len(q) != 4 and not op.builtin) or (op.dropout is not None and call.get(op.dropout)):
         return None  # whole dropout draws as one device does
+    if not all(same_length(a, b) for a, b in zip(k[:-1], v[:-1], strict=True)):
+        return None  # broadcast against each other
     (keys, *_) = (t.sequence for t in kv_types if isinstance(t, Shard))
     repeat = _repeats(call, kv_types) if op.builtin else 1
     if repeat > 1:

@@ -123,7 +123,7 @@ def test_every_mask_head_count_and_length(method: str, size: int) -> None:
         recorder = Recorder()
         for case in cases:
             case.record(recorder)
-        degrees = {"gather_degree": size} if method == "gather_kv" else {"bandwidth": 1e9, "gather_limit": 0}
+        degrees = {"gather_degree": size} if method == "gather_kv" else {"gather_limit": 0}
         program = run(recorder, size, training=training, **degrees)
         assert {a.method for a in program.report.attentions} == {method}
         assert not program.report.implicit_gathers
@@ -173,6 +173,34 @@ def test_what_models_write(training: bool, method: str) -> None:
     # The mask, of one number for each key.
     assert {g.bytes for g in program.report.implicit_gathers if g.kind == "implicit"} == {(size - 1) * 4 * 8}
     assert_same(recorder, program.gm, size, 1e-9, training=training, names=list("abcd"))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("q", "k", "v", "methods"),
+    [
+        ((2, 3, D), (2, 10, D), (2, 10, E), ["gather_kv"]),
+        ((3, D), (10, D), (10, D), ["gather_kv"]),
+        ((1, 4, 3, D), (2, 4, 10, D), (2, 4, 10, D), ["gather_kv"]),
+        ((2, 1, 3, D), (2, 4, 10, D), (2, 4, 10, D), ["gather_kv"]),
+        ((2, 4, 3, D), (2, 1, 10, D), (2, 1, 10, D), ["merged"]),
+        ((2, 4, 3, D), (2, 1, 10, D), (2, 4, 10, D), []),
+        ((2, 4, 10, D), (2, 4, 10, D), (2, 4, 10, D), ["ulysses"]),
+    ],
+)
+def test_broadcast_shapes(training: bool, q: Any, k: Any, v: Any, methods: list[str]) -> None:
+    """Without heads, or with one batch entry or head for all; as many whole queries as keys are split like these."""
+    size = 2
+    recorder = Recorder()
+    queries = recorder.input(T(q))
+    keys, values = (
+        recorder.call(aten.softmax.int, recorder.lay(recorder.input(T(s)), Shard(len(s) - 2, Sequence.of(10))), -1)
+        for s in (k, v)
+    )
+    recorder.outputs.append(recorder.call(SDPA, queries, keys, values))
+    program = run(recorder, size, training=training, gather_limit=0, ulysses_degree=size, ring_degree=1)
+    assert [a.method for a in program.report.attentions] == methods
+    assert_same(recorder, program.gm, size, 1e-9, training=training, names=["out"])
 
 
 def test_many_queries_gather_few_keys() -> None:
