@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from fxsp.carried import remembering
 from fxsp.checks import check_inputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
-from fxsp.inner import compile_inner
+from fxsp.inner import compile_inner, needs_values
 from fxsp.passes.annotate import annotate
 from fxsp.passes.base import Program
 from fxsp.passes.carry import carry, is_worth_splitting
@@ -33,12 +34,13 @@ from fxsp.passes.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate import is_annotate
 from fxsp.passes.verify import infer_local
+from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.report import Report
 from fxsp.source import input_name
 from fxsp.trial import Trial
 from fxsp.types import Ranks
 
-__all__ = ["compile_graph", "reports", "sp"]
+__all__ = ["Before", "compile_graph", "keep_report", "reports", "sp"]
 
 _reports: list[Report] = []
 _lock = threading.Lock()
@@ -71,13 +73,44 @@ def sp(
         raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
 
+class Before:
+    """Another backend, which gets the program of one rank: what ``sp`` makes of the graph, compiled by ``compiler``.
+
+    ``root`` is the module that ``plan`` is for.  What ``sp`` refuses runs whole on every rank, with a warning.
+    """
+
+    def __init__(
+        self,
+        compiler: Any,
+        root: torch.nn.Module,
+        plan: Sequence[PlanEntry],
+        config: SequenceParallelConfig | None,
+        group: Any,
+    ) -> None:
+        # Of DDP's optimizer the backend: it would cut the graph in pieces.
+        self.compiler_fn = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+        self.func = sp  # what this is for who looks through the layers of a backend
+        self.__name__ = f"sp before {getattr(self.compiler_fn, '__name__', 'another')}"
+        self._root = weakref.ref(root)
+        options = Options.parse({"plan": plan, "config": config, "group": group})
+        self._options = replace(options, inner=self.compiler_fn)
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return _compile(gm, example_inputs, self._options, self._root())
+        except FxspError as error:
+            raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
+
+
 install(lambda backend: backend is sp)
 torch_internals.keep_graphs_whole(lambda backend: backend is sp)
 
 
-def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compile(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, root: torch.nn.Module | None = None
+) -> Callable[..., Any]:
     ranks = resolve_ranks(options)
-    report, program = compile_graph(gm, inputs, options, ranks)
+    report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
     splits = splits_of_compilation()
     if program is None:
@@ -97,15 +130,21 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callab
 
 
 def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, stages: StageWriter | None = None
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    ranks: Ranks,
+    stages: StageWriter | None = None,
+    root: torch.nn.Module | None = None,
 ) -> tuple[Report, Program | None]:
     """Dynamo's graph as the program of one rank, up to the inner compiler; no program where it stays whole.
 
+    ``root`` is the module that the plan is for, where that is known; what is unsupported in it stays whole, too.
     Where it stays whole, ``gm`` computes what it did before, and the report says why.
     """
     _check_stages(options)
     report = Report()
-    captured = capture(gm, options.plan)
+    captured = capture(gm, options.plan, root)
     report.notes.extend(captured.notes)
     if captured.root is not None:
         report.root = type(captured.root).__name__
@@ -134,7 +173,7 @@ def compile_graph(
         program = _partition(gm, inputs, replace(options, strict=strict), ranks, report, runner)
     except UnsupportedError as error:
         # A split that the plan did not ask for here is no reason to refuse anything.
-        if not getattr(error, "whole_graph", False) and not carried:
+        if not getattr(error, "whole_graph", False) and not carried and root is None:
             raise
         report.unsharded = str(error)
         _say_unsharded(report, captured)
@@ -198,7 +237,7 @@ def _partition(
     )
     program = partition_program(program, Runner(runner.watch, runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)
-    if options.inner == "eager":
+    if needs_values(options.inner):
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
         infer_local(program)
         for node in program.graph.nodes:

@@ -26,7 +26,7 @@ from fxsp.plan import PlanEntry, find_plan, owns_plan, parse_plan
 from fxsp.resolve import forward_signature, resolve_plan, submodules, unwrap
 from fxsp.torch_internals import Opaque, Translation
 
-__all__ = ["Capture", "ModuleCall", "capture", "install", "splits_of_compilation"]
+__all__ = ["Capture", "ModuleCall", "capture", "claim_with", "frame_module", "install", "splits_of_compilation"]
 
 
 @dataclass(eq=False)
@@ -56,6 +56,14 @@ class _Seen:
 # --- while Dynamo traces ----------------------------------------------------------------------------------------------
 
 
+def claim_with(claim: Callable[[Translation, nn.Module], bool]) -> None:
+    """Have ``claim`` asked of the module calls of other compilations: True makes that compilation ours."""
+    _claims.append(claim)
+
+
+_claims: list[Callable[[Translation, nn.Module], bool]] = []
+
+
 def install(is_ours: Callable[[object], bool]) -> None:
     """Record the module calls of every compilation whose backend, or a layer wrapped in it, ``is_ours``.
 
@@ -78,7 +86,7 @@ def _is_ours(translation: Translation) -> bool:
 def _enter(
     translation: Translation, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Callable[[Any], None] | None:
-    if not _is_ours(translation):
+    if not _is_ours(translation) and not any(claim(translation, module) for claim in _claims):
         return None
     recorder = translation.notes(_Recorder)
     if not recorder.calls:  # the frame may break before it reaches the backend: remember whose it is now
@@ -114,7 +122,7 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return values
 
 
-def _frame_module(translation: Translation) -> nn.Module | None:
+def frame_module(translation: Translation) -> nn.Module | None:
     """``self`` of the traced frame, if that is a module."""
     code, variables = translation.frame()
     first = code.co_varnames[0] if code.co_argcount else "self"
@@ -133,7 +141,7 @@ def _seen(translation: Translation) -> _Seen:
 
 
 def _remember_frame(translation: Translation) -> None:
-    owner = _frame_module(translation)
+    owner = frame_module(translation)
     if owner is not None:
         _seen(translation).add(owner)
 
@@ -141,11 +149,12 @@ def _remember_frame(translation: Translation) -> None:
 # --- in the backend ---------------------------------------------------------------------------------------------------
 
 
-def capture(gm: fx.GraphModule, plan: Any = None) -> Capture:
+def capture(gm: fx.GraphModule, plan: Any = None, root: nn.Module | None = None) -> Capture:
     """The module calls of the graph that Dynamo hands to the backend; call it from the backend, before changing ``gm``.
 
     ``plan`` is the plan of the options (a dictionary or entries); without one, the plan is that of the first module of
-    the frame that carries one.  Raises :class:`PlanError` if a plan fits no module of the frame.
+    the frame that carries one.  ``root`` is the module that the plan is for, if that is known.  Raises
+    :class:`PlanError` if a plan fits no module of the frame.
     """
     translation = Translation.current()
     if translation is None:
@@ -159,7 +168,7 @@ def capture(gm: fx.GraphModule, plan: Any = None) -> Capture:
     own = _frame_call(translation, gm)
     if own is not None:
         calls.insert(0, own)
-    found = _find_root(translation, calls, plan)
+    found = _find_root(translation, calls, plan) if root is None else Capture(root, parse_plan(plan))
     found.calls = calls
     found.splits = _seen(translation).splits
     found.around = list(_calls_around(translation))
@@ -242,7 +251,7 @@ def _candidates(translation: Translation, calls: list[ModuleCall]) -> list[nn.Mo
     modules that are called.
     """
     _, variables = translation.frame()
-    here = [_frame_module(translation)]
+    here = [frame_module(translation)]
     here += [unwrap(value) for value in variables.values() if isinstance(value, nn.Module)]
     here += [unwrap(call.module) for call in calls]
     local = [module for module in here if module is not None]
@@ -268,7 +277,7 @@ def _calls_around(translation: Translation) -> Iterator[tuple[nn.Module, dict[st
 def _frame_call(translation: Translation, gm: fx.GraphModule) -> ModuleCall | None:
     """The frame as a call of its module, if its code is that module's forward (or a decorator around it)."""
     code, variables = translation.frame()
-    owner = _frame_module(translation)
+    owner = frame_module(translation)
     if owner is None or not any(code is known for known in _forward_codes(owner)):
         return None
     inputs = _Inputs(gm.graph, translation.guarded())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,8 +48,8 @@ class Options:
     #: The ranks: a process group or a one-dimensional device mesh; default: the default process group.
     group: dist.ProcessGroup | None = None
     mesh: Any = None
-    #: The compiler of the partitioned graph, and Inductor's mode.
-    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    #: The compiler of the partitioned graph (a function: a backend that hooks go before), and Inductor's mode.
+    inner: Literal["inductor", "aot_eager", "eager"] | Callable[..., Any] = "inductor"
     mode: str | None = None
     #: Refuse implicit gathers.
     strict: bool = False

@@ -7,6 +7,8 @@
     graph from a wrong kernel.
 ``eager``
     The graph, one call after the other, autograd as in eager code.  For inference, *emit* comes first.
+a function
+    Any other backend, as Dynamo would call it, on the graph of ``eager``; if that is Inductor, with *emit* as above.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from fxsp.torch_internals import (
     graph_pass,
     inductor,
     inductor_decompositions,
+    inductor_settings,
     known_settings,
     mode_patches,
 )
 
-__all__ = ["INNERS", "compile_inner"]
+__all__ = ["INNERS", "compile_inner", "needs_values"]
 
 Inner = Literal["inductor", "aot_eager", "eager"]
+#: A backend of ``torch.compile``.
+Compiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 INNERS: tuple[str, ...] = ("inductor", "aot_eager", "eager")
 
@@ -54,7 +59,7 @@ SAFE_ORDER: dict[str, Any] = {
 def compile_inner(
     gm: GraphModule,
     example_inputs: Sequence[Any],
-    inner: str = "inductor",
+    inner: str | Compiler = "inductor",
     mode: str | None = None,
     training: bool = False,
 ) -> Callable[..., Any]:
@@ -63,6 +68,12 @@ def compile_inner(
     ``mode`` is that of ``torch.compile``, for Inductor.  ``training``: gradients may be asked for.
     Raises :class:`OptionError` for an unknown ``inner``.
     """
+    if callable(inner):
+        settings = inductor_settings(inner)
+        if settings is not None:
+            return inductor(gm, example_inputs, {**settings, **inductor_patches()})
+        _eager(gm, training)
+        return inner(gm, example_inputs)
     if inner == "inductor":
         return inductor(gm, example_inputs, inductor_patches(mode))
     if inner == "aot_eager":
@@ -70,6 +81,11 @@ def compile_inner(
     if inner == "eager":
         return _eager(gm, training)
     raise OptionError(f"inner={inner!r} is not known; valid are {', '.join(map(repr, INNERS))}")
+
+
+def needs_values(inner: str | Compiler) -> bool:
+    """Whether the nodes of the graph must have local fakes; who runs AOTAutograd traces it once more."""
+    return inner == "eager" or (callable(inner) and inductor_settings(inner) is None)
 
 
 def inductor_patches(mode: str | None = None) -> dict[str, Any]:

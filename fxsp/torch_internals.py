@@ -630,6 +630,14 @@ class Translation:
         # Under DistributedDataParallel it is a method of an optimizer made for this frame, which holds the backend.
         return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
 
+    def compile_with(self, compiler: Any) -> None:
+        """Have the graph of this attempt compiled by ``compiler``; the next attempt has the user's backend again."""
+        self._output.compiler_fn = compiler
+
+    def is_export(self) -> bool:
+        """Whether the graph is traced to be kept, and not to be compiled."""
+        return bool(self._output.export)
+
     def notes(self, create: Callable[[], _T]) -> _T:
         """An object of ours that lives as long as this attempt; a restart of the analysis begins with a fresh one."""
         return keep(self._output, create)
@@ -902,6 +910,14 @@ def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[s
 
     compiled: Any = compile_fx(gm, inputs, config_patches=dict(patches))
     return compiled  # type: ignore[no-any-return]
+
+
+def inductor_settings(compiler: Any) -> dict[str, Any] | None:
+    """The settings with which ``torch.compile`` calls Inductor, if that is what it calls."""
+    from torch import _TorchCompileInductorWrapper
+
+    found = [layer for layer in backend_layers(compiler) if isinstance(layer, _TorchCompileInductorWrapper)]
+    return dict(found[0].config) if found else None
 
 
 def aot_autograd(

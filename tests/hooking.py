@@ -26,7 +26,7 @@ __all__ = ["HookCase", "Hooked", "run_hooked"]
 @dataclass(frozen=True)
 class HookCase:
     """One model.  ``modes``: ``"eager"`` hooks, ``"sp"`` (the hooked model, compiled by backend ``"sp"``), ``"plain"``
-    (the hooked model as one graph of another backend)."""
+    and ``"plain dynamic"`` (the hooked model as one graph of another backend)."""
 
     model: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +79,8 @@ def _compiled(model: torch.nn.Module, mode: str, plan: Any) -> Any:
     torch.compiler.reset()
     if mode == "sp":
         return torch.compile(model, backend="sp", options={"inner": "eager", "plan": plan}, dynamic=False)
-    return torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    dynamic = mode == "plain dynamic"
+    return torch.compile(model, backend="eager" if dynamic else "aot_eager", fullgraph=True, dynamic=dynamic)
 
 
 def run_hooked(rank: int, size: int, case: HookCase) -> Hooked:
@@ -99,7 +100,7 @@ def run_hooked(rank: int, size: int, case: HookCase) -> Hooked:
             run = model if mode == "eager" else _compiled(model, mode, plan)
             for inputs in calls:
                 _compare(result, mode, run, model, whole, inputs, case.gradients)
-            if mode == "sp":
+            if mode != "eager":
                 report = fxsp.reports()[-1]
                 result.compiled_attentions = [record.method for record in report.attentions]
                 result.compiled_notes = list(report.notes)

@@ -101,8 +101,8 @@ MODES = [
     (BreakInBlock, "sp", None, GIVEN_UP),
     (DisabledBlock, "sp", None, GIVEN_UP),
     (DisabledRoot, "sp", None, GIVEN_UP),
-    (Whole, "eager", None, {"compiled": [], "took over": 0, "warned": 0, "eager": []}),
-    (Whole, "eager", 1, GIVEN_UP),
+    (Whole, "eager", None, {"compiled": [3, 3], "took over": 0, "warned": 0, "eager": []}),
+    (Whole, "eager", 1, {"compiled": [3], "took over": 1, "warned": 1, "eager": ["ulysses"] * 3}),
     (BreakInBlock, "eager", None, GIVEN_UP),
 ]
 

@@ -3,13 +3,14 @@
 Between a split and a gather, modules run on local tensors.  A local tensor carries a :class:`Layout`: the dimension
 that holds tokens, and the sequence they come from.  In eager mode such a tensor is a :class:`SplitTensor`, so every
 torch function that gets one is seen, wherever it is called: by a block in its forward, by the recomputation of a
-checkpoint in the backward pass, on any thread, with nothing switched on or off anywhere.  While Dynamo traces, a
-:class:`SplitMode` around the hooked module does the same.  (A mode alone would not do: when a checkpoint recomputes a
-function that is no module, none is active.)  ``fxsp.hooks.rules`` says what each function does.
+checkpoint in the backward pass, on any thread, with nothing switched on or off anywhere.  Where hooks act while Dynamo
+traces (``fxsp.hooks.tracing`` says where), a :class:`SplitMode` around the hooked module does the same.  (A mode alone
+would not do: when a checkpoint recomputes a function that is no module, none is active.)  ``fxsp.hooks.rules`` says
+what each function does.
 
 In eager mode the shape that the model sees of a split tensor is the global one (``fxsp.hooks.sizes``), and what has no
-rule for split values, or would mix tokens, runs on the whole value, is recorded, and said once.  Under plain
-``torch.compile``, and for hooks that are registered by themselves, numbers are local, and such functions are refused.
+rule for split values, or would mix tokens, runs on the whole value, is recorded, and said once.  While Dynamo traces,
+and for hooks that are registered by themselves, numbers are local, and such functions are refused.
 
 A value without a layout is whole, and equal on all ranks.  Whole values that meet split ones pass through
 :func:`use`, whose adjoint sums their gradient over the ranks: parameters and conditioning get the gradients of one

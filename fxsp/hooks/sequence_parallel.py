@@ -31,6 +31,7 @@ from fxsp.hooks.split import (
     SequenceParallelSplitHook,
     needs_lengths,
 )
+from fxsp.hooks.tracing import ROOT, attached_names, hook_name
 from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, find_plan, parse_plan
 from fxsp.report import Report
 from fxsp.resolve import forward_signature, resolve_plan, unwrap
@@ -45,11 +46,6 @@ __all__ = [
     "remove_sequence_parallel",
     "report_of",
 ]
-
-_INPUT = "sp_input---{}"
-_OUTPUT = "sp_output---{}"
-#: Of the hooks of sequence parallelism, the first before forward and the last after it.
-_ROOT = "sp_---root"
 
 
 def apply_sequence_parallel(
@@ -73,7 +69,10 @@ def apply_sequence_parallel(
         for target, name, make, metadata in found:
             registry = HookRegistry.get_or_create(target)
             attached.append((target, name))
-            registry.register_hook(name, make(metadata, config, region))
+            hook = make(metadata, config, region)
+            if name == ROOT:
+                hook.plan = parse_plan(plan)
+            registry.register_hook(name, hook)
     except BaseException:
         _detach(attached)
         raise
@@ -82,10 +81,10 @@ def apply_sequence_parallel(
 def remove_sequence_parallel(module: nn.Module, plan: Any) -> None:
     """Remove the hooks that :func:`apply_sequence_parallel` attached for ``plan``; modules without any are let be."""
     root = unwrap(module)
-    _detach([(target, name) for target, name, _, _ in _hooks(root, plan) if name != _ROOT])
+    _detach([(target, name) for target, name, _, _ in _hooks(root, plan) if name != ROOT])
     hook = _root_hook(root)
-    if hook is not None and not any(_belongs(module, hook.region) for module in root.modules()):
-        _detach([(root, _ROOT)])
+    if hook is not None and not attached_names(root, hook.region):
+        _detach([(root, ROOT)])
 
 
 def enable_sequence_parallel_for_model(
@@ -125,7 +124,7 @@ def _own_plan(model: nn.Module) -> Any:
 
 def _root_hook(root: nn.Module) -> SequenceParallelRootHook | None:
     registry = root.__dict__.get("_hook_registry")
-    hook = None if registry is None else registry.get_hook(_ROOT)
+    hook = None if registry is None else registry.get_hook(ROOT)
     return hook if isinstance(hook, SequenceParallelRootHook) else None
 
 
@@ -138,13 +137,6 @@ def _detach(attached: Sequence[tuple[nn.Module, str]]) -> None:
                 registry.reset()
 
 
-def _belongs(module: nn.Module, region: Region) -> bool:
-    """Whether a module has hooks that split or gather for a region."""
-    registry = module.__dict__.get("_hook_registry")
-    hooks = [] if registry is None else [registry.get_hook(name) for name in registry.names if name != _ROOT]
-    return any(getattr(hook, "region", None) is region for hook in hooks)
-
-
 # --- from a plan to hooks ---------------------------------------------------------------------------------------------
 
 
@@ -154,12 +146,11 @@ def _hooks(root: nn.Module, plan: Any) -> list[tuple[nn.Module, str, Any, Any]]:
     rows = resolve_plan(entries, root)
     wanted: dict[tuple[int, str], tuple[nn.Module, list[PlanEntry]]] = {}
     for row in rows:
-        template = _OUTPUT if isinstance(row.entry.spec, SequenceParallelOutput) else _INPUT
-        key = (id(row.module), template.format(row.entry.pattern))
+        key = (id(row.module), hook_name(row.entry))
         wanted.setdefault(key, (row.module, []))[1].append(row.entry)
     known = forward_signature(root).parameters
     sources = [name for name in needs_lengths([row.entry.spec for row in rows]) if name in known]
-    result: list[tuple[nn.Module, str, Any, Any]] = [(root, _ROOT, SequenceParallelRootHook, sources)]
+    result: list[tuple[nn.Module, str, Any, Any]] = [(root, ROOT, SequenceParallelRootHook, sources)]
     for (_, name), (module, own) in wanted.items():
         if isinstance(own[0].spec, SequenceParallelOutput):
             result.append((module, name, SequenceParallelGatherHook, _output_metadata(own)))

@@ -18,6 +18,7 @@ from fxsp.hooks.layout import Layout, SplitMode, gather, layout_of, local_size, 
 from fxsp.hooks.region import Call, Region
 from fxsp.hooks.tracing import sp_is_tracing
 from fxsp.plan import (
+    PlanEntry,
     SequenceParallelConfig,
     SequenceParallelOutput,
     SequenceParallelPartialInput,
@@ -317,13 +318,16 @@ class SequenceParallelRootHook(_RegionHook):
     ``metadata`` has the names of the model's arguments that some ``text_len_source`` of the plan may mean.
     """
 
+    #: The plan that was applied, for compilers.
+    plan: tuple[PlanEntry, ...] = ()
+
     def around_forward(self, module: nn.Module, given_up: bool) -> AbstractContextManager[Any]:
-        if not self.region.resolved and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return nullcontext() if sp_is_tracing() or self.region.size == 1 else _one_graph()
+        if not self.region.resolved:
             self.region.resolve()
         if self.region.size == 1:
             return nullcontext()
-        if torch.compiler.is_compiling():
-            return nullcontext() if sp_is_tracing() else _one_graph()
         return _eager_call(self.region, given_up)
 
     def _acts(self, module: nn.Module) -> bool:
