@@ -91,14 +91,19 @@ def _stretches(graph: torch.fx.Graph) -> list[list[torch.fx.Node]]:
     depth = 0
     for node in graph.nodes:
         change = torch_internals.functorch_depth_change(node.target) if node.op == "call_function" else 0
-        if change > 0 and depth == 0:
-            found.append([])
-        if depth > 0 or change > 0:
+        if node in inside:
+            pass
+        elif change > 0 and depth == 0:
+            found.append([node])
+            inside.add(node)
+        elif depth > 0:
             found[-1].append(node)
             inside.add(node)
         elif torch_internals.is_functorch_gradient(node.target) and not inside.isdisjoint(node.all_input_nodes):
             first = next(i for i, stretch in enumerate(found) if not set(stretch).isdisjoint(node.all_input_nodes))
-            found[first:] = [_up_to(node, found[first][0])]
+            # It returns a tuple; a result of an island is a tensor.
+            *_, last = node, *(user for user in node.users if user.target is operator.getitem)
+            found[first:] = [_up_to(last, found[first][0])]
             inside.update(found[first])
         depth += change
     return found

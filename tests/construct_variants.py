@@ -102,6 +102,12 @@ def pulled_back(y: Tensor) -> Tensor:
 
 
 @hook(gathers="functorch transform")
+def pulled_back_once(y: Tensor) -> Tensor:
+    value, back = torch.func.vjp(lambda z: z.cumsum(1).sin(), y)
+    return back(value * y)[0]
+
+
+@hook(gathers="functorch transform")
 def noise_in_vmap(y: Tensor) -> Tensor:
     return torch.func.vmap(lambda row: row.cumsum(0) * torch.rand(DIM), randomness="same")(y)
 
