@@ -168,7 +168,7 @@ def capture(gm: fx.GraphModule, plan: Any = None, root: nn.Module | None = None)
     own = _frame_call(translation, gm)
     if own is not None:
         calls.insert(0, own)
-    found = _find_root(translation, calls, plan) if root is None else Capture(root, parse_plan(plan))
+    found = _find_root(translation, calls, plan) if root is None else _with_root(translation, calls, root, plan)
     found.calls = calls
     found.splits = _seen(translation).splits
     found.around = list(_calls_around(translation))
@@ -213,10 +213,7 @@ def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> 
         if not owners:
             return Capture(candidates[0] if candidates else None, None)
         entries = parse_plan(find_plan(owners[0]))
-        inside = {id(module) for _, module in submodules(owners[0])}
-        others = [type(module).__name__ for module in owners if id(module) not in inside]
-        notes = [f"the plan of {name} is not used: one graph follows one plan" for name in others]
-        return Capture(owners[0], entries, notes=notes)
+        return Capture(owners[0], entries, notes=_other_plans(owners[0], owners))
     entries = parse_plan(plan)
     if not candidates:
         return Capture(
@@ -233,6 +230,18 @@ def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> 
     best = candidates[fits.index(max(fits))]
     resolve_plan(entries, best)  # raises: names what is wrong with the entry in the module that fits best
     raise AssertionError("unreachable: the plan was refused a moment ago")
+
+
+def _with_root(translation: Translation, calls: list[ModuleCall], root: nn.Module, plan: Any) -> Capture:
+    owners = [module for module in _candidates(translation, calls) if owns_plan(module)]
+    return Capture(root, parse_plan(plan), notes=_other_plans(root, owners))
+
+
+def _other_plans(root: nn.Module, owners: Sequence[nn.Module]) -> list[str]:
+    """Notes on models that have a plan of their own, and are no part of ``root``."""
+    inside = {id(module) for _, module in submodules(root)}
+    others = [type(module).__name__ for module in owners if id(module) not in inside]
+    return [f"the plan of {name} is not used: one graph follows one plan" for name in others]
 
 
 def _resolves(entries: Sequence[PlanEntry], module: nn.Module) -> bool:

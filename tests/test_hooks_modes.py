@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from running import error_of, recorded
 from torch import Tensor, nn
 
 import fxsp
-from fxsp.hooks.sequence_parallel import enable_sequence_parallel_for_model, report_of
+from fxsp.hooks.sequence_parallel import enable_sequence_parallel_for_model, remove_sequence_parallel, report_of
 
 ASIDE = "hooks of sequence parallelism stand aside: the plan is compiled"
 TOOK_OVER = "hooks run this call eagerly"
@@ -112,6 +113,44 @@ def test_right_and_reported_whoever_runs_it(ranks, kind: Any, backend: str, limi
     for seen in ranks(2).run(_run, kind, backend, limit):
         assert seen.pop("error") <= 1e-12
         assert seen == expected
+
+
+def _in_other_code(rank: int, size: int, how: str) -> tuple[float, int, list[str], list[str]]:
+    """A hooked model that is called by a function, which another backend compiles."""
+    torch.manual_seed(0)
+    first, second = Whole().double(), Whole().double()
+    wholes = copy.deepcopy(first), copy.deepcopy(second)
+    enable_sequence_parallel_for_model(first)
+    if how == "two models":
+        enable_sequence_parallel_for_model(second)
+    elif how == "a part of the plan is removed":
+        remove_sequence_parallel(first, {"out": Out(1)})
+    elif how == "a copy":
+        first = pickle.loads(pickle.dumps(copy.deepcopy(first)))
+    compiled = torch.compile(lambda x: second(x) - 2 * first(x), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        error = error_of(compiled(x(5).double()), wholes[1](x(5).double()) - 2 * wholes[0](x(5).double()))
+    report = fxsp.reports()[-1]
+    entries = [record.entry.partition(":")[0] for record in report.plan]
+    return error, len(report.attentions), report.notes, entries
+
+
+OTHERS = [
+    ("one model", ["body.blocks.0[x]", "out"]),
+    ("a copy", ["body.blocks.0[x]", "out"]),
+    ("two models", ["body.blocks.0[x]", "out"]),
+    ("a part of the plan is removed", ["body.blocks.0[x]"]),
+]
+
+
+@pytest.mark.parametrize(("how", "entries"), OTHERS)
+def test_another_backend_gets_what_the_hooks_would_do(ranks, how: str, entries: list[str]) -> None:
+    for error, attentions, notes, planned in ranks(2).run(_in_other_code, how):
+        assert error <= 1e-12
+        assert attentions == 3  # of one model: the other one is computed whole, and the report says so
+        assert planned == entries
+        assert "the plan of Whole is not used: one graph follows one plan" in notes
+        assert ASIDE in notes
 
 
 # --- what hooks cannot follow -----------------------------------------------------------------------------------------

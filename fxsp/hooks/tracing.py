@@ -35,11 +35,12 @@ def hook_name(entry: PlanEntry) -> str:
 
 def attached_names(root: nn.Module, region: Any) -> set[str]:
     """The names of the hooks that are attached below a model and split or gather for a region."""
-    registries = [module.__dict__.get("_hook_registry") for module in root.modules()]
+    found: list[Any] = [module.__dict__.get("_hook_registry") for module in root.modules()]
     return {
         name
-        for registry in registries
-        for name in ([] if registry is None else registry.names)
+        for registry in found
+        if registry is not None
+        for name in registry.names
         if name != ROOT and getattr(registry.get_hook(name), "_region", None) is region
     }
 
