@@ -155,6 +155,8 @@ def _collective(
 
 def _remedy(record: CollectiveRecord, program: Program) -> str:
     reason = record.reason
+    if "written out" in reason:
+        return 'scaled_dot_product_attention (attn_implementation="sdpa" in transformers): its heads are exchanged'
     if "keys and values" in reason and record.kind == "all_gather":
         return "keys and values that are whole on every rank already, or ulysses_degree and ring_degree in the options"
     if "attention" in reason:

@@ -43,6 +43,10 @@ class Link:
         usual = 2e9 if device == "cpu" else 1e11
         return cls(latency or 0.0, usual if bandwidth is None else bandwidth)
 
+    def seconds(self, messages: int, sent: Length) -> float:
+        """What so many messages, of ``sent`` bytes in all, take."""
+        return messages * self.latency + hint(sent) / self.bandwidth
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -73,8 +77,7 @@ class Candidate:
         return 0 if not self.backward else self.messages + (self.ring - 1)
 
     def seconds(self, link: Link) -> float:
-        messages, sent = self.messages + self.messages_backward, hint(self.sent) + hint(self.backward or 0)
-        return messages * link.latency + sent / link.bandwidth
+        return link.seconds(self.messages + self.messages_backward, as_length(self.sent + (self.backward or 0)))
 
     def text(self, link: Link) -> str:
         """The cost, or why it is not legal."""

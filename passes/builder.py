@@ -19,6 +19,8 @@ from fxsp.types import Length, Ranks, Sequence, Shard, as_length, ceil_div, prod
 
 __all__ = ["Builder", "reduced_bytes", "split_bytes"]
 
+#: What a node has from the one that it was written for.
+_LENT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr", "written_attention")
 _ops = torch.ops.fxsp
 aten = torch.ops.aten
 
@@ -52,7 +54,7 @@ class Builder:
 
     def note(self, new: Node) -> Node:
         if self._origin is not None:
-            for key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr"):
+            for key in _LENT:
                 if key in self._origin.meta:
                     new.meta.setdefault(key, self._origin.meta[key])
         return new

@@ -18,8 +18,10 @@ from fxsp.passes.attention_ops import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
 from fxsp.passes.decide import hint
+from fxsp.passes.repeats import repeats_of
 from fxsp.passes.rules import shape_of
 from fxsp.passes.rules_elementwise import CHEAP
+from fxsp.passes.rules_views import EXPANDS, RESHAPES
 from fxsp.passes.structure import CATS, SLICES
 from fxsp.report import GatherRecord
 from fxsp.source import module_path, node_source, place
@@ -63,6 +65,8 @@ class Converter:
         self.copies: dict[Node, Any] = {}
         #: Why the call at hand needs its operands as it does.
         self.reason = ""
+        #: What would avoid that, where it is known.
+        self.remedy = ""
         #: Values that become whole whoever needs them first.
         self.outputs = frozenset(program.graph.output_node().all_input_nodes)
         self._masked: dict[tuple[Node, str], Node] = {}
@@ -186,6 +190,8 @@ class Converter:
         reason = self.reason
         if kind == "implicit" and old in self.outputs:
             kind, reason = "output", OUTPUT
+        elif not value.wanted and len(chain := repeats_of(old, self._is_held)) > 1:
+            return self._repeat(chain, Used() if used else Replicate(), kind)
         self._report_gather(value, kind, reason, sent)
         exposed, dim, back = self.expose(node, shape, type_)
         new = self.build.gather(exposed, dim, type_.sequence, used=used)
@@ -194,6 +200,31 @@ class Converter:
                 new.meta.setdefault(key, old.meta[key])
         self.build.record("all_gather", new, sent, value.wanted or reason, type_.sequence)
         return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
+
+    def _is_held(self, old: Node) -> bool:
+        """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""
+        have, user = self.values[old], self.build._origin
+        if old in self.outputs or (user is not None and "written_attention" in user.meta):
+            return True
+        return have.find(Replicate()) is not None or have.find(Used()) is not None
+
+    def _repeat(self, chain: list[Node], needed: Type, kind: str) -> Node:
+        """A whole value by views of the whole of a smaller one, the last of ``chain``."""
+        new = self.get(self.values[chain[-1]], needed, kind)
+        for old in reversed(chain[:-1]):
+            found = self.values[old].find(needed)
+            if found is not None:
+                new = found
+                continue
+            if old.target in RESHAPES or old.target in EXPANDS:
+                op = aten.reshape.default if old.target in RESHAPES else aten.expand.default
+                new = self.build.call(op, new, self.build.sizes(shape_of(old)))
+            else:
+                args, kwargs = torch.fx.map_arg((old.args, old.kwargs), lambda n, x=new: self.copies.get(n, x))
+                new = self.build.call(old.target, *args, **kwargs)
+            if old is not chain[0]:  # that one is kept by who asked for it
+                self.values[old].forms.append((needed, self.typed(new, needed, old)))
+        return new
 
     def _has_place(self) -> bool:
         origin = self.build._origin
@@ -252,15 +283,15 @@ class Converter:
             op=str(user.target) if user.op == "call_function" else user.op,
             module=module_path(user if kind == "implicit" else value.node) or self.program.report.root,
             source=node_source(user if kind == "implicit" else value.node),
-            reason=reason,
+            reason=f"{reason}: {self.remedy}" if kind == "implicit" and self.remedy else reason,
             bytes=sent,
             kind=kind,
         )
         if self.program.strict and kind == "implicit":
-            raise StrictError(
-                f"implicit gather: {record}. With strict=True this is an error: annotate the value with a "
-                "SequenceParallelOutput before this operator, or leave its tokens whole."
+            remedy = self.remedy or (
+                "annotate the value with a SequenceParallelOutput before this operator, or leave its tokens whole"
             )
+            raise StrictError(f"implicit gather: {record}. With strict=True this is an error: {remedy}.")
         self.program.report.implicit_gathers.append(record)
 
 

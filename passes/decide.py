@@ -29,6 +29,8 @@ class Decision:
     masked: tuple[int, ...] = ()
     #: Facts for the pass that rewrites the call (documented by the function that decided).
     detail: Any = None
+    #: What would avoid the gather that ``reason`` speaks of, if that is known.
+    remedy: str = ""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from fxsp.passes.rules import Call, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_reduce import MEANS, SUMS, reduced_dims
 from fxsp.passes.rules_views import EXPANDS, RESHAPES
 from fxsp.passes.structure import CUTS
+from fxsp.passes.written_report import mark_written
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Partial, Replicate, Shard, Type, Used, as_length, product
@@ -71,6 +72,7 @@ class _Partitioner(Converter):
     def run(self) -> Program:
         old = self.program.gm
         report_idle(self.program)
+        mark_written(self.program)
         inputs = [n for n in old.graph.nodes if n.op == "placeholder"]
         for node in inputs:
             self._input(node)
@@ -112,6 +114,7 @@ class _Partitioner(Converter):
         return self.copies[node] if node in self.copies else self.values[node].forms[0][1]
 
     def _visit(self, node: Node) -> None:
+        self.remedy = ""
         if node.op == "output":
             self._output(node)
         elif is_annotate(node):
@@ -200,7 +203,7 @@ class _Partitioner(Converter):
 
     def _call(self, node: Node, decision: Decision) -> None:
         call = Call(node)
-        self.reason = decision.reason
+        self.reason, self.remedy = decision.reason, decision.remedy
         if all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
             if call.op is aten.copy_.default:
                 # The epilogue of a written input: as for an output, nobody asked for split data there.

@@ -27,6 +27,7 @@ from fxsp.passes.masks import Masks
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
+from fxsp.passes.written_report import report_written
 from fxsp.torch_internals import known_equalities
 from fxsp.types import equal_lengths
 
@@ -90,4 +91,5 @@ def partition_program(program: Program, runner: Runner | None = None) -> Program
     with equal_lengths(known_equalities(program.gm)):
         program = (runner or Runner()).run(program)
         program.report.backward.extend(backward_collectives(program))
+        report_written(program)
     return program

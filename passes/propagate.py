@@ -35,6 +35,7 @@ from fxsp.passes.pick import decide_pick
 from fxsp.passes.rules import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules_elementwise import CHEAP, draws
 from fxsp.passes.structure import CATS, CUTS, decide_structure
+from fxsp.passes.written_attention import decide_written
 from fxsp.source import place
 from fxsp.types import (
     Layout,
@@ -130,7 +131,7 @@ class Propagate:
         free = [n.meta["sp_free"] for n in operands]
         bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
         rule = None if draws(call) else rule_of(node)
-        return decide(call, rule, types, bytes_of, free)
+        return decide_written(call, types, bytes_of, free, program) or decide(call, rule, types, bytes_of, free)
 
 
 def _refuse_writes(call: Call) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import aligned, broadcast
 from fxsp.types import Length
@@ -78,15 +80,38 @@ def addmm(call: Call) -> OpRule | None:
     )
 
 
+def _spelled_out(equation: str, ranks: list[int]) -> str | None:
+    """An equation with a result, and letters for ``...``; None if its terms do not fit operands of these ranks."""
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        once = "".join(sorted(c for c in letters if letters.count(c) == 1))
+        right = ("..." if "..." in left else "") + once
+    if len(terms) != len(ranks):
+        return None
+    hidden = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    if any(n < 0 or (n and "..." not in term) for n, term in zip(hidden, terms, strict=True)):
+        return None
+    free = [c for c in string.ascii_letters if c not in equation]
+    most = max((n for n, term in zip(hidden, terms, strict=True) if "..." in term), default=0)
+    if most > len(free):
+        return None
+    lead = "".join(free[:most])
+    # Dimensions that stand for dots are aligned from the right, as in broadcasting.
+    terms = [term.replace("...", lead[most - n :]) for n, term in zip(hidden, terms, strict=True)]
+    return f"{','.join(terms)}->{right.replace('...', lead)}"
+
+
 @rule(overloads("einsum"))
 def einsum(call: Call) -> OpRule | None:
     """The equation is the rule: ``"bsc,bsd->bcd"``: ``([b, s, c], [b, s, d]) -> ([b, c, d]) reduction={s}``."""
-    equation = str(call["equation"]).replace(" ", "")
-    if "." in equation or "->" not in equation:
+    shapes = call.operand_shapes()
+    equation = _spelled_out(str(call["equation"]).replace(" ", ""), [len(shape) for shape in shapes])
+    if equation is None:
         return None
     left, right = equation.split("->")
     terms = left.split(",")
-    shapes = call.operand_shapes()
     sizes: dict[str, Length] = {}
     for term, shape in zip(terms, shapes, strict=True):
         if len(set(term)) != len(term):
