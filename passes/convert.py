@@ -19,7 +19,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
 from fxsp.passes.decide import hint
 from fxsp.passes.repeats import repeats_of
-from fxsp.passes.rules import shape_of
+from fxsp.passes.rules import shape_of, tensor_nodes
 from fxsp.passes.rules_elementwise import CHEAP
 from fxsp.passes.rules_views import EXPANDS, RESHAPES
 from fxsp.passes.structure import CATS, SLICES
@@ -220,7 +220,8 @@ class Converter:
                 op = aten.reshape.default if old.target in RESHAPES else aten.expand.default
                 new = self.build.call(op, new, self.build.sizes(shape_of(old)))
             else:
-                args, kwargs = torch.fx.map_arg((old.args, old.kwargs), lambda n, x=new: self.copies.get(n, x))
+                mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, list(old.kwargs.values()))), new)}
+                args, kwargs = torch.fx.map_arg((old.args, old.kwargs), mapping.__getitem__)
                 new = self.build.call(old.target, *args, **kwargs)
             if old is not chain[0]:  # that one is kept by who asked for it
                 self.values[old].forms.append((needed, self.typed(new, needed, old)))

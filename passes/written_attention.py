@@ -130,7 +130,7 @@ def _around(softmax: Node) -> Written | None:
     )
     order = {node: i for i, node in enumerate(softmax.graph.nodes)}
     by_place = sorted(inside - set(scores) - {softmax}, key=order.__getitem__)
-    names = (node.target._schema.name.partition("::")[2] for node in by_place if node.target not in VIEWS)
+    names = (Call(node).op._schema.name.partition("::")[2] for node in by_place if node.target not in VIEWS)
     return Written(
         [scores[n] for n in sorted(scores, key=order.__getitem__)],
         list(results.values()),

@@ -234,8 +234,9 @@ def llama(
     head_dim: int = 8,
     layers: int = 2,
     mask: bool = False,
+    attention: str = "sdpa",
 ) -> Built:
-    """transformers' ``LlamaForCausalLM`` with SDPA: causal, grouped key/value heads, no cache."""
+    """transformers' ``LlamaForCausalLM``, with SDPA if not told otherwise: causal, grouped heads, no cache."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -249,7 +250,7 @@ def llama(
         head_dim=head_dim,
         max_position_embeddings=256,
         initializer_range=0.2,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     model = LlamaForCausalLM(config)
     inputs: dict[str, Any] = {"input_ids": torch.randint(0, 64, (batch, tokens)), "use_cache": False}

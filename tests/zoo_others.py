@@ -120,7 +120,7 @@ _MODELS: dict[str, tuple[Callable[[], Built], int, tuple[str, ...], tuple[str, .
             "BloomForCausalLM", "BloomConfig", n_layer=1, n_head=4, hidden_dropout=0.0, attn_implementation="eager"
         ),
         3,
-        (),
+        ("gather_kv (written out)",),
         ("aten.baddbmm", "aten.bmm", "autograd_function_apply"),
     ),
     "deepseek_v3": (
@@ -173,8 +173,8 @@ _MODELS: dict[str, tuple[Callable[[], Built], int, tuple[str, ...], tuple[str, .
             **{**_BERT, "attn_implementation": "eager"},
         ),
         3,
-        (),
-        ("aten.bmm", "aten.add"),
+        ("gather_kv (written out)",),
+        ("aten.bmm", "aten.add"),  # scores of positions by key are gathered, to be added to those by query
     ),
     "clip_text": (_transformer("CLIPTextModel", "CLIPTextConfig", **_BERT), 8, ("hybrid",), ()),
 }
@@ -374,7 +374,7 @@ _case(
     ),
     _blocks("transformer_blocks", HIDDEN),
     3,
-    ("local",),
+    ("linear", "local"),
     ("aten.unflatten",),  # tokens become rows and columns, for a convolution
 )
 _case(
