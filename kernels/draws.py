@@ -39,16 +39,27 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
+def _settled(x: Tensor) -> Tensor:
+    """``x``, int64, in memory: a compiler that inlines evaluates a value as often as it is used.
+
+    Each step of :func:`_mixed` uses its operand twice, so a few of them inlined in each other are thousands of
+    operations (minutes of compiling).  Inductor ends such a chain where strides are named; eagerly nothing moves.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 def kept(seed: Tensor, places: list[Tensor], p: float) -> Tensor:
     """Which elements stay, each with probability ``1 - p``: booleans of the shape that ``places`` have together.
 
     ``seed`` is one int64; ``places`` are indices below 2**32 along different dimensions, which broadcast.
     """
     # Two keys of 32 bits: lines that agree in one of them still differ in the other.
-    first, second = _mixed(seed & _BITS), _mixed(((seed >> 32) & _BITS) ^ 0x5BD1E995)
+    first, second = _settled(_mixed(seed & _BITS)), _settled(_mixed(((seed >> 32) & _BITS) ^ 0x5BD1E995))
     for place in places[:-1]:
-        first, second = _mixed(first ^ place), _mixed(_mixed(second ^ place) ^ 0x9E3779B9)
-    return _mixed(_mixed(first ^ places[-1]) ^ second) >= round(p * 2**32)
+        first = _settled(_mixed(first ^ place))
+        second = _settled(_mixed(_mixed(second ^ place) ^ 0x9E3779B9))
+    # The middle of a product uses its operand once: see _settled.
+    return ((_mixed(first ^ places[-1]) ^ second) * 0x735A2D97 >> 15) & _BITS >= round(p * 2**32)
 
 
 def _scaled(x: Tensor, keep: Tensor, p: float) -> Tensor:
