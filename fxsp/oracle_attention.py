@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.kernels.draws import kept
+
 __all__ = ["place_positions", "ring_attention", "ring_attention_backward"]
 
 
@@ -36,7 +38,10 @@ def _tokens(
     return result
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float | None) -> Any:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float | None,
+    weights: Tensor | float = 1.0,
+) -> Any:  # fmt: skip
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -46,8 +51,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tenso
     if past is not None:
         scores = scores.masked_fill(~past, -torch.inf)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-    out = torch.einsum("bhmn,bhne->bhme", weights, v.to(dtype).repeat_interleave(groups, 1))
+    probabilities = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+    out = torch.einsum("bhmn,bhne->bhme", (probabilities * weights).to(dtype), v.to(dtype).repeat_interleave(groups, 1))
     return out.to(q.dtype), scores.logsumexp(-1)
 
 
@@ -56,6 +61,7 @@ def ring_attention(
     q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
     causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
     q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None,
 ) -> Any:  # fmt: skip
     """``(out, lse)`` of each rank; differentiable."""
     ring = size // ulysses
@@ -76,7 +82,13 @@ def ring_attention(
         if window is not None:
             near = torch.arange(len(at)) >= rows.unsqueeze(1) - window
             past = near if past is None else past & near
-        results.append(_attention(q[r], keys, values, None if mask is None else mask[r], past, scale))
+        weights: Tensor | float = 1.0
+        if dropout_p and seed is not None:
+            (batch, heads), columns = q[r].shape[:2], torch.arange(len(at))
+            of_head = torch.arange(peer * heads, (peer + 1) * heads)
+            places = [torch.arange(batch)[:, None, None, None], of_head[:, None, None], rows[:, None], columns]
+            weights = kept(seed[0], places, dropout_p).double() / (1 - dropout_p if dropout_p < 1 else 1.0)
+        results.append(_attention(q[r], keys, values, None if mask is None else mask[r], past, scale, weights))
     return results
 
 
@@ -100,6 +112,7 @@ def ring_attention_backward(
     q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
     mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "", q_head_tail: Sequence[bool] = (),
     k_head_tail: Sequence[bool] = (), window: int | None = None,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
     with torch.enable_grad():
@@ -108,7 +121,7 @@ def ring_attention_backward(
         queries, keys, values = operands
         results = ring_attention(
             queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "",
-            q_head_tail, k_head_tail, window,
+            q_head_tail, k_head_tail, window, dropout_p, seed,
         )  # fmt: skip
         leaves = [x for lanes in operands for x in lanes]
         if masks is not None and mask_grad:

@@ -20,6 +20,7 @@ from fxsp.kernels import collectives
 from fxsp.kernels.merge import merge, wide
 from fxsp.kernels.ring_bias import absorbed, bias_of, counted, keys_of, largest, one, positions, range_of
 from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of, in_pieces, meetings, same_sequence
+from fxsp.kernels.ring_draws import Draw
 from fxsp.kernels.ring_kernels import block_backward, block_forward
 
 __all__ = ["ring_attention", "ring_attention_backward"]
@@ -33,7 +34,7 @@ class _Ring:
     def __init__(
         self, q: Tensor, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None,
         ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (),
-        window: Size = None,
+        window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.ring = size // ulysses
         self.place = rank // ulysses
@@ -41,6 +42,7 @@ class _Ring:
         self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole, q_head_tail, k_head_tail)
         self.at = (ulysses, rank, size, group)
         self.window = window
+        self.draw = None if seed is None or not dropout_p else Draw(dropout_p, seed, rank % ulysses * q.shape[1])
         self.queries = in_pieces(chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place, q_head_tail), window)
         self.keys = [
             in_pieces(chunks_of(k_lengths, k_whole, ulysses, self.ring, place, k_head_tail), window)
@@ -62,6 +64,10 @@ class _Ring:
 
     def bias(self, mask: Tensor | None, keys: Sequence[Chunk], call: Meeting, like: Tensor) -> Tensor | None:
         return bias_of(mask, self.queries, keys, call, self.causal, self.window, like)
+
+    def weights(self, keys: Sequence[Chunk], call: Meeting, q: Tensor) -> Tensor | None:
+        """What dropout multiplies the probabilities of one call with."""
+        return None if self.draw is None else self.draw.weights(self.queries, keys, call, q)
 
     def split_rows(self, x: Tensor) -> Tensor:
         """The rows that travel."""
@@ -100,17 +106,18 @@ def _tokens_first(x: Tensor) -> Tensor:
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
     causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (),
-    k_head_tail: Any = (), window: Size = None,
+    k_head_tail: Any = (), window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out [B, H, Lq, E], lse [B, H, Lq])`` of this rank's queries over everyone's keys.
 
     ``q [B, H, Lq, D]``, ``k [B, h, Lk, D]``, ``v [B, h, Lk, E]`` are local rows; the rows of ``mask`` are those of the
     queries (or one), its columns all keys in global order (or one).  ``causal`` and ``window`` are those of
-    :func:`fxsp.kernels.banded.allowed`, of global positions.
+    :func:`fxsp.kernels.banded.allowed`, of global positions; ``dropout_p`` and ``seed`` are those of
+    :func:`fxsp.kernels.draws.dropped_attention`.
     """
     ring = _Ring(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
-        window,
+        window, dropout_p, seed,
     )  # fmt: skip
     mask = _four(mask)
     tops = largest(mask)
@@ -125,7 +132,8 @@ def ring_attention(
             part = q if len(call.queries) == len(ring.queries) else q.narrow(2, first, rows)
             bias = ring.bias(mask, keys, call, q)
             ks, vs = (keys_of(x, keys, call.keys) for x in here)
-            out, lse = block_forward(part, ks, vs, bias, call.how == "causal" and bias is None, ring.scale)
+            flag = call.how == "causal" and bias is None
+            out, lse = block_forward(part, ks, vs, bias, flag, ring.scale, ring.weights(keys, call, q))
             lse = counted(lse, bias, absorbed(tops, ring.queries, call, q.dtype))
             for i in call.queries:
                 c = ring.queries[i]
@@ -152,11 +160,12 @@ def ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, q_lengths: Any,
     q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, ulysses: int,
     rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (), window: Size = None,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the final ``out`` and ``lse``."""
     ring = _Ring(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
-        window,
+        window, dropout_p, seed,
     )  # fmt: skip
     dtype = wide(q.dtype)
     given, mask = mask, _four(mask)
@@ -185,8 +194,9 @@ def ring_attention_backward(
                 )
                 sums = torch.where(which, level.to(sums.dtype), sums)
             bias = ring.bias(mask, keys, call, q)
+            flag = call.how == "causal" and bias is None
             gq, gk, gv, gbias = block_backward(
-                g, part, ks, vs, bias, o, sums, call.how == "causal" and bias is None, ring.scale, mask_grad
+                g, part, ks, vs, bias, o, sums, flag, ring.scale, mask_grad, ring.weights(keys, call, q)
             )
             for i in call.queries:
                 c = ring.queries[i]

@@ -5,6 +5,9 @@ broadcasts to ``[B, H, m, n]``.  The log-sum-exp is ``[B, H, m]``, fp32 at least
 The backward takes the *final* output and log-sum-exp, those of all blocks together: with them every block's
 probabilities, and so its gradients, are those of the whole attention (Ring Attention, Liu et al. 2023; the formulas
 are those of FlashAttention, Dao et al. 2022).
+
+With dropout the probabilities are multiplied by ``weights [B, H, m, n]`` (:mod:`fxsp.kernels.ring_draws`); then the
+block is written out, and its probabilities are held.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ aten = torch.ops.aten
 _INFINITY = float("inf")
 
 
-def _kernel(q: Tensor, v: Tensor, bias: Tensor | None) -> str:
+def _kernel(q: Tensor, v: Tensor, bias: Tensor | None, weights: Tensor | None) -> str:
     """The fused kernel that takes these operands, or ``"math"``."""
-    if q.shape[-1] != v.shape[-1]:
+    if q.shape[-1] != v.shape[-1] or weights is not None:
         return "math"
     if q.device.type == "cpu":
         return "cpu"
@@ -50,16 +53,18 @@ def _without_keys(bias: Tensor) -> Tensor:
 
 
 def block_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)``; ``causal`` is ``key row <= query row``."""
     times = q.shape[1] // k.shape[1]
-    kernel = _kernel(q, v, bias)
+    kernel = _kernel(q, v, bias, weights)
     if kernel == "math":
         scores = _scores(q, _repeated(k, times), bias, causal, scale)
         lse = scores.logsumexp(-1)
         # Of a row without keys softmax is NaN.
         p = scores.softmax(-1).masked_fill((lse == -_INFINITY).unsqueeze(-1), 0)
+        if weights is not None:
+            p = p * weights
         return p @ _repeated(v, times).to(p.dtype), lse
     k, v = _repeated(k, times), _repeated(v, times)
     if kernel == "flash":
@@ -85,20 +90,24 @@ def block_backward(
     causal: bool,
     scale: float,
     bias_grad: bool,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, and of the bias (``[B, H, m, n]``) if it is asked for."""
     times = q.shape[1] // k.shape[1]
     # Any finite number: the scores of such a row are -inf, and so its probabilities are 0.
     lse = torch.where(lse == -_INFINITY, 0.0, lse)
-    kernel = "math" if bias_grad else _kernel(q, v, bias)
+    kernel = "math" if bias_grad else _kernel(q, v, bias, weights)
     k, v = _repeated(k, times), _repeated(v, times)
     if kernel == "math":
         dtype = wide(q.dtype)
         g, queries, keys, values = (x.to(dtype) for x in (grad, q, k, v))
         p = (_scores(q, k, bias, causal, scale) - lse.unsqueeze(-1)).exp()
         delta = (g * out.to(dtype)).sum(-1, keepdim=True)
-        ds = p * (g @ values.mT - delta)
-        dq, dk, dv = ds @ keys * scale, ds.mT @ queries * scale, p.mT @ g
+        dp, kept = g @ values.mT, p
+        if weights is not None:
+            dp, kept = dp * weights, p * weights
+        ds = p * (dp - delta)
+        dq, dk, dv = ds @ keys * scale, ds.mT @ queries * scale, kept.mT @ g
         return dq, _summed(dk, times), _summed(dv, times), ds if bias_grad else None
     if kernel == "flash":
         seed = torch.zeros([2], dtype=torch.uint64, device=q.device)

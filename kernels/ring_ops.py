@@ -17,7 +17,10 @@ from fxsp.kernels.ring import RING
 __all__ = ["RING_OPS", "register"]
 
 _TOKENS = "SymInt[] q_lengths, bool[] q_whole, SymInt[] k_lengths, bool[] k_whole, bool causal, float? scale"
-_PLACE = "int ulysses, int rank, int size, str group, bool[] q_head_tail=[], bool[] k_head_tail=[], SymInt? window=None"
+_PLACE = (
+    "int ulysses, int rank, int size, str group, bool[] q_head_tail=[], bool[] k_head_tail=[], "
+    "SymInt? window=None, float dropout_p=0.0, Tensor? seed=None"
+)
 
 #: Name of an op -> its schema.
 RING_OPS: dict[str, str] = {
@@ -45,17 +48,17 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, mask, *output)
+    q, k, v, mask, *ctx.rest, seed = inputs
+    ctx.save_for_backward(q, k, v, mask, *output, seed)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, mask, out, lse = ctx.saved_tensors
+    q, k, v, mask, out, lse, seed = ctx.saved_tensors
     rest = ctx.rest
     mask_grad = bool(ctx.needs_input_grad[3])
     op = torch.ops.fxsp.ring_attention_backward
-    dq, dk, dv, dmask = op(grad, q, k, v, mask, out, lse, *rest[:6], mask_grad, *rest[6:])
-    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in rest))
+    dq, dk, dv, dmask = op(grad, q, k, v, mask, out, lse, *rest[:6], mask_grad, *rest[6:], seed)
+    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in rest), None)
 
 
 def register(library: torch.library.Library) -> None:

@@ -128,7 +128,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
         return None
     if not len(q) == len(k) == len(v) or not all(same_length(a, b) for a, b in zip(k[:-1], v[:-1], strict=True)):
         return None  # broadcast in ways that no exchange knows
-    dropped = _check_dropout(call, op, program)
+    _check_dropout(call, op, program)
     keys = next((t.sequence for t in kv_types if isinstance(t, Shard)), None)
     per_rows, why = op.rows_refusal(call, q, k), op.refusal(call)
     if len(q) != 4 and not op.builtin:
@@ -149,7 +149,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
             k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
         question = Question(
             q, k, v, q_type.sequence, keys, call[op.query].meta["val"], repeat, program,
-            causal=op.causal_in(call), per_rows=per_rows, blocks=_blocks_refusal(op, dropped),
+            causal=op.causal_in(call), per_rows=per_rows, blocks=_blocks_refusal(op),
         )  # fmt: skip
         best, rejected, detail = choose(question)
         if best is None:
@@ -191,7 +191,7 @@ def _whole_queries(
     window = "" if op.window_in(call) is None else "a window of whole queries is not computed by blocks of keys"
     question = Question(
         q, k, v, keys, keys, call[op.query].meta["val"], repeat, program, causal=op.causal_in(call),
-        blocks=_blocks_refusal(op, False) or window,
+        blocks=_blocks_refusal(op) or window,
     )  # fmt: skip
     best, rejected, detail = choose_for_whole_queries(question)
     choice = AttentionChoice(
@@ -246,11 +246,9 @@ def _reason(types: list[Type], needed: tuple[Type, ...]) -> str:
     return ""
 
 
-def _blocks_refusal(op: AttentionOp, dropped: bool) -> str:
+def _blocks_refusal(op: AttentionOp) -> str:
     """Why an attention cannot be computed block by block, or nothing."""
-    if not op.blocks:
-        return f"blocks of {op.op} do not merge"
-    return "attention with dropout is not computed block by block" if dropped else ""
+    return "" if op.blocks else f"blocks of {op.op} do not merge"
 
 
 def _seen(call: Call) -> str:
@@ -262,13 +260,11 @@ def _seen(call: Call) -> str:
     return f"; its mask is causal{window}{keys}"
 
 
-def _check_dropout(call: Call, op: AttentionOp, program: Program) -> bool:
-    """Whether dropout is active; refuses it where nobody has said that another draw than one device's will do."""
+def _check_dropout(call: Call, op: AttentionOp, program: Program) -> None:
+    """Refuses dropout that is active where nobody has said that another draw than one device's will do."""
     p = call.get(op.dropout) if op.dropout is not None else None
-    if not p:
-        return False
-    if op.op is SDPA and program.rng == "per_rank":
-        return True
+    if not p or (op.op is SDPA and program.rng == "per_rank"):
+        return
     accept = ', or accept another draw: options={"rng": "per_rank"}' if op.op is SDPA else ""
     raise UnsupportedError(
         f"{call.op} in {place(call.node)}: attention dropout "

@@ -44,6 +44,7 @@ class _Ring:
         self.ulysses, self.ring = choice.ulysses, choice.ring
         self.shapes = [[as_length(n) for n in x.meta["global_val"].shape] for x in tensors]
         self.itemsize = tensors[0].meta["global_val"].element_size()
+        self.device = tensors[0].meta["global_val"].device
 
     def lower(self, q: Node, k: Node, v: Node, arguments: dict[str, Any]) -> Node:
         mask = arguments.get("attn_mask")
@@ -54,15 +55,17 @@ class _Ring:
         both = self.build.call(
             _ops.ring_attention.default, q, k, v, mask, *self._sequence(self.queries), *self._sequence(self.keys),
             bool(arguments.get("is_causal")), arguments.get("scale"), self.ulysses, ranks.rank, ranks.size, ranks.group,
-            *self._more(arguments.get("window")),
+            *self._more(arguments.get("window"), arguments.get("dropout_p")),
         )  # fmt: skip
         out = self.build.call(operator.getitem, both, 0)
         self._record_rotations(both)
         return self._to_ranks(out) if self.ulysses > 1 else out
 
-    def _more(self, window: Any) -> list[Any]:
-        """Layouts and window, those that are not the default."""
+    def _more(self, window: Any, dropout_p: Any) -> list[Any]:
+        """Layouts, window and dropout, as far as they are not the default."""
         layouts = self.build.layouts(self.queries, self.keys)
+        if dropout_p:
+            return [*(layouts or ([], [])), window, dropout_p, self.build.seed(self.device)]
         return layouts if window is None else [*(layouts or ([], [])), window]
 
     def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:

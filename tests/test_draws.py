@@ -68,8 +68,14 @@ def _probabilities(heads: int, tokens: int) -> list[Tensor]:
     return [zeros, zeros.clone(), eye.expand(1, heads, tokens, tokens).clone()]
 
 
-def _masks(size: int, heads: int, tokens: int, causal: bool = False) -> tuple[Tensor, Any]:
-    program = partition(_attention(causal), *_probabilities(heads, tokens), size=size, rng="per_rank")
+def _ring(size: int, ulysses: int) -> dict[str, int]:
+    """Options that ask for a ring, or nothing (0: as it comes)."""
+    return {"ulysses_degree": ulysses, "ring_degree": size // ulysses} if ulysses else {}
+
+
+def _masks(size: int, heads: int, tokens: int, causal: bool = False, ulysses: int = 0) -> tuple[Tensor, Any]:
+    options = _ring(size, ulysses)
+    program = partition(_attention(causal), *_probabilities(heads, tokens), size=size, rng="per_rank", **options)
     torch.manual_seed(7)
     (out,) = check_replicated(simulate(program.gm, size, _probabilities(heads, tokens)))
     return out, program
@@ -100,15 +106,30 @@ def test_the_draw_is_the_same_for_all_ranks_and_methods() -> None:
     assert not a.triu(1).any()
 
 
-@pytest.mark.parametrize(("size", "heads", "kv"), [(2, 4, 4), (2, 4, 2), (3, 4, 4)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (3, 1), (8, 1), (4, 2)])
+def test_a_ring_draws_the_same(size: int, ulysses: int, causal: bool) -> None:
+    """As heads that are exchanged, and gathered keys: for any number of ranks, and fewer tokens than ranks."""
+    for tokens in (7, 12, 2):
+        found, program = _masks(size, 4, tokens, causal, ulysses)
+        assert program.report.attentions[0].method == ("ring" if ulysses == 1 else "hybrid")
+        wanted, other = _masks(2, 4, tokens, causal)
+        assert other.report.attentions[0].method == "ulysses"
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "kv", "ulysses"),
+    [(2, 4, 4, 0), (2, 4, 2, 0), (3, 4, 4, 0), (3, 4, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (8, 4, 4, 1)],
+)
 @pytest.mark.parametrize("kind", ["plain", "causal", "mask"])
-def test_gradients_go_through_the_same_draw(kind: str, size: int, heads: int, kv: int) -> None:
+def test_gradients_go_through_the_same_draw(kind: str, size: int, heads: int, kv: int, ulysses: int) -> None:
     """What is dropped is read off the values; then it is a mask that autograd knows."""
     tokens = 7
     function = _attention(kind == "causal", kind == "mask")
-    keep = _masks(size, heads, tokens)[0] > 0
+    keep = _masks(size, heads, tokens, ulysses=ulysses)[0] > 0
     inputs = [torch.randn(1, n, tokens, 4, dtype=torch.float64).requires_grad_() for n in (heads, kv, kv)]
-    program = partition(function, *inputs, size=size, rng="per_rank", training=True)
+    program = partition(function, *inputs, size=size, rng="per_rank", training=True, **_ring(size, ulysses))
     given = torch.randn(1, heads, tokens, 4, dtype=torch.float64)
     torch.manual_seed(7)
     outputs, grads = gradients(program.gm, size, inputs, [given], poison_pads=True)
@@ -170,11 +191,6 @@ def test_without_the_option_it_is_an_error_that_says_so() -> None:
         partition(_attention(), *_probabilities(2, 4))
     with pytest.raises(OptionError, match="'global', 'per_rank'"):
         Options.parse({"rng": "per-rank"})
-    # A ring does not drop.
-    program = partition(_attention(), *_probabilities(4, 4), size=2, rng="per_rank", ulysses_degree=1, ring_degree=2)
-    (record,) = program.report.attentions
-    assert record.method in ("ulysses", "gather_kv")
-    assert "dropout" in dict(record.rejected)["ring"]
     check(lambda x: torch.dropout(shard(x), 0.0, True), torch.randn(1, 5, 2, dtype=torch.float64))
 
 
@@ -194,21 +210,24 @@ class Model(nn.Module):
         return checkpoint(self.attend, x, use_reentrant=False) if self.saved else self.attend(x)
 
 
-def _linear(rank: int, size: int, saved: bool, inner: str) -> tuple[float, float]:
+def _linear(rank: int, size: int, saved: bool, inner: str, ring: int) -> tuple[float, float]:
     """The model is linear in its weight: the gradient times the weight is the value, if both drop the same."""
     torch.manual_seed(3)
     model, x = Model(saved), torch.randn(2, 7, 5)
-    fast = torch.compile(model, backend="sp", options={"inner": inner, "rng": "per_rank"})
+    fast = torch.compile(model, backend="sp", options={"inner": inner, "rng": "per_rank"} | _ring(size, ring))
     y = fast(x)
     given = torch.randn(2, 7, 20)
     (y * given).sum().backward()
     grad = model.value.weight.grad
     assert grad is not None
+    assert fxsp.reports()[-1].attentions[0].method == ("ring" if ring else "ulysses")
     return float((y * given).sum() - (grad * model.value.weight).sum()), float((y * given).sum().abs())
 
 
-@pytest.mark.parametrize(("saved", "inner"), [(False, "aot_eager"), (True, "aot_eager")])
-def test_on_real_ranks(ranks: Callable[[int], Pool], saved: bool, inner: str) -> None:
-    found = ranks(2).run(_linear, saved, inner)
+@pytest.mark.parametrize(
+    ("saved", "inner", "ring"), [(False, "aot_eager", 0), (True, "aot_eager", 0), (True, "aot_eager", 1)]
+)
+def test_on_real_ranks(ranks: Callable[[int], Pool], saved: bool, inner: str, ring: int) -> None:
+    found = ranks(2).run(_linear, saved, inner, ring)
     assert found[0] == found[1]
     assert abs(found[0][0]) < 1e-5 * max(1.0, found[0][1])

@@ -97,7 +97,7 @@ def _called(size: int, ulysses: int, length: int, layout: str) -> list[int]:
     for rank in range(size):
         pairs = 0
 
-        def block(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Any:
+        def block(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, _: None) -> Any:
             nonlocal pairs
             allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
             pairs += int((allowed.tril() if causal else allowed).sum())

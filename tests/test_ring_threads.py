@@ -48,10 +48,11 @@ def _masks(kind: str, rows: int, columns: int, size: int) -> list[Tensor] | None
     return [x if kind == "additive" else (x > -0.5).index_fill(3, torch.tensor([0]), True)] * size
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("mask", ["causal", "causal padding", "none", "bool", "additive", "padding"])
 @pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (3, 1), (4, 1), (4, 2)])
-def test_heads_and_tails(size: int, ulysses: int, mask: str) -> None:
-    """Output, log-sum-exp, and the gradients of q, k, v and the mask."""
+def test_heads_and_tails(size: int, ulysses: int, mask: str, dropout: float) -> None:
+    """Output, log-sum-exp, and the gradients of q, k, v and the mask; with dropout, of the same draw."""
     torch.manual_seed(size)
     torch.set_num_threads(1)
     for tokens in ([1], [5], [4 * size], [4 * size - 3], [3, 2 * size + 1]):
@@ -61,7 +62,7 @@ def test_heads_and_tails(size: int, ulysses: int, mask: str) -> None:
         q, k, v, g = ([torch.randn(2, h, rows, 4) for _ in range(size)] for h in (4, 2, 2, 4))
         masks = _masks(mask, rows, sum(tokens), size)
         where = (lengths, whole, lengths, whole, "causal" in mask, 0.6)
-        layout = (head_tail, head_tail)
+        layout = (head_tail, head_tail, None, dropout, torch.tensor([1234567]) if dropout else None)
         real = []
         for rank in range(size):
             chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses, head_tail)

@@ -104,7 +104,7 @@ def _called(size: int, length: int, window: int, layout: str) -> list[int]:
     for rank in range(size):
         pairs = 0
 
-        def block(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Any:
+        def block(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, _: None) -> Any:
             nonlocal pairs
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
             pairs += int((seen.tril() if causal else seen).sum())
