@@ -90,11 +90,12 @@ def written_of(program: Program) -> list[Written]:
 
 def find_written(graph: Graph) -> list[Written]:
     """Every softmax over keys, with the products before and after it, in the order of the graph."""
-    found = (_around(node) for node in graph.nodes if node.target in _SOFTMAXES)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found = (_around(node, order) for node in graph.nodes if node.target in _SOFTMAXES)
     return [one for one in found if one is not None]
 
 
-def _around(softmax: Node) -> Written | None:
+def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
     rank = len(shape_of(softmax))
     if not rank:
         return None
@@ -128,7 +129,6 @@ def _around(softmax: Node) -> Written | None:
     inside = _reached(set(scores), before, backward=False) | _reached(
         {p.operands[0] for p in results.values()}, after, backward=True
     )
-    order = {node: i for i, node in enumerate(softmax.graph.nodes)}
     by_place = sorted(inside - set(scores) - {softmax}, key=order.__getitem__)
     names = (Call(node).op._schema.name.partition("::")[2] for node in by_place if node.target not in VIEWS)
     return Written(
@@ -262,7 +262,11 @@ def decide_written(
 
 
 def _product_at(node: Node, program: Program) -> tuple[Written, Product] | None:
-    return next(((one, p) for one in written_of(program) for p in (*one.scores, *one.results) if p.node is node), None)
+    if "written products" not in program.facts:
+        products = ((one, p) for one in reversed(written_of(program)) for p in reversed((*one.scores, *one.results)))
+        program.facts["written products"] = {p.node: (one, p) for one, p in products}
+    found: tuple[Written, Product] | None = program.facts["written products"].get(node)
+    return found
 
 
 def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -> Sequence | None:
