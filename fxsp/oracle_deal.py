@@ -39,13 +39,15 @@ def _pads(rows: Sequence[tuple[int, bool]], x: Tensor, dim: int) -> Tensor:
 def deal(x: Tensor, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], zero_pads: bool, size: int) -> Tensor:
     """Global rows in the order of ranks; a pad is a copy of the segment's last row, or zero."""
     rows = _rows(lengths, head_tail, size)
-    result = torch.stack([x.select(dim, token) for token, _ in rows], dim)
+    result = torch.stack([x.select(dim, token) for token, _ in rows], dim) if rows else x.narrow(dim, 0, 0).clone()
     return result.masked_fill(_pads(rows, x, dim), 0) if zero_pads else result
 
 
 def undeal(x: Tensor, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], size: int) -> Tensor:
     """The way back: every token from where it lies; pads are dropped."""
     at = {token: i for i, (token, pad) in enumerate(_rows(lengths, head_tail, size)) if not pad}
+    if not at:  # no tokens, no rows
+        return x.narrow(dim, 0, 0).clone()
     return torch.stack([x.select(dim, at[token]) for token in range(len(at))], dim)
 
 
