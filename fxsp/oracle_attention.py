@@ -6,7 +6,7 @@ Nothing goes around, nothing is merged, and gradients are autograd's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxsp.kernels.draws import kept
 
-__all__ = ["place_positions", "ring_attention", "ring_attention_backward"]
+__all__ = ["by_autograd", "place_positions", "ring_attention", "ring_attention_backward"]
 
 
 def _tokens(
@@ -115,18 +115,33 @@ def ring_attention_backward(
     dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
+
+    def run(*operands: Any) -> Any:
+        return ring_attention(
+            *operands, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "", q_head_tail,
+            k_head_tail, window, dropout_p, seed,
+        )  # fmt: skip
+
+    return by_autograd(run, grad, q, k, v, mask, mask_grad)
+
+
+def by_autograd(
+    run: Callable[..., Any], grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
+    mask: Sequence[Tensor] | None, mask_grad: bool,
+) -> Any:  # fmt: skip
+    """Of each rank the gradients of q, k, v and the mask (of no elements unless ``mask_grad``).
+
+    ``run(q, k, v, mask)`` gives ``(out, lse)`` of each rank; ``grad`` are the gradients of the outputs.
+    """
     with torch.enable_grad():
         operands = [[x.detach().requires_grad_() for x in lanes] for lanes in (q, k, v)]
         masks = None if mask is None else [m.detach().requires_grad_(mask_grad) for m in mask]
-        queries, keys, values = operands
-        results = ring_attention(
-            queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "",
-            q_head_tail, k_head_tail, window, dropout_p, seed,
-        )  # fmt: skip
+        results = run(*operands, masks)
         leaves = [x for lanes in operands for x in lanes]
         if masks is not None and mask_grad:
             leaves += masks
         found = torch.autograd.grad([o for o, _ in results], leaves, list(grad), materialize_grads=True)
+    size = len(q)
     columns = [found[i : i + size] for i in range(0, len(found), size)]
     if len(columns) == 3:
         columns.append(tuple(x.new_zeros(0) for x in q))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.oracle_attention import by_autograd
 from fxsp.oracle_lanes import pieces
 
 __all__ = ["merged_attention", "merged_attention_backward"]
@@ -69,17 +70,8 @@ def merged_attention_backward(
     group: str = "", k_head_tail: Sequence[bool] = (),
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`merged_attention`."""
-    with torch.enable_grad():
-        lanes = [[x.detach().requires_grad_() for x in operand] for operand in (q, k, v)]
-        masks = None if mask is None else [m.detach().requires_grad_(mask_grad) for m in mask]
-        queries, keys, values = lanes
-        where = k_lengths, k_whole, causal, scale
-        results = merged_attention(queries, keys, values, masks, *where, 0, size, "", k_head_tail)
-        leaves = [x for operand in lanes for x in operand]
-        if masks is not None and mask_grad:
-            leaves += masks
-        found = torch.autograd.grad([o for o, _ in results], leaves, list(grad), materialize_grads=True)
-    columns = [found[i : i + size] for i in range(0, len(found), size)]
-    if len(columns) == 3:
-        columns.append(tuple(x.new_zeros(0) for x in q))
-    return list(zip(*columns, strict=True))
+
+    def run(*operands: Any) -> Any:
+        return merged_attention(*operands, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail)
+
+    return by_autograd(run, grad, q, k, v, mask, mask_grad)

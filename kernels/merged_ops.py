@@ -5,14 +5,13 @@ Its gradient is an operator of its own.  The log-sum-exp is a by-product for it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxsp.kernels.merge import wide
 from fxsp.kernels.merged import MERGED
+from fxsp.kernels.ring_ops import define
 
 __all__ = ["MERGED_OPS", "register"]
 
@@ -25,22 +24,6 @@ MERGED_OPS: dict[str, str] = {
     "merged_attention_backward": f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, "
     f"{_KEYS}, bool mask_grad, {_PLACE}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
-
-
-def _like(x: Tensor, width: Any) -> Tensor:
-    """``[B, H, L, width]`` that lies as ``[B, L, H, width]``."""
-    return x.new_empty([x.shape[0], x.shape[2], x.shape[1], width]).transpose(1, 2)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
-
-
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = mask.new_empty(mask.shape) if mask is not None and rest[4] else q.new_empty([0])
-    return _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3]), like
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -59,9 +42,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 def register(library: torch.library.Library) -> None:
     """Define the operators."""
-    fakes: dict[str, Callable[..., Any]] = {"merged_attention": _fake, "merged_attention_backward": _fake_backward}
-    for name, schema in MERGED_OPS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, MERGED[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fxsp::{name}", fakes[name], lib=library)
-    torch.library.register_autograd("fxsp::merged_attention", _backward, setup_context=_setup, lib=library)
+    define(library, "merged_attention", MERGED_OPS, MERGED, 4, _setup, _backward)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fxsp.kernels.merge import wide
 from fxsp.kernels.ring import RING
 
-__all__ = ["RING_OPS", "register"]
+__all__ = ["RING_OPS", "define", "register"]
 
 _TOKENS = "SymInt[] q_lengths, bool[] q_whole, SymInt[] k_lengths, bool[] k_whole, bool causal, float? scale"
 _PLACE = (
@@ -39,12 +39,29 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any) -> tupl
     return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mask_grad = rest[6]
-    like = mask.new_empty(mask.shape) if mask is not None and mask_grad else q.new_empty([0])
-    return _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3]), like
+def _fake_backward(at: int) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``mask_grad`` is the argument at this place behind the log-sum-exp."""
+
+    def fake(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        like = mask.new_empty(mask.shape) if mask is not None and rest[at] else q.new_empty([0])
+        return _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3]), like
+
+    return fake
+
+
+def define(
+    library: torch.library.Library, name: str, schemas: dict[str, str], run: dict[str, Callable[..., Any]],
+    mask_grad_at: int, setup: Callable[..., None], backward: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Define an attention ``(q, k, v, mask, ...) -> (out, lse)`` and the operator that is its gradient."""
+    fakes: tuple[Callable[..., Any], ...] = (_fake, _fake_backward(mask_grad_at))
+    for op, fake in zip((name, f"{name}_backward"), fakes, strict=True):
+        library.define(op + schemas[op], tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(op, run[op], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fxsp::{op}", fake, lib=library)
+    torch.library.register_autograd(f"fxsp::{name}", backward, setup_context=setup, lib=library)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -63,9 +80,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 def register(library: torch.library.Library) -> None:
     """Define the operators."""
-    fakes: dict[str, Callable[..., Any]] = {"ring_attention": _fake, "ring_attention_backward": _fake_backward}
-    for name, schema in RING_OPS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, RING[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fxsp::{name}", fakes[name], lib=library)
-    torch.library.register_autograd("fxsp::ring_attention", _backward, setup_context=_setup, lib=library)
+    define(library, "ring_attention", RING_OPS, RING, 6, _setup, _backward)
