@@ -116,9 +116,9 @@ def ring_attention_backward(
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
 
-    def run(*operands: Any) -> Any:
+    def run(queries: Any, keys: Any, values: Any, masks: Any) -> Any:
         return ring_attention(
-            *operands, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "", q_head_tail,
+            queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "", q_head_tail,
             k_head_tail, window, dropout_p, seed,
         )  # fmt: skip
 

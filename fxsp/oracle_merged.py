@@ -71,7 +71,9 @@ def merged_attention_backward(
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`merged_attention`."""
 
-    def run(*operands: Any) -> Any:
-        return merged_attention(*operands, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail)
+    def run(queries: Any, keys: Any, values: Any, masks: Any) -> Any:
+        return merged_attention(
+            queries, keys, values, masks, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail
+        )
 
     return by_autograd(run, grad, q, k, v, mask, mask_grad)

@@ -22,15 +22,24 @@ from torch import Tensor
 
 from fxsp.kernels import collectives
 from fxsp.kernels.merge import wide
-from fxsp.kernels.ring_blocks import chunks_of
+from fxsp.kernels.ring_bias import (
+    absorbed,
+    bias_of,
+    counted,
+    four,
+    keys_of,
+    largest,
+    mask_gradient,
+    tokens_first,
+    uncounted,
+)
+from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of
 from fxsp.kernels.ring_kernels import block_backward, block_forward
 from fxsp.types import as_length, same_length
 
 __all__ = ["MERGED", "merged_attention", "merged_attention_backward", "packed_width"]
 
 _INFINITY = float("inf")
-#: A score plus such a bias is the bias: nothing is left of the score (of masks that hold the smallest number).
-_ABSORBS = -1e30
 
 
 def packed_width(width: Any, dtype: torch.dtype) -> Any:
@@ -39,54 +48,41 @@ def packed_width(width: Any, dtype: torch.dtype) -> Any:
 
 
 class _Block:
-    """A rank's own keys, their columns in the mask, and what is added to the scores."""
+    """A rank's own keys, which meet all queries in one call."""
 
     def __init__(
         self, q: Tensor, mask: Tensor | None, lengths: Any, whole: Any, causal: bool, rank: int, size: int,
         head_tail: Any,
     ) -> None:  # fmt: skip
-        chunks = chunks_of(lengths, whole, 1, size, rank, head_tail)
-        self.chunks = chunks
-        self.kept = [
-            c for c in chunks if not (c.whole and rank != size - 1) and not (isinstance(c.real, int) and c.real == 0)
-        ]
-        self.mask = None if mask is None else mask.view([1] * (4 - mask.dim()) + list(mask.shape))
-        if not self.kept:
-            return
-        device = q.device
-        at = [torch.arange(c.real, device=device) + c.first for c in self.kept]
-        self.columns = torch.cat([x.clamp(max=c.limit - 1) for x, c in zip(at, self.kept, strict=True)])
-        allowed = None
-        if any(c.pads for c in self.kept):
-            allowed = torch.cat([x < c.limit for x, c in zip(at, self.kept, strict=True)]).unsqueeze(0)
-        if causal:
-            past = self.columns <= torch.arange(q.shape[2], device=device).unsqueeze(1)
-            allowed = past if allowed is None else past & allowed
-        self.bias = self._bias(q, allowed)
+        self.chunks = chunks_of(lengths, whole, 1, size, rank, head_tail)
+        kept = tuple(
+            j
+            for j, c in enumerate(self.chunks)
+            if not (c.whole and rank != size - 1) and not (isinstance(c.real, int) and c.real == 0)
+        )
+        m = q.shape[2]
+        self.queries = [Chunk(0, 0, 0, m, 0, m, True)]
+        pads = any(self.chunks[j].pads for j in kept)
+        self.call = Meeting((0,), kept, "positions" if causal else "full", pads)
+        self.mask = four(mask)
+        self.bias = bias_of(self.mask, self.queries, self.chunks, self.call, causal, None, q) if kept else None
+        #: Over the keys of all ranks.
+        self.swallowed = absorbed(largest(self.mask), self.queries, self.call, q.dtype) if kept else None
 
-    def _bias(self, q: Tensor, allowed: Tensor | None) -> Tensor | None:
-        """``[b, h, m, n]``, with sizes of one where all are alike; None: nothing is added."""
-        zero = torch.zeros([], dtype=q.dtype, device=q.device)
-        bias = None
-        if self.mask is not None:
-            part = self.mask if _one(self.mask.shape[3]) else self.mask.index_select(3, self.columns)
-            bias = zero.where(part, -_INFINITY) if part.dtype == torch.bool else part.to(q.dtype)
-        if allowed is not None:
-            bias = (zero if bias is None else bias).where(allowed, -_INFINITY)
-            bias = bias.view([1] * (4 - bias.dim()) + list(bias.shape))
-        return bias
+    @property
+    def empty(self) -> bool:
+        return not self.call.keys
 
     def rows(self, x: Tensor) -> Tensor:
         """Those rows of ``[B, h, L, D]`` that are attended to."""
-        pieces = [x.narrow(2, c.row, c.real) for c in self.kept]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+        return keys_of(x, self.chunks, self.call.keys)
 
     def spread(self, g: Tensor, like: Tensor) -> Tensor:
         """The way back: zeros for pads, and for what another rank attends to."""
         pieces, start = [], 0
-        for c in self.chunks:
+        for j, c in enumerate(self.chunks):
             used: Any = 0
-            if any(c is k for k in self.kept):
+            if j in self.call.keys:
                 used = c.real
                 pieces.append(g.narrow(2, start, used))
                 start = start + used
@@ -94,38 +90,14 @@ class _Block:
                 pieces.append(like.new_zeros([*like.shape[:2], c.rows - used, like.shape[3]], dtype=g.dtype))
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).to(like.dtype)
 
-    def absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The largest bias of each row over the keys of all ranks, and whether all keys have one that swallows scores.
-
-        One device then attends equally to the keys with the largest, and the log-sum-exp of a rank's keys cannot tell
-        how many they were: it is replaced by the logarithm of their number.
-        """
-        if self.mask is None or self.mask.dtype == torch.bool:
-            return None
-        tops = self.mask.amax(3).to(dtype)
-        return tops, (tops < _ABSORBS) & (tops > -_INFINITY)
-
-
-def _one(n: Any) -> bool:
-    return same_length(as_length(n), 1)
-
-
-def _tokens_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
 
 def _own(q: Tensor, k: Tensor, v: Tensor, block: _Block, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of the queries over this rank's keys; zero and ``-inf`` where there is none."""
-    if not block.kept:
+    if block.empty:
         lse = q.new_full(q.shape[:3], -_INFINITY, dtype=wide(q.dtype))
         return q.new_zeros([*q.shape[:3], v.shape[3]]), lse
     out, lse = block_forward(q, block.rows(k), block.rows(v), block.bias, False, scale)
-    absorbed = block.absorbed(q.dtype)
-    if absorbed is not None and block.bias is not None:
-        tops, rows = absorbed
-        equal = block.bias == tops.unsqueeze(-1)
-        count = equal.expand(*equal.shape[:3], block.columns.shape[0]).sum(-1)
-        lse = torch.where(rows, count.to(lse.dtype).log(), lse)
+    lse = counted(lse, block.bias, block.swallowed)
     return out.to(q.dtype), lse.contiguous()
 
 
@@ -141,7 +113,7 @@ def merged_attention(
     block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail)
     out, lse = _own(q, k, v, block, q.shape[3] ** -0.5 if scale is None else scale)
     if size == 1:
-        return _tokens_first(out), lse
+        return tokens_first(out), lse
     width = v.shape[3]
     message = torch.cat([out, lse.unsqueeze(-1).view(q.dtype)], -1)
     every = collectives.all_gather(message, size, group).view([size, *message.shape])
@@ -151,7 +123,7 @@ def merged_attention(
     # Of two -inf the difference would be NaN.
     shares = (sums - torch.where(total == -_INFINITY, 0.0, total)).exp().unsqueeze(-1)
     merged = (outs.masked_fill(shares == 0, 0) * shares).sum(0)
-    return _tokens_first(merged.to(q.dtype)), total
+    return tokens_first(merged.to(q.dtype)), total
 
 
 def merged_attention_backward(
@@ -166,28 +138,17 @@ def merged_attention_backward(
     block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     none = q.new_zeros([0]) if mask is None or not mask_grad else torch.zeros_like(mask)
-    if not block.kept:
-        dq, dk, dv = (_tokens_first(torch.zeros_like(x)) for x in (q, k, v))
+    if block.empty:
+        dq, dk, dv = (tokens_first(torch.zeros_like(x)) for x in (q, k, v))
         return dq, dk, dv, none
-    absorbed = block.absorbed(q.dtype)
-    if absorbed is not None:
-        # The kernel's probabilities are 1 then, instead of one over the number of keys.
-        level, which = (x.expand(*lse.shape) for x in absorbed)
-        grad = torch.where(
-            which.unsqueeze(-1), grad * torch.where(which, -lse, 0.0).exp().unsqueeze(-1).to(grad.dtype), grad
-        )
-        lse = torch.where(which, level.to(lse.dtype), lse)
+    grad, lse = uncounted(grad, lse, block.swallowed)
     dq, dk, dv, dbias = block_backward(
         grad, q, block.rows(k), block.rows(v), block.bias, out, lse, False, scale, mask_grad
     )
-    results = [_tokens_first(x) for x in (dq.to(q.dtype), block.spread(dk, k), block.spread(dv, v))]
+    results = [tokens_first(x) for x in (dq.to(q.dtype), block.spread(dk, k), block.spread(dv, v))]
     if dbias is not None and block.mask is not None and mask is not None:
-        for dim in range(4):
-            if _one(block.mask.shape[dim]):
-                dbias = dbias.sum(dim, keepdim=True)
-        if not _one(block.mask.shape[3]):
-            # Columns of pads have no gradient: adding it to that of the last token changes nothing.
-            dbias = torch.zeros_like(block.mask, dtype=dbias.dtype).index_add(3, block.columns, dbias)
+        start = torch.zeros_like(block.mask, dtype=dbias.dtype)
+        dbias = mask_gradient(start, dbias, block.queries, block.chunks, block.call)
         none = dbias.to(mask.dtype).view(mask.shape)
     return results[0], results[1], results[2], none
 

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from fxsp.kernels import collectives
 from fxsp.kernels.merge import merge, wide
-from fxsp.kernels.ring_bias import absorbed, bias_of, counted, keys_of, largest, one, positions, range_of
+from fxsp.kernels.ring_bias import (
+    absorbed,
+    bias_of,
+    counted,
+    four,
+    keys_of,
+    largest,
+    mask_gradient,
+    range_of,
+    tokens_first,
+    uncounted,
+)
 from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of, in_pieces, meetings, same_sequence
 from fxsp.kernels.ring_draws import Draw
 from fxsp.kernels.ring_kernels import block_backward, block_forward
@@ -93,16 +104,6 @@ class _Ring:
         return result
 
 
-def _four(mask: Tensor | None) -> Tensor | None:
-    """A mask with all four dimensions."""
-    return None if mask is None else mask.view([1] * (4 - mask.dim()) + list(mask.shape))
-
-
-def _tokens_first(x: Tensor) -> Tensor:
-    """``[B, H, L, D]`` that lies as ``[B, L, H, D]`` in memory, as fused kernels give it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
     causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (),
@@ -119,7 +120,7 @@ def ring_attention(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
         window, dropout_p, seed,
     )  # fmt: skip
-    mask = _four(mask)
+    mask = four(mask)
     tops = largest(mask)
     held: list[tuple[Tensor, Tensor] | None] = [None] * len(ring.queries)
     steps = [ring.step(t) for t in range(ring.ring)]
@@ -153,7 +154,7 @@ def ring_attention(
         sums.append(result[1])
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
     lse = sums[0] if len(sums) == 1 else torch.cat(sums, 2)
-    return _tokens_first(out), lse.contiguous()
+    return tokens_first(out), lse.contiguous()
 
 
 def ring_attention_backward(
@@ -168,7 +169,7 @@ def ring_attention_backward(
         window, dropout_p, seed,
     )  # fmt: skip
     dtype = wide(q.dtype)
-    given, mask = mask, _four(mask)
+    given, mask = mask, four(mask)
     tops = largest(mask)
     dq: list[Tensor | None] = [None] * len(ring.queries)
     dmask = torch.zeros_like(mask, dtype=dtype) if mask is not None and mask_grad else None
@@ -185,14 +186,7 @@ def ring_attention_backward(
             ks, vs = (keys_of(x, keys, call.keys) for x in here)
             g, part, o = (x.narrow(2, first, rows) for x in (grad, q, out))
             sums = lse.narrow(2, first, rows)
-            swallowed = absorbed(tops, ring.queries, call, q.dtype)
-            if swallowed is not None:
-                # The kernel's probabilities are 1 then, instead of one over the number of keys.
-                level, which = (x.expand(*sums.shape) for x in swallowed)
-                g = torch.where(
-                    which.unsqueeze(-1), g * torch.where(which, -sums, 0.0).exp().unsqueeze(-1).to(g.dtype), g
-                )
-                sums = torch.where(which, level.to(sums.dtype), sums)
+            g, sums = uncounted(g, sums, absorbed(tops, ring.queries, call, q.dtype))
             bias = ring.bias(mask, keys, call, q)
             flag = call.how == "causal" and bias is None
             gq, gk, gv, gbias = block_backward(
@@ -207,7 +201,7 @@ def ring_attention_backward(
                 dv[j] = _added(dv[j], gv.narrow(2, start, keys[j].real), dtype)
                 start = start + keys[j].real
             if dmask is not None and gbias is not None:
-                dmask = _mask_gradient(dmask, gbias, ring, keys, call)
+                dmask = mask_gradient(dmask, gbias, ring.queries, keys, call)
         mine = [_rows(parts, keys, x, dtype) for parts, x in ((dk, k), (dv, v))]
         if t == 0:
             own = mine
@@ -221,7 +215,7 @@ def ring_attention_backward(
         arrived = ring.receive(home, [ring.split_rows(x) for x in own])
         own = [_with_split(ring, x, y) for x, y in zip(own, arrived, strict=True)]
     gq = _rows(dq, ring.queries, q, dtype)
-    results = [_tokens_first(x.to(q.dtype)) for x in (gq, *own)]
+    results = [tokens_first(x.to(q.dtype)) for x in (gq, *own)]
     if dmask is None or given is None:
         return results[0], results[1], results[2], q.new_zeros([0])
     return results[0], results[1], results[2], dmask.to(given.dtype).view(given.shape)
@@ -258,21 +252,6 @@ def _with_split(ring: _Ring, own: Tensor, arrived: Tensor) -> Tensor:
             row = row + k.rows
         pieces.append(piece)
     return torch.cat(pieces, 2)
-
-
-def _mask_gradient(total: Tensor, g: Tensor, ring: _Ring, keys: Sequence[Chunk], call: Meeting) -> Tensor:
-    """``total`` with the gradient of one call's scores added where its rows and columns are."""
-    for dim in (0, 1, 2, 3):
-        if one(total.shape[dim]):
-            g = g.sum(dim, keepdim=True)
-    if not one(total.shape[2]):
-        first, rows = range_of(ring.queries, call.queries)
-        g = torch.constant_pad_nd(g, [0, 0, first, total.shape[2] - first - rows])
-    if one(total.shape[3]):
-        return total + g
-    columns = [positions(keys[j], g.device, keys[j].real).clamp(max=keys[j].limit - 1) for j in call.keys]
-    # Columns of pads have no gradient: adding it to that of the last token changes nothing.
-    return total.index_add(3, torch.cat(columns), g)
 
 
 RING: dict[str, Callable[..., Any]] = {

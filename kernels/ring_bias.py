@@ -17,7 +17,21 @@ from fxsp.kernels.banded import allowed as allowed_by_band
 from fxsp.kernels.ring_blocks import Chunk, Meeting
 from fxsp.types import as_length, same_length
 
-__all__ = ["absorbed", "bias_of", "counted", "keys_of", "largest", "one", "positions", "range_of", "tokens_of"]
+__all__ = [
+    "absorbed",
+    "bias_of",
+    "counted",
+    "four",
+    "keys_of",
+    "largest",
+    "mask_gradient",
+    "one",
+    "positions",
+    "range_of",
+    "tokens_first",
+    "tokens_of",
+    "uncounted",
+]
 
 Size = Any
 
@@ -106,6 +120,43 @@ def counted(lse: Tensor, bias: Tensor | None, swallowed: tuple[Tensor, Tensor] |
     tops, rows = swallowed
     count = (bias == tops.unsqueeze(-1)).expand(*bias.shape[:3], bias.shape[3]).sum(-1)
     return torch.where(rows, count.to(lse.dtype).log(), lse)
+
+
+def uncounted(grad: Tensor, lse: Tensor, swallowed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Gradient and log-sum-exp of one call as the backward kernel has to see them, after :func:`counted`.
+
+    The kernel's probabilities are 1 then, instead of one over the number of keys.
+    """
+    if swallowed is None:
+        return grad, lse
+    level, which = (x.expand(*lse.shape) for x in swallowed)
+    scaled = grad * torch.where(which, -lse, 0.0).exp().unsqueeze(-1).to(grad.dtype)
+    return torch.where(which.unsqueeze(-1), scaled, grad), torch.where(which, level.to(lse.dtype), lse)
+
+
+def mask_gradient(total: Tensor, g: Tensor, queries: Sequence[Chunk], keys: Sequence[Chunk], call: Meeting) -> Tensor:
+    """``total`` with the gradient of one call's scores added where its rows and columns are."""
+    for dim in (0, 1, 2, 3):
+        if one(total.shape[dim]):
+            g = g.sum(dim, keepdim=True)
+    if not one(total.shape[2]):
+        first, rows = range_of(queries, call.queries)
+        g = torch.constant_pad_nd(g, [0, 0, first, total.shape[2] - first - rows])
+    if one(total.shape[3]):
+        return total + g
+    columns = [positions(keys[j], g.device, keys[j].real).clamp(max=keys[j].limit - 1) for j in call.keys]
+    # Columns of pads have no gradient: adding it to that of the last token changes nothing.
+    return total.index_add(3, torch.cat(columns), g)
+
+
+def four(mask: Tensor | None) -> Tensor | None:
+    """A mask with all four dimensions."""
+    return None if mask is None else mask.view([1] * (4 - mask.dim()) + list(mask.shape))
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """``[B, H, L, D]`` that lies as ``[B, L, H, D]`` in memory, as fused kernels give it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _columns(mask: Tensor, keys: Sequence[Chunk], which: Sequence[int]) -> Tensor:
