@@ -118,8 +118,8 @@ def ring_attention_backward(
 
     def run(queries: Any, keys: Any, values: Any, masks: Any) -> Any:
         return ring_attention(
-            queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "", q_head_tail,
-            k_head_tail, window, dropout_p, seed,
+            queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "",
+            q_head_tail, k_head_tail, window, dropout_p, seed,
         )  # fmt: skip
 
     return by_autograd(run, grad, q, k, v, mask, mask_grad)

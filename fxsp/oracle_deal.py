@@ -33,7 +33,7 @@ def _rows(lengths: Sequence[int], head_tail: Sequence[bool], size: int) -> list[
 def _pads(rows: Sequence[tuple[int, bool]], x: Tensor, dim: int) -> Tensor:
     shape = [1] * x.dim()
     shape[dim] = -1
-    return torch.tensor([pad for _, pad in rows], device=x.device).view(shape)
+    return torch.tensor([pad for _, pad in rows], dtype=torch.bool, device=x.device).view(shape)
 
 
 def deal(x: Tensor, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], zero_pads: bool, size: int) -> Tensor:

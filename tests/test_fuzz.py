@@ -226,6 +226,19 @@ FOUND = {
         {"S0": 3},
         size=2,
     ),
+    "no tokens behind the text, of a graph for any number of them": Case(
+        """def program(x1, w2):
+    x1 = annotate(x1, "shard", 1, 2, "x1")
+    t3 = F.linear(x1, w2).unflatten(2, (4, -1)).transpose(1, 2)
+    t4 = F.scaled_dot_product_attention(t3, t3, t3, is_causal=True)
+    return x1 + t4.transpose(1, 2).flatten(2)
+""",
+        (Input("x1", (1, "S0", 8)), Input("w2", (8, 8))),
+        {"S0": 3},
+        size=8,
+        training=True,
+        dynamic=True,
+    ),
     "tokens cut into equal parts and put together are as many as before": Case(
         """def program(x1):
     x1 = annotate(x1, "shard", 1, 1, "x1")
