@@ -31,7 +31,18 @@ from fxsp.passes.structure import CATS, CUTS
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length
 
-__all__ = ["PASSED", "PRODUCTS", "VIEWS", "Product", "Written", "decide_written", "find_written", "written_of"]
+__all__ = [
+    "PASSED",
+    "PRODUCTS",
+    "VIEWS",
+    "Product",
+    "Written",
+    "decide_written",
+    "find_written",
+    "is_computed",
+    "source_of",
+    "written_of",
+]
 
 PRODUCTS = frozenset(overloads("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linalg_matmul"))
 VIEWS = frozenset([*RESHAPES, *EXPANDS, *PERMUTES])
@@ -276,15 +287,15 @@ def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -
     if same_length(rows, keys.sequence.length) and keys.plain:
         return keys.sequence
     # Queries may come in chunks: what counts are the scores of all of them, and keys and values once.
-    source = _source(it.operands[1])
-    chunks = [one for one in written_of(program) if _source(one.scores[0].operands[1]) is source]
+    source = source_of(it.operands[1])
+    chunks = [one for one in written_of(program) if source_of(one.scores[0].operands[1]) is source]
     scores = sum(hint(product(shape_of(one.scores[0].node))) for one in chunks)
-    values = {_source(p.operands[1]): p.operands[1] for one in chunks for p in one.results}
+    values = {source_of(p.operands[1]): p.operands[1] for one in chunks for p in one.results}
     moved = sum(hint(product(shape_of(x))) for x in (it.operands[1], *values.values()))
     return Sequence.of(rows) if scores > moved else None
 
 
-def _source(node: Node) -> Node:
+def source_of(node: Node) -> Node:
     """What a value is a view of."""
     while node.target in VIEWS:
         node = next(tensor_nodes(node.args))

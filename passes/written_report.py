@@ -27,7 +27,7 @@ from fxsp.passes.rules import Call, rule_of, shape_of
 from fxsp.passes.rules_elementwise import CHEAP
 from fxsp.passes.rules_reduce import SUMS
 from fxsp.passes.rules_views import quotient
-from fxsp.passes.written_attention import PRODUCTS, VIEWS, Written, is_computed, written_of
+from fxsp.passes.written_attention import PRODUCTS, VIEWS, Written, is_computed, source_of, written_of
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, same_length
@@ -91,18 +91,12 @@ def _linear(first: Node) -> _Found | None:
 
 def _normalizers(operands: list[Node]) -> Iterator[Node]:
     """Sums of the keys alone, by which the result is divided, and what takes them."""
-    sources = {_source(x) for x in operands}
+    sources = {source_of(x) for x in operands}
     for node in sources:
         for view in (node, *(u for u in node.users if u.target in VIEWS)):
             for total in view.users:
                 if total.target in SUMS and isinstance(total.meta.get("sp"), Partial):
                     yield from (total, *total.users)
-
-
-def _source(node: Node) -> Node:
-    while node.target in VIEWS:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def report_written(program: Program) -> None:
