@@ -1,7 +1,8 @@
 """What ``fxsp.ring_attention`` means, on lists with one tensor per rank: attention by its definition.
 
 Every rank's queries over the keys of all ranks of its ring, put in global order without pads: scores, mask, softmax.
-Nothing goes around, nothing is merged, and gradients are autograd's.
+Nothing goes around, nothing is merged.  Gradients are autograd's, but for one thing: one device's fused kernel keeps a
+row's log-sum-exp in one number, and takes probabilities from it in its backward pass (:func:`weighted`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fxsp.kernels.draws import kept
 
-__all__ = ["by_autograd", "place_positions", "ring_attention", "ring_attention_backward"]
+__all__ = ["by_autograd", "place_positions", "ring_attention", "ring_attention_backward", "weighted"]
 
 
 def _tokens(
@@ -40,7 +41,7 @@ def _tokens(
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float | None,
-    weights: Tensor | float = 1.0,
+    weights: Tensor | None = None, exact: bool = False,
 ) -> Any:  # fmt: skip
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = q.shape[1] // k.shape[1]
@@ -50,10 +51,49 @@ def _attention(
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if past is not None:
         scores = scores.masked_fill(~past, -torch.inf)
+    exact = exact or weights is not None or q.shape[-1] != v.shape[-1] or (mask is not None and mask.requires_grad)
+    out, lse, rest = weighted(scores, v.to(dtype).repeat_interleave(groups, 1), exact, weights)
+    return out.to(q.dtype), lse, rest
+
+
+def weighted(
+    scores: Tensor, values: Tensor, exact: bool, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values weighted by the softmax of ``scores [B, H, m, n]``, the log-sum-exp, and what is missing from that.
+
+    ``exact``: the gradient is that of the softmax; else that of a fused kernel.  No key allowed: zeros and ``-inf``.
+    """
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    probabilities = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-    out = torch.einsum("bhmn,bhne->bhme", (probabilities * weights).to(dtype), v.to(dtype).repeat_interleave(groups, 1))
-    return out.to(q.dtype), scores.logsumexp(-1)
+    filled = scores.masked_fill(nothing, 0)
+    if exact:
+        probabilities = filled.softmax(-1).masked_fill(nothing, 0)
+        if weights is not None:
+            probabilities = (probabilities * weights).to(values.dtype)
+        out = torch.einsum("bhmn,bhne->bhme", probabilities, values)
+    else:
+        out = _Fused.apply(filled, nothing, values)  # type: ignore[no-untyped-call]
+    top = filled.detach().amax(-1)
+    lse = filled.logsumexp(-1).masked_fill(nothing.squeeze(-1), -torch.inf)
+    rest = (filled.detach() - top.unsqueeze(-1)).exp().sum(-1).log() - (lse.detach() - top)
+    return out, lse, rest.masked_fill(nothing.squeeze(-1), 0)
+
+
+class _Fused(torch.autograd.Function):
+    """A softmax times values; differentiated with ``exp(score - lse)``, as FlashAttention's backward pass does."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, nothing: Tensor, values: Tensor) -> Tensor:
+        out = torch.einsum("bhmn,bhne->bhme", scores.softmax(-1).masked_fill(nothing, 0), values)
+        ctx.save_for_backward(scores, nothing, values, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        scores, nothing, values, out = ctx.saved_tensors
+        (grad,) = grads
+        p = (scores - scores.logsumexp(-1, keepdim=True)).exp().masked_fill(nothing, 0)
+        of_p = torch.einsum("bhme,bhne->bhmn", grad, values) - (grad * out).sum(-1, keepdim=True)
+        return p * of_p, None, torch.einsum("bhmn,bhme->bhne", p, grad)
 
 
 def ring_attention(
@@ -61,9 +101,9 @@ def ring_attention(
     q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
     causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
     q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
-    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, exact: bool = False,
 ) -> Any:  # fmt: skip
-    """``(out, lse)`` of each rank; differentiable."""
+    """``(out, lse, rest)`` of each rank; differentiable."""
     ring = size // ulysses
     results = []
     for r in range(size):
@@ -82,13 +122,13 @@ def ring_attention(
         if window is not None:
             near = torch.arange(len(at)) >= rows.unsqueeze(1) - window
             past = near if past is None else past & near
-        weights: Tensor | float = 1.0
+        weights: Tensor | None = None
         if dropout_p and seed is not None:
             (batch, heads), columns = q[r].shape[:2], torch.arange(len(at))
             of_head = torch.arange(peer * heads, (peer + 1) * heads)
             places = [torch.arange(batch)[:, None, None, None], of_head[:, None, None], rows[:, None], columns]
             weights = kept(seed[0], places, dropout_p).double() / (1 - dropout_p if dropout_p < 1 else 1.0)
-        results.append(_attention(q[r], keys, values, None if mask is None else mask[r], past, scale, weights))
+        results.append(_attention(q[r], keys, values, None if mask is None else mask[r], past, scale, weights, exact))
     return results
 
 
@@ -108,18 +148,18 @@ def place_positions(
 
 def ring_attention_backward(
     grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
-    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], q_lengths: Sequence[int],
-    q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
+    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor],
+    rest: Sequence[Tensor], q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
     mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "", q_head_tail: Sequence[bool] = (),
     k_head_tail: Sequence[bool] = (), window: int | None = None,
-    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, exact: bool = False,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
 
     def run(queries: Any, keys: Any, values: Any, masks: Any) -> Any:
         return ring_attention(
             queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "",
-            q_head_tail, k_head_tail, window, dropout_p, seed,
+            q_head_tail, k_head_tail, window, dropout_p, seed, exact,
         )  # fmt: skip
 
     return by_autograd(run, grad, q, k, v, mask, mask_grad)
@@ -131,7 +171,7 @@ def by_autograd(
 ) -> Any:  # fmt: skip
     """Of each rank the gradients of q, k, v and the mask (of no elements unless ``mask_grad``).
 
-    ``run(q, k, v, mask)`` gives ``(out, lse)`` of each rank; ``grad`` are the gradients of the outputs.
+    ``run(q, k, v, mask)`` gives the output and more of each rank; ``grad`` are the gradients of the outputs.
     """
     with torch.enable_grad():
         operands = [[x.detach().requires_grad_() for x in lanes] for lanes in (q, k, v)]
@@ -140,7 +180,7 @@ def by_autograd(
         leaves = [x for lanes in operands for x in lanes]
         if masks is not None and mask_grad:
             leaves += masks
-        found = torch.autograd.grad([o for o, _ in results], leaves, list(grad), materialize_grads=True)
+        found = torch.autograd.grad([o for o, *_ in results], leaves, list(grad), materialize_grads=True)
     size = len(q)
     columns = [found[i : i + size] for i in range(0, len(found), size)]
     if len(columns) == 3:

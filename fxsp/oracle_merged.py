@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.oracle_attention import by_autograd
+from fxsp.oracle_attention import by_autograd, weighted
 from fxsp.oracle_lanes import pieces
 
 __all__ = ["merged_attention", "merged_attention_backward"]
@@ -22,9 +22,9 @@ __all__ = ["merged_attention", "merged_attention_backward"]
 def merged_attention(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
     k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None, rank: int = 0, size: int = 1,
-    group: str = "", k_head_tail: Sequence[bool] = (),
+    group: str = "", k_head_tail: Sequence[bool] = (), exact: bool = False,
 ) -> Any:  # fmt: skip
-    """``(out, lse)`` of each rank; differentiable."""
+    """``(out, lse, rest)`` of each rank; differentiable."""
     total = sum(k_lengths)
     # Who attends to which key, and in which of its rows it is.
     owner, row = [0] * total, [0] * total
@@ -56,24 +56,24 @@ def merged_attention(
         if causal:
             past = torch.arange(total) <= torch.arange(scores.shape[2]).unsqueeze(1)
             scores = scores.masked_fill(~past, -torch.inf)
-        nothing = (scores == -torch.inf).all(-1, keepdim=True)
-        weights = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-        out = torch.einsum("bhmn,bhne->bhme", weights, values)
-        results.append((out.to(q[r].dtype), scores.logsumexp(-1)))
+        by_softmax = exact or q[r].shape[-1] != v[r].shape[-1] or (mask is not None and mask[r].requires_grad)
+        out, lse, rest = weighted(scores, values, by_softmax)
+        results.append((out.to(q[r].dtype), lse, rest))
     return results
 
 
 def merged_attention_backward(
     grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
-    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], k_lengths: Sequence[int],
-    k_whole: Sequence[bool], causal: bool, scale: float | None, mask_grad: bool, rank: int = 0, size: int = 1,
-    group: str = "", k_head_tail: Sequence[bool] = (),
+    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor],
+    rest: Sequence[Tensor], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
+    mask_grad: bool, rank: int = 0, size: int = 1, group: str = "", k_head_tail: Sequence[bool] = (),
+    exact: bool = False,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`merged_attention`."""
 
     def run(queries: Any, keys: Any, values: Any, masks: Any) -> Any:
         return merged_attention(
-            queries, keys, values, masks, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail
+            queries, keys, values, masks, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail, exact
         )
 
     return by_autograd(run, grad, q, k, v, mask, mask_grad)

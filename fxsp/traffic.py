@@ -107,8 +107,8 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
         return _rotations(node, ranks)
     if name == "merged_attention":
         value = local_shape(arguments_of(node)["v"], ranks)
-        # The log-sum-exps are fp32 at least.
-        width = as_length((0 if value is None else value[-1]) + max(1, 4 // item))
+        # The log-sum-exps are two numbers each, fp32 at least.
+        width = as_length((0 if value is None else value[-1]) + 2 * max(1, 4 // item))
         return product((*shape[:-1], width, item, size - 1))
     if name in ("all_reduce", "reduce_grad"):
         return _part(product((*shape, item)), 2 * (size - 1), size)

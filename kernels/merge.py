@@ -10,6 +10,14 @@ in fp32 (fp64), rounded once, in one pass over memory.  A log-sum-exp of ``-inf`
 in that row of the output counts for nothing, NaN included.  Where both are ``-inf``, the results are zero and ``-inf``.
 (The online softmax of Milakov and Gimelshein 2018, as in Ring Attention, Liu et al. 2023.)
 
+What is exact here is a *difference* of log-sum-exps, not a log-sum-exp.  The share of a block is off by ``delta``,
+relative, if the difference is; and one number ``x`` is off by half of its last place, ``|x| 2^-24`` in fp32: 6e-6 at
+100, 5e-4 at 1e4, 32 at 1e9 and 1e31 at the smallest number, where nothing is left of the logarithm of a sum.  So between
+blocks a log-sum-exp is two numbers, ``level + rest``: a level near the largest score (which a mask may make as large as
+it likes), and what is to be added to it, of the size of the logarithm of the number of keys.  :func:`join` merges by
+``(level - level') + rest``.  Of two levels within a factor of 2 the difference is exact (Sterbenz); of others it is off
+by ``d 2^-24``, and weighs ``exp(-d)``.  So shares are exact to a few ``2^-24``, whatever the level.
+
 One meaning, two spellings: :func:`merge_eager` in plain operations, which Inductor fuses on the CPU, and on CUDA one
 Triton kernel each for the forward and the backward pass, as the operator ``fxsp_kernels::merge``.  It is defined when
 it is first needed: to import this module takes neither Triton nor a GPU.  The kernel's result lies as ``[B, m, H, E]``,
@@ -25,16 +33,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.kernels.own_kernel import wide
 from fxsp.types import as_length, same_length
 
-__all__ = ["merge", "merge_backward_eager", "merge_eager", "merge_operator", "wide"]
+__all__ = ["above", "join", "merge", "merge_backward_eager", "merge_eager", "merge_operator", "rounded", "wide"]
 
 _INFINITY = float("inf")
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def join(
+    out: Tensor, level: Tensor, rest: Tensor, other: Tensor, other_level: Tensor, other_rest: Tensor,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`merge`, with log-sum-exps of two numbers; without a key the level is ``-inf`` (and the rest any number)."""
+    base = torch.maximum(level, other_level)
+    merged, total = merge(out, above(level, rest, base), other, above(other_level, other_rest, base), dtype)
+    return merged, base, total
+
+
+def above(level: Tensor, rest: Tensor, base: Tensor) -> Tensor:
+    """The log-sum-exp ``level + rest`` less ``base``, which is no smaller than the level; ``-inf`` without a key."""
+    # Of two -inf the difference would be NaN.
+    return torch.where(level == -_INFINITY, level, (level - base) + rest)
+
+
+def rounded(level: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """``level + rest`` as fused kernels keep it, in one number that is rounded once; and what that leaves."""
+    lse = level + rest
+    return lse, torch.where(level == -_INFINITY, 0.0, (level - lse) + rest)
 
 
 def merge(

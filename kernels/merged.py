@@ -5,7 +5,8 @@ long sequence.  What travels are outputs and log-sum-exps of the queries, in one
 
     lse = log(sum over ranks of exp(lse_r))          out = sum over ranks of exp(lse_r - lse) out_r
 
-(the merge of the online softmax, of all blocks at once, as FlashDecoding does with split keys, Dao et al. 2023).
+(the merge of the online softmax, of all blocks at once, as FlashDecoding does with split keys, Dao et al. 2023).  A
+log-sum-exp travels as two numbers, level and rest (:mod:`fxsp.kernels.merge`).
 In the backward pass nothing travels here: with the final output and log-sum-exp each rank computes the gradients of its
 own keys and values, and its summand of the gradient of the queries.
 
@@ -21,18 +22,8 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives
-from fxsp.kernels.merge import wide
-from fxsp.kernels.ring_bias import (
-    absorbed,
-    bias_of,
-    counted,
-    four,
-    keys_of,
-    largest,
-    mask_gradient,
-    tokens_first,
-    uncounted,
-)
+from fxsp.kernels.merge import above, rounded, wide
+from fxsp.kernels.ring_bias import bias_of, four, keys_of, mask_gradient, tokens_first
 from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of
 from fxsp.kernels.ring_kernels import block_backward, block_forward
 from fxsp.types import as_length, same_length
@@ -43,8 +34,8 @@ _INFINITY = float("inf")
 
 
 def packed_width(width: Any, dtype: torch.dtype) -> Any:
-    """Elements of ``dtype`` that travel for a query: its output of ``width``, and its log-sum-exp, which stays wide."""
-    return width + wide(dtype).itemsize // dtype.itemsize
+    """Elements of ``dtype`` that travel for a query: its output of ``width``, and its log-sum-exp: two wide numbers."""
+    return width + 2 * wide(dtype).itemsize // dtype.itemsize
 
 
 class _Block:
@@ -66,8 +57,6 @@ class _Block:
         self.call = Meeting((0,), kept, "positions" if causal else "full", pads)
         self.mask = four(mask)
         self.bias = bias_of(self.mask, self.queries, self.chunks, self.call, causal, None, q) if kept else None
-        #: Over the keys of all ranks.
-        self.swallowed = absorbed(largest(self.mask), self.queries, self.call, q.dtype) if kept else None
 
     @property
     def empty(self) -> bool:
@@ -91,47 +80,52 @@ class _Block:
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).to(like.dtype)
 
 
-def _own(q: Tensor, k: Tensor, v: Tensor, block: _Block, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of the queries over this rank's keys; zero and ``-inf`` where there is none."""
+def _own(q: Tensor, k: Tensor, v: Tensor, block: _Block, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, level and rest of the queries over this rank's keys; zero, ``-inf``, zero where there is none."""
     if block.empty:
-        lse = q.new_full(q.shape[:3], -_INFINITY, dtype=wide(q.dtype))
-        return q.new_zeros([*q.shape[:3], v.shape[3]]), lse
-    out, lse = block_forward(q, block.rows(k), block.rows(v), block.bias, False, scale)
-    lse = counted(lse, block.bias, block.swallowed)
-    return out.to(q.dtype), lse.contiguous()
+        level = q.new_full(q.shape[:3], -_INFINITY, dtype=wide(q.dtype))
+        return q.new_zeros([*q.shape[:3], v.shape[3]]), level, torch.zeros_like(level)
+    out, level, rest = block_forward(q, block.rows(k), block.rows(v), block.bias, False, scale)
+    return out.to(q.dtype), level, rest
 
 
 def merged_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_lengths: Any, k_whole: Any, causal: bool,
-    scale: float | None, rank: int, size: int, group: str, k_head_tail: Any = (),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``(out [B, H, m, E], lse [B, H, m])`` of whole queries over everyone's keys, the same on every rank.
+    scale: float | None, rank: int, size: int, group: str, k_head_tail: Any = (), exact: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(out [B, H, m, E], lse [B, H, m], rest [B, H, m])`` of whole queries over everyone's keys, equal on all ranks.
+
+    The log-sum-exp is rounded to one number, ``lse``; with the ``rest`` it is exact.
 
     ``q [B, H, m, D]`` and ``mask`` (all rows, all keys in global order) are whole; ``k [B, h, Lk, D]`` and
     ``v [B, h, Lk, E]`` are local rows.  ``causal`` is ``key position <= query position``.
+    ``exact``: torch would write this attention out (:mod:`fxsp.kernels.own_kernel`); it says something for gradients.
     """
     block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail)
-    out, lse = _own(q, k, v, block, q.shape[3] ** -0.5 if scale is None else scale)
+    out, level, rest = _own(q, k, v, block, q.shape[3] ** -0.5 if scale is None else scale)
     if size == 1:
-        return tokens_first(out), lse
+        lse, rest = rounded(level, rest)
+        return tokens_first(out), lse.contiguous(), rest.contiguous()
     width = v.shape[3]
-    message = torch.cat([out, lse.unsqueeze(-1).view(q.dtype)], -1)
+    message = torch.cat([out, torch.stack([level, rest], -1).view(q.dtype)], -1)
     every = collectives.all_gather(message, size, group).view([size, *message.shape])
-    outs = every.narrow(4, 0, width).to(lse.dtype)
-    sums = every.narrow(4, width, message.shape[3] - width).contiguous().view(lse.dtype).squeeze(-1)
+    outs = every.narrow(4, 0, width).to(level.dtype)
+    levels, rests = every.narrow(4, width, message.shape[3] - width).contiguous().view(level.dtype).unbind(-1)
+    level = levels.amax(0)
+    sums = above(levels, rests, level)
     total = sums.logsumexp(0)
     # Of two -inf the difference would be NaN.
     shares = (sums - torch.where(total == -_INFINITY, 0.0, total)).exp().unsqueeze(-1)
     merged = (outs.masked_fill(shares == 0, 0) * shares).sum(0)
-    return tokens_first(merged.to(q.dtype)), total
+    return tokens_first(merged.to(q.dtype)), *rounded(level, total)
 
 
 def merged_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, k_lengths: Any,
-    k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, rank: int, size: int, group: str,
-    k_head_tail: Any = (),
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor,
+    k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, rank: int, size: int, group: str,
+    k_head_tail: Any = (), exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q and the mask (summands), k and v, from the final ``out`` and ``lse``.
+    """Gradients of q and the mask (summands), k and v, from what :func:`merged_attention` gave.
 
     That of the mask has no elements unless ``mask_grad``.
     """
@@ -141,9 +135,8 @@ def merged_attention_backward(
     if block.empty:
         dq, dk, dv = (tokens_first(torch.zeros_like(x)) for x in (q, k, v))
         return dq, dk, dv, none
-    grad, lse = uncounted(grad, lse, block.swallowed)
     dq, dk, dv, dbias = block_backward(
-        grad, q, block.rows(k), block.rows(v), block.bias, out, lse, False, scale, mask_grad
+        grad, q, block.rows(k), block.rows(v), block.bias, out, lse, rest, False, scale, mask_grad, None, exact
     )
     results = [tokens_first(x) for x in (dq.to(q.dtype), block.spread(dk, k), block.spread(dv, v))]
     if dbias is not None and block.mask is not None and mask is not None:

@@ -2,7 +2,8 @@
 
 Step ``t`` sees the keys of the place ``t`` before this one.  The block of the next step is on its way while this one is
 computed: the exchange is started before the attention and waited for after it.  Keys and values travel in one message,
-as an all-to-all in which only the next rank gets anything.  Results are merged by their log-sum-exp in fp32.
+as an all-to-all in which only the next rank gets anything.  Results are merged by their log-sum-exps in fp32, which are
+kept as two numbers, so that neither a mask nor large scores cost precision (:mod:`fxsp.kernels.merge`).
 
 The backward pass sends keys and values around once more; their gradients travel with them, one step behind, in fp32,
 and arrive home after the last step.  A rank holds two blocks at a time: O(S/P) of keys and values.
@@ -17,19 +18,8 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives
-from fxsp.kernels.merge import merge, wide
-from fxsp.kernels.ring_bias import (
-    absorbed,
-    bias_of,
-    counted,
-    four,
-    keys_of,
-    largest,
-    mask_gradient,
-    range_of,
-    tokens_first,
-    uncounted,
-)
+from fxsp.kernels.merge import join, rounded, wide
+from fxsp.kernels.ring_bias import bias_of, four, keys_of, mask_gradient, range_of, tokens_first
 from fxsp.kernels.ring_blocks import Chunk, Meeting, chunks_of, in_pieces, meetings, same_sequence
 from fxsp.kernels.ring_draws import Draw
 from fxsp.kernels.ring_kernels import block_backward, block_forward
@@ -108,21 +98,24 @@ def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
     causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (),
     k_head_tail: Any = (), window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``(out [B, H, Lq, E], lse [B, H, Lq])`` of this rank's queries over everyone's keys.
+    exact: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(out [B, H, Lq, E], lse [B, H, Lq], rest [B, H, Lq])`` of this rank's queries over everyone's keys.
+
+    The log-sum-exp is rounded to one number, ``lse``; with the ``rest`` it is exact.
 
     ``q [B, H, Lq, D]``, ``k [B, h, Lk, D]``, ``v [B, h, Lk, E]`` are local rows; the rows of ``mask`` are those of the
     queries (or one), its columns all keys in global order (or one).  ``causal`` and ``window`` are those of
     :func:`fxsp.kernels.banded.allowed`, of global positions; ``dropout_p`` and ``seed`` are those of
-    :func:`fxsp.kernels.draws.dropped_attention`.
+    :func:`fxsp.kernels.draws.dropped_attention`.  ``exact``: torch would write this attention out
+    (:mod:`fxsp.kernels.own_kernel`); it says something for gradients.
     """
     ring = _Ring(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
         window, dropout_p, seed,
     )  # fmt: skip
     mask = four(mask)
-    tops = largest(mask)
-    held: list[tuple[Tensor, Tensor] | None] = [None] * len(ring.queries)
+    held: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(ring.queries)
     steps = [ring.step(t) for t in range(ring.ring)]
     left = [sum(i in call.queries for _, calls in steps for call in calls) for i in range(len(ring.queries))]
     here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
@@ -134,43 +127,42 @@ def ring_attention(
             bias = ring.bias(mask, keys, call, q)
             ks, vs = (keys_of(x, keys, call.keys) for x in here)
             flag = call.how == "causal" and bias is None
-            out, lse = block_forward(part, ks, vs, bias, flag, ring.scale, ring.weights(keys, call, q))
-            lse = counted(lse, bias, absorbed(tops, ring.queries, call, q.dtype))
+            results = block_forward(part, ks, vs, bias, flag, ring.scale, ring.weights(keys, call, q))
             for i in call.queries:
                 c = ring.queries[i]
-                o, s = out.narrow(2, c.row - first, c.rows), lse.narrow(2, c.row - first, c.rows)
+                out, level, rest = (x.narrow(2, c.row - first, c.rows) for x in results)
                 before = held[i]
                 left[i] -= 1
                 # The sum is kept wide, and rounded where the last of its summands is added.
-                held[i] = (o, s) if before is None else merge(*before, o, s, wide(q.dtype) if left[i] else q.dtype)
+                dtype = wide(q.dtype) if left[i] else q.dtype
+                held[i] = (out, level, rest) if before is None else join(*before, out, level, rest, dtype)
         if pending is not None:
             moving = here = ring.receive(pending, moving)
-    outs, sums = [], []
+    parts: tuple[list[Tensor], ...] = ([], [], [])
     for c, result in zip(ring.queries, held, strict=True):
         if result is None:  # no rank has a key that these queries see
             none = q.new_full([q.shape[0], q.shape[1], c.rows], float("-inf"), dtype=wide(q.dtype))
-            result = (torch.zeros_like(none).unsqueeze(-1).expand(*none.shape, v.shape[3]), none)
-        outs.append(result[0].to(q.dtype))
-        sums.append(result[1])
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-    lse = sums[0] if len(sums) == 1 else torch.cat(sums, 2)
-    return tokens_first(out), lse.contiguous()
+            nothing = torch.zeros_like(none)
+            result = (nothing.unsqueeze(-1).expand(*none.shape, v.shape[3]), none, nothing)
+        for one, x in zip(parts, (result[0].to(q.dtype), *rounded(*result[1:])), strict=True):
+            one.append(x)
+    out, lse, rest = (one[0] if len(one) == 1 else torch.cat(one, 2) for one in parts)
+    return tokens_first(out), lse.contiguous(), rest.contiguous()
 
 
 def ring_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, q_lengths: Any,
-    q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, ulysses: int,
-    rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (), window: Size = None,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor,
+    q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool,
+    ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (), window: Size = None,
+    dropout_p: float = 0.0, seed: Tensor | None = None, exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the final ``out`` and ``lse``."""
+    """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from what :func:`ring_attention` gave."""
     ring = _Ring(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
         window, dropout_p, seed,
     )  # fmt: skip
     dtype = wide(q.dtype)
     given, mask = mask, four(mask)
-    tops = largest(mask)
     dq: list[Tensor | None] = [None] * len(ring.queries)
     dmask = torch.zeros_like(mask, dtype=dtype) if mask is not None and mask_grad else None
     here, moving = [k, v], [ring.split_rows(k), ring.split_rows(v)]
@@ -184,13 +176,11 @@ def ring_attention_backward(
         for call in calls:
             first, rows = range_of(ring.queries, call.queries)
             ks, vs = (keys_of(x, keys, call.keys) for x in here)
-            g, part, o = (x.narrow(2, first, rows) for x in (grad, q, out))
-            sums = lse.narrow(2, first, rows)
-            g, sums = uncounted(g, sums, absorbed(tops, ring.queries, call, q.dtype))
+            g, part, o, *sums = (x.narrow(2, first, rows) for x in (grad, q, out, lse, rest))
             bias = ring.bias(mask, keys, call, q)
             flag = call.how == "causal" and bias is None
             gq, gk, gv, gbias = block_backward(
-                g, part, ks, vs, bias, o, sums, flag, ring.scale, mask_grad, ring.weights(keys, call, q)
+                g, part, ks, vs, bias, o, *sums, flag, ring.scale, mask_grad, ring.weights(keys, call, q), exact
             )
             for i in call.queries:
                 c = ring.queries[i]

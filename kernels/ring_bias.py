@@ -18,19 +18,15 @@ from fxsp.kernels.ring_blocks import Chunk, Meeting
 from fxsp.types import as_length, same_length
 
 __all__ = [
-    "absorbed",
     "bias_of",
-    "counted",
     "four",
     "keys_of",
-    "largest",
     "mask_gradient",
     "one",
     "positions",
     "range_of",
     "tokens_first",
     "tokens_of",
-    "uncounted",
 ]
 
 Size = Any
@@ -73,7 +69,8 @@ def bias_of(
         if part.dtype == torch.bool:
             bias = torch.zeros([], dtype=like.dtype, device=like.device).where(part, float("-inf"))
         else:
-            bias = part.to(like.dtype)
+            # Beside half precision a mask may be fp32, and its smallest number more than half precision holds.
+            bias = part.to(torch.promote_types(part.dtype, like.dtype))
     allowed = _allowed(queries, keys, meeting, causal, window, like.device)
     if mask is not None and meeting.how == "causal":
         # Fused kernels take the causal flag or a bias, not both: with both, gradients of the CPU's are wrong.
@@ -86,52 +83,6 @@ def bias_of(
         bias = (zero if bias is None else bias).where(allowed, float("-inf"))
         bias = bias.view([1] * (4 - bias.dim()) + list(bias.shape))
     return bias
-
-
-#: A score plus such a bias is the bias: nothing is left of the score (of masks that hold the smallest number).
-_ABSORBS = -1e30
-
-
-def largest(mask: Tensor | None) -> Tensor | None:
-    """The largest bias of each row of an additive mask; None if there is no such mask."""
-    return None if mask is None or mask.dtype == torch.bool else mask.amax(-1)
-
-
-def absorbed(
-    tops: Tensor | None, queries: Sequence[Chunk], meeting: Meeting, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:
-    """Of one call's rows: the largest bias, and whether all keys have one that swallows every score.
-
-    One device then attends equally to the keys with the largest.  A log-sum-exp of such a row cannot tell how many
-    they were, so it is replaced by the logarithm of their number.
-    """
-    if tops is None:
-        return None
-    if not one(tops.shape[-1]):
-        tops = tops.narrow(-1, *range_of(queries, meeting.queries))
-    tops = tops.to(dtype)
-    return tops, (tops < _ABSORBS) & (tops > float("-inf"))
-
-
-def counted(lse: Tensor, bias: Tensor | None, swallowed: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The log-sum-exp of one call, with what :func:`absorbed` says of its rows."""
-    if swallowed is None or bias is None:
-        return lse
-    tops, rows = swallowed
-    count = (bias == tops.unsqueeze(-1)).expand(*bias.shape[:3], bias.shape[3]).sum(-1)
-    return torch.where(rows, count.to(lse.dtype).log(), lse)
-
-
-def uncounted(grad: Tensor, lse: Tensor, swallowed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Gradient and log-sum-exp of one call as the backward kernel has to see them, after :func:`counted`.
-
-    The kernel's probabilities are 1 then, instead of one over the number of keys.
-    """
-    if swallowed is None:
-        return grad, lse
-    level, which = (x.expand(*lse.shape) for x in swallowed)
-    scaled = grad * torch.where(which, -lse, 0.0).exp().unsqueeze(-1).to(grad.dtype)
-    return torch.where(which.unsqueeze(-1), scaled, grad), torch.where(which, level.to(lse.dtype), lse)
 
 
 def mask_gradient(total: Tensor, g: Tensor, queries: Sequence[Chunk], keys: Sequence[Chunk], call: Meeting) -> Tensor:

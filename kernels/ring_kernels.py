@@ -1,7 +1,8 @@
 """Attention of one block that also returns the log-sum-exp, and its backward, by the fused kernel of the device.
 
 Queries ``[B, H, m, D]``, keys ``[B, h, n, D]``, values ``[B, h, n, E]`` (``h`` divides ``H``), an additive bias that
-broadcasts to ``[B, H, m, n]``.  The log-sum-exp is ``[B, H, m]``, fp32 at least, and ``-inf`` in rows without a key.
+broadcasts to ``[B, H, m, n]``.  The log-sum-exp is two tensors ``[B, H, m]``, fp32 at least, whose sum it is: a level,
+``-inf`` in rows without a key, and the rest (why: :mod:`fxsp.kernels.merge`, :mod:`fxsp.kernels.own_kernel`).
 The backward takes the *final* output and log-sum-exp, those of all blocks together: with them every block's
 probabilities, and so its gradients, are those of the whole attention (Ring Attention, Liu et al. 2023; the formulas
 are those of FlashAttention, Dao et al. 2022).
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels.merge import wide
+from fxsp.kernels.own_kernel import level_and_rest, wide
 
 __all__ = ["block_backward", "block_forward"]
 
@@ -54,29 +55,32 @@ def _without_keys(bias: Tensor) -> Tensor:
 
 def block_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``; ``causal`` is ``key row <= query row``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, level, rest)``; ``causal`` is ``key row <= query row``."""
     times = q.shape[1] // k.shape[1]
     kernel = _kernel(q, v, bias, weights)
     if kernel == "math":
         scores = _scores(q, _repeated(k, times), bias, causal, scale)
-        lse = scores.logsumexp(-1)
-        # Of a row without keys softmax is NaN.
-        p = scores.softmax(-1).masked_fill((lse == -_INFINITY).unsqueeze(-1), 0)
+        level = scores.amax(-1)
+        nothing = level == -_INFINITY
+        # Of a row without keys the difference would be NaN.
+        p = (scores - level.masked_fill(nothing, 0).unsqueeze(-1)).exp()
+        total = p.sum(-1).masked_fill(nothing, 1)
+        p = p / total.unsqueeze(-1)
         if weights is not None:
             p = p * weights
-        return p @ _repeated(v, times).to(p.dtype), lse
+        return p @ _repeated(v, times).to(p.dtype), level, total.log()
     k, v = _repeated(k, times), _repeated(v, times)
     if kernel == "flash":
         results: Any = aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, causal, False, scale=scale)
-        return results[0], results[1]
+        return results[0], results[1], torch.zeros_like(results[1])
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )
     if bias is not None:
         # The kernel says 0 for a row without keys.
         lse = lse.masked_fill(_without_keys(bias), -_INFINITY)
-    return out, lse
+    return out, *level_and_rest(q, k, bias, causal, scale, lse)
 
 
 def block_backward(
@@ -87,21 +91,27 @@ def block_backward(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     causal: bool,
     scale: float,
     bias_grad: bool,
     weights: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, and of the bias (``[B, H, m, n]``) if it is asked for."""
+    """Gradients of q, k, v, and of the bias (``[B, H, m, n]``) if it is asked for.
+
+    ``lse`` is the log-sum-exp as fused kernels keep it, in one number, and ``rest`` what is missing from it.  ``exact``
+    asks for the gradients of attention that is written out, which are those of the bias in any case.
+    """
     times = q.shape[1] // k.shape[1]
     # Any finite number: the scores of such a row are -inf, and so its probabilities are 0.
     lse = torch.where(lse == -_INFINITY, 0.0, lse)
-    kernel = "math" if bias_grad else _kernel(q, v, bias, weights)
+    kernel = "math" if bias_grad or exact else _kernel(q, v, bias, weights)
     k, v = _repeated(k, times), _repeated(v, times)
     if kernel == "math":
         dtype = wide(q.dtype)
         g, queries, keys, values = (x.to(dtype) for x in (grad, q, k, v))
-        p = (_scores(q, k, bias, causal, scale) - lse.unsqueeze(-1)).exp()
+        p = (_scores(q, k, bias, causal, scale) - lse.unsqueeze(-1) - rest.unsqueeze(-1)).exp()
         delta = (g * out.to(dtype)).sum(-1, keepdim=True)
         dp, kept = g @ values.mT, p
         if weights is not None:

@@ -1,6 +1,6 @@
-"""``fxsp.ring_attention`` as an operator: one node, of two results, until *emit*, and on real ranks in eager mode too.
+"""``fxsp.ring_attention`` as an operator: one node, of three results, until *emit*, and on real ranks in eager mode too.
 
-Its gradient is an operator of its own.  The log-sum-exp is a by-product for it and has no gradient.
+Its gradient is an operator of its own.  The log-sum-exp, in two numbers, is a by-product for it and has no gradient.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from torch import Tensor
 from fxsp.kernels.merge import wide
 from fxsp.kernels.ring import RING
 
-__all__ = ["RING_OPS", "define", "register"]
+__all__ = ["RESULTS", "RING_OPS", "define", "register"]
 
 _TOKENS = "SymInt[] q_lengths, bool[] q_whole, SymInt[] k_lengths, bool[] k_whole, bool causal, float? scale"
 _PLACE = (
     "int ulysses, int rank, int size, str group, bool[] q_head_tail=[], bool[] k_head_tail=[], "
-    "SymInt? window=None, float dropout_p=0.0, Tensor? seed=None"
+    "SymInt? window=None, float dropout_p=0.0, Tensor? seed=None, bool exact=False"
 )
+#: Output, log-sum-exp and what that leaves (:mod:`fxsp.kernels.own_kernel`).
+RESULTS = "(Tensor out, Tensor lse, Tensor rest)"
 
 #: Name of an op -> its schema.
 RING_OPS: dict[str, str] = {
-    "ring_attention": f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_TOKENS}, {_PLACE}) -> (Tensor out, Tensor lse)",
+    "ring_attention": f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_TOKENS}, {_PLACE}) -> {RESULTS}",
     "ring_attention_backward": f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, "
-    f"{_TOKENS}, bool mask_grad, {_PLACE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor rest, {_TOKENS}, bool mask_grad, {_PLACE}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -35,17 +37,19 @@ def _like(x: Tensor, width: Any) -> Tensor:
     return x.new_empty([x.shape[0], x.shape[2], x.shape[1], width]).transpose(1, 2)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse, rest = (q.new_empty(q.shape[:3], dtype=wide(q.dtype)) for _ in range(2))
+    return _like(q, v.shape[3]), lse, rest
 
 
 def _fake_backward(at: int) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """``mask_grad`` is the argument at this place behind the log-sum-exp."""
+    """``mask_grad`` is the argument at this place behind the rest of the log-sum-exp."""
 
     def fake(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        like = mask.new_empty(mask.shape) if mask is not None and rest[at] else q.new_empty([0])
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor,
+        *more: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        like = mask.new_empty(mask.shape) if mask is not None and more[at] else q.new_empty([0])
         return _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3]), like
 
     return fake
@@ -55,7 +59,7 @@ def define(
     library: torch.library.Library, name: str, schemas: dict[str, str], run: dict[str, Callable[..., Any]],
     mask_grad_at: int, setup: Callable[..., None], backward: Callable[..., Any],
 ) -> None:  # fmt: skip
-    """Define an attention ``(q, k, v, mask, ...) -> (out, lse)`` and the operator that is its gradient."""
+    """Define an attention ``(q, k, v, mask, ...) -> (out, lse, rest)`` and the operator that is its gradient."""
     fakes: tuple[Callable[..., Any], ...] = (_fake, _fake_backward(mask_grad_at))
     for op, fake in zip((name, f"{name}_backward"), fakes, strict=True):
         library.define(op + schemas[op], tags=(torch.Tag.pt2_compliant_tag,))
@@ -64,18 +68,18 @@ def define(
     torch.library.register_autograd(f"fxsp::{name}", backward, setup_context=setup, lib=library)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.rest, seed = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, mask, *ctx.more, seed, ctx.exact = inputs
     ctx.save_for_backward(q, k, v, mask, *output, seed)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, mask, out, lse, seed = ctx.saved_tensors
-    rest = ctx.rest
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    *operands, seed = ctx.saved_tensors
+    more = ctx.more
     mask_grad = bool(ctx.needs_input_grad[3])
     op = torch.ops.fxsp.ring_attention_backward
-    dq, dk, dv, dmask = op(grad, q, k, v, mask, out, lse, *rest[:6], mask_grad, *rest[6:], seed)
-    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in rest), None)
+    dq, dk, dv, dmask = op(grad, *operands, *more[:6], mask_grad, *more[6:], seed, ctx.exact)
+    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in more), None, None)
 
 
 def register(library: torch.library.Library) -> None:

@@ -3,13 +3,14 @@
 ========== ============================== ============================================= =============================
 method     what each rank does            bytes forward                                 bytes backward
 ========== ============================== ============================================= =============================
-merged     attends to its own keys        (P-1) B H m (E + w): outputs and log-sum-exps 2 (P-1)/P B H m D: the sum of
+merged     attends to its own keys        (P-1) B H m (E + 2w): outputs, log-sum-exps   2 (P-1)/P B H m D: the sum of
                                                                                         the gradients of the queries
 gather_kv  attends to all of them         (P-1) of the local keys and values            none
 ========== ============================== ============================================= =============================
 
-of ``m`` queries, where ``w`` elements hold a log-sum-exp in fp32; the output is whole on every rank.  The cheaper one
-is taken, unless ``allgather_degree`` asks for gathered keys.  Other degrees speak of queries that are split.
+of ``m`` queries, where ``w`` elements hold a number of fp32, of which a log-sum-exp has two; the output is whole on
+every rank.  The cheaper one is taken, unless ``allgather_degree`` asks for gathered keys.  Other degrees speak of
+queries that are split.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.kernels.own_kernel import written_out
 from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.attention_ops import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.base import Program
@@ -158,12 +159,18 @@ class _Lowering:
         if self.choice.method == "merged":
             return self._merged(q, k, v)
         if self.choice.method in ("ring", "hybrid"):
-            return lower_ring(self.build, self.choice, q, k, v, self.args)
+            return lower_ring(self.build, self.choice, q, k, v, self.args, self._is_exact())
         if self.choice.method == "ulysses":
             return self._turned(self._ulysses(q, k, v))
         if self.choice.keys is not None:
             k, v = self._gather_kv(k, v, self.choice.keys)
         return self._turned(self._rows(q, k, v))
+
+    def _is_exact(self) -> bool:
+        """Whether one device would write this attention out; blocks of it then take their gradients as that does."""
+        q, k, v = (_node(self.args[n]).meta["global_val"] for n in (self.op.query, self.op.key, self.op.value))
+        mask = self.mask.meta["global_val"] if isinstance(self.mask, Node) else None
+        return written_out(q, k, v, mask, bool(self.args.get("enable_gqa")))
 
     def _heads_first(self, x: Node) -> Node:
         """An operand as ``[B, H, S, D]``."""
@@ -244,7 +251,7 @@ class _Lowering:
         both = self.build.call(
             torch.ops.fxsp.merged_attention.default, q, k, v, self.mask, self.build.sizes(keys.lengths),
             list(keys.whole), bool(self.causal), self.args.get("scale"), ranks.rank, ranks.size, ranks.group,
-            *self.build.layouts(keys),
+            *self.build.layouts(keys), **({"exact": True} if self._is_exact() else {}),
         )  # fmt: skip
         why = "outputs of an attention to each rank's own keys, merged by their log-sum-exps"
         self.build.record("all_gather", both, self.choice.sent, why)

@@ -3,7 +3,7 @@
 Ring, for two ranks, four heads of 8, five tokens::
 
     %q, %k, %v:      [B, 4, 3, 8]
-    %ring_attention: [B, 4, 3, 8], [B, 4, 3]    one node until *emit*: what it does differs by rank
+    %ring_attention: [B, 4, 3, 8], [B, 4, 3], [B, 4, 3]    one node until *emit*: what it does differs by rank
 
 Hybrid, for ``u * r`` ranks: ``u`` consecutive ranks exchange heads for tokens, so that together they are one place of a
 ring of ``r``; keys and values go from rank ``i`` to ``i + u``; then the output is exchanged back.  The heads and tails
@@ -30,9 +30,14 @@ aten = torch.ops.aten
 _ops = torch.ops.fxsp
 
 
-def lower_ring(build: Builder, choice: AttentionChoice, q: Node, k: Node, v: Node, arguments: dict[str, Any]) -> Node:
-    """The attention of ``choice`` (ring or hybrid) on local operands; its local output."""
-    return _Ring(build, choice, [q, k, v]).lower(q, k, v, arguments)
+def lower_ring(
+    build: Builder, choice: AttentionChoice, q: Node, k: Node, v: Node, arguments: dict[str, Any], exact: bool
+) -> Node:
+    """The attention of ``choice`` (ring or hybrid) on local operands; its local output.
+
+    ``exact``: one device would write it out (:mod:`fxsp.kernels.own_kernel`).
+    """
+    return _Ring(build, choice, [q, k, v]).lower(q, k, v, arguments, {"exact": True} if exact else {})
 
 
 class _Ring:
@@ -46,7 +51,7 @@ class _Ring:
         self.itemsize = tensors[0].meta["global_val"].element_size()
         self.device = tensors[0].meta["global_val"].device
 
-    def lower(self, q: Node, k: Node, v: Node, arguments: dict[str, Any]) -> Node:
+    def lower(self, q: Node, k: Node, v: Node, arguments: dict[str, Any], more: dict[str, Any]) -> Node:
         mask = arguments.get("attn_mask")
         if self.ulysses > 1:
             q, k, v = self._to_places(q, k, v)
@@ -55,7 +60,7 @@ class _Ring:
         both = self.build.call(
             _ops.ring_attention.default, q, k, v, mask, *self._sequence(self.queries), *self._sequence(self.keys),
             bool(arguments.get("is_causal")), arguments.get("scale"), self.ulysses, ranks.rank, ranks.size, ranks.group,
-            *self._more(arguments.get("window"), arguments.get("dropout_p")),
+            *self._more(arguments.get("window"), arguments.get("dropout_p")), **more,
         )  # fmt: skip
         out = self.build.call(operator.getitem, both, 0)
         self._record_rotations(both)

@@ -82,7 +82,7 @@ def attention_output(node: Node, q: Tensor, v: Tensor, device: str) -> Any:
         out = q.new_empty(rows, batch, heads, width).permute(1, 2, 0, 3)
     else:
         out = q.new_empty(batch, rows, heads, width).transpose(1, 2)
-    return out if op is not None else [out, out.new_empty(out.shape[:3])]
+    return out if op is not None else [out, *(out.new_empty(out.shape[:3]) for _ in range(2))]
 
 
 def costs(node: Node, value: Any, operands: dict[Node, Any], size: int) -> Iterator[Cost]:

@@ -102,7 +102,7 @@ def _called(size: int, ulysses: int, length: int, layout: str) -> list[int]:
             allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
             pairs += int((allowed.tril() if causal else allowed).sum())
             assert bias is None
-            return torch.zeros_like(q), torch.zeros(q.shape[:3])
+            return torch.zeros_like(q), torch.zeros(q.shape[:3]), torch.zeros(q.shape[:3])
 
         x = torch.zeros(1, 1, rows, 4)
         with (

@@ -151,7 +151,7 @@ def _operator(rank: int, size: int) -> list[float]:
     expected = torch.autograd.grad((want * weights).sum(), [q, k, v])
     ops = torch.ops.fxsp
     local = [ops.shard(x, 2, lengths, whole, False, rank, size, group) for x in (q, k, v)]
-    out, _ = ops.ring_attention(*local, None, lengths, whole, lengths, whole, True, None, 1, rank, size, group)
+    out, *_ = ops.ring_attention(*local, None, lengths, whole, lengths, whole, True, None, 1, rank, size, group)
     full = ops.gather(out, 2, lengths, whole, rank, size, group)
     found = torch.autograd.grad((full * weights).sum(), [q, k, v])
     return [error_of(a, b) for a, b in zip((full, *found), (want, *expected), strict=True)]

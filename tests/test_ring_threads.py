@@ -70,9 +70,9 @@ def test_heads_and_tails(size: int, ulysses: int, mask: str, dropout: float) -> 
             g[rank] = g[rank] * real[rank].view(-1, 1)  # pads have no gradient
         operands = [(q[r], k[r], v[r], None if masks is None else masks[r]) for r in range(size)]
         expected = oracle_attention.ring_attention(q, k, v, masks, *where, ulysses, 0, size, "", *layout)
-        outs, sums = map(list, zip(*expected, strict=True))
+        results = map(list, zip(*expected, strict=True))
         wanted = oracle_attention.ring_attention_backward(
-            g, q, k, v, masks, outs, sums, *where, mask == "additive", ulysses, 0, size, "", *layout
+            g, q, k, v, masks, *results, *where, mask == "additive", ulysses, 0, size, "", *layout
         )
 
         def forward(rank: int, of: Any = operands, how: Any = where, layout: Any = layout) -> Any:

@@ -57,16 +57,16 @@ def _compare(size: int, ulysses: int, tokens: list[int], head_tail: bool, window
         g[rank] = g[rank] * real[rank].view(-1, 1)  # pads have no gradient
     where, layout = (tokens, whole, tokens, whole, True, 0.6), (dealt, dealt, window)
     expected = oracle_attention.ring_attention(q, k, v, given, *where, ulysses, 0, size, "", *layout)
-    outs, sums = map(list, zip(*expected, strict=True))
+    results = map(list, zip(*expected, strict=True))
     wanted = oracle_attention.ring_attention_backward(
-        g, q, k, v, given, outs, sums, *where, False, ulysses, 0, size, "", *layout
+        g, q, k, v, given, *results, *where, False, ulysses, 0, size, "", *layout
     )
 
     def run(rank: int) -> Any:
         operands = (q[rank], k[rank], v[rank], masks[rank] if padded else None)
-        out, lse = ring.ring_attention(*operands, *where, ulysses, rank, size, "none", *layout)
+        results = ring.ring_attention(*operands, *where, ulysses, rank, size, "none", *layout)
         at = (False, ulysses, rank, size, "none", *layout)
-        return (out, lse), ring.ring_attention_backward(g[rank], *operands, out, lse, *where, *at)
+        return results, ring.ring_attention_backward(g[rank], *operands, *results, *where, *at)
 
     for rank, (found, grads) in enumerate(_Threads(size).run(run)):
         for a, b in zip(found, expected[rank], strict=True):
@@ -109,7 +109,7 @@ def _called(size: int, length: int, window: int, layout: str) -> list[int]:
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
             pairs += int((seen.tril() if causal else seen).sum())
             assert bias is None or not bool((bias == 0).all())
-            return torch.zeros_like(q), torch.zeros(q.shape[:3])
+            return torch.zeros_like(q), torch.zeros(q.shape[:3]), torch.zeros(q.shape[:3])
 
         with (
             mock.patch.object(ring, "block_forward", block),

@@ -126,7 +126,8 @@ def _by_tokens(name: str, call: _Call, lq: Layout | None, lk: Layout | None, lv:
         method = "hybrid" if region.ulysses > 1 else "ring"
         if not refusal:
             _record(region, method, why)
-            return ring(call.q, k, v, _ring_mask(name, call.mask, lq, lk), call.causal, call.scale, lq, lk)
+            mask = _ring_mask(name, call.mask, lq, lk)
+            return ring(call.q, k, v, mask, call.causal, call.scale, call.gqa, lq, lk)
         why.append((method, refusal))
     if region.allgather == 1:
         refusal = _ulysses_refusal(call, region.size)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fxsp.hooks.layout import Layout, gather, layout_of, mark, moved, same_tokens, shard, use
 from fxsp.hooks.region import Region
 from fxsp.kernels.lowering import local_length
+from fxsp.kernels.own_kernel import written_out
 
 __all__ = ["ring", "ring_refusal"]
 
@@ -33,13 +34,15 @@ def ring_refusal(q: Tensor, k: Tensor, v: Tensor, ulysses: int, gqa: bool) -> st
 
 
 def ring(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, lq: Layout, lk: Layout
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool, lq: Layout,
+    lk: Layout,
+) -> Tensor:  # fmt: skip
     """``q [B, H, L, D]``, ``k [B, h, L, D]``, ``v [B, h, L, E]``, split -> ``[B, H, L, E]``, split like the queries.
 
     ``mask`` is whole, or split by rows like the queries; it has a column for every key.
     """
     region = lq.region
+    exact = written_out(q, k, v, mask, gqa)
     if region.ulysses > 1:
         heads = q.shape[1]
         if same_tokens(lq, lk) and q.shape[3] == v.shape[3]:
@@ -51,9 +54,9 @@ def ring(
         mask = None if mask is None else _mask_of_place(mask, lq)
     elif mask is not None:
         mask = _mask_of_rank(mask, lq)
-    out, _ = _ops.ring_attention.default(
+    out, *_ = _ops.ring_attention.default(
         q, k, v, mask, list(lq.lengths), list(lq.whole), list(lk.lengths), list(lk.whole),
-        causal, scale, region.ulysses, region.rank, region.size, region.group,
+        causal, scale, region.ulysses, region.rank, region.size, region.group, exact=exact,
     )  # fmt: skip
     if region.ulysses > 1:
         out = _to_ranks(out, lq, heads)
