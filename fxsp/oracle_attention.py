@@ -148,10 +148,10 @@ def place_positions(
 
 def ring_attention_backward(
     grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
-    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor],
-    rest: Sequence[Tensor], q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
-    mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "", q_head_tail: Sequence[bool] = (),
-    k_head_tail: Sequence[bool] = (), window: int | None = None,
+    mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], rest: Sequence[Tensor],
+    q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
+    causal: bool, scale: float | None, mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
+    q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
     dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, exact: bool = False,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""

@@ -12,11 +12,12 @@ in that row of the output counts for nothing, NaN included.  Where both are ``-i
 
 What is exact here is a *difference* of log-sum-exps, not a log-sum-exp.  The share of a block is off by ``delta``,
 relative, if the difference is; and one number ``x`` is off by half of its last place, ``|x| 2^-24`` in fp32: 6e-6 at
-100, 5e-4 at 1e4, 32 at 1e9 and 1e31 at the smallest number, where nothing is left of the logarithm of a sum.  So between
-blocks a log-sum-exp is two numbers, ``level + rest``: a level near the largest score (which a mask may make as large as
-it likes), and what is to be added to it, of the size of the logarithm of the number of keys.  :func:`join` merges by
-``(level - level') + rest``.  Of two levels within a factor of 2 the difference is exact (Sterbenz); of others it is off
-by ``d 2^-24``, and weighs ``exp(-d)``.  So shares are exact to a few ``2^-24``, whatever the level.
+100, 5e-4 at 1e4, 32 at 1e9 and 1e31 at the smallest number, where nothing is left of the logarithm of a sum.  So
+between blocks a log-sum-exp is two numbers, ``level + rest``: a level near the largest score (which a mask may make as
+large as it likes), and what is to be added to it, the logarithm of a sum that is at most the number of keys.
+:func:`join` merges by ``(level - level') + rest``.  Of two levels within a factor of 2 the difference is exact
+(Sterbenz); of others it is off by ``d 2^-24``, and weighs ``exp(-d)``.  So shares are exact to the last place of the
+rest, 1e-6 of a million keys, whatever the level.
 
 One meaning, two spellings: :func:`merge_eager` in plain operations, which Inductor fuses on the CPU, and on CUDA one
 Triton kernel each for the forward and the backward pass, as the operator ``fxsp_kernels::merge``.  It is defined when
@@ -45,7 +46,7 @@ def join(
     out: Tensor, level: Tensor, rest: Tensor, other: Tensor, other_level: Tensor, other_rest: Tensor,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """:func:`merge`, with log-sum-exps of two numbers; without a key the level is ``-inf`` (and the rest any number)."""
+    """:func:`merge`, with log-sum-exps of two numbers; the level is ``-inf`` where no key was seen."""
     base = torch.maximum(level, other_level)
     merged, total = merge(out, above(level, rest, base), other, above(other_level, other_rest, base), dtype)
     return merged, base, total

@@ -5,11 +5,11 @@ hold the logarithm of a number of keys: in fp32 its neighbours are 2e31, or 64, 
 
 *Blocks* are merged by the ratio of their sums, so there it must be exact: it is kept as two numbers, ``level + rest``
 (:mod:`fxsp.kernels.merge`).  Fused kernels return one.  :func:`level_and_rest` makes two of it, on the CPU: where
-``|lse|`` is so large that half of its last place counts (``_LIMIT``), level and rest are taken from the scores, once
-more, row by row; elsewhere the number is good enough, and ``rest`` is 0.  Which rows these are is seen in their values,
-by this rank alone: nothing is sent, the result is the same to rounding, and on the CPU there is no device to wait for.
-On CUDA a block with a bias is written out (its level and rest are at hand); one without runs in fp16 or bf16, with one
-number: half of its last place is below that of the output up to scores of 2^13 and 2^16.
+``|lse|`` is so large that half of its last place counts (``_LIMIT``), the scores are computed once more, and the rest
+is taken from them, row by row; elsewhere the number is good enough, and ``rest`` is 0.  Which rows these are is seen in
+their values, by this rank alone: nothing is sent, the result is the same to rounding, and on the CPU there is no device
+to wait for.  On CUDA a block with a bias is written out (its level and rest are at hand); one without runs in fp16 or
+bf16, with one number: half of its last place is below that of the output up to scores of 2^13 and 2^16.
 
 *Gradients* are those of one device, and its kernel keeps one number, rounded once: ``p = exp(score - lse)``.  Where
 that swallows the logarithm of ``n`` keys the kernel's probabilities are 1 instead of ``1/n`` (in the backward pass
@@ -90,16 +90,15 @@ def _level_and_rest(
             scores += bias if bias.shape[-2] == 1 else bias[..., here, :]
         if causal:
             scores.masked_fill_(columns > torch.arange(here.start, here.stop).unsqueeze(1), -_INFINITY)
-        top = scores.amax(-1)
-        total = scores.sub_(top.unsqueeze(-1)).exp_().sum(-1)
-        level[:, :, here] = torch.where(which, top, lse[:, :, here])
-        rest[:, :, here] = torch.where(which, total.log(), 0.0)
+        more = scores.sub_(scores.amax(-1, keepdim=True)).exp_().sum(-1).log()
+        # The level is the largest score as the kernel has it, whose products may be rounded in another way than these:
+        # its backward pass has them again, and a unit in the last place of 1e4 is an error of 1e-3 there.
+        level[:, :, here] = torch.where(which, lse[:, :, here] - more, lse[:, :, here])
+        rest[:, :, here] = torch.where(which, more, 0.0)
     return level, rest
 
 
-def _fake(
-    q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, lse: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(lse), torch.empty_like(lse)
 
 

@@ -156,7 +156,7 @@ def ring_attention_backward(
     ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (), window: Size = None,
     dropout_p: float = 0.0, seed: Tensor | None = None, exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from what :func:`ring_attention` gave."""
+    """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the results of the forward pass."""
     ring = _Ring(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
         window, dropout_p, seed,

@@ -1,4 +1,4 @@
-"""``fxsp.ring_attention`` as an operator: one node, of three results, until *emit*, and on real ranks in eager mode too.
+"""``fxsp.ring_attention`` as an operator: one node, of three results, until *emit*; on real ranks in eager mode too.
 
 Its gradient is an operator of its own.  The log-sum-exp, in two numbers, is a by-product for it and has no gradient.
 """

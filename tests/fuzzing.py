@@ -71,8 +71,8 @@ class Input:
     name: str
     shape: tuple[Size, ...]
     #: ``normal``; ``ids`` (below ``bound``); ``targets`` (the same, some of them -100, never the last two of the
-    #: last dimension); ``mask`` (bool, true in the first place of the last dimension); ``index`` (as ``ids``);
-    #: ``order`` (a permutation).
+    #: last dimension); ``mask`` (bool, true in the first place of the last dimension); ``blocked`` (bool, false in
+    #: whole rows, and in the first places of others); ``index`` (as ``ids``); ``order`` (a permutation).
     kind: str = "normal"
     bound: Size = 7
 
@@ -141,6 +141,10 @@ class Case:
             mask = torch.rand(shape, generator=generator) < 0.7
             mask[..., :1] = True
             return mask
+        if spec.kind == "blocked":
+            first = torch.randint(0, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
+            rows = torch.rand((*shape[:-1], 1), generator=generator) < 0.7
+            return (torch.arange(shape[-1]) >= first) & rows & (torch.rand(shape, generator=generator) < 0.9)
         dtype = torch.float64 if self.double else torch.float32
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 

@@ -126,6 +126,19 @@ def _mask(b: Builder, v: Var, w: Var, kv: int) -> str:
         lambda: f"attn_mask=({pos_q}[:, None] - {pos_k}[None]).to({v.name}.dtype) * 0.1",
         lambda: f"attn_mask={b.input(('B', '1', sq, '1'), 'mask', 'm')} | ({pos_k} < 1)",
     ]
+    low, past = f"torch.finfo({v.name}.dtype).min", f"({pos_q}[:, None] >= {pos_k})"
+
+    def level() -> str:
+        return b.pick([low, "-1e9", "-1e4", "torch.finfo(torch.float32).min"])
+
+    # Rows that a finite mask forbids entirely; left padding and the causal flag, as transformers writes them (added,
+    # both together are minus infinity).
+    options += [
+        lambda: f"attn_mask={_forbidding(b.input(('B', '1', sq, sk), 'blocked', 'm'), level(), v)}",
+        lambda: f"attn_mask={_forbidding(b.input(('B', 'H', '1', sk), 'blocked', 'm'), level(), v)}",
+        lambda: f"attn_mask={_forbidding(f'({past} & {_keys(b, sk)})', level(), v)}",
+        lambda: f"attn_mask={_forbidding(past, level(), v)} + {_forbidding(_keys(b, sk), level(), v)}",
+    ]
     if sq == sk:
         options += [
             lambda: "is_causal=True",
@@ -134,6 +147,15 @@ def _mask(b: Builder, v: Var, w: Var, kv: int) -> str:
         ]
     text = b.pick(options)()
     return f", {text}" if text else ""
+
+
+def _forbidding(allowed: str, level: str, v: Var) -> str:
+    """A mask that adds ``level``, a number or an expression, where ``allowed`` is false."""
+    return f"torch.zeros((), dtype={v.name}.dtype).where({allowed}, {level})"
+
+
+def _keys(b: Builder, keys: str) -> str:
+    return f"{b.input(('B', keys), 'blocked', 'm')}[:, None, None, :]"
 
 
 @instruction
