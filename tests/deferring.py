@@ -18,11 +18,15 @@ import torch.nn.functional as F
 from running import error_of
 from small import Attention
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fxsp
 
-__all__ = ["KINDS", "compiled", "run_kind"]
+__all__ = ["KINDS", "compiled", "outer_reducers", "run_kind", "run_outer"]
 
 X = {"": {"x": fxsp.SequenceParallelInput(1)}}
 
@@ -113,6 +117,21 @@ class EagerWeight(Net):
         return self.last.weight.t().sin()
 
 
+class EagerBlock(Net):
+    """A block that is never compiled, and that FSDP has for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone = nn.Linear(8, 8)
+
+    def rest(self, x: Tensor) -> Any:
+        return self.last(self._eager(x)) * self.scale
+
+    @torch.compiler.disable
+    def _eager(self, x: Tensor) -> Tensor:
+        return self.alone(x)
+
+
 class Unsupported(Net):
     """Running statistics of a batch norm over tokens: the whole graph is whole."""
 
@@ -121,7 +140,7 @@ class Unsupported(Net):
         self.norm = nn.BatchNorm1d(8)
 
     def rest(self, x: Tensor) -> Any:
-        return self.last(self.norm(x.mT).mT) * self.scale
+        return self.last(self.norm(x.reshape(-1, 8)).view_as(x)) * self.scale
 
 
 class Tied(Net):
@@ -170,10 +189,63 @@ def _with_decay(model: nn.Module, outputs: Any) -> Tensor:
 KINDS: dict[str, type[Net]] = {
     kind.__name__: kind
     for kind in (
-        Net, NoTokens, NoEntry, Function, Transform, Branch, Eager, EagerWeight, Unsupported, Tied, Checkpointed,
+        Net, NoTokens, NoEntry, Function, Transform, Branch, Eager, EagerWeight, EagerBlock, Unsupported, Tied, Checkpointed,
         Draining, Limited,
     )
 }  # fmt: skip
+
+
+def outer_reducers() -> dict[str, tuple[str, Callable[..., nn.Module]]]:
+    """Name -> the convention that it asks for, and how it takes a model and the mesh ``[data, sequence]``."""
+    return {
+        "ddp": ("defer_mean", lambda model, mesh: DistributedDataParallel(model)),
+        "fsdp": ("defer_mean", lambda model, mesh: _sharded(model)),
+        "fsdp replicated": ("defer_mean", lambda model, mesh: _sharded(model, mesh=mesh)),
+        "fsdp sum": ("defer", lambda model, mesh: _sharded(model, factor=mesh.shape[0])),
+        "fsdp sum of everything": ("defer_mean", lambda model, mesh: _sharded(model, factor=mesh.size())),
+    }
+
+
+def _sharded(model: Any, mesh: Any = None, factor: float | None = None) -> nn.Module:
+    """Each block by itself, and the rest: what is gathered for a block is nobody's parameter before."""
+    blocks = [part for part in model.modules() if isinstance(part, Attention) or part is getattr(model, "alone", None)]
+    for part in [*blocks, model]:
+        fully_shard(part, mesh=mesh)
+        if factor is not None:
+            part.set_gradient_divide_factor(float(factor))
+            part.set_force_sum_reduction_for_comms(True)  # for gloo
+    return model  # type: ignore[no-any-return]
+
+
+def run_outer(rank: int, size: int, outer: str, kind: str, data: int = 1) -> dict[str, float]:
+    """Relative errors of the gradients that an outer reducer leaves after two steps, on ``[data, sequence]`` ranks.
+
+    Each data rank has inputs of its own; the loss of one process is the mean of theirs.
+    """
+    mesh = init_device_mesh("cpu", (data, size // data), mesh_dim_names=("data", "sequence"))
+    torch.manual_seed(0)
+    model = KINDS[kind]()
+    whole = copy.deepcopy(model)
+    batches = [torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(i)) for i in range(data)]
+    for x in batches:
+        (_mean(whole(x)) / data).backward()
+    wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    how, wrap = outer_reducers()[outer]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = wrap(model, mesh)  # type: ignore[assignment]
+        run = compiled(model, KINDS[kind].plan, how, mesh=mesh["sequence"])
+        for _ in range(2):
+            model.zero_grad()
+            _mean(run(batches[mesh.get_local_rank("data")])).backward()
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    usual = max(g.norm().item() for g in wanted.values())
+    errors = {}
+    for name, g in wanted.items():
+        own: Any = found[name]
+        own = own.full_tensor() if isinstance(own, DTensor) else own
+        errors[name] = error_of(own, g) * g.norm().item() / max(g.norm().item(), 1e-2 * usual)
+    return errors
 
 
 def compiled(model: nn.Module, plan: Any, how: str, **options: Any) -> Callable[..., Any]:
