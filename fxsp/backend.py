@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from fxsp import torch_internals
 from fxsp.artifacts import StageWriter
-from fxsp.capture import Capture, capture, install, splits_of_compilation
+from fxsp.capture import Capture, capture, install, modules_of_compilation, splits_of_compilation
 from fxsp.carried import remembering
 from fxsp.checks import check_inputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
@@ -29,6 +29,7 @@ from fxsp.inner import compile_inner, needs_values
 from fxsp.passes.annotate import annotate
 from fxsp.passes.base import Program
 from fxsp.passes.carry import carry, is_worth_splitting
+from fxsp.passes.defer import scale_summands
 from fxsp.passes.functionalize import functionalize
 from fxsp.passes.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
@@ -37,6 +38,7 @@ from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.report import Report
 from fxsp.source import input_name
+from fxsp.summands import Convention, parameters_of
 from fxsp.trial import Trial
 from fxsp.types import Ranks
 
@@ -113,20 +115,27 @@ def _compile(
     report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
     splits = splits_of_compilation()
+    convention = Convention(ranks.size if options.grad_reduce == "defer" else 1)
+    around = [*modules_of_compilation(), *([] if root is None else [root])]
+    convention.apply([x for x in inputs if isinstance(x, torch.nn.Parameter)])
+    convention.apply(parameters_of(around))
     if program is None:
-        return remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
+        run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
+        return convention.holding(run, inputs)
     group = options.mesh.get_group() if options.mesh is not None else options.group
     names = [
         input_name(torch_internals.input_source(node)) or str(node.target)
         for node in gm.graph.find_nodes(op="placeholder")
     ]
     trial = Trial(program, gm.forward, names, group) if options.verify else None
+    if options.deferred:
+        scale_summands(program.gm, ranks.size)
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
     if trial is not None:
         run = trial.wrap(run)
     if options.check_inputs:
         run = check_inputs(run, names, ranks, group)
-    return run
+    return convention.holding(run, inputs)
 
 
 def compile_graph(
@@ -226,7 +235,7 @@ def _partition(
         report,
         training=_is_training(inputs),
         strict=options.strict,
-        grad_reduce=options.grad_reduce,
+        grad_reduce="defer" if options.deferred else options.grad_reduce,
         rng=options.rng,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,

@@ -26,7 +26,7 @@ from fxsp.plan import PlanEntry, find_plan, owns_plan, parse_plan
 from fxsp.resolve import forward_signature, resolve_plan, submodules, unwrap
 from fxsp.torch_internals import Opaque, Translation
 
-__all__ = ["Capture", "ModuleCall", "capture", "claim_with", "frame_module", "install", "splits_of_compilation"]
+__all__ = ["Capture", "ModuleCall", "capture", "claim_with", "frame_module", "install", "modules_of_compilation", "splits_of_compilation"]
 
 
 @dataclass(eq=False)
@@ -194,6 +194,15 @@ def splits_of_compilation() -> Splits:
     """What the graphs of the present ``torch.compile`` returned and had split."""
     translation = Translation.current()
     return Splits() if translation is None else _seen(translation).splits
+
+
+def modules_of_compilation() -> list[nn.Module]:
+    """The modules around, of and in the present frame, as far as they are known; several times where nested."""
+    translation = Translation.current()
+    if translation is None:
+        return []
+    calls = [entry[0] for entry in translation.notes(_Recorder).calls if entry is not None]
+    return _candidates(translation, calls)
 
 
 def _finished(call: ModuleCall, tracer: Any) -> ModuleCall:

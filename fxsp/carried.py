@@ -29,7 +29,11 @@ class Split:
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
-    return torch_internals.storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    """What part of which storage, in which order.  The stride of a dimension of size one says nothing, and differs:
+    a gather leaves another one there than the hooks or the graph in between.  Without elements no stride says anything.
+    """
+    steps = () if not tensor.numel() else tuple(s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    return torch_internals.storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), steps
 
 
 def _is_plain(value: Any) -> bool:

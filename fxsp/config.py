@@ -23,7 +23,7 @@ __all__ = ["Degrees", "Options", "resolve_degrees", "resolve_ranks"]
 
 _CHOICES = {
     "inner": ("inductor", "aot_eager", "eager"),
-    "grad_reduce": ("all_reduce", "defer"),
+    "grad_reduce": ("all_reduce", "defer", "defer_mean"),
     "rng": ("global", "per_rank"),
 }
 _FLAGS = ("strict", "check_inputs", "verify")
@@ -53,8 +53,9 @@ class Options:
     mode: str | None = None
     #: Refuse implicit gathers.
     strict: bool = False
-    #: ``"defer"`` leaves the gradients of parameters as summands for an outer reducer.
-    grad_reduce: Literal["all_reduce", "defer"] = "all_reduce"
+    #: Leave the gradients of parameters to an outer reducer over these ranks: their sum (``"defer"``) or their mean
+    #: (``"defer_mean"``) is the gradient, whoever computes them (see :mod:`fxsp.summands`).
+    grad_reduce: Literal["all_reduce", "defer", "defer_mean"] = "all_reduce"
     #: ``"per_rank"``: dropout draws on each rank for its own elements, not as one device would draw for all.
     rng: Literal["global", "per_rank"] = "global"
     #: Compare the inputs of all ranks at every call.
@@ -70,6 +71,11 @@ class Options:
     #: Bytes of gathered keys and values that a rank may hold for one attention, where there is another way (None:
     #: 1 GiB).
     gather_limit: int | None = None
+
+    @property
+    def deferred(self) -> bool:
+        """Whether gradients of parameters are left to an outer reducer."""
+        return self.grad_reduce != "all_reduce"
 
     @staticmethod
     def names() -> list[str]:

@@ -126,6 +126,27 @@ def _use(x: Tensor, group: str) -> Tensor:
     return _Use.apply(x, group) if torch.is_grad_enabled() and x.requires_grad else x
 
 
+class _Scale(torch.autograd.Function):
+    """``fxsp.scale_grad`` without its copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _scale_grad(x: Tensor, factor: int) -> Tensor:
+    return _Scale.apply(x, factor) if torch.is_grad_enabled() and x.requires_grad else x
+
+
+#: Operators that are nothing forward, and what they are without AOTAutograd.
+_IDENTITIES = {"use": _use, "scale_grad": _scale_grad}
+
+
 def _has_values(gm: GraphModule) -> bool:
     """Whether emit finds the fakes that it needs."""
     return all("val" in x.meta for node in gm.graph.nodes if op_name(node) for x in node.all_input_nodes)
@@ -135,8 +156,7 @@ def _eager(gm: GraphModule, training: bool) -> Callable[..., Any]:
     if not training and _has_values(gm):
         emit(gm.graph)
     for node in gm.graph.nodes:
-        if op_name(node) == "use":
-            node.target = _use
+        node.target = _IDENTITIES.get(op_name(node) or "", node.target)
     name_collectives(gm.graph)
     gm.graph.lint()
     gm.recompile()

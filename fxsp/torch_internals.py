@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import types
-from collections import ChainMap
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -472,6 +472,52 @@ def same_size(a: Any, b: Any) -> bool:
 def version(tensor: torch.Tensor) -> int:
     """Counts the in-place writes to a tensor and its views."""
     return tensor._version
+
+
+def gradient_hooks(tensor: torch.Tensor) -> OrderedDict[int, Any]:
+    """The hooks on a tensor's gradient by number, in their order; to be edited in place."""
+    return tensor._backward_hooks or OrderedDict()
+
+
+def gathered_parameters(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """The parameters that FSDP2 keeps for a module that is wrapped by itself: sharded ones, and gathered ones so far."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        return
+    try:
+        state: Any = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch < 2.12
+            groups = [group for group in [state._fsdp_param_group] if group is not None]
+        for parameter in [parameter for group in groups for parameter in group.fsdp_params]:
+            yield parameter.sharded_param
+            if hasattr(parameter, "_unsharded_param"):
+                yield parameter._unsharded_param
+    except AttributeError as error:
+        raise _missing("FSDPModule._get_fsdp_state, as it was,", error) from error
+
+
+def when_gathered(follow: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    """Have ``follow(sharded, gathered)`` called when FSDP2 makes the parameter that a module sees in its forward."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+        original = FSDPParam.init_unsharded_param
+    except (ImportError, AttributeError) as error:
+        raise _missing("FSDPParam.init_unsharded_param", error) from error
+    if hasattr(original, "_fxsp_original"):
+        return
+
+    @functools.wraps(original)
+    def init_unsharded_param(self: Any) -> None:
+        before = hasattr(self, "_unsharded_param")
+        original(self)
+        if not before:
+            follow(self.sharded_param, self._unsharded_param)
+
+    init_unsharded_param._fxsp_original = original  # type: ignore[attr-defined]
+    FSDPParam.init_unsharded_param = init_unsharded_param  # type: ignore[method-assign]
 
 
 def rename_node(node: torch.fx.Node, name: str) -> None:

@@ -87,7 +87,7 @@ class Trial:
             found = self._run(run, args)
         if self.defer:
             found.gradients = [
-                self._summed(g) if isinstance(x, torch.nn.Parameter) else g
+                self._reduced(g) if isinstance(x, torch.nn.Parameter) else g
                 for g, x in zip(found.gradients, _requiring(args), strict=True)
             ]
         errors = self._errors(found, wanted, args)
@@ -125,11 +125,12 @@ class Trial:
         outputs = [x.detach() for x in flat if isinstance(x, Tensor)]
         return _Ran(outputs, values, written, gradients)
 
-    def _summed(self, gradient: Tensor | None) -> Tensor | None:
-        """A summand that an outer reducer would sum."""
+    def _reduced(self, gradient: Tensor | None) -> Tensor | None:
+        """A gradient as an outer reducer makes it: of the copies, which have no hooks, it is the mean."""
         if gradient is not None:
             gradient = gradient.contiguous().clone()
             dist.all_reduce(gradient, group=self.group)
+            gradient /= self.ranks.size
         return gradient
 
     def _errors(self, found: _Ran, wanted: _Ran, args: Sequence[Any]) -> list[tuple[str, float, float]]:

@@ -34,6 +34,7 @@ summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P`
     ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.ring_ops)
     merged_attention  U, S -> R  merged_attention_backward (see fxsp.kernels.merged)
     all_to_all_within          all_to_all_within       (of the first dimension's size of consecutive ranks)
+    scale_grad      U -> U     a product    (see fxsp.kernels.deferred_ops)
 
 With ``size == 1`` (or ``group == ""`` where an op has no size) no process group is needed.
 """
@@ -46,7 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import exchange, head_ops, merged_ops, ring_ops
+from fxsp.kernels import deferred_ops, exchange, head_ops, merged_ops, ring_ops
 from fxsp.kernels.lowering import LOWERINGS
 
 __all__ = ["INTERNAL", "OPS", "same_memory"]
@@ -186,6 +187,7 @@ for _name, _arguments in {**OPS, **INTERNAL}.items():
     _register(_name, _arguments)
 for _name in {**_ADJOINT, **_FORMULA}:
     torch.library.register_autograd(f"fxsp::{_name}", _backward(_name), setup_context=_args_of, lib=_library)
+deferred_ops.register(_library)
 head_ops.register(_library)
 ring_ops.register(_library)
 merged_ops.register(_library)

@@ -17,7 +17,7 @@ node's own fakes, once for all nodes that look the same.
 
 Two steps, since the partitioner stands between them:
 
-:func:`drop_identities` on the joint graph: ``use`` has done its work once autograd has seen it.  Left to the
+:func:`drop_identities` on the joint graph: ``use``, say, has done its work once autograd has seen it.  Left to the
 partitioner it would be saved for the backward pass, a copy of each parameter.
 
 :func:`emit` on the forward, backward and inference graphs.  Here the all-reduces of gradients (``reduce_grad``) that
@@ -85,10 +85,10 @@ def is_kernel(target: Any) -> bool:
 
 
 def drop_identities(graph: Graph) -> None:
-    """Remove ``use`` and ``annotate``, in place."""
+    """Remove ``use``, ``annotate`` and ``scale_grad``, in place."""
     with _Outputs(graph):
         for node in list(graph.nodes):
-            if op_name(node) in ("use", "annotate"):
+            if op_name(node) in ("use", "annotate", "scale_grad"):
                 _replace(node, node.args[0])
 
 
@@ -108,7 +108,9 @@ def emit(
     with _Outputs(graph):
         for node in list(graph.nodes):
             name = op_name(node)
-            if name is not None:
+            if name == "scale_grad":  # of a graph that nobody differentiates
+                _replace(node, node.args[0])
+            elif name is not None:
                 arguments = _arguments(node)
                 if name in HEAD_OPS and decompositions is None:
                     arguments = (*arguments[:-1], False)  # nobody comes after us who would fuse
