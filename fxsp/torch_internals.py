@@ -207,6 +207,60 @@ def add_module(root: torch.nn.Module, name: str, module: torch.nn.Module) -> str
     return name
 
 
+def is_wrapper_subclass(value: Any) -> bool:
+    """Whether a value is a tensor made of other tensors, which compilers see through (``__tensor_flatten__``)."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
+
+
+def inner_names(value: Any) -> list[str]:
+    """The attributes of a wrapper subclass that are the tensors which it is made of."""
+    return [name for name in value.__tensor_flatten__()[0] if isinstance(getattr(value, name), torch.Tensor)]
+
+
+class Recorder:
+    """The tracer of a :func:`retrace` as :func:`operators_first` hands it on: it records nothing by itself."""
+
+    def __init__(self, mode: Any) -> None:
+        self._mode = mode
+        self._record = mode.__torch_dispatch__
+
+    def record(self, op: Any, args: Any, kwargs: Any) -> Any:
+        """The operator as a node above autograd, with everything that the trace does to one; returns its result."""
+        return self._record(op, (), args, kwargs)
+
+    def has(self, value: torch.Tensor) -> bool:
+        """Whether a node stands for this tensor."""
+        from torch.fx.experimental.proxy_tensor import has_proxy_slot
+
+        return bool(has_proxy_slot(value, self._mode.tracer))
+
+    def above_autograd(self) -> AbstractContextManager[Any]:
+        """Record operators as they are called."""
+        return self._mode  # type: ignore[no-any-return]
+
+    def below_autograd(self) -> AbstractContextManager[Any]:
+        """Record what is left of operators below autograd, and inside ``__torch_dispatch__`` of tensor subclasses."""
+        from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+        return ProxyTorchDispatchMode(self._mode.tracer, "real")
+
+
+@contextlib.contextmanager
+def operators_first(asked: Callable[[Recorder, Any, Any, Any], Any]) -> Iterator[None]:
+    """Inside a :func:`retrace`: ``asked(recorder, op, args, kwargs)`` runs each operator, and records what it is."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode: Any = get_proxy_mode()
+    recorder = Recorder(mode)
+    mode.__torch_dispatch__ = lambda op, _, args=(), kwargs=None: asked(recorder, op, args, kwargs or {})
+    try:
+        yield
+    finally:
+        del mode.__torch_dispatch__
+
+
 def untraced() -> AbstractContextManager[Any]:
     """Inside a :func:`retrace`: run on fakes without writing nodes."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -1006,7 +1060,11 @@ def in_backward() -> bool:
 def custom_function(x: torch.Tensor) -> str:
     """The name of the custom ``autograd.Function`` that a tensor came out of; nothing for those of torch (checkpoints)
     and ours, and for any other tensor."""
-    node = x.grad_fn
+    return custom_function_of(x.grad_fn)
+
+
+def custom_function_of(node: Any) -> str:
+    """The name of the custom ``autograd.Function`` that a node of the autograd graph is, as :func:`custom_function`."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return ""
     function = type(node)._forward_cls

@@ -27,6 +27,7 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState
 from fxsp.passes.checkpoint import tag_checkpoint
 from fxsp.passes.islands import INLINED, enclose_functorch, is_functorch_island
+from fxsp.passes.subclasses import holds_subclass, refuse_custom_functions
 from fxsp.source import module_path, node_source
 
 __all__ = ["Retracer", "describe", "is_annotation"]
@@ -167,7 +168,10 @@ class Retracer(torch.fx.Interpreter):
     def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
         """Run one operation, in grad mode as the graph has it."""
         if not self.state.no_grad:
-            return call(target, args, kwargs)
+            result = call(target, args, kwargs)
+            if holds_subclass((args, kwargs)):
+                refuse_custom_functions(result, describe(self._node))
+            return result
         last = _last()
         args, kwargs, check = self._leave_grad(args, kwargs)
         result = call(target, args, kwargs)
