@@ -219,12 +219,21 @@ def inner_names(value: Any) -> list[str]:
     return [name for name in value.__tensor_flatten__()[0] if isinstance(getattr(value, name), torch.Tensor)]
 
 
+def is_recorded(value: torch.Tensor) -> bool:
+    """Inside a :func:`retrace`: whether a node stands for this tensor."""
+    from torch.fx.experimental.proxy_tensor import has_proxy_slot
+
+    return bool(has_proxy_slot(value, _tracer()))
+
+
 class Recorder:
     """The tracer of a :func:`retrace` as :func:`operators_first` hands it on: it records nothing by itself."""
 
     def __init__(self, mode: Any) -> None:
         self._mode = mode
         self._record = mode.__torch_dispatch__
+        #: Grad mode as it was when the trace began.
+        self.records_gradients = torch.is_grad_enabled()
 
     def record(self, op: Any, args: Any, kwargs: Any) -> Any:
         """The operator as a node above autograd, with everything that the trace does to one; returns its result."""
@@ -240,11 +249,21 @@ class Recorder:
         """Record operators as they are called."""
         return self._mode  # type: ignore[no-any-return]
 
-    def below_autograd(self) -> AbstractContextManager[Any]:
-        """Record what is left of operators below autograd, and inside ``__torch_dispatch__`` of tensor subclasses."""
+    @contextlib.contextmanager
+    def below_autograd(self, *opened: torch.Tensor) -> Iterator[None]:
+        """Record what is left of operators below autograd, and inside ``__torch_dispatch__`` of the subclasses
+        ``opened``: an operator on one that has a node would be recorded as it is.
+        """
         from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-        return ProxyTorchDispatchMode(self._mode.tracer, "real")
+        nodes = self._mode.tracer.tensor_tracker
+        hidden = [(x, nodes.pop(x)) for x in opened if x in nodes]
+        try:
+            with ProxyTorchDispatchMode(self._mode.tracer, "real"):
+                yield
+        finally:
+            for x, node in hidden:
+                nodes[x] = node
 
 
 @contextlib.contextmanager
@@ -351,6 +370,16 @@ def is_exit_inference_mode(target: Any) -> bool:
 def is_data_attribute(target: Any) -> bool:
     """Whether a node's target reads ``tensor.data``."""
     return target is getattr(torch._C._autograd, "_get_data_attr", None)
+
+
+def is_set_storage(target: Any) -> bool:
+    """Whether a node's target gives a tensor the memory of another (``set_``; Dynamo writes ``p.data = x`` so)."""
+    return target == "set_" or target is torch.ops.aten.set_.source_Tensor or target is torch.Tensor.set_
+
+
+def is_version_change(target: Any) -> bool:
+    """Whether a node's target takes back what ``p.data = x`` counted as a write."""
+    return getattr(target, "__name__", "").startswith("_lower_version_count_by_")
 
 
 def is_hook_switch(target: Any) -> bool:
@@ -989,7 +1018,9 @@ def aot_autograd(
         graph.recompile()
         return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
 
-    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)(gm, inputs)
+    return aot_autograd(
+        fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition, keep_inference_input_mutations=True
+    )(gm, inputs)
 
 
 def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,7 +37,7 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState, ExplicitAutocast
 from fxsp.passes.islands import enclose_functorch
 from fxsp.passes.retrace import Retracer, describe
-from fxsp.passes.subclasses import holds_subclass, mark_islands, open_subclass, see_through
+from fxsp.passes.subclasses import holds_subclass, mark_islands, open_subclass, refuse_unrecorded, see_through
 from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["normalize"]
@@ -67,6 +67,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
             with seen_through:
                 result = tracer.run(*inputs)
             outputs.extend(tree_leaves(result))
+            refuse_unrecorded(outputs)
             return result
 
         inputs = _stand_ins(values, mode)

@@ -23,13 +23,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.torch_internals import is_wrapper_subclass
 
-__all__ = ["holds_subclass", "mark_islands", "open_subclass", "refuse_custom_functions", "see_through"]
+__all__ = ["holds_subclass", "mark_islands", "open_subclass", "refuse_custom_functions", "refuse_unrecorded", "see_through"]
 
 #: Why an operator on a subclass is not opened, for ``meta["island"]``.
 _ISLAND = "an operator on a {}, whose gradients are made below autograd"
@@ -51,6 +51,14 @@ def open_subclass(value: Any) -> None:
 
 def see_through(recorder: torch_internals.Recorder, op: Any, args: Any, kwargs: Any) -> Any:
     """Run one operator, and record it, or what a subclass among its operands makes of it."""
+    records_gradients = torch.is_grad_enabled()
+    if recorder.records_gradients and not records_gradients:  # the code of the subclass says so, for itself
+
+        def detach(x: torch.Tensor) -> Any:
+            plain = x.requires_grad and not is_wrapper_subclass(x)
+            return recorder.record(torch.ops.aten.detach.default, (x,), {}) if plain else x
+
+        args, kwargs = tree_map_only(torch.Tensor, detach, (args, kwargs))
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     subclasses = [leaf for leaf in leaves if is_wrapper_subclass(leaf)]
     if not subclasses:
@@ -61,16 +69,18 @@ def see_through(recorder: torch_internals.Recorder, op: Any, args: Any, kwargs: 
     kind = type(subclasses[0]).__name__
     if torch_internals.schema(op).is_mutable:
         raise UnsupportedError(f"{op} writes to, or beside, a {kind}")
-    if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
-        with recorder.below_autograd():
+    if not records_gradients or not any(leaf.requires_grad for leaf in leaves):
+        with recorder.below_autograd(*subclasses):
             return op(*args, **kwargs)
     if not all(map(recorder.has, subclasses)):
         raise UnsupportedError(f"{op} on a {kind} that the traced code makes, while gradients are recorded")
     result = recorder.record(op, args, kwargs)
+    made = [leaf for leaf in tree_leaves(result) if is_wrapper_subclass(leaf)]
+    if made and len(subclasses) < len(leaves):
+        raise UnsupportedError(f"{op} of a {kind} and others gives a {type(made[0]).__name__}")
     with recorder.above_autograd():
-        for leaf in tree_leaves(result):
-            if is_wrapper_subclass(leaf):
-                open_subclass(leaf)
+        for leaf in made:
+            open_subclass(leaf)
     return result
 
 
@@ -81,12 +91,21 @@ def _is_made_of_others(op: Any) -> bool:
 
 
 def mark_islands(graph: torch.fx.Graph) -> None:
-    """Operators that were recorded with a subclass as operand run whole."""
-    for node in graph.nodes:
+    """Operators that were recorded with a subclass as operand run whole; grad mode is that of operands, not of places."""
+    for node in list(graph.nodes):
+        if torch_internals.is_set_grad(node.target):
+            graph.erase_node(node)
         if torch_internals.is_operator(node.target):
             kinds = [type(v).__name__ for n in node.all_input_nodes if is_wrapper_subclass(v := n.meta.get("val"))]
             if kinds:
                 node.meta["island"] = _ISLAND.format(kinds[0])
+
+
+def refuse_unrecorded(outputs: list[Any]) -> None:
+    """A result of the graph has to be a node of it: UnsupportedError."""
+    for index, value in enumerate(outputs):
+        if is_wrapper_subclass(value) and not torch_internals.is_recorded(value):
+            raise UnsupportedError(f"output {index} is a {type(value).__name__} that the traced code makes")
 
 
 def refuse_custom_functions(results: Any, what: str) -> None:
