@@ -219,6 +219,15 @@ def inner_names(value: Any) -> list[str]:
     return [name for name in value.__tensor_flatten__()[0] if isinstance(getattr(value, name), torch.Tensor)]
 
 
+def record_inner(value: Any) -> None:
+    """Write nodes for the tensors that a wrapper subclass is made of, by ``getattr``; its own node has been written."""
+    for name in inner_names(value):
+        inner = getattr(value, name)
+        record_call(getattr, (value, name), {}, inner, name=name.lstrip("_"))
+        if is_wrapper_subclass(inner):
+            record_inner(inner)
+
+
 def is_recorded(value: torch.Tensor) -> bool:
     """Inside a :func:`retrace`: whether a node stands for this tensor."""
     from torch.fx.experimental.proxy_tensor import has_proxy_slot
@@ -375,6 +384,13 @@ def is_data_attribute(target: Any) -> bool:
 def is_set_storage(target: Any) -> bool:
     """Whether a node's target gives a tensor the memory of another (``set_``; Dynamo writes ``p.data = x`` so)."""
     return target == "set_" or target is torch.ops.aten.set_.source_Tensor or target is torch.Tensor.set_
+
+
+def resizes_storage(gm: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo's graph frees or allocates the memory of its inputs, and computes with them."""
+    targets = [node.target for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+    resizes = [target for target in targets if is_operator(target) and schema(target).name.endswith("resize_storage_bytes_")]
+    return 0 < len(resizes) < len(targets)
 
 
 def is_version_change(target: Any) -> bool:
@@ -871,6 +887,12 @@ def input_example(node: torch.fx.Node) -> Any:
     """The real value that Dynamo traced a graph input with, or None."""
     argument = node.meta.get("grapharg")
     return None if argument is None else argument.example
+
+
+def forget_examples(gm: torch.fx.GraphModule) -> None:
+    """Let go of the values that a graph was traced with: a parameter that somebody refers to can't be swapped."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
 
 
 # --- symbolic sizes ---------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState, ExplicitAutocast
 from fxsp.passes.islands import enclose_functorch
 from fxsp.passes.retrace import Retracer, describe
-from fxsp.passes.subclasses import holds_subclass, mark_islands, open_subclass, refuse_unrecorded, see_through
+from fxsp.passes.subclasses import holds_subclass, mark_islands, refuse_unrecorded, see_through
 from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["normalize"]
@@ -63,7 +63,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
 
         def run(*inputs: Any) -> Any:
             for subclass in filter(is_wrapper_subclass, inputs):
-                open_subclass(subclass)
+                torch_internals.record_inner(subclass)
             with seen_through:
                 result = tracer.run(*inputs)
             outputs.extend(tree_leaves(result))

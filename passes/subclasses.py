@@ -29,7 +29,7 @@ from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.torch_internals import is_wrapper_subclass
 
-__all__ = ["holds_subclass", "mark_islands", "open_subclass", "refuse_custom_functions", "refuse_unrecorded", "see_through"]
+__all__ = ["holds_subclass", "mark_islands", "refuse_custom_functions", "refuse_unrecorded", "see_through"]
 
 #: Why an operator on a subclass is not opened, for ``meta["island"]``.
 _ISLAND = "an operator on a {}, whose gradients are made below autograd"
@@ -38,15 +38,6 @@ _ISLAND = "an operator on a {}, whose gradients are made below autograd"
 def holds_subclass(values: Any) -> bool:
     """Whether one of these values (nested, or not) is a wrapper subclass."""
     return any(is_wrapper_subclass(leaf) for leaf in tree_leaves(values))
-
-
-def open_subclass(value: Any) -> None:
-    """Write nodes for the tensors that a subclass is made of; its own node has been written."""
-    for name in torch_internals.inner_names(value):
-        inner = getattr(value, name)
-        torch_internals.record_call(getattr, (value, name), {}, inner, name=name.lstrip("_"))
-        if is_wrapper_subclass(inner):
-            open_subclass(inner)
 
 
 def see_through(recorder: torch_internals.Recorder, op: Any, args: Any, kwargs: Any) -> Any:
@@ -80,7 +71,7 @@ def see_through(recorder: torch_internals.Recorder, op: Any, args: Any, kwargs: 
         raise UnsupportedError(f"{op} of a {kind} and others gives a {type(made[0]).__name__}")
     with recorder.above_autograd():
         for leaf in made:
-            open_subclass(leaf)
+            torch_internals.record_inner(leaf)
     return result
 
 
