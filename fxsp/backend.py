@@ -131,6 +131,8 @@ def _compile(
     if options.deferred:
         scale_summands(program.gm, ranks.size)
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
+    for graph in (program.gm, program.facts["global"]):
+        torch_internals.forget_examples(graph)
     if trial is not None:
         run = trial.wrap(run)
     if options.check_inputs:
@@ -258,6 +260,8 @@ def _finish(
     gm: GraphModule, inputs: Sequence[Any], options: Options, report: Report, *, normalized: bool = False
 ) -> Callable[..., Any]:
     """Hand the graph to the inner compiler."""
+    if not normalized and torch_internals.resizes_storage(gm):
+        return gm.forward  # AOTAutograd would free the memory before it is used
     training = _is_training(inputs)
     start = time.perf_counter()
     if not normalized or not torch_internals.any_autocast():

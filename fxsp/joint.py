@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxsp import torch_internals
+from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["joint_graph"]
 
@@ -31,7 +32,12 @@ def joint_graph(
                 x.detach().requires_grad_() if need else x for x, need in zip(args[:count], requires_grad, strict=True)
             ]
             # In-place operators of the program must not meet leaves.
-            values = [x.clone() if need else x for x, need in zip(leaves, requires_grad, strict=True)]
+            values = [
+                x.clone() if need and not is_wrapper_subclass(x) else x
+                for x, need in zip(leaves, requires_grad, strict=True)
+            ]
+            for subclass in filter(is_wrapper_subclass, values):
+                torch_internals.record_inner(subclass)
             outputs = pytree.tree_leaves(torch.fx.Interpreter(gm).run(*values))
         pairs = [
             (out, grad)

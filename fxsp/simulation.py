@@ -82,7 +82,7 @@ def run(
     observe: Observer | None = None,
 ) -> Simulation:
     """As :func:`simulate`, and returns the inputs too: ``result.inputs[rank]`` are what in-place operators left."""
-    copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    copies = [_private(x) for x in inputs]
     machine = _Machine(gm, size, poison_pads, observe)
     with torch.no_grad():
         return machine.run(copies)
@@ -255,6 +255,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _private(value: Any) -> Any:
+    if torch_internals.is_wrapper_subclass(value):
+        return value.detach()  # nothing writes to it
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 

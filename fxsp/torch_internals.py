@@ -207,6 +207,88 @@ def add_module(root: torch.nn.Module, name: str, module: torch.nn.Module) -> str
     return name
 
 
+def is_wrapper_subclass(value: Any) -> bool:
+    """Whether a value is a tensor made of other tensors, which compilers see through (``__tensor_flatten__``)."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
+
+
+def inner_names(value: Any) -> list[str]:
+    """The attributes of a wrapper subclass that are the tensors which it is made of."""
+    return [name for name in value.__tensor_flatten__()[0] if isinstance(getattr(value, name), torch.Tensor)]
+
+
+def record_inner(value: Any) -> None:
+    """Write nodes for the tensors that a wrapper subclass is made of, by ``getattr``; its own node has been written."""
+    for name in inner_names(value):
+        inner = getattr(value, name)
+        record_call(getattr, (value, name), {}, inner, name=name.lstrip("_"))
+        if is_wrapper_subclass(inner):
+            record_inner(inner)
+
+
+def is_recorded(value: torch.Tensor) -> bool:
+    """Inside a :func:`retrace`: whether a node stands for this tensor."""
+    from torch.fx.experimental.proxy_tensor import has_proxy_slot
+
+    return bool(has_proxy_slot(value, _tracer()))
+
+
+class Recorder:
+    """The tracer of a :func:`retrace` as :func:`operators_first` hands it on: it records nothing by itself."""
+
+    def __init__(self, mode: Any) -> None:
+        self._mode = mode
+        self._record = mode.__torch_dispatch__
+        #: Grad mode as it was when the trace began.
+        self.records_gradients = torch.is_grad_enabled()
+
+    def record(self, op: Any, args: Any, kwargs: Any) -> Any:
+        """The operator as a node above autograd, with everything that the trace does to one; returns its result."""
+        return self._record(op, (), args, kwargs)
+
+    def has(self, value: torch.Tensor) -> bool:
+        """Whether a node stands for this tensor."""
+        from torch.fx.experimental.proxy_tensor import has_proxy_slot
+
+        return bool(has_proxy_slot(value, self._mode.tracer))
+
+    def above_autograd(self) -> AbstractContextManager[Any]:
+        """Record operators as they are called."""
+        return self._mode  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def below_autograd(self, *opened: torch.Tensor) -> Iterator[None]:
+        """Record what is left of operators below autograd, and inside ``__torch_dispatch__`` of the subclasses
+        ``opened``: an operator on one that has a node would be recorded as it is.
+        """
+        from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+        nodes = self._mode.tracer.tensor_tracker
+        hidden = [(x, nodes.pop(x)) for x in opened if x in nodes]
+        try:
+            with ProxyTorchDispatchMode(self._mode.tracer, "real"):
+                yield
+        finally:
+            for x, node in hidden:
+                nodes[x] = node
+
+
+@contextlib.contextmanager
+def operators_first(asked: Callable[[Recorder, Any, Any, Any], Any]) -> Iterator[None]:
+    """Inside a :func:`retrace`: ``asked(recorder, op, args, kwargs)`` runs each operator, and records what it is."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode: Any = get_proxy_mode()
+    recorder = Recorder(mode)
+    mode.__torch_dispatch__ = lambda op, _, args=(), kwargs=None: asked(recorder, op, args, kwargs or {})
+    try:
+        yield
+    finally:
+        del mode.__torch_dispatch__
+
+
 def untraced() -> AbstractContextManager[Any]:
     """Inside a :func:`retrace`: run on fakes without writing nodes."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -297,6 +379,23 @@ def is_exit_inference_mode(target: Any) -> bool:
 def is_data_attribute(target: Any) -> bool:
     """Whether a node's target reads ``tensor.data``."""
     return target is getattr(torch._C._autograd, "_get_data_attr", None)
+
+
+def is_set_storage(target: Any) -> bool:
+    """Whether a node's target gives a tensor the memory of another (``set_``; Dynamo writes ``p.data = x`` so)."""
+    return target == "set_" or target is torch.ops.aten.set_.source_Tensor or target is torch.Tensor.set_
+
+
+def resizes_storage(gm: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo's graph frees or allocates the memory of its inputs, and computes with them."""
+    targets = [node.target for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+    resizes = [target for target in targets if is_operator(target) and schema(target).name.endswith("resize_storage_bytes_")]
+    return 0 < len(resizes) < len(targets)
+
+
+def is_version_change(target: Any) -> bool:
+    """Whether a node's target takes back what ``p.data = x`` counted as a write."""
+    return getattr(target, "__name__", "").startswith("_lower_version_count_by_")
 
 
 def is_hook_switch(target: Any) -> bool:
@@ -836,6 +935,12 @@ def input_example(node: torch.fx.Node) -> Any:
     return None if argument is None else argument.example
 
 
+def forget_examples(gm: torch.fx.GraphModule) -> None:
+    """Let go of the values that a graph was traced with: a parameter that somebody refers to can't be swapped."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
+
+
 # --- symbolic sizes ---------------------------------------------------------------------------------------------------
 
 
@@ -981,7 +1086,9 @@ def aot_autograd(
         graph.recompile()
         return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
 
-    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)(gm, inputs)
+    return aot_autograd(
+        fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition, keep_inference_input_mutations=True
+    )(gm, inputs)
 
 
 def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -1052,7 +1159,11 @@ def in_backward() -> bool:
 def custom_function(x: torch.Tensor) -> str:
     """The name of the custom ``autograd.Function`` that a tensor came out of; nothing for those of torch (checkpoints)
     and ours, and for any other tensor."""
-    node = x.grad_fn
+    return custom_function_of(x.grad_fn)
+
+
+def custom_function_of(node: Any) -> str:
+    """The name of the custom ``autograd.Function`` that a node of the autograd graph is, as :func:`custom_function`."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return ""
     function = type(node)._forward_cls

@@ -21,7 +21,7 @@ from fxsp.offline import OfflineResult, partition_offline
 from fxsp.progress import check_size, told
 from fxsp.report import Report
 from fxsp.simulation import joint_graph, run, simulate
-from fxsp.torch_internals import version
+from fxsp.torch_internals import is_wrapper_subclass, version
 from fxsp.trial import random_seeds
 
 __all__ = ["Evidence", "GraphEvidence", "verify"]
@@ -129,6 +129,12 @@ def verify(
     return Evidence(found)
 
 
+def _leaf(x: Tensor) -> Tensor:
+    """A copy; of a tensor made of others, which nothing writes to, another name."""
+    copy = x.detach() if is_wrapper_subclass(x) else x.detach().clone()
+    return copy.requires_grad_(x.requires_grad)
+
+
 def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphEvidence:
     if result.program is None:
         return GraphEvidence(size, unsharded=result.report.unsharded, report=result.report)
@@ -140,9 +146,9 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
                 "inputs, or make it smaller; explain needs neither"
             )
     gradients = program.training if gradients is None else gradients and program.training
-    leaves = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
+    leaves = [_leaf(x) if isinstance(x, Tensor) else x for x in inputs]
     with torch.set_grad_enabled(gradients), same_random_numbers():
-        values = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        values = [x.clone() if isinstance(x, Tensor) and not is_wrapper_subclass(x) else x for x in leaves]
         before = [version(x) if isinstance(x, Tensor) else 0 for x in values]
         flat = tree_leaves(result.whole(*values))
     expected = [x for x in flat if isinstance(x, Tensor)]

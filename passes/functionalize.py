@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
-from fxsp.passes.inplace import NEW_VIEW, functional_value, written_arguments
+from fxsp.passes.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.retrace import describe
 from fxsp.passes.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.views import View, cover, view_of
@@ -53,10 +53,16 @@ aten = torch.ops.aten
 def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """``gm`` (as *normalize* returns it) without in-place operators; the graph is changed in place."""
     keys = all_keys(gm.graph)
-    written = {key for node in gm.graph.nodes for a in written_arguments(node) for key in keys[a]}
+    memory = [node for node in gm.graph.nodes if gives_memory(node)]
+    written = {key for node in gm.graph.nodes if node not in memory for a in written_arguments(node) for key in keys[a]}
+    for node in memory:
+        if not written.isdisjoint(keys[written_arguments(node)[0]]):
+            raise UnsupportedError(f"{describe(node)} gives an input other memory; it is written to in place, too")
     if written:
         _Functionalizer(gm, keys, written).run()
         erase_unused(gm.graph)
+        for node in memory:  # the values that are written in the end are made before
+            gm.graph.output_node().prepend(node)
         gm.graph.lint()
         gm.recompile()
     return gm
@@ -94,14 +100,14 @@ class _Functionalizer:
                 self._start()
             if node.op == "output":
                 self._finish(node)
-            elif written_arguments(node):
+            elif written_arguments(node) and not gives_memory(node):
                 self._write(node)
             elif not self.written.isdisjoint(self.keys[node]):
                 self._alias(node)
             elif any(n in self.tensors for n in node.all_input_nodes):
                 self._read_arguments(node)
         for node in reversed(nodes):
-            if written_arguments(node):
+            if written_arguments(node) and not gives_memory(node):
                 node.replace_all_uses_with(written_arguments(node)[0])  # only in views that nobody looks at
                 self.gm.graph.erase_node(node)
 

@@ -15,12 +15,15 @@ from fxsp.passes.retrace import describe
 from fxsp.passes.writer import Writer, arguments
 from fxsp.types import as_length, same_length
 
-__all__ = ["NEW_VIEW", "functional_value", "written_arguments"]
+__all__ = ["NEW_VIEW", "functional_value", "gives_memory", "written_arguments"]
 
 aten = torch.ops.aten
 
 #: In-place operators that change what the variable sees, not the memory.
 NEW_VIEW = frozenset({"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"})
+
+#: In-place operators that change which memory a tensor has, or how much.
+_OTHER_MEMORY = frozenset({"set_", "resize_", "resize_as_", "set_data"})
 
 #: In-place operators for which no functional operator has the same name.
 _FUNCTIONAL = {"normal_": "normal_functional"}
@@ -49,6 +52,11 @@ def written_arguments(node: Node) -> list[Node]:
     return [n for value in values for n in (value if isinstance(value, (list, tuple)) else [value]) if n is not None]
 
 
+def gives_memory(node: Node) -> bool:
+    """Whether a node is the ``set_`` with which *normalize* gives an input its memory at the end."""
+    return node.target is aten.set_.source_Tensor
+
+
 def _is_write(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
@@ -60,6 +68,8 @@ def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node]
     """
     name = torch_internals.schema(node.target).name.removeprefix("aten::")
     found = arguments(node)
+    if name in _OTHER_MEMORY:
+        raise UnsupportedError(f"{describe(node)} changes the memory of a tensor")
     if name == "copy_":
         return _fitted(w, read(found["src"]), written, read)
     if name == "zero_":

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState, ExplicitAutocast
 from fxsp.passes.islands import enclose_functorch
 from fxsp.passes.retrace import Retracer, describe
+from fxsp.passes.subclasses import holds_subclass, mark_islands, refuse_unrecorded, see_through
+from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["normalize"]
 
@@ -56,10 +59,15 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
 
     with AutocastState() as autocast:
         tracer = Retracer(enclose_functorch(gm), mode, autocast)
+        seen_through = torch_internals.operators_first(see_through) if holds_subclass(values) else nullcontext()
 
         def run(*inputs: Any) -> Any:
-            result = tracer.run(*inputs)
+            for subclass in filter(is_wrapper_subclass, inputs):
+                torch_internals.record_inner(subclass)
+            with seen_through:
+                result = tracer.run(*inputs)
             outputs.extend(tree_leaves(result))
+            refuse_unrecorded(outputs)
             return result
 
         inputs = _stand_ins(values, mode)
@@ -77,6 +85,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
     for node in new.graph.nodes:
         if node.target is torch.ops.aten.cat.default:
             _drop_empty(node)
+    mark_islands(new.graph)
     torch_internals.carry_dynamo_facts(gm, new)
     new.recompile()
     _compare(gm, inputs, outputs, tracer.storage_of)

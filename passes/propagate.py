@@ -94,7 +94,7 @@ class Propagate:
             if isinstance(types, tuple) and tensor_value(node) is not None:
                 meta["sp"] = types[_tensor_index(node)]
                 meta["sp_free"] = isinstance(meta["sp"], Replicate)
-        elif isinstance(node.target, torch._ops.OpOverload) and _holds_tensor(value):
+        elif isinstance(node.target, torch._ops.OpOverload) and _holds_tensor(value) and "island" not in meta:
             decision = self._decide(node, program)
             meta["sp_call"] = decision
             meta["sp"] = decision.results if isinstance(value, (tuple, list)) else decision.results[0]

@@ -7,6 +7,8 @@ What is not simply run:
   nodes may be moved, shared and added freely.  They carry ``meta["no_grad"]``.
 * Autocast.  Casts become explicit, see :mod:`fxsp.passes.autocast`.
 * Activation checkpoints.  The body is traced in place, its nodes tagged as AOTAutograd's partitioner wants them.
+* Memory.  An input that is given other memory (``p.data = x``, as offloading does) is ``x`` from there on; ``set_`` is
+  done once, at the end.
 * Islands, see :mod:`fxsp.passes.islands`.
 * Constants of the graph module, which become attributes of the new one.
 """
@@ -27,6 +29,7 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState
 from fxsp.passes.checkpoint import tag_checkpoint
 from fxsp.passes.islands import INLINED, enclose_functorch, is_functorch_island
+from fxsp.passes.subclasses import holds_subclass, refuse_custom_functions
 from fxsp.source import module_path, node_source
 
 __all__ = ["Retracer", "describe", "is_annotation"]
@@ -60,6 +63,11 @@ class _State:
         #: An annotation stands for its argument: storage of its result -> storage of the argument.
         self.stands_for: dict[int, int] = {}
         self.alive: list[Any] = []
+        #: What interprets the graph itself, and no body in it.
+        self.outermost: Retracer | None = None
+        #: A call that gave an input other memory -> the input; an input -> its value, and that with the memory it gets.
+        self.sets: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.memory: dict[torch.fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
         #: Numbers that increase in program order: the partitioner compares them.
         self.checkpoints = itertools.count(1)
 
@@ -97,7 +105,7 @@ class Retracer(torch.fx.Interpreter):
         super().__init__(gm)
         self.extra_traceback = False
         self.state = _state or _State(mode, autocast)
-
+        self.state.outermost = self.state.outermost or self
         self._node: torch.fx.Node | None = None
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -133,6 +141,10 @@ class Retracer(torch.fx.Interpreter):
             return None
         if torch_internals.is_attention_preference(target) or torch_internals.is_hook_switch(target):
             return None  # kernels that compute the same; what saved tensors may do
+        if torch_internals.is_version_change(target):
+            return args[0]
+        if torch_internals.is_set_storage(target):
+            return self._set_storage(args, kwargs)
         if torch_internals.is_data_attribute(target):
             return self._run(lambda _, args, __: args[0].detach(), target, args, kwargs)
         if torch_internals.is_enter_autocast(target):
@@ -162,12 +174,17 @@ class Retracer(torch.fx.Interpreter):
         return self.state.stands_for.get(key, key)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if torch_internals.is_set_storage(target):
+            return self._set_storage(args, kwargs)
         return self._run(super().call_method, target, args, kwargs)
 
     def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
         """Run one operation, in grad mode as the graph has it."""
         if not self.state.no_grad:
-            return call(target, args, kwargs)
+            result = call(target, args, kwargs)
+            if holds_subclass((args, kwargs)):
+                refuse_custom_functions(result, describe(self._node))
+            return result
         last = _last()
         args, kwargs, check = self._leave_grad(args, kwargs)
         result = call(target, args, kwargs)
@@ -191,6 +208,33 @@ class Retracer(torch.fx.Interpreter):
 
         args, kwargs = tree_map_only(torch.Tensor, _detach, (args, kwargs))
         return args, kwargs, check
+
+    def _set_storage(self, args: Any, kwargs: Any) -> torch.Tensor:
+        """An input that gets other memory (``p.data = x``) is ``x`` from here on; it gets it when all else is done."""
+        assert self._node is not None
+        variable = self._node.args[0]
+        variable = self.state.sets.get(variable, variable)
+        if not isinstance(variable, torch.fx.Node) or variable.op != "placeholder" or self.state.outermost is not self:
+            raise UnsupportedError(f"{describe(self._node)} gives a tensor that is no input of the graph other memory")
+        if len(args) != 2 or kwargs or not isinstance(args[1], torch.Tensor) or args[1].requires_grad:
+            raise UnsupportedError(f"{describe(self._node)} gives a tensor other memory in a way that is not known")
+        old, new = args
+        if old.requires_grad and self.state.ambient_grad:
+            raise UnsupportedError(f"{describe(self._node)} gives a tensor that requires grad other memory")
+        for node, value in self.env.items():
+            if value is old:
+                self.env[node] = new
+        self.state.sets[self._node] = variable
+        self.state.memory.setdefault(variable, (old, new))
+        self.state.memory[variable] = (self.state.memory[variable][0], new)
+        return new  # type: ignore[no-any-return]
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.state.outermost is self:
+            for value, memory in self.state.memory.values():
+                set_ = torch.ops.aten.set_.source_Tensor
+                torch_internals.record_call(set_, (value, memory), {}, None, name="set_")
+        return super().output(target, args, kwargs)
 
     def _inline(self, name: str, args: Any, kwargs: Any) -> Any:
         body, *inputs = args

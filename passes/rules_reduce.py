@@ -6,7 +6,7 @@ import string
 
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import aligned, broadcast
-from fxsp.types import Length
+from fxsp.types import Length, same_length
 
 __all__ = ["MEANS", "SUMS", "reduced_dims"]
 
@@ -77,6 +77,39 @@ def addmm(call: Call) -> OpRule | None:
     *lead, m, n = out
     return OpRule(
         (bias_dims, (*lead, m, ("k",)), (*lead, ("k",), n)), (out,), sizes | {"k": a[-1]}, whole=frozenset("k")
+    )
+
+
+@rule(overloads("_int_mm"))
+def int_mm(call: Call) -> OpRule | None:
+    """``([m, k], [k, n]) -> ([m, n]) whole={k}``: bytes in, 32-bit integers out."""
+    (m, k), (_, n) = call.operand_shapes()
+    sizes = {"m": m, "k": k, "n": n}
+    return OpRule(((("m",), ("k",)), (("k",), ("n",))), ((("m",), ("n",)),), sizes, whole=frozenset("k"))
+
+
+@rule(overloads("_scaled_mm"))
+def scaled_mm(call: Call) -> OpRule | None:
+    """``([m, k], [k, n], [m, 1], [1, n]) -> ([m, n]) whole={k}``: scales for each row, or one for all."""
+    (m, k), (_, n) = call.shape("self"), call.shape("mat2")
+    one: Length = 1
+
+    def scale(shape: tuple[Length, ...], of: tuple[Length, Length], factors: tuple[str, str]) -> Dims | None:
+        if all(same_length(size, one) for size in shape):
+            return ((),) * len(shape)
+        if len(shape) != 2 or not all(same_length(a, b) for a, b in zip(shape, of, strict=True)):
+            return None  # a scale for each block
+        return tuple((f,) if not same_length(size, one) else () for f, size in zip(factors, of, strict=True))
+
+    scales = scale(call.shape("scale_a"), (m, one), ("m", "")), scale(call.shape("scale_b"), (one, n), ("", "n"))
+    if None in scales or call.get("scale_result") is not None:
+        return None
+    bias: tuple[Dims, ...] = ((("n",),),) if call.get("bias") is not None else ()
+    return OpRule(
+        ((("m",), ("k",)), (("k",), ("n",)), *scales, *bias),
+        ((("m",), ("n",)),),
+        {"m": m, "k": k, "n": n},
+        whole=frozenset("k"),
     )
 
 
