@@ -1099,7 +1099,7 @@ def recompile_reason() -> str:
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == convert_frame.__file__ and "recompile_reason" in frame.f_locals:
-            return str(frame.f_locals["recompile_reason"] or "")
+            return str(frame.f_locals["recompile_reason"] or "").partition("User stack trace")[0]
         frame = frame.f_back
     return ""
 

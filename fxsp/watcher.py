@@ -73,9 +73,9 @@ def answer(channel: Channel) -> None:
         if calls > question["calls"] and channel.said == said:
             theirs, mine = channel.names([question["rank"]]), channel.names([channel.ranks.rank])
             channel.break_with(
-                f"{theirs} {question['what']}, and the others do not: {mine} is in call {calls} of compiled graphs, of "
-                f"{channel.last}, {place}, where {theirs} had begun {question['calls']}. Every rank must call the model "
-                "with the same inputs, and what guards depend on (attributes, flags, modes) must be the same."
+                f"{theirs} {question['what']}, and the others do not: {mine} is in call {calls} of compiled graphs, "
+                f"of {channel.last}, {place}, where {theirs} had begun {question['calls']}. Every rank must call the "
+                "model with the same inputs, and what guards depend on (attributes, flags, modes) must be the same."
             )
         else:
             said_so = f"has begun {calls} calls of compiled graphs, and is {place}"
