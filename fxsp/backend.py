@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch.fx import GraphModule
 
 from fxsp import torch_internals
+from fxsp.alike import Alike, decisions
 from fxsp.artifacts import StageWriter
 from fxsp.capture import Capture, capture, install, modules_of_compilation, splits_of_compilation
 from fxsp.carried import remembering
+from fxsp.channel import channel_of
 from fxsp.checks import check_inputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
@@ -41,6 +43,7 @@ from fxsp.source import input_name
 from fxsp.summands import Convention, parameters_of
 from fxsp.trial import Trial
 from fxsp.types import Ranks
+from fxsp.watcher import watch
 
 __all__ = ["Before", "compile_graph", "keep_report", "reports", "sp"]
 
@@ -69,7 +72,13 @@ def sp(
     Raises :class:`~fxsp.errors.FxspError`: ``OptionError``, ``PlanError``, ``UnsupportedError`` or ``StrictError``.
     """
     try:
-        return _compile(gm, example_inputs, Options.parse(options, mode))
+        try:
+            parsed = Options.parse(options, mode)
+            ranks = resolve_ranks(parsed)
+        except FxspError as error:
+            _say_refused(options, error)
+            raise
+        return _compile(gm, example_inputs, parsed, ranks)
     except FxspError as error:
         # Dynamo would wrap it in an error of its own, whose type says nothing.
         raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
@@ -99,7 +108,7 @@ class Before:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            return _compile(gm, example_inputs, self._options, self._root())
+            return _compile(gm, example_inputs, self._options, resolve_ranks(self._options), self._root())
         except FxspError as error:
             raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
@@ -108,10 +117,45 @@ install(lambda backend: backend is sp)
 torch_internals.keep_graphs_whole(lambda backend: backend is sp)
 
 
+def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
+    """Tell the other ranks, which wait for this one, that its options are refused."""
+    given = options if isinstance(options, Mapping) else {}
+    try:
+        only = Options.parse({name: given[name] for name in ("group", "mesh") if given.get(name) is not None})
+        ranks = resolve_ranks(only)
+    except FxspError:
+        return  # of which group it is a member is not known
+    channel = channel_of(only.process_group(), ranks)
+    if channel is not None:
+        channel.failed(error)
+
+
 def _compile(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, root: torch.nn.Module | None = None
+    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None = None
 ) -> Callable[..., Any]:
-    ranks = resolve_ranks(options)
+    channel = channel_of(options.process_group(), ranks)
+    if channel is None:
+        return _compile_here(gm, inputs, options, ranks, root)[0]
+    watch()
+    alike = Alike(gm, inputs, options, ranks)
+    channel.agree("compile", alike.what, alike.topics)
+    try:
+        run, decided = _compile_here(gm, inputs, options, ranks, root)
+    except BaseException as error:
+        channel.failed(error)
+        raise
+    # What one rank could not compile would keep the others waiting in their first collective.
+    channel.agree("compiled", alike.what.replace("compiles", "has compiled", 1), decided)
+    run = channel.counting(run, alike.graph)
+    if options.check_inputs is not False:
+        run = check_inputs(run, alike, channel, each_call=options.check_inputs is True)
+    return run
+
+
+def _compile_here(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None
+) -> tuple[Callable[..., Any], dict[str, str]]:
+    """The compiled graph, and what was decided about it."""
     report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
     splits = splits_of_compilation()
@@ -120,24 +164,23 @@ def _compile(
     convention.apply([x for x in inputs if isinstance(x, torch.nn.Parameter)])
     convention.apply(parameters_of(around))
     if program is None:
+        decided = decisions(report, None)
         run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
-        return convention.holding(run, inputs)
-    group = options.mesh.get_group() if options.mesh is not None else options.group
+        return convention.holding(run, inputs), decided
     names = [
         input_name(torch_internals.input_source(node)) or str(node.target)
         for node in gm.graph.find_nodes(op="placeholder")
     ]
-    trial = Trial(program, gm.forward, names, group) if options.verify else None
+    trial = Trial(program, gm.forward, names, options.process_group()) if options.verify else None
     if options.deferred:
         scale_summands(program.gm, ranks.size)
+    decided = decisions(report, program.gm)
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
     for graph in (program.gm, program.facts["global"]):
         torch_internals.forget_examples(graph)
     if trial is not None:
         run = trial.wrap(run)
-    if options.check_inputs:
-        run = check_inputs(run, names, ranks, group)
-    return convention.holding(run, inputs)
+    return convention.holding(run, inputs), decided
 
 
 def compile_graph(

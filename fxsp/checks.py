@@ -1,41 +1,62 @@
 """Are two tensors the same, here, and are the inputs equal on all ranks?
 
-``options={"check_inputs": True}`` compares fingerprints of all inputs at every call (each parameter once):
-two 64-bit sums per tensor, and one all-gather of four numbers while they agree.  It synchronizes with the host, and is
-not on by default.
+The values of the inputs are compared at the first call of each compiled graph: data in full, weights by a sample of
+each, the state of the generators that the graph draws from.  ``options={"check_inputs": True}`` compares at every call
+(each parameter once, in full), which synchronizes with the host; ``False`` never does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxsp.errors import InputMismatchError
-from fxsp.types import Ranks
+from fxsp import torch_internals
+from fxsp.alike import Alike, random_states
+from fxsp.channel import Channel
 
-__all__ = ["TOLERANCE", "check_inputs", "fingerprint", "relative_error", "same_random_numbers"]
+__all__ = ["TOLERANCE", "check_inputs", "fingerprint", "relative_error", "same_random_numbers", "value_topics"]
 
 #: Largest relative error (in the 2-norm) that ``verify`` accepts, by dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+#: Words in a row of the table whose sums a fingerprint is made of, and elements of a weight that a sample has.
+_ROW, _SAMPLE = 1024, 64
 
 
 def fingerprint(value: Any) -> list[int]:
     """Two 64-bit numbers that differ, almost certainly, when dtype, shape or any bit of ``value`` differs."""
     if not isinstance(value, Tensor):
         return [_stable((value,)), 0]
-    shape = _stable((str(value.dtype), *value.shape))
+    first, second = _sums(value).tolist()
+    return [_stable((str(value.dtype), *value.shape)) ^ (first % 2**62), second]
+
+
+def _sums(value: Tensor) -> Tensor:
+    """int64[2]: all words of 64 bits as a table, the sums of its rows and of its columns, weighted by position.
+
+    The values are read twice, and nothing of their size is made.
+    """
     flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-    pad = -flat.numel() % 8
-    words = torch.nn.functional.pad(flat, (0, pad)).view(torch.int64)
-    weights = torch.arange(1, words.numel() + 1, device=words.device)
-    return [shape ^ (int(words.sum()) % 2**62), int((words * weights).sum())]
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole = flat.numel() // (8 * _ROW) * (8 * _ROW)
+    table = flat[:whole].view(torch.int64).view(-1, _ROW)
+    rest = flat[whole:]
+    rest = torch.nn.functional.pad(rest, (0, -rest.numel() % 8)).view(torch.int64)
+    sums = torch.cat([table.sum(1), rest]), torch.cat([table.sum(0), rest])
+    return torch.stack([(x * _weights(x.numel(), x.device)).sum() for x in sums])
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd numbers without a pattern, so that what is added in one place does not cancel elsewhere."""
+    return torch.arange(1, count + 1, device=device) * 0x1E3779B97F4A7C15 | 1
 
 
 def _stable(parts: tuple[Any, ...]) -> int:
@@ -46,49 +67,85 @@ def _stable(parts: tuple[Any, ...]) -> int:
     return result
 
 
-def check_inputs(run: Callable[..., Any], names: Sequence[str], ranks: Ranks, group: Any) -> Callable[..., Any]:
-    """``run``, but raising :class:`InputMismatchError` on every rank if an input differs between ranks."""
+def check_inputs(
+    run: Callable[..., Any], alike: Alike, channel: Channel, each_call: bool = False
+) -> Callable[..., Any]:
+    """``run``, but raising :class:`InputMismatchError` on every rank if the values of an input differ between ranks.
+
+    At the first call, or at each call; see the module.
+    """
     # One graph may serve several instances of a model: each has parameters of its own.
     checked_parameters = WeakIdKeyDictionary()
+    calls = 0
 
     def checked(*args: Any) -> Any:
-        picked = [(n, a) for n, a in zip(names, args, strict=True) if a not in checked_parameters]
-        for _, value in picked:
-            if isinstance(value, torch.nn.Parameter):
-                checked_parameters[value] = None
-        mine = torch.tensor([fingerprint(a) for _, a in picked], dtype=torch.int64).view(-1, 2)
-        device = next((a.device for _, a in picked if isinstance(a, Tensor)), torch.device("cpu"))
-        # An input of another shape may mean another graph, with other inputs: first whether there is one list of them.
-        kinds = _stable(tuple(name for name, _ in picked))
-        heads = _from_all(torch.tensor([len(picked), kinds, *fingerprint(mine)]), device, ranks, group)
-        if all(torch.equal(head, heads[0]) for head in heads):
-            return run(*args)
-        if not all(torch.equal(head[:2], heads[0][:2]) for head in heads):
-            others = [r for r in range(ranks.size) if not torch.equal(heads[r][:2], heads[0][:2])]
-            shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in picked if _is_data(a))
-            raise InputMismatchError(
-                f"ranks {others} run another graph than rank 0, so the shapes of their inputs, or values that are no "
-                f"tensors, differ. On rank {ranks.rank}: {shapes}. Every rank must call the model with the same inputs."
+        nonlocal calls
+        calls += 1
+        if calls == 1 or each_call:
+            new = [(n, a) for n, a in zip(alike.names, args, strict=True) if a not in checked_parameters]
+            for _, value in new:
+                if isinstance(value, torch.nn.Parameter) and each_call:
+                    checked_parameters[value] = None
+            shapes = ", ".join(f"{name} {list(a.shape)}" for name, a in new if _is_data(a))
+            what = f"calls the graph of {alike.graph}, compiled before, for {shapes or 'no tensors'}"
+            channel.agree(
+                f"call of {alike.graph}",
+                what,
+                value_topics(new, weights_in_full=each_call) | random_states(alike.draws),
             )
-        everyone = _from_all(mine, device, ranks, group)
-        for row, (name, value) in enumerate(picked):
-            others = [r for r in range(ranks.size) if not torch.equal(everyone[r][row], everyone[0][row])]
-            if others:
-                shape = list(value.shape) if isinstance(value, Tensor) else value
-                raise InputMismatchError(
-                    f"input {name} ({shape} on rank {ranks.rank}) differs between rank 0 and ranks {others}. Every "
-                    "rank must call the model with the same inputs: seed random inputs alike, or broadcast them."
-                )
-        raise InputMismatchError("the inputs of the ranks differ")
+        return run(*args)
 
     return checked
 
 
-def _from_all(mine: Tensor, device: torch.device, ranks: Ranks, group: Any) -> list[Tensor]:
-    """``mine`` of every rank, on the CPU."""
-    everyone = [torch.empty_like(mine, device=device) for _ in range(ranks.size)]
-    dist.all_gather(everyone, mine.to(device), group=group)
-    return [other.cpu() for other in everyone]
+def value_topics(inputs: Sequence[tuple[str, Any]], *, weights_in_full: bool) -> dict[str, str]:
+    """The values of inputs as topics, one for data and one for weights."""
+    found: dict[int, Tensor | list[int]] = {}
+    samples: dict[Any, list[tuple[int, Tensor]]] = {}
+    for i, (_, value) in enumerate(inputs):
+        tensors = torch_internals.plain_tensors(value)
+        if tensors is None:
+            found[i] = [_stable((_text(value),)), 0]
+        elif isinstance(value, torch.nn.Parameter) and not weights_in_full:
+            for tensor in tensors:
+                samples.setdefault((tensor.device, tensor.dtype), []).append((i, _sample(tensor)))
+        else:
+            found[i] = torch.stack([_sums(tensor) for tensor in tensors]).sum(0)
+    # One copy to the host for each device, and one for each dtype of the weights.
+    texts = {i: str(row) for i, row in found.items() if not isinstance(row, Tensor)}
+    for device in {row.device for row in found.values() if isinstance(row, Tensor)}:
+        here = [i for i, row in found.items() if isinstance(row, Tensor) and row.device == device]
+        rows = torch.stack([found[i] for i in here]).tolist()  # type: ignore[misc]
+        texts.update({i: _hexadecimal(row) for i, row in zip(here, rows, strict=True)})
+    for group in samples.values():
+        everything = bytes(torch.cat([sample for _, sample in group]).cpu().view(torch.uint8).numpy())
+        start = 0
+        for i, sample in group:
+            end = start + sample.numel() * sample.itemsize
+            texts[i] = texts.get(i, "") + hashlib.blake2b(everything[start:end], digest_size=8).hexdigest()
+            start = end
+    lines: dict[str, list[str]] = {"values": [], "weights": []}
+    for i, (name, value) in enumerate(inputs):
+        topic = "weights" if isinstance(value, torch.nn.Parameter) else "values"
+        lines[topic].append(f"{name} {_text(value)} with digest {texts[i]}")
+    return {topic: "\n".join(rows) for topic, rows in lines.items()}
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Elements of a weight at even distances, its first and its last ones among them; a view, where it can be."""
+    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
+    step = max((flat.numel() - 1) // (_SAMPLE - 1), 1)
+    return flat[::step]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value)[:200]
+
+
+def _hexadecimal(numbers: Sequence[int]) -> str:
+    return "".join(f"{n % 2**64:016x}"[:8] for n in numbers)
 
 
 def _is_data(value: Any) -> bool:

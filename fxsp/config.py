@@ -26,7 +26,7 @@ _CHOICES = {
     "grad_reduce": ("all_reduce", "defer", "defer_mean"),
     "rng": ("global", "per_rank"),
 }
-_FLAGS = ("strict", "check_inputs", "verify")
+_FLAGS = ("strict", "verify")
 _COSTS = {"latency": "seconds", "bandwidth": "bytes per second above 0", "gather_limit": "bytes"}
 _DEGREES = ("ulysses_degree", "ring_degree")
 _ALL_DEGREES = (*_DEGREES, "allgather_degree")
@@ -58,8 +58,8 @@ class Options:
     grad_reduce: Literal["all_reduce", "defer", "defer_mean"] = "all_reduce"
     #: ``"per_rank"``: dropout draws on each rank for its own elements, not as one device would draw for all.
     rng: Literal["global", "per_rank"] = "global"
-    #: Compare the inputs of all ranks at every call.
-    check_inputs: bool = False
+    #: Compare the values of the inputs of all ranks: at the first call of each graph (None), at every call, or never.
+    check_inputs: bool | None = None
     #: Stages after which the graph is printed.
     print: tuple[str, ...] = ()
     #: Compare values and gradients with the unpartitioned graph at the first call.
@@ -76,6 +76,10 @@ class Options:
     def deferred(self) -> bool:
         """Whether gradients of parameters are left to an outer reducer."""
         return self.grad_reduce != "all_reduce"
+
+    def process_group(self) -> Any:
+        """The process group of the ranks; None: the default one."""
+        return self.mesh.get_group() if self.mesh is not None else self.group
 
     @staticmethod
     def names() -> list[str]:
@@ -122,6 +126,9 @@ def _checked(name: str, value: Any) -> Any:
     elif name in _FLAGS:
         if not isinstance(value, bool):
             raise _bad(name, value, "True or False")
+    elif name == "check_inputs":
+        if not (value is None or isinstance(value, bool)):
+            raise _bad(name, value, "True or False, or None to compare at the first call of each graph")
     elif name in _ALL_DEGREES:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise _bad(name, value, "an integer of at least 1, or None to let the compiler choose")
@@ -192,7 +199,7 @@ def resolve_ranks(options: Options) -> Ranks:
     Without a process group it is ``Ranks(0, 1, "")``.  Raises :class:`OptionError` if this process is not a member of
     the group, or if the degrees do not match its size.
     """
-    group: Any = options.mesh.get_group() if options.mesh is not None else options.group
+    group: Any = options.process_group()
     if group is None and not (dist.is_available() and dist.is_initialized()):
         ranks = Ranks(0, 1, "")
     else:

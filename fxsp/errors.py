@@ -9,6 +9,7 @@ __all__ = [
     "InputMismatchError",
     "OptionError",
     "PlanError",
+    "RanksApartError",
     "StrictError",
     "UnshardedWarning",
     "UnsupportedError",
@@ -33,7 +34,11 @@ class UnsupportedError(FxspError, NotImplementedError):
 
 
 class InputMismatchError(FxspError):
-    """``check_inputs=True`` and an input differs between ranks."""
+    """What must be the same on all ranks differs: graph, inputs, options, plan, versions, weights or random numbers."""
+
+
+class RanksApartError(InputMismatchError):
+    """A rank compiles, fails, leaves, or stays away, and the others do not."""
 
 
 class StrictError(FxspError):

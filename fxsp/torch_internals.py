@@ -548,6 +548,24 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
     return plain and not wrapped
 
 
+def plain_tensors(value: Any) -> list[torch.Tensor] | None:
+    """The tensors in memory of their own that a value consists of: itself, or the parts of a subclass.
+
+    None if there are none to read on this rank alone: it is no tensor, or a fake, or a part of a distributed one.
+    """
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not isinstance(value, torch.Tensor) or hasattr(value, "placements") or fake_mode_of(value) is not None:
+        return None
+    if is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        parts = [plain_tensors(getattr(value, name)) for name in names]
+        return None if None in parts else [tensor for part in parts for tensor in part or ()]
+    if value.device.type == "meta" or value.layout != torch.strided:
+        return None
+    return [value]
+
+
 def remembers_item(tensor: torch.Tensor) -> bool:
     """Whether a fake stands for a number (a Python float that Dynamo made an input), whose ``item()`` is symbolic."""
     return getattr(tensor, "item_memo", None) is not None
@@ -1191,6 +1209,56 @@ def group_named(name: str) -> Any:
         return _resolve_process_group(name)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, LookupError):
         return None
+
+
+def group_store(group: Any) -> Any:
+    """A store that all ranks of ``group`` share, on a connection of its own where it can be had; None if there is none.
+
+    It is the default store of the process, which every group was made through.
+    """
+    from torch.distributed import distributed_c10d
+
+    if str(torch.distributed.get_backend(group)) == "fake":  # a store that keeps nothing: there are no other ranks
+        return None
+    try:
+        store: Any = distributed_c10d._get_default_store()
+    except (ValueError, RuntimeError):
+        return None
+    try:
+        # Waiting for one key on a connection holds up everyone else on it.
+        return store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+
+
+def group_lives(group: Any) -> bool:
+    """Whether a process group has not been destroyed yet."""
+    from torch.distributed import distributed_c10d
+
+    return group in distributed_c10d._world.pg_map
+
+
+def group_timeout(group: Any) -> float:
+    """Seconds after which a collective of the group fails."""
+    from torch.distributed import distributed_c10d
+
+    found = []
+    for device in getattr(group, "_device_types", ()):
+        options = getattr(group._get_backend(device), "options", None)
+        found.append(getattr(options, "_timeout", distributed_c10d.default_pg_timeout).total_seconds())
+    return float(max(found, default=distributed_c10d.default_pg_timeout.total_seconds()))
+
+
+def recompile_reason() -> str:
+    """The guards that failed, if the compilation in progress is one of a frame that had been compiled; else ""."""
+    from torch._dynamo import convert_frame
+
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == convert_frame.__file__ and "recompile_reason" in frame.f_locals:
+            return str(frame.f_locals["recompile_reason"] or "").partition("User stack trace")[0]
+        frame = frame.f_back
+    return ""
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------
