@@ -36,6 +36,7 @@ from fxsp.passes.propagate import is_annotate
 from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.report import Report
+from fxsp.said import EMPTY_PLAN, say_share
 from fxsp.source import input_name
 from fxsp.trial import Trial
 from fxsp.types import Ranks
@@ -165,7 +166,7 @@ def compile_graph(
         report.unsharded = "one rank"
         return report, None
     if not any(record.applied for record in report.plan):
-        report.unsharded = "no entry of the plan applies to this graph"
+        report.unsharded = "no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN
         _say_unsharded(report, captured)
         return report, None
     try:
@@ -189,6 +190,7 @@ def compile_graph(
         _remove_annotations(gm)
         return report, None
     _say_gathers(report)
+    say_share(program, options.strict and not carried)
     return report, program
 
 

@@ -137,6 +137,8 @@ class Report:
     timings: dict[str, float] = field(default_factory=dict)
     #: Why the graph runs whole on every rank, if it does.
     unsharded: str = ""
+    #: The share of the graph's work that runs on shards, of 1; None: it was not partitioned.
+    share: float | None = None
 
     @property
     def communication(self) -> dict[str, tuple[int, Any]]:

@@ -591,6 +591,44 @@ def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
     handlers.setdefault(torch.as_tensor, as_tensor)
 
 
+def substitute_functions(
+    table: Mapping[Callable[..., Any], Callable[..., Any]], is_ours: Callable[[Translation], bool]
+) -> None:
+    """Have Dynamo trace, for each function that is a key of ``table``, the other one, where the translation is ours."""
+    try:
+        from torch._dynamo.variables import UserFunctionVariable
+
+        original = UserFunctionVariable.call_function
+    except (ImportError, AttributeError):
+        return  # a graph break more, and nothing else
+    if hasattr(original, "_fxsp_original"):
+        return
+
+    @functools.wraps(original)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        new = table.get(self.fn) if isinstance(self.fn, types.FunctionType) else None
+        if new is None or not is_ours(Translation(tx.output)):
+            return original(self, tx, args, kwargs)
+        return UserFunctionVariable(new).call_function(tx, [*self.self_args(), *args], kwargs)
+
+    call_function._fxsp_original = original  # type: ignore[attr-defined]
+    UserFunctionVariable.call_function = call_function  # type: ignore[method-assign]
+
+
+def mask_helpers(canonical: _F, causal: _F) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The functions of torch's transformer modules that make masks alike, and that ask whether one is causal, with what
+    stands for them; without those that this version lacks.
+    """
+    from torch.nn import functional
+    from torch.nn.modules import transformer
+
+    found = {
+        getattr(functional, "_canonical_mask", None): canonical,
+        getattr(transformer, "_detect_is_causal_mask", None): causal,
+    }
+    return {old: new for old, new in found.items() if old is not None}
+
+
 def _missing(what: str, error: Exception | None = None) -> RuntimeError:
     reason = f": {error}" if error else ""
     return RuntimeError(f"torch {torch.__version__} has no {what}{reason}; fxsp supports torch 2.11 to 2.15")
