@@ -35,6 +35,7 @@ from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate import is_annotate
 from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
+from fxsp.process_groups import missing_group, on_its_group
 from fxsp.report import Report
 from fxsp.said import EMPTY_PLAN, say_share
 from fxsp.source import input_name
@@ -127,7 +128,7 @@ def _compile(
         run = trial.wrap(run)
     if options.check_inputs:
         run = check_inputs(run, names, ranks, group)
-    return run
+    return on_its_group(run, ranks)
 
 
 def compile_graph(
@@ -163,7 +164,8 @@ def compile_graph(
     report.plan.extend(carried)
     runner.text("annotated", gm, report)
     if ranks.size == 1:
-        report.unsharded = "one rank"
+        missing = "" if ranks.group else missing_group()
+        report.unsharded = f"one rank. {missing}" if missing else "one rank" if captured.entries else EMPTY_PLAN
         return report, None
     if not any(record.applied for record in report.plan):
         report.unsharded = "no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN

@@ -9,6 +9,7 @@ __all__ = [
     "InputMismatchError",
     "OptionError",
     "PlanError",
+    "ProcessGroupError",
     "StrictError",
     "UnshardedWarning",
     "UnsupportedError",
@@ -26,6 +27,10 @@ class PlanError(FxspError, ValueError):
 
 class OptionError(FxspError, ValueError):
     """An unknown option, a bad value, or degrees that do not match the process group."""
+
+
+class ProcessGroupError(FxspError, RuntimeError):
+    """The process group that names the ranks does not exist any more, or is not the one that a graph is for."""
 
 
 class UnsupportedError(FxspError, NotImplementedError):

@@ -102,7 +102,7 @@ def _work(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
     if node.target in ATTENTION_OPS and not (known := node_flops(node, shape_of)):
         op, call = ATTENTION_OPS[node.target], Call(node)
         shapes = [shape_of(call[name]) for name in (op.query, op.key, op.value)]
-        if all(shape is not None and len(shape) == 4 for shape in shapes):  # noqa: PLR2004
+        if all(shape is not None and len(shape) == 4 for shape in shapes):
             q, k, v = (tuple(op.laid(shape)) for shape in shapes)  # type: ignore[arg-type]
             return attention_flops(q, k, v, causal=op.causal_in(call))  # type: ignore[arg-type]
         return known
