@@ -37,7 +37,7 @@ from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.process_groups import missing_group, on_its_group
 from fxsp.report import Report
-from fxsp.said import EMPTY_PLAN, say_share
+from fxsp.said import EMPTY_PLAN, say_outputs, say_share
 from fxsp.source import input_name
 from fxsp.trial import Trial
 from fxsp.types import Ranks
@@ -152,6 +152,7 @@ def compile_graph(
         report.root = type(captured.root).__name__
     translation = torch_internals.Translation.current()
     report.notes.extend(translation.said() if translation is not None else [])
+    report.outputs.extend(map(input_name, translation.output_names(gm)) if translation is not None else [])
     runner = stages or StageWriter(options.print, ranks)
     runner.text("captured", gm, report)
     if captured.entries is None:
@@ -193,6 +194,7 @@ def compile_graph(
         return report, None
     _say_gathers(report)
     say_share(program, options.strict and not carried)
+    say_outputs(program, options.strict and not carried)
     return report, program
 
 

@@ -8,6 +8,7 @@ __all__ = [
     "ImplicitGatherWarning",
     "InputMismatchError",
     "OptionError",
+    "OutputGatherWarning",
     "PlanError",
     "ProcessGroupError",
     "StrictError",
@@ -55,6 +56,10 @@ class FxspWarning(UserWarning):
 
 class ImplicitGatherWarning(FxspWarning):
     """A sharded value had to be made whole because an operator needs all its tokens."""
+
+
+class OutputGatherWarning(FxspWarning):
+    """Much of what a graph sends is sent only because it returns whole values."""
 
 
 class UnshardedWarning(FxspWarning):

@@ -27,7 +27,7 @@ from fxsp.source import module_path, node_source
 from fxsp.torch_internals import fake_mode_of, is_operator, is_pointwise, schema, size_hint
 from fxsp.types import Partial, Shard, as_length
 
-__all__ = ["LEAST", "Share", "share_of"]
+__all__ = ["LEAST", "Share", "number_in", "on_shards", "share_of"]
 
 #: A plan that puts less of the work on shards than this is said to split nothing of weight.
 LEAST = 0.05
@@ -59,21 +59,25 @@ class Share:
 def share_of(program: Program) -> Share:
     """The share of a partitioned program; sizes that are symbols count as those that were traced."""
     nodes = [n for n in program.facts["global"].graph.nodes if n.op == "call_function" and not is_annotate(n)]
-    modes = (fake_mode_of(n.meta.get("val")) for n in program.facts["global"].graph.nodes)
-    mode = next((m for m in modes if m is not None), None)
+    number = number_in(program)
 
     def shape_of(node: Any) -> Shape | None:
         value = node.meta.get("val") if isinstance(node, Node) else None
-        if not isinstance(value, torch.Tensor):
-            return None
-        return tuple(n if type(n) is int else size_hint(as_length(n), mode) for n in value.shape)
+        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
 
-    known = _sum(nodes, lambda n: _work(n, shape_of), _on_shards)
+    known = _sum(nodes, lambda n: _work(n, shape_of), on_shards)
     if known.total:
         return known
     # What is cheap is computed whole where that saves a gather, whatever its type says.
     names = {n.meta.get("global_name") for n in program.graph.nodes if isinstance(n.meta.get("sp"), (Shard, Partial))}
     return _sum(nodes, lambda n: _written(n, shape_of), lambda n: n.name in names)
+
+
+def number_in(program: Program) -> Callable[[Any], int]:
+    """Reads a size as the number that it was when the graph was traced."""
+    modes = (fake_mode_of(n.meta.get("val")) for n in program.facts["global"].graph.nodes)
+    mode = next((m for m in modes if m is not None), None)
+    return lambda size: size if type(size) is int else size_hint(as_length(size), mode)
 
 
 def _sum(nodes: list[Node], work: Callable[[Node], int], on_shards: Callable[[Node], bool]) -> Share:
@@ -90,7 +94,8 @@ def _sum(nodes: list[Node], work: Callable[[Node], int], on_shards: Callable[[No
     return Share(total, split, dict(sorted(whole.items(), key=lambda item: -item[1])))
 
 
-def _on_shards(node: Node) -> bool:
+def on_shards(node: Node) -> bool:
+    """Whether a call of the global graph runs on each rank's part of something."""
     decision = node.meta.get("sp_call")
     return isinstance(decision, Decision) and any(
         isinstance(t, (Shard, Partial)) for t in (*decision.operands, *decision.results)

@@ -742,6 +742,24 @@ class Translation:
             return Opaque("the graph ends in a graph break, before the module returns")
         return finish_value(read_value(stack[-1]), self.tracer())
 
+    def output_names(self, gm: torch.fx.GraphModule) -> list[str]:
+        """What the frame's code calls each output of ``gm``, ``"logits"`` or ``"cache.layers[0].keys"``, by position.
+
+        ``""`` for one that is not found; nothing at all where the graph ends in a graph break.
+        """
+        reason = getattr(getattr(gm, "compile_subgraph_reason", None), "reason", "")
+        if reason != "return_value" or not self._output.root_tx.stack:
+            return []
+        stored = getattr(self._output.side_effects, "store_attr_mutations", {})
+        names: dict[torch.fx.Node, str] = {}
+        _name_values(self._output.root_tx.stack[-1], "", stored, names, set())
+        for item, attributes in list(stored.items()):  # what is kept in an object that the caller has
+            if base := _source_name(item):
+                for name, value in attributes.items():
+                    _name_values(value, f"{base}.{name}", stored, names, set())
+        outputs = gm.graph.output_node().args[0]
+        return [names.get(node, "") if isinstance(node, torch.fx.Node) else "" for node in outputs]
+
     def guarded(self) -> set[str]:
         """Sources of the values that the compiled code has guards on."""
         return {guard.name if isinstance(guard.name, str) else guard.name() for guard in self._output.guards}
@@ -785,6 +803,44 @@ def read_value(value: Any) -> Any:
         if base is not None:
             return read_value(base)
     return Opaque(f"a {value.python_type_name()}")
+
+
+def _source_name(value: Any) -> str:
+    """Where Dynamo found a value; ``""`` for one that the frame made."""
+    try:
+        name = getattr(getattr(value, "source", None), "name", "")
+        return str(name() if callable(name) else name)
+    except NotImplementedError:  # a source that lives for a moment only
+        return ""
+
+
+def _name_values(
+    value: Any, name: str, stored: Mapping[Any, Mapping[str, Any]], names: dict[torch.fx.Node, str], seen: set[int]
+) -> None:
+    """Put the tensors in a Dynamo variable into ``names``; ``stored`` are the attributes that were set of objects."""
+    from torch._dynamo import variables as v
+
+    if isinstance(value, v.LazyVariableTracker):
+        if not value.is_realized():
+            return
+        value = value.realize()
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, v.TensorVariable):
+        names.setdefault(value.proxy.node, name or "the result")
+        return
+    attributes = dict(stored.get(value, {})) if isinstance(value, v.VariableTracker) else {}
+    for key, item in attributes.items():
+        _name_values(item, f"{name}.{key}" if name else key, stored, names, seen)
+    for inner in (value, *(getattr(value, part, None) for part in ("_base_vt", "_dict_vt", "_tuple_vt"))):
+        if isinstance(inner, v.ConstDictVariable):
+            for key, item in inner.items.items():
+                text = key.vt.as_python_constant() if key.vt.is_python_constant() else "?"
+                _name_values(item, f"{name}[{text!r}]" if name else str(text), stored, names, seen)
+        elif isinstance(inner, (v.ListVariable, v.TupleVariable)):
+            for index, item in enumerate(inner.items):
+                _name_values(item, f"{name}[{index}]", stored, names, seen)
 
 
 def finish_value(value: Any, tracer: Any) -> Any:
