@@ -38,7 +38,9 @@ from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate import is_annotate
 from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
+from fxsp.process_groups import missing_group, on_its_group
 from fxsp.report import Report
+from fxsp.said import EMPTY_PLAN, say_outputs, say_share
 from fxsp.source import input_name
 from fxsp.summands import Convention, parameters_of
 from fxsp.trial import Trial
@@ -149,7 +151,7 @@ def _compile(
     run = channel.counting(run, alike.graph)
     if options.check_inputs is not False:
         run = check_inputs(run, alike, channel, each_call=options.check_inputs is True)
-    return run
+    return on_its_group(run, ranks) if options.check_inputs else run
 
 
 def _compile_here(
@@ -180,7 +182,7 @@ def _compile_here(
         torch_internals.forget_examples(graph)
     if trial is not None:
         run = trial.wrap(run)
-    return convention.holding(run, inputs), decided
+    return on_its_group(convention.holding(run, inputs), ranks), decided
 
 
 def compile_graph(
@@ -204,6 +206,7 @@ def compile_graph(
         report.root = type(captured.root).__name__
     translation = torch_internals.Translation.current()
     report.notes.extend(translation.said() if translation is not None else [])
+    report.outputs.extend(map(input_name, translation.output_names(gm)) if translation is not None else [])
     runner = stages or StageWriter(options.print, ranks)
     runner.text("captured", gm, report)
     if captured.entries is None:
@@ -216,10 +219,11 @@ def compile_graph(
     report.plan.extend(carried)
     runner.text("annotated", gm, report)
     if ranks.size == 1:
-        report.unsharded = "one rank"
+        missing = "" if ranks.group else missing_group()
+        report.unsharded = f"one rank. {missing}" if missing else "one rank" if captured.entries else EMPTY_PLAN
         return report, None
     if not any(record.applied for record in report.plan):
-        report.unsharded = "no entry of the plan applies to this graph"
+        report.unsharded = "no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN
         _say_unsharded(report, captured)
         return report, None
     try:
@@ -243,6 +247,8 @@ def compile_graph(
         _remove_annotations(gm)
         return report, None
     _say_gathers(report)
+    say_share(program, options.strict and not carried)
+    say_outputs(program, options.strict and not carried)
     return report, program
 
 

@@ -21,6 +21,7 @@ from torch import fx, nn
 from fxsp import torch_internals
 from fxsp.calls import Capture, ModuleCall
 from fxsp.carried import Splits
+from fxsp.encoder_paths import SUBSTITUTES
 from fxsp.errors import PlanError
 from fxsp.plan import PlanEntry, find_plan, owns_plan, parse_plan
 from fxsp.resolve import forward_signature, resolve_plan, submodules, unwrap
@@ -73,6 +74,7 @@ def install(is_ours: Callable[[object], bool]) -> None:
         _ours.append(is_ours)
     torch_internals.hook_module_calls(_enter)
     torch_internals.keep_lengths_symbolic(_is_ours)
+    torch_internals.substitute_functions(SUBSTITUTES, _is_ours)
 
 
 _ours: list[Callable[[object], bool]] = []

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.distributed as dist
 
-from fxsp.errors import OptionError
+from fxsp.errors import OptionError, UnshardedWarning
 from fxsp.plan import PlanEntry, SequenceParallelConfig, did_you_mean, listing, parse_plan
+from fxsp.process_groups import missing_group, ranks_of
 from fxsp.torch_internals import inductor_modes
 from fxsp.types import Ranks
 
@@ -196,20 +198,16 @@ def _check_mesh(mesh: Any) -> None:
 def resolve_ranks(options: Options) -> Ranks:
     """This process's place among the ranks: of the mesh, the group, or the default process group.
 
-    Without a process group it is ``Ranks(0, 1, "")``.  Raises :class:`OptionError` if this process is not a member of
-    the group, or if the degrees do not match its size.
+    Without a process group it is ``Ranks(0, 1, "")``, with a warning where a launcher has started several processes.
+    Raises :class:`OptionError` if this process is not a member of the group, or if the degrees do not match its size,
+    and :class:`ProcessGroupError` if the group was destroyed.
     """
-    group: Any = options.process_group()
-    if group is None and not (dist.is_available() and dist.is_initialized()):
+    if options.mesh is None and options.group is None and not (dist.is_available() and dist.is_initialized()):
         ranks = Ranks(0, 1, "")
+        if missing := missing_group():
+            warnings.warn(UnshardedWarning(missing), stacklevel=3)
     else:
-        group = dist.group.WORLD if group is None else group
-        rank = dist.get_rank(group)
-        if rank < 0:
-            raise OptionError(
-                f"global rank {dist.get_rank()} is no member of the given group {dist.get_process_group_ranks(group)}"
-            )
-        ranks = Ranks(rank, dist.get_world_size(group), group.group_name)
+        ranks = ranks_of(options.mesh, options.group)
     resolve_degrees(options, ranks.size)
     return ranks
 

@@ -8,7 +8,9 @@ __all__ = [
     "ImplicitGatherWarning",
     "InputMismatchError",
     "OptionError",
+    "OutputGatherWarning",
     "PlanError",
+    "ProcessGroupError",
     "RanksApartError",
     "StrictError",
     "UnshardedWarning",
@@ -27,6 +29,10 @@ class PlanError(FxspError, ValueError):
 
 class OptionError(FxspError, ValueError):
     """An unknown option, a bad value, or degrees that do not match the process group."""
+
+
+class ProcessGroupError(FxspError, RuntimeError):
+    """The process group that names the ranks does not exist any more, or is not the one that a graph is for."""
 
 
 class UnsupportedError(FxspError, NotImplementedError):
@@ -55,6 +61,10 @@ class FxspWarning(UserWarning):
 
 class ImplicitGatherWarning(FxspWarning):
     """A sharded value had to be made whole because an operator needs all its tokens."""
+
+
+class OutputGatherWarning(FxspWarning):
+    """Much of what a graph sends is sent only because it returns whole values."""
 
 
 class UnshardedWarning(FxspWarning):

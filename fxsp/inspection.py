@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ __all__ = [
     "module_path",
     "node_source",
     "op_text",
+    "output_lines",
     "places_text",
     "plan_lines",
     "section",
@@ -46,9 +48,7 @@ def format_report(report: Report) -> str:
     lines += section("collectives (sent per rank, backward)", _collectives(report.backward))
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
     lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
-    lines += section(
-        "gathers for graph outputs", gather_lines(g for g in report.implicit_gathers if g.kind != "implicit")
-    )
+    lines += section("gathers for outputs", output_lines(report.implicit_gathers))
     lines += section("notes", report.notes)
     if report.timings:
         spent = sorted(report.timings.items(), key=lambda item: -item[1])
@@ -139,6 +139,17 @@ def gather_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
         where = f" in {module}" if module else ""
         at = f" ({source})" if source else ""
         yield f"{times}{op}{where}{at}: {reason}; {_sent(group[0].bytes)}" + (" each" if times else "")
+
+
+def output_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
+    """Gathers for outputs, by name and size: ``4 x output cache.layers[*].keys, in layers.*.attn: 6.0 KiB each``."""
+    outputs = [record for record in records if record.kind != "implicit"]
+    keyed = (((re.sub(r"\d+", "*", r.name), _pattern(r.module), str(r.bytes)), r) for r in outputs)
+    for (name, module, _), group in _groups(keyed):
+        times = f"{len(group)} x " if len(group) > 1 else ""
+        shown = (name if len(group) > 1 else group[0].name) or (group[0].reason if group[0].op != "output" else "")
+        where = f", in {module}" if module else ""
+        yield f"{times}output {shown}".rstrip() + f"{where}: {_sent(group[0].bytes)}" + (" each" if times else "")
 
 
 def _pattern(path: str) -> str:

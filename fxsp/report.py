@@ -34,11 +34,16 @@ class GatherRecord:
     bytes: Any
     #: ``"implicit"`` (an operator needs it), or ``"output"`` (a graph output has its global shape).
     kind: str = "implicit"
+    #: Of an output: what the program calls it (``"logits"``, ``"cache.layers[0].keys"``); ``""`` if that is not known.
+    name: str = ""
+    #: The value of the graph, as the printed stages up to ``laid_out`` name it.
+    value: str = ""
 
     def __str__(self) -> str:
         where = f" in {self.module}" if self.module else ""
         at = f" ({self.source})" if self.source else ""
-        return f"{self.op}{where}{at}: {self.reason}; {self.bytes} bytes per rank"
+        op = f"output {self.name}" if self.name else self.op
+        return f"{op}{where}{at}: {self.reason}; {self.bytes} bytes per rank"
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,8 @@ class Report:
     collectives: list[CollectiveRecord] = field(default_factory=list)
     #: What the gradients will need, if gradients may be asked for; ``value`` is the one whose gradient travels.
     backward: list[CollectiveRecord] = field(default_factory=list)
+    #: What the program calls the outputs of the graph, by position; ``""`` where that is not known.
+    outputs: list[str] = field(default_factory=list)
     #: Positions of outputs that are gathered because the graph ends, and how they were split.
     split_outputs: list[tuple[int, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -137,6 +144,8 @@ class Report:
     timings: dict[str, float] = field(default_factory=dict)
     #: Why the graph runs whole on every rank, if it does.
     unsharded: str = ""
+    #: The share of the graph's work that runs on shards, of 1; None: it was not partitioned.
+    share: float | None = None
 
     @property
     def communication(self) -> dict[str, tuple[int, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fxsp.formula import Formula, format_formulas
-from fxsp.inspection import attention_lines, gather_lines, places_text, plan_lines, section
+from fxsp.inspection import attention_lines, gather_lines, output_lines, places_text, plan_lines, section
 from fxsp.measures import Measures
 from fxsp.offline import OfflineResult
 from fxsp.report import CollectiveRecord, Memory, Report
@@ -52,6 +52,7 @@ def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
             lines.append(f"  {legend_text(m)}")
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
     lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
+    lines += section("gathers for outputs", output_lines(report.implicit_gathers))
     if m is not None:
         lines += section("work and memory", _work(m))
     lines += section("notes", report.notes)

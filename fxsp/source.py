@@ -12,6 +12,8 @@ import torch
 __all__ = ["clean_module_path", "forward_source", "input_name", "module_path", "node_source", "place"]
 
 _TORCH = Path(torch.__file__).resolve().parent
+#: It is traced in place of code of torch.
+_STAND_IN = Path(__file__).resolve().parent / "encoder_paths.py"
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 #: The root object of a Dynamo source: a local, a global, an item of either (the first of a decorator's ``*args``), or
 #: the innermost argument of nested ``getattr`` calls.
@@ -56,7 +58,8 @@ def _nothing() -> None:
 
 @lru_cache(maxsize=4096)
 def _in_torch(file: str) -> bool:
-    return Path(file).resolve().is_relative_to(_TORCH)
+    path = Path(file).resolve()
+    return path.is_relative_to(_TORCH) or path == _STAND_IN
 
 
 def module_path(node: torch.fx.Node) -> str:

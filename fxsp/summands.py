@@ -16,7 +16,7 @@ the number ``P`` of ranks (:mod:`fxsp.passes.defer`): the *mean* over the ranks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class _Share:
         return grad / self.size
 
 
-@lru_cache(maxsize=None)
+@cache
 def _share(size: int) -> Any:
     share = _Share(size)
     torch.utils.hooks.unserializable_hook(share)  # a copy that is loaded elsewhere is a parameter like any other

@@ -754,6 +754,44 @@ def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
     handlers.setdefault(torch.as_tensor, as_tensor)
 
 
+def substitute_functions(
+    table: Mapping[Callable[..., Any], Callable[..., Any]], is_ours: Callable[[Translation], bool]
+) -> None:
+    """Have Dynamo trace, for each function that is a key of ``table``, the other one, where the translation is ours."""
+    try:
+        from torch._dynamo.variables import UserFunctionVariable
+
+        original = UserFunctionVariable.call_function
+    except (ImportError, AttributeError):
+        return  # a graph break more, and nothing else
+    if hasattr(original, "_fxsp_original"):
+        return
+
+    @functools.wraps(original)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        new = table.get(self.fn) if isinstance(self.fn, types.FunctionType) else None
+        if new is None or not is_ours(Translation(tx.output)):
+            return original(self, tx, args, kwargs)
+        return UserFunctionVariable(new).call_function(tx, [*self.self_args(), *args], kwargs)
+
+    call_function._fxsp_original = original  # type: ignore[attr-defined]
+    UserFunctionVariable.call_function = call_function  # type: ignore[method-assign]
+
+
+def mask_helpers(canonical: _F, causal: _F) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The functions of torch's transformer modules that make masks alike, and that ask whether one is causal, with what
+    stands for them; without those that this version lacks.
+    """
+    from torch.nn import functional
+    from torch.nn.modules import transformer
+
+    found = {
+        getattr(functional, "_canonical_mask", None): canonical,
+        getattr(transformer, "_detect_is_causal_mask", None): causal,
+    }
+    return {old: new for old, new in found.items() if old is not None}
+
+
 def _missing(what: str, error: Exception | None = None) -> RuntimeError:
     reason = f": {error}" if error else ""
     return RuntimeError(f"torch {torch.__version__} has no {what}{reason}; fxsp supports torch 2.11 to 2.15")
@@ -867,6 +905,24 @@ class Translation:
             return Opaque("the graph ends in a graph break, before the module returns")
         return finish_value(read_value(stack[-1]), self.tracer())
 
+    def output_names(self, gm: torch.fx.GraphModule) -> list[str]:
+        """What the frame's code calls each output of ``gm``, ``"logits"`` or ``"cache.layers[0].keys"``, by position.
+
+        ``""`` for one that is not found; nothing at all where the graph ends in a graph break.
+        """
+        reason = getattr(getattr(gm, "compile_subgraph_reason", None), "reason", "")
+        if reason != "return_value" or not self._output.root_tx.stack:
+            return []
+        stored = getattr(self._output.side_effects, "store_attr_mutations", {})
+        names: dict[torch.fx.Node, str] = {}
+        _name_values(self._output.root_tx.stack[-1], "", stored, names, set())
+        for item, attributes in list(stored.items()):  # what is kept in an object that the caller has
+            if base := _source_name(item):
+                for name, value in attributes.items():
+                    _name_values(value, f"{base}.{name}", stored, names, set())
+        outputs = gm.graph.output_node().args[0]
+        return [names.get(node, "") if isinstance(node, torch.fx.Node) else "" for node in outputs]
+
     def guarded(self) -> set[str]:
         """Sources of the values that the compiled code has guards on."""
         return {guard.name if isinstance(guard.name, str) else guard.name() for guard in self._output.guards}
@@ -910,6 +966,44 @@ def read_value(value: Any) -> Any:
         if base is not None:
             return read_value(base)
     return Opaque(f"a {value.python_type_name()}")
+
+
+def _source_name(value: Any) -> str:
+    """Where Dynamo found a value; ``""`` for one that the frame made."""
+    try:
+        name = getattr(getattr(value, "source", None), "name", "")
+        return str(name() if callable(name) else name)
+    except NotImplementedError:  # a source that lives for a moment only
+        return ""
+
+
+def _name_values(
+    value: Any, name: str, stored: Mapping[Any, Mapping[str, Any]], names: dict[torch.fx.Node, str], seen: set[int]
+) -> None:
+    """Put the tensors in a Dynamo variable into ``names``; ``stored`` are the attributes that were set of objects."""
+    from torch._dynamo import variables as v
+
+    if isinstance(value, v.LazyVariableTracker):
+        if not value.is_realized():
+            return
+        value = value.realize()
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, v.TensorVariable):
+        names.setdefault(value.proxy.node, name or "the result")
+        return
+    attributes = dict(stored.get(value, {})) if isinstance(value, v.VariableTracker) else {}
+    for key, item in attributes.items():
+        _name_values(item, f"{name}.{key}" if name else key, stored, names, seen)
+    for inner in (value, *(getattr(value, part, None) for part in ("_base_vt", "_dict_vt", "_tuple_vt"))):
+        if isinstance(inner, v.ConstDictVariable):
+            for key, item in inner.items.items():
+                text = key.vt.as_python_constant() if key.vt.is_python_constant() else "?"
+                _name_values(item, f"{name}[{text!r}]" if name else str(text), stored, names, seen)
+        elif isinstance(inner, (v.ListVariable, v.TupleVariable)):
+            for index, item in enumerate(inner.items):
+                _name_values(item, f"{name}[{index}]", stored, names, seen)
 
 
 def finish_value(value: Any, tracer: Any) -> Any:

@@ -30,6 +30,7 @@ from fxsp.passes.attention_choice import Question, choose
 from fxsp.passes.attention_merged import choose_for_whole_queries
 from fxsp.passes.attention_ops import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.base import Program
+from fxsp.passes.builder import split_bytes
 from fxsp.passes.decide import Decision, replicate_all
 from fxsp.passes.grouped import repeated_heads
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
@@ -142,7 +143,8 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     if keys is None or (free and not per_rows and all(call[name] in outputs for name in (op.key, op.value))):
         if per_rows:
             return replicate_all(call, types, per_rows)
-        choice = AttentionChoice("local", op, q_type.sequence, None, 0)
+        sent, detail = (0, "") if keys is None else _of_outputs(call, op, kv_types, program)
+        choice = AttentionChoice("local", op, q_type.sequence, None, sent, detail=detail)
     else:
         repeat = _repeats(call, kv_types) if op.builtin else 1
         if repeat > 1:
@@ -203,6 +205,18 @@ def _whole_queries(
     operands = tuple(needed.get(name, whole) for name in given)
     results = tuple(Replicate(origin=f"{call.op} of whole queries") for _ in call.result_shapes())
     return Decision(operands, results, _reason(types, operands), detail=choice)
+
+
+def _of_outputs(call: Call, op: AttentionOp, kv_types: list[Type], program: Program) -> tuple[Length, str]:
+    """What keys and values cost that are gathered because they are outputs, too, and the sentence that says so."""
+    size = program.ranks.size
+    parts = [
+        split_bytes(call.shape(name), t, call[name].meta["val"].element_size(), size)
+        for name, t in zip((op.key, op.value), kv_types, strict=True)
+        if isinstance(t, Shard)
+    ]
+    sent = as_length((size - 1) * sum(parts, start=0))
+    return sent, "its keys and values are outputs of the graph, gathered once for both"
 
 
 def _mask_type(call: Call, name: str, choice: AttentionChoice, q: tuple[Length, ...], mask: tuple[Length, ...]) -> Type:

@@ -70,6 +70,8 @@ class Converter:
         #: Values that become whole whoever needs them first.
         self.outputs = frozenset(program.graph.output_node().all_input_nodes)
         self._masked: dict[tuple[Node, str], Node] = {}
+        #: The output that is being made whole.
+        self.ending: Node | None = None
 
     def argument(self, old: Node, kind: str = "implicit") -> Any:
         return self.get(self.values[old], Replicate(), kind) if old in self.values else self.copies[old]
@@ -287,6 +289,8 @@ class Converter:
             reason=f"{reason}: {self.remedy}" if kind == "implicit" and self.remedy else reason,
             bytes=sent,
             kind=kind,
+            name=self._output_name(value.node) if kind == "output" else "",
+            value=value.node.name,
         )
         if self.program.strict and kind == "implicit":
             remedy = self.remedy or (
@@ -294,6 +298,14 @@ class Converter:
             )
             raise StrictError(f"implicit gather: {record}. With strict=True this is an error: {remedy}.")
         self.program.report.implicit_gathers.append(record)
+
+    def _output_name(self, node: Node) -> str:
+        """What the program calls an output, or the input that is overwritten; ``""`` if that is not known."""
+        node = node if node in self.outputs or self.ending is None else self.ending
+        names = self.program.report.outputs
+        values = self.program.graph.output_node().args[0]
+        positions = [i for i, n in enumerate(values) if n is node] if isinstance(values, (list, tuple)) else []
+        return next((names[i] for i in positions if i < len(names) and names[i]), "")
 
 
 def _reads_shards(node: Node) -> bool:

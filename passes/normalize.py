@@ -24,7 +24,7 @@ In-place operators are still there: *functionalize* takes them away.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState, ExplicitAutocast
+from fxsp.passes.fast_paths import FAST_PATHS
 from fxsp.passes.islands import enclose_functorch
 from fxsp.passes.retrace import Retracer, describe
 from fxsp.passes.subclasses import holds_subclass, mark_islands, refuse_unrecorded, see_through
@@ -73,7 +74,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
         inputs = _stand_ins(values, mode)
         # The value of a placeholder shares storage with what is traced, but nothing else: that may yet be written to.
         values = [_fresh(v) if v is not old else v for v, old in zip(inputs, values, strict=True)]
-        new = torch_internals.retrace(run, inputs, mode, ExplicitAutocast())
+        new = torch_internals.retrace(run, inputs, mode, ChainMap(dict(FAST_PATHS), ExplicitAutocast()))  # type: ignore[arg-type]
 
     for before, after, value in zip(placeholders, new.graph.find_nodes(op="placeholder"), values, strict=True):
         after.target = before.target

@@ -134,6 +134,7 @@ class _Partitioner(Converter):
         self.program.report.split_outputs[:] = _splits_of(node.args[0])
 
         def whole(old: Node) -> Any:
+            self.ending = old
             if old in self.values:
                 return self.get(self.values[old], Replicate(), kind="output")
             return self.copies[old]
@@ -150,6 +151,7 @@ class _Partitioner(Converter):
             self.reason = OUTPUT if node.op == "output" else _WRITTEN
             for old in node.all_input_nodes:
                 if old in self.values:
+                    self.ending = old
                     self.get(self.values[old], Replicate(), kind="output")
             if node.op == "output":
                 return

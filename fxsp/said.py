@@ -1,0 +1,131 @@
+"""What a person is told once a graph is partitioned: that a plan split next to nothing, and what outputs cost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from torch.fx import Node
+
+from fxsp.errors import OutputGatherWarning, StrictError, UnshardedWarning
+from fxsp.passes.attention_ops import ATTENTION_OPS
+from fxsp.passes.base import Program
+from fxsp.passes.rules import Call
+from fxsp.passes.work import has_work
+from fxsp.report import GatherRecord
+from fxsp.share import LEAST, number_in, on_shards, share_of
+from fxsp.traffic import format_bytes
+from fxsp.types import product
+
+__all__ = ["EMPTY_PLAN", "say_outputs", "say_share"]
+
+EMPTY_PLAN = "the plan is empty: it names no module and no value"
+#: Outputs that are gathered may be this part of what a graph sends.
+_MOST = 0.25
+#: One hidden state, and as much again: what a model returns at its end, whatever else it returns.
+_STATES = 2
+
+
+def say_share(program: Program, strict: bool) -> None:
+    """Put the share of the work that runs on shards into the report; if it is next to nothing, say so.
+
+    Where implicit gathers name the operators that hold the work, that has been said.  Raises ``StrictError`` if
+    ``strict``.
+    """
+    report = program.report
+    share = share_of(program)
+    report.share = share.part
+    if share.part >= LEAST:
+        return
+    amount = "nothing" if not share.split else f"{share.part:.1%} of the work"
+    text = f"the plan applied, but {amount} runs on shards: {share.holders(report.root)} of it"
+    if share.split:
+        report.notes.append(text)
+    else:
+        report.unsharded = text
+    known = {(gather.op, gather.source) for gather in report.implicit_gathers}
+    unsaid = sum(work for (op, _, source), work in share.whole.items() if (op, source) not in known)
+    if 2 * unsaid < share.total - share.split:
+        return
+    remedy = (
+        "annotate a value that is split where this work begins; an operator that the compiler does not know can be "
+        "replaced by the operators that it consists of, an attention be named with fxsp.register_attention"
+    )
+    if strict:
+        raise StrictError(f"{text}.\n  With strict=True this is an error: {remedy}.")
+    warnings.warn(UnshardedWarning(f"{text}.\n  {remedy}; strict=True refuses it"), stacklevel=3)
+
+
+def say_outputs(program: Program, strict: bool) -> None:
+    """Say which outputs are more than a quarter of what the graph sends (forward), and what avoids it.
+
+    Meant are outputs that need not be: keys and values of attentions, and what is, together, more than two hidden
+    states: logits, the states of all layers.  A hidden state has to be returned once by most models, and is often all
+    that a small one sends.  A graph that ends in a graph break returns what the code after it needs: that is said
+    elsewhere.  Raises ``StrictError`` if ``strict``.
+    """
+    report, number = program.report, number_in(program)
+    named = [gather for gather in report.implicit_gathers if gather.kind == "output" and gather.name]
+    cached = _attended(program)
+    caches = [gather for gather in named if gather.value in cached]
+    others = [gather for gather in named if gather.value not in cached]
+    state = max(_states(program), default=None)
+    if state is None or sum(number(g.bytes) for g in others) <= _STATES * state:
+        others = []
+    sent = sum(number(gather.bytes) for gather in (*caches, *others))
+    total = sum(number(record.bytes) for record in report.collectives)
+    if sent <= _MOST * total:
+        return
+    several = f"{len(caches) + len(others)} outputs are" if len(caches) + len(others) > 1 else "an output is"
+    lines = [
+        f"{several} {sent / total:.0%} of all bytes that this graph sends ({format_bytes(sent)} per rank, forward):"
+    ]
+    largest = sorted((*caches, *others), key=lambda gather: -number(gather.bytes))
+    lines += [f"  {gather.name}, of {gather.module}: {format_bytes(gather.bytes)}" for gather in largest[:6]]
+    lines += [f"  and {len(largest) - 6} more"] if len(largest) > 6 else []
+    remedy = "; ".join(_remedies(caches, others))
+    if strict:
+        raise StrictError("\n  ".join([*lines, f"With strict=True this is an error: {remedy}."]))
+    lines.append(f"To avoid it: {remedy}; strict=True refuses it")
+    report.notes.append(lines[0].replace(" (", f", {', '.join(g.name for g in largest[:3])} (").rstrip(":"))
+    warnings.warn(OutputGatherWarning("\n  ".join(lines)), stacklevel=3)
+
+
+def _remedies(caches: Sequence[GatherRecord], others: Sequence[GatherRecord]) -> Iterator[str]:
+    if caches:
+        yield "no keys and values are returned with use_cache=False"
+    if any("logits" in gather.name for gather in others):
+        yield (
+            "return the loss alone (compile the step that computes it), or the logits of the tokens that are needed "
+            "(logits_to_keep=1)"
+        )
+    elif others:
+        yield "return what is computed of it (a loss, a mean, some tokens) from the compiled function, instead of all"
+
+
+def _attended(program: Program) -> set[str]:
+    """Names of the values that are keys or values of an attention, or that these are views and copies of."""
+    found: set[str] = set()
+    for node in program.facts["global"].graph.nodes:
+        if node.target in ATTENTION_OPS:
+            op, call = ATTENTION_OPS[node.target], Call(node)
+            for name in (op.key, op.value):
+                value = call[name]
+                while isinstance(value, Node) and not has_work(value) and value.op == "call_function":
+                    found.add(value.name)
+                    tensors = [n for n in value.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+                    value = tensors[0] if len(tensors) == 1 else None
+    return found
+
+
+def _states(program: Program) -> Iterator[int]:
+    """Bytes that a rank sends to gather a hidden state: the queries of attentions; without any, what is multiplied."""
+    number, size = number_in(program), program.ranks.size
+    nodes = [n for n in program.facts["global"].graph.nodes if on_shards(n)]
+    attentions = [n for n in nodes if n.target in ATTENTION_OPS]
+    values = [Call(n)[ATTENTION_OPS[n.target].query] for n in attentions]
+    values = values or [v for n in nodes if has_work(n) for v in (n, *n.all_input_nodes)]
+    for value in values:
+        if isinstance(tensor := value.meta.get("val"), Tensor):
+            yield number(product((*map(number, tensor.shape), tensor.element_size()))) * (size - 1) // size
