@@ -33,6 +33,7 @@ summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P`
     unpack_heads    S -> S     pack_heads(zero_pads=True)
     ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.ring_ops)
     merged_attention  U, S -> R  merged_attention_backward (see fxsp.kernels.merged)
+    all_reduce_extreme, at_extreme            (see fxsp.kernels.extremes)
     all_to_all_within          all_to_all_within       (of the first dimension's size of consecutive ranks)
 
 With ``size == 1`` (or ``group == ""`` where an op has no size) no process group is needed.
@@ -46,7 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import exchange, head_ops, merged_ops, ring_ops
+from fxsp.kernels import exchange, extremes, head_ops, merged_ops, ring_ops
 from fxsp.kernels.lowering import LOWERINGS
 
 __all__ = ["INTERNAL", "OPS", "same_memory"]
@@ -189,3 +190,4 @@ for _name in {**_ADJOINT, **_FORMULA}:
 head_ops.register(_library)
 ring_ops.register(_library)
 merged_ops.register(_library)
+extremes.register(_library)

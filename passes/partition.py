@@ -28,6 +28,7 @@ from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.decide import Decision
+from fxsp.passes.extremes import ExtremePlan, write_extreme
 from fxsp.passes.idle import report_idle
 from fxsp.passes.inplace import written_arguments
 from fxsp.passes.layout import ring_work
@@ -246,6 +247,8 @@ class _Partitioner(Converter):
             return write_overwrite(self.build, call, arguments, decision.detail)
         if isinstance(decision.detail, PickPlan):
             return write_pick(self.build, call, first, decision.detail)
+        if isinstance(decision.detail, ExtremePlan):
+            return write_extreme(self.build, call, first, decision.detail)
         if isinstance(result, Shard) and decision.detail == "dropout":
             return self._dropout(node, call, arguments, result)
         if call.op in CUTS and decision.detail is not None:

@@ -29,6 +29,7 @@ from fxsp.errors import PlanError, UnsupportedError
 from fxsp.passes.attention import decide_attention
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, decide, hint, replicate_all
+from fxsp.passes.extremes import decide_extreme
 from fxsp.passes.losses import decide_loss
 from fxsp.passes.overwrite import decide_overwrite
 from fxsp.passes.pick import decide_pick
@@ -123,7 +124,7 @@ class Propagate:
             or decide_attention(call, types, program)
         )
         if structural is None and not operands[0].meta["sp_free"]:
-            structural = decide_pick(call, types)
+            structural = decide_pick(call, types) or decide_extreme(call, types)
         if structural is not None:
             return structural
         if call.op in _DROPOUTS and draws(call) and isinstance(types[0], Shard):
