@@ -60,8 +60,10 @@ def _key(x: Tensor, op: str) -> Tensor:
     if not x.dtype.is_floating_point:
         return x.to(travels_as(x.dtype))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    limits = torch.iinfo(travels_as(x.dtype))
-    return torch.where(wide.isnan(), limits.max if op == "max" else limits.min, _flipped(wide.view(limits.dtype)))
+    dtype = travels_as(x.dtype)
+    limits = torch.iinfo(dtype)
+    last = limits.max if op == "max" else limits.min
+    return _flipped(wide.view(dtype)).masked_fill(wide.isnan(), last)
 
 
 def _value(key: Tensor, dtype: torch.dtype) -> Tensor:
