@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxsp import oracle_attention, oracle_deal, oracle_merged
+from fxsp import oracle_attention, oracle_deal, oracle_extremes, oracle_merged
 from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.oracle_lanes import Lanes, poison, total
 from fxsp.oracle_ops import (
@@ -112,6 +112,9 @@ _OPERATORS: dict[str, Callable[..., Lanes]] = {
     "ring_attention_backward": _lanes(oracle_attention.ring_attention_backward),
     "merged_attention": _lanes(oracle_merged.merged_attention),
     "merged_attention_backward": _lanes(oracle_merged.merged_attention_backward),
+    "all_reduce_extreme": _lanes(oracle_extremes.all_reduce_extreme),
+    "at_extreme": _lanes(oracle_extremes.at_extreme),
+    "at_extreme_backward": _lanes(oracle_extremes.at_extreme_backward),
     "all_reduce": all_reduce,
     "all_to_all": all_to_all,
     "annotate": annotate,

@@ -25,8 +25,10 @@ __all__ = [
 COLLECTIVES = frozenset(
     {
         "all_reduce",
+        "all_reduce_extreme",
         "all_to_all",
         "all_to_all_within",
+        "at_extreme_backward",
         "gather",
         "gather_sum",
         "gather_used",
@@ -110,6 +112,12 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
         # The log-sum-exps are two numbers each, fp32 at least.
         width = as_length((0 if value is None else value[-1]) + 2 * max(1, 4 // item))
         return product((*shape[:-1], width, item, size - 1))
+    if name == "at_extreme_backward" and not arguments_of(node)["ties"]:
+        return 0
+    if name in ("all_reduce_extreme", "at_extreme_backward"):  # halves travel as float32, counts as int32
+        item = max(item, 4) if val.dtype.is_floating_point and name == "all_reduce_extreme" else 4
+        item = 1 if val.dtype == torch.bool else item
+        return _part(product((*shape, item)), 2 * (size - 1), size)
     if name in ("all_reduce", "reduce_grad"):
         return _part(product((*shape, item)), 2 * (size - 1), size)
     arguments = arguments_of(node)

@@ -14,6 +14,7 @@ from fxsp.torch_internals import functional_collectives
 __all__ = [
     "all_gather",
     "all_reduce",
+    "all_reduce_as",
     "all_to_all",
     "all_to_all_within",
     "reduce_scatter",
@@ -69,6 +70,11 @@ def start_all_reduce(x: Tensor, group: str) -> Tensor:
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over ranks (of bools: whether any is true)."""
     return _summed(start_all_reduce(summand(x), group), x)
+
+
+def all_reduce_as(x: Tensor, op: str, group: str) -> Tensor:
+    """Another operation over ranks than the sum, ``"max"`` or ``"min"``, of contiguous integers, as they are."""
+    return wait(_c10d.all_reduce.default(x, op, group))
 
 
 def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxsp.kernels import collectives, exchange, place
 from fxsp.kernels.deal import deal, rows_from, undeal
+from fxsp.kernels.extremes import EXTREMES
 from fxsp.kernels.merged import MERGED
 from fxsp.kernels.ring import RING
 from fxsp.kernels.ring_blocks import chunks_of
@@ -351,4 +352,5 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "unpack_heads": exchange.unpack_heads,
     **RING,
     **MERGED,
+    **EXTREMES,
 }

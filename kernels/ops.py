@@ -33,6 +33,7 @@ summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P`
     unpack_heads    S -> S     pack_heads(zero_pads=True)
     ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.ring_ops)
     merged_attention  U, S -> R  merged_attention_backward (see fxsp.kernels.merged)
+    all_reduce_extreme, at_extreme            (see fxsp.kernels.extremes)
     all_to_all_within          all_to_all_within       (of the first dimension's size of consecutive ranks)
     scale_grad      U -> U     a product    (see fxsp.kernels.deferred_ops)
 
@@ -47,7 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import deferred_ops, exchange, head_ops, merged_ops, ring_ops
+from fxsp.kernels import deferred_ops, exchange, extremes, head_ops, merged_ops, ring_ops
 from fxsp.kernels.lowering import LOWERINGS
 
 __all__ = ["INTERNAL", "OPS", "same_memory"]
@@ -191,3 +192,4 @@ deferred_ops.register(_library)
 head_ops.register(_library)
 ring_ops.register(_library)
 merged_ops.register(_library)
+extremes.register(_library)

@@ -7,6 +7,7 @@ that a gradient goes through says what its adjoint sends::
     shard           all_gather        a whole value of which each rank uses its rows (all_reduce of whole segments)
     gather_used     reduce_scatter    a gathered value that is used with shards
     all_to_all      all_to_all
+    at_extreme      all_reduce        how many elements are the maximum
     ring_attention  rotation          keys and values once more, and their gradients one step behind, in fp32
     gather, all_reduce, ...           nothing
 
@@ -139,6 +140,10 @@ def _adjoint(node: Node, program: Program) -> Iterator[CollectiveRecord]:
         yield record("all_reduce", reduced_bytes(product(map(as_length, value.shape)), value.dtype, size), what)
     elif name == "shard":
         yield from _gathered_rows(node, program, record)
+    elif name == "at_extreme" and node.args[5]:
+        value = _whole_value(node, program)
+        sent = reduced_bytes(product(map(as_length, value.shape)), torch.int32, size)
+        yield record("all_reduce", sent, "how many elements on all ranks share a gradient")
     elif name in ("gather_used", "all_to_all", "all_to_all_within"):
         for made in forward:
             if name != "gather_used":

@@ -135,6 +135,12 @@ class Builder:
     def all_reduce(self, x: Node) -> Node:
         return self.call(_ops.all_reduce.default, x, self.ranks.group)
 
+    def all_reduce_extreme(self, x: Node, op: str) -> Node:
+        return self.call(_ops.all_reduce_extreme.default, x, op, self.ranks.group)
+
+    def at_extreme(self, x: Node, value: Node, hit: Node, dims: Seq[int], keepdim: bool, *, ties: bool) -> Node:
+        return self.call(_ops.at_extreme.default, x, value, hit, list(dims), keepdim, ties, self.ranks.group)
+
     def all_to_all(self, x: Node) -> Node:
         return self.call(_ops.all_to_all.default, x, self.ranks.group)
 

@@ -18,6 +18,7 @@ from fxsp.passes.attention_ops import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
 from fxsp.passes.decide import hint
+from fxsp.passes.likes import is_constant, write_like
 from fxsp.passes.repeats import repeats_of
 from fxsp.passes.rules import shape_of, tensor_nodes
 from fxsp.passes.rules_elementwise import CHEAP
@@ -143,6 +144,8 @@ class Converter:
         return new
 
     def _shard(self, value: Value, needed: Shard, kind: str) -> Node:
+        if is_constant(value.node):
+            return write_like(self.build, value.node, needed, self.copies)
         self.reason = self.reason or f"it is {value.forms[0][0]}, and is needed as {needed}"
         x = self.get(value, Replicate(), kind)
         shape = shape_of(value.node)
@@ -160,7 +163,7 @@ class Converter:
     def _whole_for_free(self, value: Value, depth: int = 4) -> bool:
         """Whether cheap operators compute the whole value from what is whole already: inputs, or gathered values."""
         node = value.node
-        if node.meta.get("sp_free"):
+        if node.meta.get("sp_free") or is_constant(node):
             return True
         if depth == 0 or not (node.target in CHEAP or node.target in CATS or node.target in SLICES):
             return False
@@ -179,6 +182,8 @@ class Converter:
         if used is not None:
             # The data is there already (a gather whose result is used with shards, a parameter): no second gather.
             return self._leave(used, shape_of(value.node))
+        if is_constant(value.node):
+            return write_like(self.build, value.node, Replicate(), self.copies)
         if self._whole_for_free(value):
             # Computing cheap operators again costs less than any communication.
             old = value.node

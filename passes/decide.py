@@ -151,7 +151,7 @@ def _with(
     placement: _Placement, call: Call, rule: OpRule, types: list[Type], placements: list[_Placement | None]
 ) -> Decision | None:
     factor = placement.factor
-    if factor in rule.whole:
+    if factor in rule.whole or factor in rule.combined:
         return None
     origin = f"{call.op}: {rule}, shard of {factor}"
     results: list[Type] = []
@@ -189,6 +189,6 @@ def _why(name: str, rule: OpRule, types: list[Type]) -> str:
         placement = locate(type_, dims, rule.sizes)
         if placement is None:
             return f"{name} regroups dimension {type_.dim} of operand {i}, which holds the tokens {type_.sequence}"
-        if placement.factor in rule.whole:
+        if placement.factor in rule.whole or placement.factor in rule.combined:
             return f"{name} needs dimension {type_.dim} of operand {i} whole (the tokens {type_.sequence})"
     return f"{name} cannot keep the tokens split"

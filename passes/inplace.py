@@ -85,12 +85,16 @@ def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node]
         raise UnsupportedError(f"{describe(node)} writes in place, and no functional operator is known for it")
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), read)
     kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+    if name == "bernoulli_" and "p" in found:
+        args = (args[0], found["p"])  # it has a default in place only
     return _fitted(w, w.call(target, *args, **kwargs), written, read)
 
 
 def _functional(op: Any, name: str) -> Any:
     """``add_.Tensor`` and ``add.out`` -> ``add.Tensor``, ``__iand__.Tensor`` -> ``__and__.Tensor``; None if unknown."""
     overload = torch_internals.overload_name(op)
+    if (name, overload) == ("bernoulli_", "float"):
+        overload = "p"
     if (match := re.fullmatch(r"__i(\w+)__", name)) is not None:
         pure = f"__{match[1]}__"
     elif name in _FUNCTIONAL:

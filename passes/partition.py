@@ -28,9 +28,11 @@ from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.decide import Decision
+from fxsp.passes.extremes import ExtremePlan, write_extreme
 from fxsp.passes.idle import report_idle
 from fxsp.passes.inplace import written_arguments
 from fxsp.passes.layout import ring_work
+from fxsp.passes.likes import DRAWN, LikePlan, write_like
 from fxsp.passes.losses import LossPlan, write_loss
 from fxsp.passes.overwrite import OverwritePlan, write_overwrite
 from fxsp.passes.pick import PickPlan, write_pick
@@ -206,6 +208,9 @@ class _Partitioner(Converter):
     def _call(self, node: Node, decision: Decision) -> None:
         call = Call(node)
         self.reason, self.remedy = decision.reason, decision.remedy
+        if isinstance(decision.detail, LikePlan):
+            self._like(node, call, decision.results[0])
+            return
         if all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
             if call.op is aten.copy_.default:
                 # The epilogue of a written input: as for an output, nobody asked for split data there.
@@ -226,6 +231,14 @@ class _Partitioner(Converter):
             self.copies[node] = results
         else:
             self.values[node] = Value(node, [(decision.results[0], self.typed(results, decision.results[0], node))])
+
+    def _like(self, node: Node, call: Call, type_: Type) -> None:
+        """What reads a shape only: nothing is asked of its operand."""
+        split = any(isinstance(n.meta["sp"], Shard) for n in call.operands)
+        if call.op in DRAWN and split and self.program.rng == "per_rank":
+            self._note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
+        new = write_like(self.build, node, type_, self.copies)
+        self.values[node] = Value(node, [(type_, self.typed(new, type_, node))])
 
     def _whole_call(self, node: Node, kind: str = "implicit") -> None:
         by_strides = node.args[0] if node.target in _BY_STRIDES else None
@@ -248,6 +261,8 @@ class _Partitioner(Converter):
             return write_overwrite(self.build, call, arguments, decision.detail)
         if isinstance(decision.detail, PickPlan):
             return write_pick(self.build, call, first, decision.detail)
+        if isinstance(decision.detail, ExtremePlan):
+            return write_extreme(self.build, call, first, decision.detail)
         if isinstance(result, Shard) and decision.detail == "dropout":
             return self._dropout(node, call, arguments, result)
         if call.op in CUTS and decision.detail is not None:
@@ -327,7 +342,9 @@ class _Partitioner(Converter):
         return self.build.call(aten.mul.Tensor, arguments["input"], own)
 
     def _note_draw(self) -> None:
-        note = "dropout of split values draws by position (rng='per_rank'): not the draw of one device"
+        self._note("dropout of split values draws by position (rng='per_rank'): not the draw of one device")
+
+    def _note(self, note: str) -> None:
         if note not in self.program.report.notes:
             self.program.report.notes.append(note)
 

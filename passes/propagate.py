@@ -29,6 +29,8 @@ from fxsp.errors import PlanError, UnsupportedError
 from fxsp.passes.attention import decide_attention
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, decide, hint, replicate_all
+from fxsp.passes.extremes import decide_extreme
+from fxsp.passes.likes import decide_like, is_constant
 from fxsp.passes.losses import decide_loss
 from fxsp.passes.overwrite import decide_overwrite
 from fxsp.passes.pick import decide_pick
@@ -53,9 +55,7 @@ from fxsp.types import (
 
 __all__ = ["Propagate", "is_annotate", "is_random"]
 
-#: Operators that take no data from their tensor operand, only its dtype and device.
 _DROPOUTS = set(overloads("dropout"))
-_FACTORIES = {"aten::new_zeros", "aten::new_ones", "aten::new_empty", "aten::new_full", "aten::new_empty_strided"}
 
 
 def is_annotate(node: Node) -> bool:
@@ -110,10 +110,11 @@ class Propagate:
         call = Call(node)
         operands = call.operands
         _refuse_writes(call)
+        reads_no_data = decide_like(call, [n.meta["sp"] for n in operands])
+        if reads_no_data is not None:
+            return reads_no_data
         # A summand is summed before it is used.
         types: list[Type] = [Replicate() if isinstance(n.meta["sp"], Partial) else n.meta["sp"] for n in operands]
-        if call.op._schema.name in _FACTORIES:
-            return Decision(tuple(types), tuple(Replicate() for _ in call.result_shapes()))
         if not any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, "all operands are whole")
         structural = (
@@ -123,7 +124,7 @@ class Propagate:
             or decide_attention(call, types, program)
         )
         if structural is None and not operands[0].meta["sp_free"]:
-            structural = decide_pick(call, types)
+            structural = decide_pick(call, types) or decide_extreme(call, types)
         if structural is not None:
             return structural
         if call.op in _DROPOUTS and draws(call) and isinstance(types[0], Shard):
@@ -165,6 +166,8 @@ def _is_free(node: Node, type_: Any) -> bool:
         return True
     if not isinstance(type_, Shard):
         return False
+    if is_constant(node):
+        return True
     cheap = node.target in CHEAP or node.target in CATS or node.target in CUTS
     return cheap and all(n.meta["sp_free"] for n in tensor_nodes((node.args, list(node.kwargs.values()))))
 

@@ -55,15 +55,18 @@ class OpRule:
     sizes: dict[str, Length] = field(default_factory=dict, hash=False, compare=False)
     reduction: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
+    #: Reduced, by something else than a sum (a maximum): the ranks' results are combined; see fxsp.passes.extremes.
+    combined: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         known = {f for dims in (*self.operands, *self.results) for dim in dims or () for f in dim}
-        stray = (self.reduction | self.whole) - known
+        stray = (self.reduction | self.whole | self.combined) - known
         if stray:
             raise ValueError(f"factors {sorted(stray)} are in no dimension of {self}")
         results = {f for dims in self.results for dim in dims for f in dim}
-        if self.reduction & results:
-            raise ValueError(f"reduction factors {sorted(self.reduction & results)} appear in a result of {self}")
+        reduced = (self.reduction | self.combined) & results
+        if reduced:
+            raise ValueError(f"reduction factors {sorted(reduced)} appear in a result of {self}")
 
     def __str__(self) -> str:
         def side(tensors: tuple[Dims | None, ...]) -> str:
@@ -71,7 +74,7 @@ class OpRule:
             return f"({', '.join(texts)})"
 
         text = f"{side(self.operands)} -> {side(self.results)}"
-        for kind in ("reduction", "whole"):
+        for kind in ("reduction", "combined", "whole"):
             factors = getattr(self, kind)
             if factors:
                 text += f" {kind}={{{', '.join(sorted(factors))}}}"

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import string
 
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import aligned, broadcast
 from fxsp.types import Length, same_length
 
-__all__ = ["MEANS", "SUMS", "reduced_dims"]
+__all__ = ["COMBINED", "MEANS", "SUMS", "reduced_dims"]
 
 SUMS = overloads("sum", "sum.dim_IntList")
 MEANS = overloads("mean", "mean.dim")
-#: Reductions whose summands do not add up: the reduced dimensions must be whole.
+#: Reductions of each rank's tokens that another all-reduce than a sum combines (fxsp.passes.extremes).
+COMBINED = overloads(
+    "amax", "amin", "max.dim", "min.dim", "max", "min", "all", "all.dim", "all.dims", "any", "any.dim", "any.dims",
+    "argmax", "argmin", "aminmax", "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar",
+    "norm.ScalarOpt_dim_dtype",
+)  # fmt: skip
+#: Reductions that read all of the reduced dimensions at once: these must be whole.
 OTHER_REDUCTIONS = overloads(
-    "prod", "prod.dim_int", "amax", "amin", "max.dim", "min.dim", "max", "min", "all", "all.dim", "all.dims", "any",
-    "any.dim", "any.dims", "argmax", "argmin", "logsumexp", "var", "var.dim", "var.correction", "std", "std.dim",
-    "std.correction", "var_mean.dim", "var_mean.correction", "linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar",
-    "nansum", "median.dim", "mode", "aminmax", "norm.ScalarOpt_dim_dtype", "std_mean.correction",
-    "count_nonzero.dim_IntList", "count_nonzero", "kthvalue",
+    "prod", "prod.dim_int", "var", "var.dim", "var.correction", "std", "std.dim", "std.correction", "var_mean.dim",
+    "var_mean.correction", "nansum", "median.dim", "mode", "std_mean.correction", "count_nonzero.dim_IntList",
+    "count_nonzero", "kthvalue",
 )  # fmt: skip
 
 
@@ -188,11 +193,17 @@ def total(call: Call) -> OpRule | None:
     return _reduction(call, "reduction")
 
 
+@rule(COMBINED)
+def combined(call: Call) -> OpRule | None:
+    """``amax(1)``: ``([d0, d1, d2]) -> ([d0, d2]) combined={d1}``."""
+    order = call.get("ord", call.get("p", 2))  # of a norm
+    known = order is None or order in (0, 1, 2, math.inf, -math.inf)
+    return _reduction(call, "combined" if known else "whole")
+
+
 @rule(OTHER_REDUCTIONS)
 def reduction(call: Call) -> OpRule | None:
-    """``amax(1)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
-    if call.get("dim", ()) is None and "dim" in call.arguments and call.op in overloads("argmax", "argmin"):
-        return None
+    """``var(1)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
     return _reduction(call, "whole")
 
 

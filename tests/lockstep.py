@@ -68,6 +68,25 @@ class _OnAllRanks(torch.autograd.Function):
         return (None, None, None, *(g.clone() for g in _adjoint(ctx.name, grads, ctx.args)))
 
 
+class _AtExtreme(torch.autograd.Function):
+    """``at_extreme``: ``value`` forward, and backward the gradient goes to the hits of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, size: int, args: Sequence[Any], *lanes: torch.Tensor) -> Any:
+        x, value, ctx.hit = lanes[:size], lanes[size : 2 * size], lanes[2 * size :]
+        ctx.args, ctx.size = args, size
+        return tuple(lane.clone() for lane in _extreme("at_extreme", [x, value, ctx.hit], args))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        found = _extreme("at_extreme_backward", [grads, ctx.hit], ctx.args)
+        return (None, None, *found, *([None] * 2 * ctx.size))
+
+
+def _extreme(name: str, operands: Sequence[Sequence[torch.Tensor]], args: Sequence[Any]) -> list[torch.Tensor]:
+    return list(oracle.bind(name, [*map(Lanes, operands), *args], {}, len(operands[0])).run())
+
+
 def lanes_of(
     gm: GraphModule, size: int, inputs: Sequence[Sequence[Any]], *, poison_pads: bool = False
 ) -> list[tuple[Any, ...]]:
@@ -102,6 +121,8 @@ def lanes_of(
             many = isinstance(operands[0], (list, tuple))
             first = [Lanes(x) for x in zip(*operands, strict=True)] if many else Lanes(operands)
             return list(oracle.bind(name, [first, *args[1:]], {}, size).run(poison_pads=poison_pads))
+        if name == "at_extreme":
+            return list(_AtExtreme.apply(size, args[3:], *(a[i] for i in range(3) for a, _ in per_rank)))
         lanes = [a[0] for a, _ in per_rank]
         if lanes[0].requires_grad:
             return list(_OnAllRanks.apply(name, args[1:], poison_pads, *lanes))

@@ -274,6 +274,25 @@ for _name in (
         _CALLS[_name].append((_x, [0, 2], {"correction": 0, "keepdim": True}))
 for _name in "prod max min all any argmax argmin var std norm.Scalar count_nonzero linalg_vector_norm".split():
     _CALLS.setdefault(_name, []).append((T((4, 5), "bool") if _name in ("all", "any") else T((4, 5)),))
+for _name, _more_calls in {
+    "amax": [(T((5, 6), "ties"), [0]), (T((2, 4, 3), "ties"), [1, 2]), (T((5, 2), "small"), [0]), (T((4, 6), "bool"),)],
+    "amin": [(T((4, 5), "ties"), [0], True)],
+    "max": [(T((4, 6), "ties"),), (T((5, 3), "small"),)],
+    "min": [(T((5, 4), "ties"),)],
+    "max.dim": [(T((6, 4), "ties"), 0), (T((5, 6), "small"), 0, True)],
+    "min.dim": [(T((2, 6), "ties"), 1)],
+    "argmax": [(T((4, 6), "ties"), 0), (T((4, 6), "ties"),), (T((3, 4, 2), "small"), None, True)],
+    "argmin": [(T((2, 6, 3), "ties"),)],
+    "aminmax": [(T((4, 6), "ties"), {"dim": 0, "keepdim": True})],
+    "any": [(T((5, 6), "small"),)],
+    "all.dim": [(T((4, 6), "ties"), 0)],
+    "linalg_vector_norm": [
+        (X, order, [1]) for order in (0, 1, 3, float("inf"), float("-inf"))
+    ] + [(T((4, 5)), 2, [0], False, {"dtype": torch.float64})],
+    "norm.ScalarOpt_dim": [(T((5, 6)), None, [0])],
+    "logsumexp": [(T((5, 4)), [0, 1])],
+}.items():
+    _CALLS[_name] += _more_calls
 
 
 _NO_DERIVATIVE = {
@@ -377,7 +396,6 @@ WHOLE_SAMPLES = [
         "embedding": (T((7, 3)), T((2, 5), "index", 7), -1, True),
         "index.Tensor": (T((4, 5)), [T((4, 5), "bool")]),
         "index_put": (T((4, 5)), [T((4, 5), "bool")], T(())),
-        "argmax": (T((4, 5)),),
         "conv1d": (T((3, 6)), T((4, 3, 3))),
     }.items()
 ]

@@ -42,7 +42,7 @@ class T:
 
     ``kind``: ``normal``; ``unit`` (between 0.1 and 0.9); ``above`` (between 1.1 and 1.9); ``complex``; ``bool``;
     ``buffer`` (as ``unit``, without gradient); ``small`` (integers 1 to 5); ``index`` (integers below ``bound``);
-    ``order`` (a permutation).
+    ``order`` (a permutation); ``ties`` (-1, 0 or 1, in floating point).
     """
 
     shape: tuple[int, ...]
@@ -56,6 +56,8 @@ class T:
         if self.kind in ("unit", "above", "buffer"):
             low = 1.1 if self.kind == "above" else 0.1
             return torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.8 + low
+        if self.kind == "ties":
+            return torch.randint(-1, 2, self.shape, generator=generator).double()
         if self.kind == "bool":
             return torch.rand(self.shape, generator=generator) < 0.5
         if self.kind == "small":
@@ -293,6 +295,7 @@ class _Placed:
                 return f"operand {i} is wanted as {got}, not {want}: {decision.reason or 'no reason given'}"
         for i, (dims, got) in enumerate(zip(rule.results, decision.results, strict=True)):
             want = self.case.place(dims) or (Partial() if self.case.factor in rule.reduction else None)
+            want = Replicate() if self.case.factor in rule.combined else want
             # One token beside a size of 1: either of the two may be called the tokens.
             if (want is None or not _same(want, got)) and self.case.sizes[self.case.factor] != 1:
                 return f"result {i} is {got}, not {want}"
@@ -310,7 +313,11 @@ def _add(recorder: Recorder, case: Case) -> _Placed:
     def operand(i: int, x: Node) -> Node:
         type_ = case.place(case.rule.operands[i])
         wanted.append(type_ or Used())
-        return recorder.lay(x, type_) if type_ is not None and case.only in (None, i) else x
+        if type_ is None or case.only not in (None, i):
+            return x
+        laid = recorder.lay(x, type_)
+        # An input itself is whole on every rank: what is combined would be found there, without any collective.
+        return recorder.call(aten.clone.default, laid) if case.rule.combined else laid
 
     call = recorder.sample(case.sample, operand)
     values = call.meta["val"]

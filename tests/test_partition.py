@@ -264,7 +264,7 @@ MIXING: list[tuple[str, Any, str]] = [
     ("roll", lambda x: x.roll(1, 1), "dimension 1 of operand 0 whole"),
     ("flip", lambda x: x.flip(1), "dimension 1 of operand 0 whole"),
     ("sort", lambda x: x.sort(1)[0], "dimension 1 of operand 0 whole"),
-    ("amax", lambda x: x.amax(1), "dimension 1 of operand 0 whole"),
+    ("var", lambda x: x.var(1), "dimension 1 of operand 0 whole"),
     ("index", lambda x: x[:, torch.tensor([0, 2])], "dimension 1 of operand 0 whole"),
     ("unbind", lambda x: x.unbind(1)[0], "dimension 1 of operand 0 whole"),
     ("layer_norm", lambda x: F.layer_norm(x, x.shape[1:]), "dimension 1 of operand 0 whole"),

@@ -31,7 +31,8 @@ ELEMENTWISE = elementwise_samples()
 #: Of the many operators of one rule, those that are tried in every layout.
 MANY = {
     "elementwise": {aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.polar.default},
-    "reduction": {aten.amax.default, aten.max.dim, aten.var_mean.correction},
+    "combined": {aten.amax.default, aten.max.dim, aten.argmax.default, aten.logsumexp.default},
+    "reduction": {aten.var_mean.correction},
     "last_dims": {aten.avg_pool2d.default, aten.linalg_qr.default},
     "along": {aten.softmax.int, aten.roll.default, aten.sort.default, aten.tril.default, aten.diff.default},
     "convolution": {aten.conv1d.default},
@@ -133,7 +134,7 @@ def _without_whole(rule: OpRule) -> OpRule:
 
 
 def _as_reduction(rule: OpRule) -> OpRule:
-    return OpRule(rule.operands, rule.results, rule.sizes, reduction=rule.whole)
+    return OpRule(rule.operands, rule.results, rule.sizes, reduction=rule.whole | rule.combined)
 
 
 def _swapped(rule: OpRule) -> OpRule:
