@@ -110,8 +110,28 @@ def _compile(
     gm: GraphModule, inputs: Sequence[Any], options: Options, root: torch.nn.Module | None = None
 ) -> Callable[..., Any]:
     ranks = resolve_ranks(options)
+    if options.inner != "eager":
+        torch_internals.restart_for_numbers(torch_internals.compile_fake_mode(inputs))
     report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
+    try:
+        return _run(gm, inputs, options, ranks, report, program)
+    except Exception as error:
+        if torch_internals.is_restart(error):
+            with _lock:
+                _reports.remove(report)
+        raise
+
+
+def _run(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    ranks: Ranks,
+    report: Report,
+    program: Program | None,
+) -> Callable[..., Any]:
+    """What Dynamo calls in place of the graph."""
     splits = splits_of_compilation()
     if program is None:
         return remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)

@@ -52,9 +52,9 @@ class _Block:
 
     def __init__(
         self, q: Tensor, mask: Tensor | None, lengths: Any, whole: Any, causal: bool, rank: int, size: int,
-        head_tail: Any,
+        head_tail: Any, units: Any,
     ) -> None:  # fmt: skip
-        self.chunks = chunks_of(lengths, whole, 1, size, rank, head_tail)
+        self.chunks = chunks_of(lengths, whole, 1, size, rank, head_tail, units)
         kept = tuple(
             j
             for j, c in enumerate(self.chunks)
@@ -103,14 +103,14 @@ def _own(q: Tensor, k: Tensor, v: Tensor, block: _Block, scale: float) -> tuple[
 
 def merged_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_lengths: Any, k_whole: Any, causal: bool,
-    scale: float | None, rank: int, size: int, group: str, k_head_tail: Any = (),
+    scale: float | None, rank: int, size: int, group: str, k_head_tail: Any = (), k_units: Any = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out [B, H, m, E], lse [B, H, m])`` of whole queries over everyone's keys, the same on every rank.
 
     ``q [B, H, m, D]`` and ``mask`` (all rows, all keys in global order) are whole; ``k [B, h, Lk, D]`` and
     ``v [B, h, Lk, E]`` are local rows.  ``causal`` is ``key position <= query position``.
     """
-    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail)
+    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail, k_units)
     out, lse = _own(q, k, v, block, q.shape[3] ** -0.5 if scale is None else scale)
     if size == 1:
         return tokens_first(out), lse
@@ -129,13 +129,13 @@ def merged_attention(
 def merged_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, k_lengths: Any,
     k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, rank: int, size: int, group: str,
-    k_head_tail: Any = (),
+    k_head_tail: Any = (), k_units: Any = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q and the mask (summands), k and v, from the final ``out`` and ``lse``.
 
     That of the mask has no elements unless ``mask_grad``.
     """
-    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail)
+    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail, k_units)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     none = q.new_zeros([0]) if mask is None or not mask_grad else torch.zeros_like(mask)
     if block.empty:

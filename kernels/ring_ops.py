@@ -19,7 +19,7 @@ __all__ = ["RING_OPS", "define", "register"]
 _TOKENS = "SymInt[] q_lengths, bool[] q_whole, SymInt[] k_lengths, bool[] k_whole, bool causal, float? scale"
 _PLACE = (
     "int ulysses, int rank, int size, str group, bool[] q_head_tail=[], bool[] k_head_tail=[], "
-    "SymInt? window=None, float dropout_p=0.0, Tensor? seed=None"
+    "SymInt? window=None, float dropout_p=0.0, Tensor? seed=None, SymInt[] q_units=[], SymInt[] k_units=[]"
 )
 
 #: Name of an op -> its schema.
@@ -65,7 +65,8 @@ def define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.rest, seed = inputs
+    q, k, v, mask, *ctx.rest, seed, q_units, k_units = inputs
+    ctx.units = q_units, k_units
     ctx.save_for_backward(q, k, v, mask, *output, seed)
 
 
@@ -74,8 +75,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     rest = ctx.rest
     mask_grad = bool(ctx.needs_input_grad[3])
     op = torch.ops.fxsp.ring_attention_backward
-    dq, dk, dv, dmask = op(grad, q, k, v, mask, out, lse, *rest[:6], mask_grad, *rest[6:], seed)
-    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in rest), None)
+    dq, dk, dv, dmask = op(grad, q, k, v, mask, out, lse, *rest[:6], mask_grad, *rest[6:], seed, *ctx.units)
+    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in rest), None, None, None)
 
 
 def register(library: torch.library.Library) -> None:
