@@ -33,6 +33,7 @@ from fxsp.passes.functionalize import functionalize
 from fxsp.passes.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate import is_annotate
+from fxsp.passes.regions import open_regions
 from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.report import Report
@@ -140,7 +141,7 @@ def _run(
         input_name(torch_internals.input_source(node)) or str(node.target)
         for node in gm.graph.find_nodes(op="placeholder")
     ]
-    trial = Trial(program, gm.forward, names, group) if options.verify else None
+    trial = Trial(program, open_regions(gm).forward, names, group) if options.verify else None
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
     if trial is not None:
         run = trial.wrap(run)
@@ -270,6 +271,8 @@ def _finish(
 ) -> Callable[..., Any]:
     """Hand the graph to the inner compiler."""
     training = _is_training(inputs)
+    if not normalized and (training or options.inner == "eager"):
+        gm = open_regions(gm)
     start = time.perf_counter()
     if not normalized or not torch_internals.any_autocast():
         compiled = compile_inner(gm, inputs, options.inner, options.mode, training)

@@ -46,7 +46,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("way", [*WAYS, Way("ring", 3, ulysses=1, ring=3), Way("ulysses", 2, ulysses=2, ring=1)], ids=str)
+@pytest.mark.parametrize(
+    "way", [*WAYS, Way("ring", 3, ulysses=1, ring=3), Way("ulysses", 2, ulysses=2, ring=1)], ids=str
+)
 @pytest.mark.parametrize("tokens", KINDS)
 def test_every_way_and_mask(tokens: str, way: Way) -> None:
     """fp32, each output and gradient within 1e-5 of one device, with pads that are copies and others."""
