@@ -594,8 +594,8 @@ def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
 def restart_for_numbers(mode: Any) -> None:
     """Have Dynamo trace this graph anew, now, if AOTAutograd would ask for it once all passes have run.
 
-    Under ``dynamic=True`` a ``float`` (the epsilon of a norm) is an input of the graph, until it is found that its value
-    was needed: AOTAutograd looks for such inputs last, and Dynamo begins again without them.
+    Under ``dynamic=True`` a ``float`` (the epsilon of a norm) is an input of the graph, until it is found that its
+    value was needed: AOTAutograd looks for such inputs last, and Dynamo begins again without them.
     """
     try:
         import sympy

@@ -1,4 +1,4 @@
-"""Blocks that are compiled once (``nested_compile_region``), of several kinds: they are opened, and split like others."""
+"""Blocks that are compiled once (``nested_compile_region``), of two kinds: they are opened, and split like others."""
 
 from __future__ import annotations
 
