@@ -60,10 +60,10 @@ def assemble(type_: Type, lanes: Sequence[torch.Tensor]) -> torch.Tensor:
         return total(lanes)
     if not isinstance(type_, Shard):
         return lanes[0]
-    # [outer * sequence * inner] as three dimensions, the sequence in the middle.
+    # [outer * sequence] as two dimensions.
     dim, size = type_.dim, len(lanes)
     shape = lanes[0].shape
-    split = (*shape[:dim], int(type_.outer), -1, int(type_.inner), *shape[dim + 1 :])
+    split = (*shape[:dim], int(type_.outer), -1, *shape[dim + 1 :])
     local = int(type_.sequence.local_length(size))
     split = (*split[: dim + 1], local, *split[dim + 2 :])
     rows = Lanes([lane.reshape(split) for lane in lanes])
@@ -71,6 +71,7 @@ def assemble(type_: Type, lanes: Sequence[torch.Tensor]) -> torch.Tensor:
     dealt = type_.sequence.dealt(size)
     padded = [int(n) for n in dealt.lengths]
     whole: torch.Tensor = gather(rows, dim + 1, padded, list(dealt.whole), size=size)[0]
-    if any(type_.sequence.head_tail):
-        whole = undeal(Lanes([whole]), dim + 1, lengths, type_.sequence.head_tail, size)[0]
+    if type_.sequence.dealt_segments:
+        units = [int(n) for n in type_.sequence.units]
+        whole = undeal(Lanes([whole]), dim + 1, lengths, type_.sequence.head_tail, size, units)[0]
     return whole.reshape(*shape[:dim], int(type_.global_size()), *shape[dim + 1 :])

@@ -36,6 +36,7 @@ from fxsp.passes.functionalize import functionalize
 from fxsp.passes.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate import is_annotate
+from fxsp.passes.regions import open_regions
 from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.process_groups import missing_group, on_its_group
@@ -135,6 +136,8 @@ def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None = None
 ) -> Callable[..., Any]:
+    if options.inner != "eager":
+        torch_internals.restart_for_numbers(torch_internals.compile_fake_mode(inputs))
     channel = channel_of(options.process_group(), ranks)
     if channel is None:
         return _compile_here(gm, inputs, options, ranks, root)[0]
@@ -144,7 +147,8 @@ def _compile(
     try:
         run, decided = _compile_here(gm, inputs, options, ranks, root)
     except BaseException as error:
-        channel.failed(error)
+        if not torch_internals.is_restart(error):  # which all ranks do
+            channel.failed(error)
         raise
     # What one rank could not compile would keep the others waiting in their first collective.
     channel.agree("compiled", alike.what.replace("compiles", "has compiled", 1), decided)
@@ -160,6 +164,25 @@ def _compile_here(
     """The compiled graph, and what was decided about it."""
     report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
+    try:
+        return _run(gm, inputs, options, ranks, root, report, program)
+    except Exception as error:
+        if torch_internals.is_restart(error):
+            with _lock:
+                _reports.remove(report)
+        raise
+
+
+def _run(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    ranks: Ranks,
+    root: torch.nn.Module | None,
+    report: Report,
+    program: Program | None,
+) -> tuple[Callable[..., Any], dict[str, str]]:
+    """What Dynamo calls in place of the graph, and what was decided about it."""
     splits = splits_of_compilation()
     convention = Convention(ranks.size if options.grad_reduce == "defer" else 1)
     around = [*modules_of_compilation(), *([] if root is None else [root])]
@@ -173,7 +196,7 @@ def _compile_here(
         input_name(torch_internals.input_source(node)) or str(node.target)
         for node in gm.graph.find_nodes(op="placeholder")
     ]
-    trial = Trial(program, gm.forward, names, options.process_group()) if options.verify else None
+    trial = Trial(program, open_regions(gm).forward, names, options.process_group()) if options.verify else None
     if options.deferred:
         scale_summands(program.gm, ranks.size)
     decided = decisions(report, program.gm)
@@ -312,6 +335,8 @@ def _finish(
     if not normalized and torch_internals.resizes_storage(gm):
         return gm.forward  # AOTAutograd would free the memory before it is used
     training = _is_training(inputs)
+    if not normalized and (training or options.inner == "eager"):
+        gm = open_regions(gm)
     start = time.perf_counter()
     if not normalized or not torch_internals.any_autocast():
         compiled = compile_inner(gm, inputs, options.inner, options.mode, training)

@@ -178,7 +178,7 @@ def _mixed(type_: Shard, lanes: Sequence[Tensor], total: Sequence[Tensor]) -> Te
     mine, summed = assemble(type_, lanes), assemble(type_, total)
     dim = type_.dim
     shape = mine.shape
-    tokens = (*shape[:dim], int(type_.outer), -1, int(type_.inner), *shape[dim + 1 :])
+    tokens = (*shape[:dim], int(type_.outer), -1, *shape[dim + 1 :])
     split, whole = mine.reshape(tokens), summed.reshape(tokens)
     start = 0
     pieces = []
@@ -220,6 +220,8 @@ def _concrete(type_: Any, numbers: dict[sympy.Symbol, int]) -> Any:
             else int(length.xreplace({s: sympy.Integer(n) for s, n in numbers.items()}))
         )
 
-    segments = tuple(dataclasses.replace(s, length=number(s.length)) for s in type_.sequence.segments)
+    segments = tuple(
+        dataclasses.replace(s, length=number(s.length), unit=number(s.unit)) for s in type_.sequence.segments
+    )
     tokens: Tokens = dataclasses.replace(type_.sequence, segments=segments)
-    return dataclasses.replace(type_, sequence=tokens, outer=number(type_.outer), inner=number(type_.inner))
+    return dataclasses.replace(type_, sequence=tokens, outer=number(type_.outer))

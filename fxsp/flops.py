@@ -104,7 +104,12 @@ def ring_flops(node: Node, shape_of: ShapeOf, rank: int) -> int:
     assert q is not None
     assert v is not None
     queries, keys = (
-        (tuple(map(_length, call[f"{x}_lengths"])), tuple(call[f"{x}_whole"]), tuple(call[f"{x}_head_tail"]))
+        (
+            tuple(map(_length, call[f"{x}_lengths"])),
+            tuple(call[f"{x}_whole"]),
+            tuple(call[f"{x}_head_tail"]),
+            tuple(map(_length, call[f"{x}_units"])),
+        )
         for x in "qk"
     )
     ulysses, size = call["ulysses"], call["size"]

@@ -14,7 +14,7 @@ all tokens where pads are gone (each rank then has a part of the heads).
 
 The formula is read from the operator and the tokens that its pass recorded, and it is accepted only if it gives, at the
 lengths and the number of ranks at hand, exactly the bytes that the pass counted.  ``c`` holds whatever else decides the
-size (batch, heads, head size, dtype), as numbers.
+size (batch, heads, head size, dtype), as numbers; where frames of so many tokens were split, ``S`` counts frames.
 """
 
 from __future__ import annotations
@@ -120,13 +120,17 @@ def formula_of(
     if kind not in _SHARES or (tokens is None and kind != "all_reduce"):
         return None
     share = "(U-1)/U" if members else _SHARES[kind]
+    units = [s.unit for s in tokens.segments if s.sharded] if tokens is not None else []
+    if not all(isinstance(unit, int) for unit in units):
+        return None
     travelling: list[tuple[tuple[str, int], int]] = []
     rows = 0
     for segment, n in zip(tokens.segments, lengths, strict=True) if tokens is not None else ():
         if not segment.sharded and kind in ("all_gather", "rotation"):
             continue  # whole on every rank: it stays at home
-        if not segment.name:
+        if not segment.name or segment.unit != units[0]:
             return None
+        n = n // int(segment.unit)
         travelling.append(((segment.name, n), segment.parts))
         rows += _rows(n, segment.parts, size)
     per_token = Fraction(sent) / (_share(share, size, members) * (rows if travelling else 1))
@@ -145,8 +149,13 @@ def memory_formulas(memory: Memory, number: Callable[[Any], int], size: int) -> 
             rest += move.bytes
             continue
         local = move.rows == "local"
-        keys = tuple(((s.name, number(s.length)), s.parts if local else 0) for s in tokens.segments)
+        units = [number(s.unit) for s in tokens.segments]
+        if any(unit != units[0] for unit in units):
+            rest += move.bytes
+            continue
+        keys = tuple(((s.name, number(s.units)), s.parts if local else 0) for s in tokens.segments)
         rows = Fraction(number(tokens.local_length(size))) if local else Fraction(number(tokens.length), size)
+        rows /= units[0]
         found.append(Formula(move.bytes / rows, "" if local else "1/P", keys))
     return found, rest
 

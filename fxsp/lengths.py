@@ -15,7 +15,7 @@ from typing import Any
 import sympy
 import torch
 
-__all__ = ["Length", "as_length", "ceil_div", "equal_lengths", "parse_length", "product", "same_length"]
+__all__ = ["Length", "as_length", "ceil_div", "equal_lengths", "parse_length", "product", "quotient", "same_length"]
 
 Length = int | sympy.Expr
 
@@ -101,6 +101,15 @@ def ceil_div(length: Length, size: int) -> Length:
     from torch.utils._sympy.functions import FloorDiv
 
     return as_length(FloorDiv(length + size - 1, size))
+
+
+def quotient(a: Length, b: Length) -> Length | None:
+    """``a / b`` where ``b`` certainly divides ``a``; else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    ratio = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
+    numerator, denominator = ratio.as_numer_denom()
+    return as_length(numerator) if denominator == 1 else None
 
 
 def product(lengths: Any) -> Length:

@@ -22,6 +22,7 @@ from fxsp.carried import remembering
 from fxsp.config import Options
 from fxsp.errors import FxspError, FxspWarning
 from fxsp.passes.base import Program
+from fxsp.passes.regions import open_regions
 from fxsp.printer import Row
 from fxsp.report import Report
 from fxsp.source import input_name
@@ -69,15 +70,16 @@ class _Offline:
             self.error = error
             raise unwrapped_by_dynamo(error) from error.__cause__
         seconds = time.perf_counter() - start
+        whole = open_regions(gm).forward
         names = tuple(
             input_name(input_source(node)) or str(node.target) for node in gm.graph.find_nodes(op="placeholder")
         )
-        result = OfflineResult(report, program, seconds, gm.forward, writer.kept, names=names)
+        result = OfflineResult(report, program, seconds, whole, writer.kept, names=names)
         self.results.append(result)
 
         def run(*args: Any) -> Any:
             result.inputs = args
-            return gm.forward(*args)
+            return whole(*args)
 
         return remembering(run, report.split_outputs, splits_of_compilation())
 

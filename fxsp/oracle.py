@@ -64,7 +64,7 @@ class Call:
             return Lanes([torch.cat([y[:, :length], 0.75 * y[:, :1].expand_as(y[:, length:])], 1) for y in result])
         x, lengths, size = (self.arguments[name] for name in ("x", "lengths", "size"))
         if self.name == "deal":
-            how = self.arguments["dim"], lengths, self.arguments["head_tail"], size
+            how = self.arguments["dim"], lengths, self.arguments["head_tail"], size, self.arguments.get("units", ())
             return Lanes([oracle_deal.poisoned(y, lane, *how) for y, lane in zip(result, x, strict=True)])
         # pack: for each receiver
         split = [False] * len(lengths)

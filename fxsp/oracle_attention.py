@@ -25,13 +25,15 @@ def _tokens(
     ring: int,
     place: int,
     head_tail: Sequence[bool] = (),
+    units: Sequence[int] = (),
 ) -> list[int]:
     """The global position of each row of one place of the ring; -1 - n for a pad, n that of its segment's last row."""
     result: list[int] = []
     start = 0
-    for n, entire, dealt in zip(lengths, whole, head_tail or [False] * len(lengths), strict=True):
+    kinds = head_tail or [False] * len(lengths), units or [1] * len(lengths)
+    for n, entire, dealt, unit in zip(lengths, whole, *kinds, strict=True):
         parts = 2 * ring if dealt else ring
-        rows = n if entire else ulysses * -(-n // (ulysses * parts))
+        rows = n if entire else ulysses * unit * -(-n // (ulysses * parts * unit))
         firsts = [0] if entire else [place * rows, (parts - 1 - place) * rows] if dealt else [place * rows]
         for first in firsts:
             result += [start + i if i < n else -1 - (start + n - 1) for i in range(first, first + rows)]
@@ -101,19 +103,20 @@ def ring_attention(
     q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
     causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
     q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
-    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, exact: bool = False,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, q_units: Sequence[int] = (),
+    k_units: Sequence[int] = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """``(out, lse, rest)`` of each rank; differentiable."""
     ring = size // ulysses
     results = []
     for r in range(size):
         place, peer = divmod(r, ulysses)
-        tokens = _tokens(q_lengths, q_whole, ulysses, ring, place, q_head_tail)
+        tokens = _tokens(q_lengths, q_whole, ulysses, ring, place, q_head_tail, q_units)
         rows = torch.tensor([p if p >= 0 else -1 - p for p in tokens])
         # Where each key is: a whole segment's at home, a split one's where its token lies.
         at: dict[int, tuple[int, int]] = {}
         for other in (*range(ring), place):
-            for row, position in enumerate(_tokens(k_lengths, k_whole, ulysses, ring, other, k_head_tail)):
+            for row, position in enumerate(_tokens(k_lengths, k_whole, ulysses, ring, other, k_head_tail, k_units)):
                 if position >= 0:
                     at[position] = (other * ulysses + peer, row)
         keys = torch.stack([k[lane][:, :, row] for lane, row in (at[n] for n in range(len(at)))], 2)
@@ -140,9 +143,10 @@ def place_positions(
     size: int = 1,
     device: Any = "cpu",
     head_tail: Sequence[bool] = (),
+    units: Sequence[int] = (),
 ) -> Any:
     """The global index of each row of a rank's place in the ring; a pad has that of its segment's last row."""
-    places = [_tokens(lengths, whole, ulysses, size // ulysses, r // ulysses, head_tail) for r in range(size)]
+    places = [_tokens(lengths, whole, ulysses, size // ulysses, r // ulysses, head_tail, units) for r in range(size)]
     return [torch.tensor([p if p >= 0 else -1 - p for p in rows], device=device) for rows in places]
 
 
@@ -152,14 +156,15 @@ def ring_attention_backward(
     q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
     causal: bool, scale: float | None, mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
     q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
-    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, exact: bool = False,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, q_units: Sequence[int] = (),
+    k_units: Sequence[int] = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
 
     def run(queries: Any, keys: Any, values: Any, masks: Any) -> Any:
         return ring_attention(
             queries, keys, values, masks, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, 0, size, "",
-            q_head_tail, k_head_tail, window, dropout_p, seed, exact,
+            q_head_tail, k_head_tail, window, dropout_p, seed, q_units, k_units, exact,
         )  # fmt: skip
 
     return by_autograd(run, grad, q, k, v, mask, mask_grad)

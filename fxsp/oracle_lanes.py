@@ -44,13 +44,16 @@ class Piece:
         return torch.arange(first, first + self.local_length)
 
 
-def pieces(lengths: Sequence[int], whole: Sequence[bool], size: int, head_tail: Sequence[bool] = ()) -> Iterator[Piece]:
+def pieces(
+    lengths: Sequence[int], whole: Sequence[bool], size: int, head_tail: Sequence[bool] = (), units: Sequence[int] = ()
+) -> Iterator[Piece]:
     """The segments of these lengths, in order."""
     start = local_start = 0
     for i, (n, is_whole) in enumerate(zip(lengths, whole, strict=True)):
         n = int(n)
         dealt = len(head_tail) > i and bool(head_tail[i])
-        local = n if is_whole else 2 * -(-n // (2 * size)) if dealt else -(-n // size)
+        unit, parts = int(units[i]) if units else 1, 2 if dealt else 1
+        local = n if is_whole else unit * parts * -(-n // (unit * parts * size))
         yield Piece(start, n, local_start, local, bool(is_whole), size if dealt else 0)
         start += n
         local_start += local
@@ -94,9 +97,10 @@ def check_local(
     whole: Sequence[bool],
     size: int,
     head_tail: Sequence[bool] = (),
+    units: Sequence[int] = (),
 ) -> None:
     """Raises ``VerificationError`` unless dimension ``dim`` of every lane has the local rows of these segments."""
-    expected = sum(piece.local_length for piece in pieces(lengths, whole, size, head_tail))
+    expected = sum(piece.local_length for piece in pieces(lengths, whole, size, head_tail, units))
     for lane in x:
         if lane.shape[dim] != expected:
             raise VerificationError(

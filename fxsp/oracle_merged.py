@@ -22,13 +22,13 @@ __all__ = ["merged_attention", "merged_attention_backward"]
 def merged_attention(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
     k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None, rank: int = 0, size: int = 1,
-    group: str = "", k_head_tail: Sequence[bool] = (), exact: bool = False,
+    group: str = "", k_head_tail: Sequence[bool] = (), k_units: Sequence[int] = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """``(out, lse, rest)`` of each rank; differentiable."""
     total = sum(k_lengths)
     # Who attends to which key, and in which of its rows it is.
     owner, row = [0] * total, [0] * total
-    for piece in pieces(k_lengths, k_whole, size, k_head_tail):
+    for piece in pieces(k_lengths, k_whole, size, k_head_tail, k_units):
         for r in [size - 1] if piece.whole else range(size):
             for i, token in enumerate(piece.rows(r).tolist()):
                 if token < piece.length:
@@ -67,13 +67,13 @@ def merged_attention_backward(
     mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor],
     rest: Sequence[Tensor], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
     mask_grad: bool, rank: int = 0, size: int = 1, group: str = "", k_head_tail: Sequence[bool] = (),
-    exact: bool = False,
+    k_units: Sequence[int] = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`merged_attention`."""
 
     def run(queries: Any, keys: Any, values: Any, masks: Any) -> Any:
         return merged_attention(
-            queries, keys, values, masks, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail, exact
+            queries, keys, values, masks, k_lengths, k_whole, causal, scale, 0, size, "", k_head_tail, k_units, exact
         )
 
     return by_autograd(run, grad, q, k, v, mask, mask_grad)

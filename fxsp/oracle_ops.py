@@ -116,14 +116,15 @@ def mask_pads(
     rank: int = 0,
     size: int = 1,
     head_tail: Sequence[bool] = (),
+    units: Sequence[int] = (),
 ) -> Lanes:
     """Zero in pad rows; zero in rows of whole segments except on rank 0, so that a sum over ranks is the global sum."""
-    check_local("mask_pads", x, dim, lengths, whole, size, head_tail)
+    check_local("mask_pads", x, dim, lengths, whole, size, head_tail, units)
     result = Lanes()
     for r, lane in enumerate(x):
         drop = [
             torch.full((piece.length,), r != 0) if piece.whole else piece.rows(r) >= piece.length
-            for piece in pieces(lengths, whole, size, head_tail)
+            for piece in pieces(lengths, whole, size, head_tail, units)
         ]
         result.append(rows_are_zeroed(lane, dim, torch.cat(drop)))
     return result
@@ -136,24 +137,35 @@ def positions(
     size: int = 1,
     device: torch.device | str = "cpu",
     head_tail: Sequence[bool] = (),
+    units: Sequence[int] = (),
 ) -> Lanes:
     """The global index of each local row, int64; a pad has that of its segment's last row."""
     result = Lanes()
     for r in range(size):
-        found = pieces(lengths, whole, size, head_tail)
+        found = pieces(lengths, whole, size, head_tail, units)
         parts = [piece.start + piece.rows(r).clamp(max=piece.length - 1) for piece in found]
         result.append(torch.cat(parts).to(device))
     return result
 
 
-def deal(x: Lanes, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], zero_pads: bool, size: int) -> Lanes:
+def deal(
+    x: Lanes,
+    dim: int,
+    lengths: Sequence[int],
+    head_tail: Sequence[bool],
+    zero_pads: bool,
+    size: int,
+    units: Sequence[int] = (),
+) -> Lanes:
     """Global rows in the order of ranks, by every rank for itself."""
-    return each(x, lambda lane: oracle_deal.deal(lane, dim, lengths, head_tail, zero_pads, size))
+    return each(x, lambda lane: oracle_deal.deal(lane, dim, lengths, head_tail, zero_pads, size, units))
 
 
-def undeal(x: Lanes, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], size: int) -> Lanes:
+def undeal(
+    x: Lanes, dim: int, lengths: Sequence[int], head_tail: Sequence[bool], size: int, units: Sequence[int] = ()
+) -> Lanes:
     """The way back; pads are dropped."""
-    return each(x, lambda lane: oracle_deal.undeal(lane, dim, lengths, head_tail, size))
+    return each(x, lambda lane: oracle_deal.undeal(lane, dim, lengths, head_tail, size, units))
 
 
 def take(x: Lanes, dim: int, rank: int = 0, size: int = 1) -> Lanes:

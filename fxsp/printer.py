@@ -188,19 +188,22 @@ def _fxsp_text(node: torch.fx.Node) -> str:
         if name == "rank":
             operands.append("rank")
         elif name == "lengths":
-            kinds = (arguments.get(kind) or [False] * len(value) for kind in ("whole", "head_tail"))
+            kinds = (arguments.get(kind) or [False] * len(value) for kind in ("whole", "head_tail", "units"))
             operands.append(_segments(value, *kinds))
         elif name == "zero_pads":
             operands += ["zero_pads"] if value else []
-        elif name not in ("whole", "head_tail", "size", "group"):
+        elif name not in ("whole", "head_tail", "units", "size", "group"):
             operands.append(_operand(value))
     return f"{fxsp_name(node)}({', '.join(operands)})"
 
 
-def _segments(lengths: Any, whole: Any, head_tail: Any) -> str:
-    texts = [str(_operand(n) if (known := length_of(n)) is None else known) for n in lengths]
+def _segments(lengths: Any, whole: Any, head_tail: Any, units: Any) -> str:
+    texts, sizes = (
+        [str(_operand(n) if (known := length_of(n)) is None else known) for n in x] for x in (lengths, units)
+    )
     kinds = [" whole" if w else " head-tail" if h else "" for w, h in zip(whole, head_tail, strict=True)]
-    parts = [text + kind for text, kind in zip(texts, kinds, strict=False)]
+    by = ["" if size in ("False", "1") else f" by {size}" for size in sizes]
+    parts = [text + kind + unit for text, kind, unit in zip(texts, kinds, by, strict=False)]
     return f"[{'|'.join(parts)}]"
 
 

@@ -389,7 +389,9 @@ def is_set_storage(target: Any) -> bool:
 def resizes_storage(gm: torch.fx.GraphModule) -> bool:
     """Whether Dynamo's graph frees or allocates the memory of its inputs, and computes with them."""
     targets = [node.target for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
-    resizes = [target for target in targets if is_operator(target) and schema(target).name.endswith("resize_storage_bytes_")]
+    resizes = [
+        target for target in targets if is_operator(target) and schema(target).name.endswith("resize_storage_bytes_")
+    ]
     return 0 < len(resizes) < len(targets)
 
 
@@ -790,6 +792,37 @@ def mask_helpers(canonical: _F, causal: _F) -> dict[Callable[..., Any], Callable
         getattr(transformer, "_detect_is_causal_mask", None): causal,
     }
     return {old: new for old, new in found.items() if old is not None}
+
+
+def restart_for_numbers(mode: Any) -> None:
+    """Have Dynamo trace this graph anew, now, if AOTAutograd would ask for it once all passes have run.
+
+    Under ``dynamic=True`` a ``float`` (the epsilon of a norm) is an input of the graph, until it is found that its
+    value was needed: AOTAutograd looks for such inputs last, and Dynamo begins again without them.
+    """
+    try:
+        import sympy
+        from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+        from torch._dynamo.symbolic_convert import TensorifyState
+        from torch.fx.passes._tensorify_python_scalars import _is_tensorify_enabled
+        from torch.utils._sympy.symbol import SymT, symbol_is_type
+    except ImportError:
+        return  # the graph is partitioned twice, and nothing else
+    env = getattr(mode, "shape_env", None)
+    known = getattr(env, "replacements", {})
+    fixed = [str(s) for s, n in known.items() if symbol_is_type(s, SymT.FLOAT) and isinstance(n, sympy.Number)]
+    new = [name for name in fixed if not TensorifyState.should_specialize(name)]
+    if new and _is_tensorify_enabled():
+        for name in new:
+            TensorifyState.specialize(name)
+        raise TensorifyScalarRestartAnalysis
+
+
+def is_restart(error: BaseException) -> bool:
+    """Whether Dynamo translates the frame once more after this, and compiles another graph instead."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    return isinstance(error, RestartAnalysis)
 
 
 def _missing(what: str, error: Exception | None = None) -> RuntimeError:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fxsp import torch_internals
-from fxsp.types import Length, Ranks, Shard, as_length, ceil_div, product
+from fxsp.types import Length, Ranks, Shard, as_length, ceil_div, product, quotient
 
 __all__ = [
     "COLLECTIVES",
@@ -145,11 +145,13 @@ def _rotations(node: torch.fx.Node, ranks: Ranks) -> Length:
     rows: Length = 0
     size, ulysses = ranks.size, arguments["ulysses"]
     dealt = arguments.get("k_head_tail") or [False] * len(arguments["k_whole"])
-    for length, whole, head_tail in zip(arguments["k_lengths"], arguments["k_whole"], dealt, strict=True):
-        n = length_of(length)
+    units = arguments.get("k_units") or [1] * len(arguments["k_whole"])
+    for length, whole, head_tail, unit in zip(arguments["k_lengths"], arguments["k_whole"], dealt, units, strict=True):
+        n, w = length_of(length), length_of(unit) or 1
         if not whole:
             parts = 2 if head_tail else 1
-            rows = rows + (0 if n is None else parts * ulysses * ceil_div(n, parts * size))
+            n = None if n is None else quotient(n, w)
+            rows = rows + (0 if n is None else w * parts * ulysses * ceil_div(n, parts * size))
     width = as_length(shapes[0][3] + shapes[1][3])
     item = value_of(arguments["k"]).element_size()
     return product((*shapes[0][:2], as_length(rows), width, item, size // ulysses - 1))

@@ -6,9 +6,13 @@ The ``n`` tokens of a segment are ``2 P`` chunks of ``C = ceil(n / 2P)`` rows, a
     chunks    0  1  2  3  4  5          P = 3
     dealt     0  5  1  4  2  3          rank 0 has the first two, rank 1 the next two, ...
 
+Or ``unit`` tokens in a row stay together (frames of so many tokens): then rank ``r`` has ``unit * ceil(n / unit P)`` in
+a row, or two chunks of ``unit * ceil(n / 2 unit P)``.
+
 ``deal`` puts a whole value into that order, pads included, so that contiguous blocks of it are what the ranks hold;
 ``undeal`` is the way back, and drops the pads.  All operators that split and gather contiguous rows do the rest.  Pads
-are copies of the segment's last row, or zero.  Segments that are split in another way, or not at all, stay as they are.
+are copies of the segment's last row (in units: of the row at their place in the last unit), or zero.  Segments that are
+split in another way, or not at all, stay as they are.
 
 Each is the adjoint of the other: rows are moved, and no gradient is index-added.
 """
@@ -21,23 +25,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["deal", "rows_from", "undeal"]
+__all__ = ["chunk_rows", "deal", "rows_from", "undeal", "units_of"]
 
 #: An ``int`` or a ``SymInt``.
 Size = Any
 
 
-def _chunk(length: Size, size: int) -> Size:
-    return (length + (2 * size - 1)) // (2 * size)
+def chunk_rows(length: Size, parts: int, unit: Size = 1) -> Size:
+    """Rows of each of ``parts`` chunks of a segment, pads included."""
+    if isinstance(unit, int) and unit == 1:
+        return (length + (parts - 1)) // parts
+    return unit * ((length // unit + (parts - 1)) // parts)
 
 
-def rows_from(length: Size, rank: int, size: int, head_tail: bool, device: torch.device) -> Tensor:
+def units_of(units: Sequence[Size], segments: Sequence[Any]) -> Sequence[Size]:
+    """The unit of each segment; one where none is given."""
+    return units or [1] * len(segments)
+
+
+def rows_from(length: Size, rank: int, size: int, head_tail: bool, device: torch.device, unit: Size = 1) -> Tensor:
     """Index in its segment of each of a rank's rows; that of a pad is not below ``length``."""
     if head_tail:
-        rows = _chunk(length, size)
+        rows = chunk_rows(length, 2 * size, unit)
         index = torch.arange(rows, device=device)
         return torch.cat([index + rank * rows, index + (2 * size - 1 - rank) * rows])
-    rows = (length + (size - 1)) // size
+    rows = chunk_rows(length, size, unit)
     own: Tensor = torch.arange(rows, device=device) + rank * rows
     return own
 
@@ -45,9 +57,15 @@ def rows_from(length: Size, rank: int, size: int, head_tail: bool, device: torch
 # Element by element, without broadcasting: a guard on the length of a chunk would be a graph of its own.
 
 
-def _tokens(length: Size, size: int, device: torch.device) -> Tensor:
+def _is_dealt(head_tail: bool, unit: Size) -> bool:
+    return head_tail or not (isinstance(unit, int) and unit == 1)
+
+
+def _tokens(length: Size, size: int, device: torch.device, head_tail: bool, unit: Size) -> Tensor:
     """``[2 P C]``: the token of each dealt row; that of a pad is not below ``length``."""
-    rows = _chunk(length, size)
+    if not head_tail:
+        return torch.arange(size * chunk_rows(length, size, unit), device=device)
+    rows = chunk_rows(length, 2 * size, unit)
     row = torch.arange(2 * size * rows, device=device)
     at = row // rows
     head = at // 2
@@ -55,22 +73,42 @@ def _tokens(length: Size, size: int, device: torch.device) -> Tensor:
     return tokens
 
 
-def _places(length: Size, size: int, device: torch.device) -> Tensor:
+def _copied(tokens: Tensor, length: Size, unit: Size) -> Tensor:
+    """Those of pads replaced by the tokens that they copy."""
+    if isinstance(unit, int) and unit == 1:
+        return tokens.clamp(max=length - 1)
+    return torch.where(tokens >= length, tokens % unit + (length - unit), tokens)
+
+
+def _places(length: Size, size: int, device: torch.device, head_tail: bool, unit: Size) -> Tensor:
     """``[n]``: the dealt row of each token."""
-    rows = _chunk(length, size)
     token = torch.arange(length, device=device)
+    if not head_tail:
+        return token
+    rows = chunk_rows(length, 2 * size, unit)
     chunk = token // rows
     places: Tensor = torch.where(chunk < size, 2 * chunk, 4 * size - 1 - 2 * chunk) * rows + token % rows
     return places
 
 
-def deal(x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool], zero_pads: bool, size: int) -> Tensor:
+def deal(
+    x: Tensor,
+    dim: int,
+    lengths: Sequence[Size],
+    head_tail: Sequence[bool],
+    zero_pads: bool,
+    size: int,
+    units: Sequence[Size] = (),
+) -> Tensor:
     """Rows in global order -> the rows of rank 0, of rank 1, ..., segment by segment."""
     index, pads = [], []
     start: Size = 0
-    for length, dealt in zip(lengths, head_tail, strict=True):
-        tokens = _tokens(length, size, x.device) if dealt else torch.arange(length, device=x.device)
-        index.append(tokens.clamp(max=length - 1) + start)
+    for length, dealt, unit in zip(lengths, head_tail, units_of(units, lengths), strict=True):
+        if _is_dealt(dealt, unit):
+            tokens = _tokens(length, size, x.device, dealt, unit)
+        else:
+            tokens = torch.arange(length, device=x.device)
+        index.append(_copied(tokens, length, unit) + start)
         pads.append(tokens >= length)
         start = start + length
     rows = x.index_select(dim, torch.cat(index))
@@ -79,12 +117,19 @@ def deal(x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool]
     return rows.masked_fill(torch.cat(pads).view([-1 if d == dim else 1 for d in range(x.dim())]), 0)
 
 
-def undeal(x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool], size: int) -> Tensor:
+def undeal(
+    x: Tensor,
+    dim: int,
+    lengths: Sequence[Size],
+    head_tail: Sequence[bool],
+    size: int,
+    units: Sequence[Size] = (),
+) -> Tensor:
     """The way back; the tokens are outermost in memory, as those of a gathered value are."""
     index = []
     start: Size = 0
-    for length, dealt in zip(lengths, head_tail, strict=True):
-        places = _places(length, size, x.device) if dealt else torch.arange(length, device=x.device)
-        index.append(places + start)
-        start = start + (2 * size * _chunk(length, size) if dealt else length)
+    for length, dealt, unit in zip(lengths, head_tail, units_of(units, lengths), strict=True):
+        index.append(_places(length, size, x.device, dealt, unit) + start)
+        parts = 2 * size if dealt else size
+        start = start + (parts * chunk_rows(length, parts, unit) if _is_dealt(dealt, unit) else length)
     return x.movedim(dim, 0).index_select(0, torch.cat(index)).movedim(0, dim)

@@ -81,7 +81,9 @@ def all_reduce_extreme(x: Tensor, op: str, group: str) -> Tensor:
     return _value(collectives.all_reduce_as(_key(x, op).contiguous(), op, group), x.dtype)
 
 
-def at_extreme(x: Tensor, value: Tensor, hit: Tensor, dims: Sequence[int], keepdim: bool, ties: bool, group: str) -> Tensor:
+def at_extreme(
+    x: Tensor, value: Tensor, hit: Tensor, dims: Sequence[int], keepdim: bool, ties: bool, group: str
+) -> Tensor:
     return value
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives, exchange, place
-from fxsp.kernels.deal import deal, rows_from, undeal
+from fxsp.kernels.deal import chunk_rows, deal, rows_from, undeal, units_of
 from fxsp.kernels.extremes import EXTREMES
 from fxsp.kernels.merged import MERGED
 from fxsp.kernels.ring import RING
@@ -255,17 +255,20 @@ def mask_pads(
     rank: int,
     size: int,
     head_tail: Sequence[bool] = (),
+    units: Sequence[Size] = (),
 ) -> Tensor:
     keep, all_kept = [], True
-    for length, entire, dealt in zip(lengths, whole, head_tail or [False] * len(whole), strict=True):
+    kinds = head_tail or [False] * len(whole), units_of(units, whole)
+    for length, entire, dealt, unit in zip(lengths, whole, *kinds, strict=True):
         if entire:
             keep.append(torch.full([length], rank == 0, dtype=torch.bool, device=x.device))
             all_kept = all_kept and rank == 0
         else:
-            keep.append(rows_from(length, rank, size, dealt, x.device) < length)
+            keep.append(rows_from(length, rank, size, dealt, x.device, unit) < length)
             # The end of a rank's last row: that of its tail, if it has one.
             parts, last = (2 * size, 2 * size - rank) if dealt else (size, rank + 1)
-            all_kept = all_kept and isinstance(length, int) and last * local_length(length, False, parts) <= length
+            known = isinstance(length, int) and isinstance(unit, int)
+            all_kept = all_kept and known and last * chunk_rows(length, parts, unit) <= length
     if all_kept or (size == 1 and not any(head_tail)):
         return dense(x)
     return x.masked_fill(~_cat(keep, 0).view(_shape_along(x, dim)), 0)
@@ -288,13 +291,15 @@ def positions(
     size: int,
     device: torch.device,
     head_tail: Sequence[bool] = (),
+    units: Sequence[Size] = (),
 ) -> Tensor:
     pieces, start = [], 0
-    for length, entire, dealt in zip(lengths, whole, head_tail or [False] * len(whole), strict=True):
+    kinds = head_tail or [False] * len(whole), units_of(units, whole)
+    for length, entire, dealt, unit in zip(lengths, whole, *kinds, strict=True):
         if entire:
             rows = torch.arange(length, device=device)
         else:
-            rows = rows_from(length, rank, size, dealt, device).clamp(max=length - 1)
+            rows = rows_from(length, rank, size, dealt, device, unit).clamp(max=length - 1)
         pieces.append(rows + start)
         start = start + length
     return _cat(pieces, 0)
@@ -308,8 +313,9 @@ def place_positions(
     size: int,
     device: torch.device,
     head_tail: Sequence[bool] = (),
+    units: Sequence[Size] = (),
 ) -> Tensor:
-    chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses, head_tail)
+    chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses, head_tail, units)
     rows = [(torch.arange(c.rows, device=device) + c.first).clamp(max=c.limit - 1) for c in chunks]
     return _cat(rows, 0)
 

@@ -43,9 +43,9 @@ class _Block:
 
     def __init__(
         self, q: Tensor, mask: Tensor | None, lengths: Any, whole: Any, causal: bool, rank: int, size: int,
-        head_tail: Any,
+        head_tail: Any, units: Any,
     ) -> None:  # fmt: skip
-        self.chunks = chunks_of(lengths, whole, 1, size, rank, head_tail)
+        self.chunks = chunks_of(lengths, whole, 1, size, rank, head_tail, units)
         kept = tuple(
             j
             for j, c in enumerate(self.chunks)
@@ -91,7 +91,8 @@ def _own(q: Tensor, k: Tensor, v: Tensor, block: _Block, scale: float) -> tuple[
 
 def merged_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_lengths: Any, k_whole: Any, causal: bool,
-    scale: float | None, rank: int, size: int, group: str, k_head_tail: Any = (), exact: bool = False,
+    scale: float | None, rank: int, size: int, group: str, k_head_tail: Any = (), k_units: Any = (),
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(out [B, H, m, E], lse [B, H, m], rest [B, H, m])`` of whole queries over everyone's keys, equal on all ranks.
 
@@ -101,7 +102,7 @@ def merged_attention(
     ``v [B, h, Lk, E]`` are local rows.  ``causal`` is ``key position <= query position``.
     ``exact``: torch would write this attention out (:mod:`fxsp.kernels.own_kernel`); it says something for gradients.
     """
-    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail)
+    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail, k_units)
     out, level, rest = _own(q, k, v, block, q.shape[3] ** -0.5 if scale is None else scale)
     if size == 1:
         lse, rest = rounded(level, rest)
@@ -123,13 +124,13 @@ def merged_attention(
 def merged_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor,
     k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool, rank: int, size: int, group: str,
-    k_head_tail: Any = (), exact: bool = False,
+    k_head_tail: Any = (), k_units: Any = (), exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q and the mask (summands), k and v, from what :func:`merged_attention` gave.
 
     That of the mask has no elements unless ``mask_grad``.
     """
-    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail)
+    block = _Block(q, mask, k_lengths, k_whole, causal, rank, size, k_head_tail, k_units)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     none = q.new_zeros([0]) if mask is None or not mask_grad else torch.zeros_like(mask)
     if block.empty:

@@ -16,7 +16,7 @@ from fxsp.kernels.ring_ops import RESULTS, define
 __all__ = ["MERGED_OPS", "register"]
 
 _KEYS = "SymInt[] k_lengths, bool[] k_whole, bool causal, float? scale"
-_PLACE = "int rank, int size, str group, bool[] k_head_tail=[], bool exact=False"
+_PLACE = "int rank, int size, str group, bool[] k_head_tail=[], SymInt[] k_units=[], bool exact=False"
 
 #: Name of an op -> its schema.
 MERGED_OPS: dict[str, str] = {

@@ -6,7 +6,8 @@ entire on every rank.  A split segment of ``n`` rows has ``L = ceil(n / size)`` 
 must be part of the graph, or a cached artifact of one rank would be loaded by another.
 
 Segments split into heads and tails (see :mod:`fxsp.kernels.deal`) are dealt before they are split, and gathered before
-they are undealt; ``head_tail`` says which they are, where the place of a row matters (empty: none).
+they are undealt, and so are segments of units (frames, say, whose tokens stay together); ``head_tail`` says which are
+the former, ``units`` the tokens of a unit, where the place of a row matters (empty: none).
 
 Adjoints, in the notation of ``fxsp.types`` (``S+`` is a shard whose pads are zero and whose whole segments hold
 summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P``, and the other way round::
@@ -66,12 +67,13 @@ OPS: dict[str, str] = {
     "use": "Tensor x, str group",
     "all_to_all": "Tensor x, str group",
     "all_to_all_within": "Tensor x, int rank, int size, str group",
-    "mask_pads": f"Tensor x, {_SEQ}, int rank, int size, bool[] head_tail=[]",
-    "positions": "SymInt[] lengths, bool[] whole, int rank, int size, Device device, bool[] head_tail=[]",
+    "mask_pads": f"Tensor x, {_SEQ}, int rank, int size, bool[] head_tail=[], SymInt[] units=[]",
+    "positions": "SymInt[] lengths, bool[] whole, int rank, int size, Device device, "
+    "bool[] head_tail=[], SymInt[] units=[]",
     "place_positions": "SymInt[] lengths, bool[] whole, int ulysses, int rank, int size, Device device, "
-    "bool[] head_tail=[]",
-    "deal": "Tensor x, int dim, SymInt[] lengths, bool[] head_tail, bool zero_pads, int size",
-    "undeal": "Tensor x, int dim, SymInt[] lengths, bool[] head_tail, int size",
+    "bool[] head_tail=[], SymInt[] units=[]",
+    "deal": "Tensor x, int dim, SymInt[] lengths, bool[] head_tail, bool zero_pads, int size, SymInt[] units=[]",
+    "undeal": "Tensor x, int dim, SymInt[] lengths, bool[] head_tail, int size, SymInt[] units=[]",
     "take": "Tensor x, int dim, int rank, int size",
     "pack": "Tensor x, SymInt[] lengths, int size, bool zero_pads",
     "unpack": "Tensor x, SymInt[] lengths, int size",
@@ -159,8 +161,8 @@ _FORMULA: dict[str, Callable[..., Tensor]] = {
     "gather": _grad_gather,
     "gather_sum": lambda g, dim, lengths, whole, *at: _fxsp.shard(g, dim, lengths, whole, True, *at),
     "use": lambda g, group: _fxsp.reduce_grad(g, group) if group else g,
-    "deal": lambda g, dim, lengths, head_tail, zero_pads, size: _fxsp.undeal(g, dim, lengths, head_tail, size),
-    "undeal": lambda g, dim, lengths, head_tail, size: _fxsp.deal(g, dim, lengths, head_tail, True, size),
+    "deal": lambda g, dim, lengths, dealt, _, size, units: _fxsp.undeal(g, dim, lengths, dealt, size, units),
+    "undeal": lambda g, dim, lengths, dealt, size, units: _fxsp.deal(g, dim, lengths, dealt, True, size, units),
     "pack": lambda g, lengths, size, zero_pads: _fxsp.unpack(g, lengths, size),
     "unpack": lambda g, lengths, size: _fxsp.pack(g, lengths, size, True),
 }

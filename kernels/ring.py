@@ -35,18 +35,19 @@ class _Ring:
     def __init__(
         self, q: Tensor, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None,
         ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (),
-        window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None,
+        window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None, q_units: Any = (), k_units: Any = (),
     ) -> None:  # fmt: skip
         self.ring = size // ulysses
         self.place = rank // ulysses
         self.causal = causal
-        self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole, q_head_tail, k_head_tail)
+        self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole, q_head_tail, k_head_tail, q_units, k_units)
         self.at = (ulysses, rank, size, group)
         self.window = window
         self.draw = None if seed is None or not dropout_p else Draw(dropout_p, seed, rank % ulysses * q.shape[1])
-        self.queries = in_pieces(chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place, q_head_tail), window)
+        own = chunks_of(q_lengths, q_whole, ulysses, self.ring, self.place, q_head_tail, q_units)
+        self.queries = in_pieces(own, window)
         self.keys = [
-            in_pieces(chunks_of(k_lengths, k_whole, ulysses, self.ring, place, k_head_tail), window)
+            in_pieces(chunks_of(k_lengths, k_whole, ulysses, self.ring, place, k_head_tail, k_units), window)
             for place in range(self.ring)
         ]
         self.scale = scale if scale is not None else float(q.shape[-1]) ** -0.5
@@ -97,8 +98,8 @@ class _Ring:
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
     causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (),
-    k_head_tail: Any = (), window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None,
-    exact: bool = False,
+    k_head_tail: Any = (), window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None, q_units: Any = (),
+    k_units: Any = (), exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(out [B, H, Lq, E], lse [B, H, Lq], rest [B, H, Lq])`` of this rank's queries over everyone's keys.
 
@@ -112,7 +113,7 @@ def ring_attention(
     """
     ring = _Ring(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
-        window, dropout_p, seed,
+        window, dropout_p, seed, q_units, k_units,
     )  # fmt: skip
     mask = four(mask)
     held: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(ring.queries)
@@ -154,12 +155,12 @@ def ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor,
     q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool,
     ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (), window: Size = None,
-    dropout_p: float = 0.0, seed: Tensor | None = None, exact: bool = False,
+    dropout_p: float = 0.0, seed: Tensor | None = None, q_units: Any = (), k_units: Any = (), exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the results of the forward pass."""
     ring = _Ring(
         q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
-        window, dropout_p, seed,
+        window, dropout_p, seed, q_units, k_units,
     )  # fmt: skip
     dtype = wide(q.dtype)
     given, mask = mask, four(mask)

@@ -8,6 +8,8 @@ Of a segment that is split into heads and tails (:mod:`fxsp.kernels.deal`) place
 ``p`` and ``2r-1-p``.  In a causal attention the own keys are seen in order; of the keys of an earlier place all queries
 see the head, and those of a later place the tail alone sees, all of them: half of the block each time.
 
+Of a segment of units (frames of so many tokens) all this is said of units.
+
 Where lengths are ints the pads of keys are left out by a narrow, and chunks whose keys all lie in the future of a
 causal attention are skipped, and so are those that lie before the window of every query.  A length may be symbolic:
 then no length is compared, chunks of one sequence are compared by their places, and pads are masked.
@@ -22,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from fxsp.kernels.deal import chunk_rows, units_of
 from fxsp.types import as_length, same_length
 
 __all__ = ["Chunk", "Meeting", "chunks_of", "in_pieces", "meetings", "pairs_of", "rows_of"]
@@ -30,8 +33,8 @@ __all__ = ["Chunk", "Meeting", "chunks_of", "in_pieces", "meetings", "pairs_of",
 Size = Any
 #: Under a window: rows of a piece at least, and pieces of a chunk at most (each takes calls of its own).
 _ROWS, _PIECES = 1024, 8
-#: Lengths of segments, which are whole, and which are heads and tails (empty: none).
-Tokens = tuple[Sequence[Size], Sequence[bool], Sequence[bool]]
+#: Lengths of segments, which are whole, which are heads and tails (empty: none), and their units (left out: one).
+Tokens = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,9 @@ class Meeting:
     pads: bool = False
 
 
-def rows_of(length: Size, ulysses: int, ring: int) -> Size:
+def rows_of(length: Size, ulysses: int, ring: int, unit: Size = 1) -> Size:
     """Rows of a split segment in each place of the ring, pads included."""
-    size = ulysses * ring
-    return ulysses * ((length + size - 1) // size)
+    return ulysses * chunk_rows(length, ulysses * ring, unit)
 
 
 def chunks_of(
@@ -90,6 +92,7 @@ def chunks_of(
     ring: int,
     place: int,
     head_tail: Sequence[bool] = (),
+    units: Sequence[Size] = (),
 ) -> list[Chunk]:
     """The chunks of one place of the ring, in the order of its rows."""
     result: list[Chunk] = []
@@ -97,7 +100,7 @@ def chunks_of(
     start: Size = 0
     for i, (length, entire) in enumerate(zip(lengths, whole, strict=True)):
         dealt = any(head_tail[i : i + 1])
-        rows = length if entire else rows_of(length, ulysses, 2 * ring if dealt else ring)
+        rows = length if entire else rows_of(length, ulysses, 2 * ring if dealt else ring, units[i] if units else 1)
         for chunk in (0,) if entire else (place, 2 * ring - 1 - place) if dealt else (place,):
             result.append(Chunk(i, chunk, row, rows, start + chunk * rows, start + length, bool(entire)))
             row = row + rows
@@ -171,11 +174,13 @@ def pairs_of(
     queries: Tokens, keys: Tokens, causal: bool, ulysses: int, ring: int, place: int, window: int | None = None
 ) -> int:
     """Pairs of a query and a key that one place of the ring computes, pads too; lengths are ints, in tuples."""
-    own = in_pieces(chunks_of(queries[0], queries[1], ulysses, ring, place, queries[2]), window)
-    same = same_sequence(queries[0], queries[1], keys[0], keys[1], queries[2], keys[2])
+    own = in_pieces(chunks_of(queries[0], queries[1], ulysses, ring, place, *queries[2:]), window)
+    same = same_sequence(
+        *queries[:2], *keys[:2], queries[2], keys[2], *(x[3] if len(x) > 3 else () for x in (queries, keys))
+    )
     pairs = 0
     for step in range(ring):
-        here = chunks_of(keys[0], keys[1], ulysses, ring, (place - step) % ring, keys[2])
+        here = chunks_of(keys[0], keys[1], ulysses, ring, (place - step) % ring, *keys[2:])
         here = in_pieces([chunk for chunk in here if step == 0 or not chunk.whole], window)
         for call in meetings(own, here, causal, same, window):
             m, n = sum(own[i].rows for i in call.queries), sum(here[j].real for j in call.keys)
@@ -246,11 +251,14 @@ def same_sequence(
     b_whole: Sequence[bool],
     a_head_tail: Sequence[bool] = (),
     b_head_tail: Sequence[bool] = (),
+    a_units: Sequence[Size] = (),
+    b_units: Sequence[Size] = (),
 ) -> bool:
     """Whether both describe one sequence; adds no guard."""
+    pairs = [*zip(a, b, strict=False), *zip(units_of(a_units, a), units_of(b_units, b), strict=False)]
     return (
         len(a) == len(b)
         and list(a_whole) == list(b_whole)
         and list(a_head_tail) == list(b_head_tail)
-        and all(same_length(as_length(m), as_length(n)) for m, n in zip(a, b, strict=True))
+        and all(same_length(as_length(m), as_length(n)) for m, n in pairs)
     )

@@ -19,7 +19,8 @@ __all__ = ["RESULTS", "RING_OPS", "define", "register"]
 _TOKENS = "SymInt[] q_lengths, bool[] q_whole, SymInt[] k_lengths, bool[] k_whole, bool causal, float? scale"
 _PLACE = (
     "int ulysses, int rank, int size, str group, bool[] q_head_tail=[], bool[] k_head_tail=[], "
-    "SymInt? window=None, float dropout_p=0.0, Tensor? seed=None, bool exact=False"
+    "SymInt? window=None, float dropout_p=0.0, Tensor? seed=None, SymInt[] q_units=[], SymInt[] k_units=[], "
+    "bool exact=False"
 )
 #: Output, log-sum-exp and what that leaves (:mod:`fxsp.kernels.own_kernel`).
 RESULTS = "(Tensor out, Tensor lse, Tensor rest)"
@@ -69,7 +70,8 @@ def define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.more, seed, ctx.exact = inputs
+    q, k, v, mask, *ctx.more, seed, q_units, k_units, exact = inputs
+    ctx.last = q_units, k_units, exact
     ctx.save_for_backward(q, k, v, mask, *output, seed)
 
 
@@ -78,8 +80,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     more = ctx.more
     mask_grad = bool(ctx.needs_input_grad[3])
     op = torch.ops.fxsp.ring_attention_backward
-    dq, dk, dv, dmask = op(grad, *operands, *more[:6], mask_grad, *more[6:], seed, ctx.exact)
-    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in more), None, None)
+    dq, dk, dv, dmask = op(grad, *operands, *more[:6], mask_grad, *more[6:], seed, *ctx.last)
+    return (dq, dk, dv, dmask if mask_grad else None, *(None for _ in more), None, *(None for _ in ctx.last))
 
 
 def register(library: torch.library.Library) -> None:

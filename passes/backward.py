@@ -192,6 +192,6 @@ def _gathered_rows(node: Node, program: Program, record: Any) -> Iterator[Collec
         yield record("all_gather", as_length(rows * (size - 1)), why, type_.sequence)
     for segment in type_.sequence.segments:
         if not segment.sharded:
-            tokens = product((type_.outer, segment.length, type_.inner))
+            tokens = product((type_.outer, segment.length))
             elements = product(tokens if i == type_.dim else n for i, n in enumerate(shape))
             yield record("all_reduce", reduced_bytes(elements, value.dtype, size), why)

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 def split_bytes(shape: Seq[Length], shard: Shard, itemsize: int, size: int) -> Length:
     """Bytes of a rank's rows of split segments: what it sends to each other rank in a gather."""
-    rows = product((shard.outer, shard.sequence.split_length(size), shard.inner))
+    rows = product((shard.outer, shard.sequence.split_length(size)))
     return product((*(rows if i == shard.dim else n for i, n in enumerate(shape)), itemsize))
 
 
@@ -101,6 +101,12 @@ class Builder:
         """Last arguments of an op: of each sequence, which segments are heads and tails; none if nothing is."""
         return [list(s.head_tail) for s in sequences] if any(any(s.head_tail) for s in sequences) else []
 
+    def placed(self, sequence: Sequence) -> list[list[Any]]:
+        """Last arguments of an op that asks where rows are: heads and tails, and units; none where none is needed."""
+        if not any(n != 1 for n in sequence.units):
+            return list(self.layouts(sequence))
+        return [list(sequence.head_tail), self.sizes(sequence.units)]
+
     def _ranks(self) -> tuple[int, int, str]:
         return self.ranks.rank, self.ranks.size, self.ranks.group
 
@@ -115,15 +121,31 @@ class Builder:
             return x
         return self.call(_ops.undeal.default, x, dim, self.sizes(lengths), list(head_tail), size)
 
+    def _dealt(self, x: Node, dim: int, sequence: Sequence) -> Node:
+        """Global rows in the order of the ranks, pads included, where segments are not split into contiguous rows."""
+        if not sequence.dealt_segments or _is_in_order(sequence, self.ranks.size):
+            return x
+        head_tail, *units = self.placed(sequence)
+        size = self.ranks.size
+        return self.call(_ops.deal.default, x, dim, self.sizes(sequence.lengths), head_tail, False, size, *units)
+
+    def _undealt(self, x: Node, dim: int, sequence: Sequence) -> Node:
+        if not sequence.dealt_segments or _is_in_order(sequence, self.ranks.size):
+            return x
+        if len(sequence.segments) == 1 and not any(sequence.head_tail):
+            return self.narrow(x, dim, 0, sequence.length)  # the pads stand at the end
+        head_tail, *units = self.placed(sequence)
+        return self.call(_ops.undeal.default, x, dim, self.sizes(sequence.lengths), head_tail, self.ranks.size, *units)
+
     def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
         size = self.ranks.size
-        x = self.deal(x, dim, sequence.lengths, sequence.head_tail, size)
+        x = self._dealt(x, dim, sequence)
         return self.call(_ops.shard.default, x, dim, *self._sequence(sequence.dealt(size)), False, *self._ranks())
 
     def gather(self, x: Node, dim: int, sequence: Sequence, *, used: bool) -> Node:
         op, size = _ops.gather_used if used else _ops.gather, self.ranks.size
         new = self.call(op.default, x, dim, *self._sequence(sequence.dealt(size)), *self._ranks())
-        return self.undeal(new, dim, sequence.lengths, sequence.head_tail, size)
+        return self._undealt(new, dim, sequence)
 
     def leave(self, x: Node, length: Length) -> Node:
         """Rows that are whole on every rank, as a replicated value: the same data, the gradient is shared out."""
@@ -146,13 +168,13 @@ class Builder:
 
     def mask_pads(self, x: Node, dim: int, sequence: Sequence) -> Node:
         rank, size, _ = self._ranks()
-        layouts = self.layouts(sequence)
-        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size, *layouts)
+        placed = self.placed(sequence)
+        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size, *placed)
 
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
         rank, size, _ = self._ranks()
-        layouts = self.layouts(sequence)
-        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device, *layouts)
+        placed = self.placed(sequence)
+        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device, *placed)
 
     def seed(self, device: torch.device) -> Node:
         """A number that the generators of all ranks agree on, int64 ``[1]``."""
@@ -165,11 +187,11 @@ class Builder:
     def unpack(self, x: Node, sequence: Sequence) -> Node:
         size = self.ranks.size
         rows = self.call(_ops.unpack.default, x, self.sizes(sequence.dealt(size).lengths), size)
-        return self.undeal(rows, 0, sequence.lengths, sequence.head_tail, size)
+        return self._undealt(rows, 0, sequence)
 
     def pack(self, x: Node, sequence: Sequence) -> Node:
         size = self.ranks.size
-        rows = self.deal(x, 0, sequence.lengths, sequence.head_tail, size)
+        rows = self._dealt(x, 0, sequence)
         return self.call(_ops.pack.default, rows, self.sizes(sequence.dealt(size).lengths), size, False)
 
     def pack_heads(self, xs: Seq[Node], length: Length, size: int) -> Node:
@@ -182,8 +204,13 @@ class Builder:
         self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None, members: int = 0
     ) -> None:
         """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""
-        if node.target is _ops.undeal.default:  # gathered rows, put in order
+        if node.target in (_ops.undeal.default, aten.narrow.default):  # gathered rows, put in order
             node = node.all_input_nodes[0]
         node.meta["fxsp_bytes"] = sent
         place = module_path(node) or self.report.root, sent, reason, node_source(node)
         self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens, members))
+
+
+def _is_in_order(sequence: Sequence, size: int) -> bool:
+    """Whether the rows of the ranks, one rank after the other, are the global rows."""
+    return not any(sequence.head_tail) and not sequence.has_pads(size)

@@ -107,12 +107,12 @@ class Converter:
             return x, type_.dim, lambda y: y
         local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
         before = [*shape[: type_.dim], type_.outer]
-        after = [type_.inner, *shape[type_.dim + 1 :]]
+        after = shape[type_.dim + 1 :]
         middle = full if whole else local
         exposed = self.build.call(aten.reshape.default, x, self.build.sizes([*before, middle, *after]))
 
         def back(y: Node, tokens: Length = middle) -> Node:
-            merged = product((type_.outer, tokens, type_.inner))
+            merged = product((type_.outer, tokens))
             sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
             return self.build.call(aten.reshape.default, y, self.build.sizes(sizes))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxsp.passes.rules import Call, Dims, OpRule
-from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, same_length
+from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 
 __all__ = ["Decision", "decide", "hint", "locate", "replicate_all"]
 
@@ -35,19 +35,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Placement:
-    """A shard of one factor: the tokens are ``outer * sequence * inner`` inside it."""
+    """A shard of one factor: the tokens are ``outer * sequence`` inside it."""
 
     factor: str
     sequence: Sequence
     outer: Length
-    inner: Length
 
     def same_as(self, other: _Placement) -> bool:
         return (
             self.factor == other.factor
             and self.sequence.same_as(other.sequence)
             and same_length(self.outer, other.outer)
-            and same_length(self.inner, other.inner)
         )
 
 
@@ -64,22 +62,16 @@ def locate(shard: Shard, dims: Dims | None, sizes: dict[str, Length]) -> _Placem
         return None
     factors = dims[shard.dim]
     if len(factors) == 1:
-        return _Placement(factors[0], shard.sequence, shard.outer, shard.inner)
+        return _Placement(factors[0], shard.sequence, shard.outer)
     for i, factor in enumerate(factors):
         before = product(sizes[f] for f in factors[:i])
         after = product(sizes[f] for f in factors[i + 1 :])
-        outer, inner = _divide(shard.outer, before), _divide(shard.inner, after)
-        if outer is None or inner is None:
+        outer, sequence = quotient(shard.outer, before), shard.sequence.divided(after)
+        if outer is None or sequence is None:
             continue
-        if same_length(product((outer, shard.sequence.length, inner)), sizes[factor]):
-            return _Placement(factor, shard.sequence, outer, inner)
+        if same_length(product((outer, sequence.length)), sizes[factor]):
+            return _Placement(factor, sequence, outer)
     return None
-
-
-def _divide(a: Length, b: Length) -> Length | None:
-    from fxsp.passes.rules_views import quotient
-
-    return quotient(a, b)
 
 
 def _place(placement: _Placement, dims: Dims, sizes: dict[str, Length], origin: str) -> Shard | None:
@@ -89,8 +81,7 @@ def _place(placement: _Placement, dims: Dims, sizes: dict[str, Length], origin: 
             i = factors.index(placement.factor)
             before = [sizes[f] for f in factors[:i]]
             after = [sizes[f] for f in factors[i + 1 :]]
-            outer, inner = product((*before, placement.outer)), product((placement.inner, *after))
-            return Shard(d, placement.sequence, outer, inner, origin=origin)
+            return Shard(d, placement.sequence, product((*before, placement.outer)), product(after), origin=origin)
     return None
 
 

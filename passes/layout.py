@@ -78,7 +78,8 @@ def ring_work(call: Call, choice: AttentionChoice) -> str:
 def _pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
     """Pairs that the places of the ring compute, by size hints; the ranks of one compute the same, of other heads."""
     assert choice.queries is not None
-    tokens = (tuple(map(hint, choice.queries.lengths)), tuple(choice.queries.whole), tuple(head_tail))
+    lengths, units = (tuple(map(hint, n)) for n in (choice.queries.lengths, choice.queries.units))
+    tokens = lengths, tuple(choice.queries.whole), tuple(head_tail), units
     window = choice.op.window_in(call)
     return [pairs_of(tokens, tokens, True, choice.ulysses, choice.ring, place, window) for place in range(choice.ring)]
 
@@ -104,7 +105,7 @@ def _lengths(node: Node) -> Iterator[Length]:
     if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
         call, choice = Call(node), decision.detail
         if choice.queries is not None and _is_causal_ring(call, choice) and not _is_balanced(call, choice):
-            yield from (s.length for s in choice.queries.segments if s.sharded)
+            yield from (s.units for s in choice.queries.segments if s.sharded)
 
 
 def _gathered(program: Program) -> int:

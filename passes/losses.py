@@ -65,7 +65,7 @@ def _class_loss(call: Call, source: Shard, types: list[Type]) -> Decision | None
     if call.operands[1].meta["val"].dtype.is_floating_point:
         return None
     dim = source.dim if source.dim == 0 else source.dim - 1
-    rows = Shard(dim, source.sequence, source.outer, source.inner, origin=source.origin)
+    rows = Shard(dim, source.sequence, source.outer, origin=source.origin)
     operands: list[Type] = [source, rows, *(Used() for _ in types[2:])]
     return _decision(call, source, tuple(operands), rows)
 

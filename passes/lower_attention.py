@@ -251,7 +251,7 @@ class _Lowering:
         both = self.build.call(
             torch.ops.fxsp.merged_attention.default, q, k, v, self.mask, self.build.sizes(keys.lengths),
             list(keys.whole), bool(self.causal), self.args.get("scale"), ranks.rank, ranks.size, ranks.group,
-            *self.build.layouts(keys), **({"exact": True} if self._is_exact() else {}),
+            *self.build.placed(keys), **({"exact": True} if self._is_exact() else {}),
         )  # fmt: skip
         why = "outputs of an attention to each rank's own keys, merged by their log-sum-exps"
         self.build.record("all_gather", both, self.choice.sent, why)

@@ -67,10 +67,13 @@ class _Ring:
         return self._to_ranks(out) if self.ulysses > 1 else out
 
     def _more(self, window: Any, dropout_p: Any) -> list[Any]:
-        """Layouts, window and dropout, as far as they are not the default."""
+        """Layouts, window, dropout and units, as far as they are not the default."""
         layouts = self.build.layouts(self.queries, self.keys)
-        if dropout_p:
-            return [*(layouts or ([], [])), window, dropout_p, self.build.seed(self.device)]
+        units = [self.build.sizes(s.units) if any(n != 1 for n in s.units) else [] for s in (self.queries, self.keys)]
+        if dropout_p or any(units):
+            seed = self.build.seed(self.device) if dropout_p else None
+            last = units if any(units) else []
+            return [*(layouts or ([], [])), window, float(dropout_p or 0.0), seed, *last]
         return layouts if window is None else [*(layouts or ([], [])), window]
 
     def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
@@ -188,7 +191,7 @@ class _Ring:
         if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(self.queries.length, 1)):
             rows = self.build.call(
                 _ops.place_positions.default, *self._sequence(self.queries), self.ulysses, ranks.rank, ranks.size,
-                device, *self.build.layouts(self.queries),
+                device, *self.build.placed(self.queries),
             )  # fmt: skip
             mask = self.build.call(aten.index_select.default, mask, len(shape) - 2, rows)
         return mask

@@ -26,6 +26,7 @@ from fxsp.passes.lower_attention import LowerAttention
 from fxsp.passes.masks import Masks
 from fxsp.passes.partition import Partition
 from fxsp.passes.propagate import Propagate
+from fxsp.passes.shifted_losses import ShiftedLosses
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
 from fxsp.passes.written_report import report_written
 from fxsp.torch_internals import known_equalities
@@ -48,6 +49,8 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(Masks(), "masked", verify_graph),
     # Types are needed before anything is rewritten: a rule reads the global shapes.
     Stage(Propagate(), "propagated", verify_types),
+    # A loss of scores that are split and would be gathered to be cut; types are found once more.
+    Stage(ShiftedLosses(), "shifted", verify_types),
     # Which tokens a rank holds depends on how attentions will run; it changes the types, and nothing else.
     Stage(Layout(), "laid_out", verify_types),
     # Conversions and local sizes in one sweep; attention stays one node, because its operands are only now local.

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from fxsp.passes.rules import overloads, shape_of, tensor_nodes
-from fxsp.passes.rules_views import EXPANDS, PERMUTES, RESHAPES, quotient
-from fxsp.types import Shard, product
+from fxsp.passes.rules_views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.types import Shard, product, quotient
 
 __all__ = ["repeated", "repeats_of"]
 

@@ -6,7 +6,7 @@ import sympy
 
 from fxsp.passes.rules import Call, Dims, OpRule, overloads, rule
 from fxsp.passes.rules_elementwise import CHEAP, aligned
-from fxsp.types import Length, as_length, product, same_length
+from fxsp.types import Length, product, quotient, same_length
 
 __all__ = ["reshape_factors"]
 
@@ -21,15 +21,6 @@ PERMUTES = overloads(
     "adjoint", "matrix_H", "mH", "moveaxis.int", "moveaxis.intlist",
 )  # fmt: skip
 EXPANDS = overloads("expand", "expand_as", "broadcast_to")
-
-
-def quotient(a: Length, b: Length) -> Length | None:
-    """``a / b`` where ``b`` certainly divides ``a``; else None."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a // b if b and a % b == 0 else None
-    ratio = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
-    numerator, denominator = ratio.as_numer_denom()
-    return as_length(numerator) if denominator == 1 else None
 
 
 def reshape_factors(

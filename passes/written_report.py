@@ -26,11 +26,10 @@ from fxsp.passes.repeats import repeated
 from fxsp.passes.rules import Call, rule_of, shape_of
 from fxsp.passes.rules_elementwise import CHEAP
 from fxsp.passes.rules_reduce import SUMS
-from fxsp.passes.rules_views import quotient
 from fxsp.passes.written_attention import PRODUCTS, VIEWS, Written, is_computed, source_of, written_of
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
-from fxsp.types import Length, Partial, Shard, as_length, product, same_length
+from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
 
 __all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "mark_written", "report_written"]
 

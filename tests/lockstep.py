@@ -44,11 +44,11 @@ def _adjoint(name: str, grads: Sequence[torch.Tensor], args: Sequence[Any]) -> S
         own = _call("shard", grads, dim, lengths, whole, True, rank, size, group)
         return _call("scale_whole", own, dim, lengths, whole, size)
     if name == "deal":
-        dim, lengths, head_tail, _, size = args
-        return _call("undeal", grads, dim, lengths, head_tail, size)
+        dim, lengths, head_tail, _, size, *units = args
+        return _call("undeal", grads, dim, lengths, head_tail, size, *units)
     if name == "undeal":
-        *rows, size = args
-        return _call("deal", grads, *rows, True, size)
+        dim, lengths, head_tail, size, *units = args
+        return _call("deal", grads, dim, lengths, head_tail, True, size, *units)
     if name == "pack":
         return _call("unpack", grads, *args[:2])
     if name == "unpack":

@@ -230,21 +230,40 @@ class Recorder:
         shape, dim = list(x.meta["val"].shape), type_.dim
         exposed, at = x, dim
         if not type_.plain:
-            parts = [n for n in (type_.outer, type_.inner) if n != 1]
-            at += type_.outer != 1
-            parts.insert(at - dim, type_.sequence.length)
-            exposed = self.call(aten.reshape.default, x, [*shape[:dim], *parts, *shape[dim + 1 :]])
+            at += 1
+            sizes = [*shape[:dim], type_.outer, type_.sequence.length, *shape[dim + 1 :]]
+            exposed = self.call(aten.reshape.default, x, sizes)
         first, *rest = type_.sequence.segments
+        unit = type_.sequence.units[-1]
         if not rest:
-            laid = self._annotate(exposed, at, -1)
-        elif not first.sharded and len(rest) == 1:
-            laid = self._annotate(exposed, at, first.length)
+            laid = self._units(exposed, at, first)
+        elif not first.sharded and len(rest) == 1 and type_.sequence.divided(unit) is not None:
+            exposed = self._parted(exposed, at, unit)
+            laid = self._joined(self._annotate(exposed, at, first.length // unit), at, unit)
+        elif not first.sharded and type_.sequence.units[:2] == (1, 1):
+            text, second = first.length, rest[0].length
+            lengths = [text + second, *(s.length for s in rest[1:])]
+            cut = self.call(aten.split_with_sizes.default, exposed, lengths, at)
+            pieces = [self.call(operator.getitem, cut, i) for i in range(len(rest))]
+            others = [self._units(p, at, s) for p, s in zip(pieces[1:], rest[1:], strict=True)]
+            laid = self.call(aten.cat.default, [self._annotate(pieces[0], at, text), *others], at)
         else:
             cut = self.call(aten.split_with_sizes.default, exposed, list(type_.sequence.lengths), at)
             pieces = [self.call(operator.getitem, cut, i) for i in range(len(rest) + 1)]
             each = zip(pieces, type_.sequence.segments, strict=True)
-            laid = self.call(aten.cat.default, [self._annotate(p, at, -1) if s.sharded else p for p, s in each], at)
+            laid = self.call(aten.cat.default, [self._units(p, at, s) if s.sharded else p for p, s in each], at)
         return laid if type_.plain else self.call(aten.reshape.default, laid, shape)
+
+    def _units(self, x: Node, dim: int, segment: Segment) -> Node:
+        """One split segment, by its units."""
+        parted = self._parted(x, dim, segment.unit)
+        return self._joined(self._annotate(parted, dim, -1), dim, segment.unit)
+
+    def _parted(self, x: Node, dim: int, unit: Length) -> Node:
+        return x if unit == 1 else self.call(aten.unflatten.int, x, dim, [-1, unit])
+
+    def _joined(self, x: Node, dim: int, unit: Length) -> Node:
+        return x if unit == 1 else self.call(aten.flatten.using_ints, x, dim, dim + 1)
 
     def _annotate(self, x: Node, dim: int, text: Length) -> Node:
         return self.call(torch.ops.fxsp.annotate.default, x, "shard", dim, text, "test")

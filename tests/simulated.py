@@ -26,6 +26,7 @@ from fxsp.config import Options
 from fxsp.errors import FxspError
 from fxsp.passes.base import Program
 from fxsp.passes.inplace import written_arguments
+from fxsp.passes.regions import open_regions
 from fxsp.report import Report
 from fxsp.simulation import check_replicated
 from fxsp.torch_internals import any_autocast, unwrapped_by_dynamo, without_autocast
@@ -99,7 +100,7 @@ class Simulated:
             raise unwrapped_by_dynamo(error) from error.__cause__
         self.programs.append(program)
         if program is None:
-            return gm.forward
+            return open_regions(gm).forward
         placeholders = program.graph.find_nodes(op="placeholder")
         written = {target for node in program.graph.nodes for target in written_arguments(node)}
         positions = [i for i, node in enumerate(placeholders) if node in written]

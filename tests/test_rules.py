@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxsp.passes.losses import LOSSES
 from fxsp.passes.pipeline import PIPELINE  # fills the table
 from fxsp.passes.rules import RULES, Call, OpRule, overloads, rule, rule_of
-from fxsp.passes.rules_views import quotient, reshape_factors
+from fxsp.passes.rules_views import reshape_factors
 from fxsp.passes.rules_whole import WHOLE
+from fxsp.types import quotient
 
 aten = torch.ops.aten
 X = T((2, 5, 6))
