@@ -48,7 +48,7 @@ def format_report(report: Report) -> str:
     lines += section("collectives (sent per rank, backward)", _collectives(report.backward))
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
     lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
-    lines += section("gathers for outputs", output_lines(report.implicit_gathers))
+    lines += section("gathers for graph outputs", output_lines(report.implicit_gathers))
     lines += section("notes", report.notes)
     if report.timings:
         spent = sorted(report.timings.items(), key=lambda item: -item[1])
@@ -142,14 +142,16 @@ def gather_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
 
 
 def output_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
-    """Gathers for outputs, by name and size: ``4 x output cache.layers[*].keys, in layers.*.attn: 6.0 KiB each``."""
+    """Gathers for outputs, by name: ``2 x output cache.layers[*].keys, of model.layers.*.self_attn: 6.0 KiB each``."""
     outputs = [record for record in records if record.kind != "implicit"]
-    keyed = (((re.sub(r"\d+", "*", r.name), _pattern(r.module), str(r.bytes)), r) for r in outputs)
+    keyed = (((re.sub(r"\d+", "*", r.name), _pattern(r.module), str(r.bytes)), r) for r in outputs if r.name)
     for (name, module, _), group in _groups(keyed):
-        times = f"{len(group)} x " if len(group) > 1 else ""
-        shown = (name if len(group) > 1 else group[0].name) or (group[0].reason if group[0].op != "output" else "")
-        where = f", in {module}" if module else ""
-        yield f"{times}output {shown}".rstrip() + f"{where}: {_sent(group[0].bytes)}" + (" each" if times else "")
+        where = f", of {module}" if module else ""
+        if len(group) > 1:
+            yield f"{len(group)} x output {name}{where}: {_sent(group[0].bytes)} each"
+        else:
+            yield f"output {group[0].name}{where}: {_sent(group[0].bytes)}"
+    yield from gather_lines(record for record in outputs if not record.name)
 
 
 def _pattern(path: str) -> str:

@@ -52,7 +52,7 @@ def _graph(result: OfflineResult, m: Measures | None) -> list[str]:
             lines.append(f"  {legend_text(m)}")
     implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
     lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
-    lines += section("gathers for outputs", output_lines(report.implicit_gathers))
+    lines += section("gathers for graph outputs", output_lines(report.implicit_gathers))
     if m is not None:
         lines += section("work and memory", _work(m))
     lines += section("notes", report.notes)

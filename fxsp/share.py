@@ -2,7 +2,7 @@
 
 Work is arithmetic (:mod:`fxsp.flops`).  An operator that nothing is known about counts as if it multiplied its largest
 operand by a square matrix, so that a layer in one operator weighs what a layer does.  A graph without any of these is
-measured by the elements that its operators write.
+measured by the elements that its operators write; elementwise ones are computed whole where that saves a gather.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision
 from fxsp.passes.propagate import is_annotate
 from fxsp.passes.rules import RULES, Call, tensor_nodes
+from fxsp.passes.rules_elementwise import CHEAP
 from fxsp.passes.rules_whole import WHOLE
 from fxsp.passes.structure import CATS, CUTS, SLICES
 from fxsp.source import module_path, node_source
@@ -138,8 +139,8 @@ def _operands(node: Node) -> list[Node]:
 
 
 def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
-    """Elements of the result of what computes something from tensors; a view writes nothing."""
-    if "sp_call" not in node.meta or not _operands(node):
+    """Elements of the result of what computes something from tensors; views, and what is cheap, count nothing."""
+    if "sp_call" not in node.meta or not _operands(node) or node.target in CHEAP:
         return 0
     if any(result.alias_info is not None for result in schema(node.target).returns):
         return 0

@@ -205,6 +205,7 @@ def cases(draw: st.DrawFn, first: str | None = None, max_instructions: int = 10)
     # What nothing reads is returned, so that no line is dead; late values first.
     text = "\n".join(b.lines)
     results = [v.name for v in reversed(b.values) if len(re.findall(rf"\b{v.name}\b", text)) == 1 or v is b.values[-1]]
+    results += _further_outputs(b, results)
     body = "".join(f"    {line}\n" for line in [*b.lines, f"return {', '.join(results)}"])
     return Case(
         f"def program({', '.join(i.name for i in b.inputs)}):\n{body}",
@@ -219,6 +220,16 @@ def cases(draw: st.DrawFn, first: str | None = None, max_instructions: int = 10)
         degrees=_degrees(draw, size) if "attention" in used else None,
         instructions=tuple(used),
     )
+
+
+def _further_outputs(b: Builder, results: Sequence[str]) -> list[str]:
+    """Names of values that are returned although others read them, as hidden states, keys and values are; mostly none.
+
+    One may be returned twice.
+    """
+    read = [v.name for v in b.values if v.name not in results and v.name.startswith("y")]
+    count = b.number(0, 4) - 2  # two programs of five
+    return [b.pick(read) for _ in range(count)] if read and count > 0 else []
 
 
 def _degrees(draw: st.DrawFn, size: int) -> tuple[int, int] | None:

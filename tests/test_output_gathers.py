@@ -88,7 +88,7 @@ def test_logits_are_named_with_their_bytes(labels: Tensor | None) -> None:
     given = {} if labels is None else {"labels": labels}
     found = explained(returns="logits", **given)
     assert outputs(found) == {"logits": 3 * 6 * VOCABULARY * 4}
-    assert "output logits, in " in str(found)
+    assert "output logits, of " in str(found)
     with pytest.raises(fxsp.StrictError, match=r"(?s)logits, of .*return the loss alone.*logits_to_keep"):
         explained(strict=True, returns="logits", **given)
 
