@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "DegreeWarning",
     "FxspError",
     "FxspWarning",
     "ImplicitGatherWarning",
@@ -50,6 +51,10 @@ class FxspWarning(UserWarning):
 
 class ImplicitGatherWarning(FxspWarning):
     """A sharded value had to be made whole because an operator needs all its tokens."""
+
+
+class DegreeWarning(FxspWarning):
+    """An attention cannot be run by the degrees that were asked for, and runs otherwise."""
 
 
 class UnshardedWarning(FxspWarning):

@@ -60,6 +60,8 @@ class _State:
         #: An annotation stands for its argument: storage of its result -> storage of the argument.
         self.stands_for: dict[int, int] = {}
         self.alive: list[Any] = []
+        #: Whether a kernel was asked for: then what attention returns may lie in memory otherwise than here.
+        self.kernel_chosen = False
         #: Numbers that increase in program order: the partitioner compares them.
         self.checkpoints = itertools.count(1)
 
@@ -132,7 +134,9 @@ class Retracer(torch.fx.Interpreter):
             self.state.grad = args[0]
             return None
         if torch_internals.is_attention_preference(target) or torch_internals.is_hook_switch(target):
-            return None  # kernels that compute the same; what saved tensors may do
+            # Kernels that compute the same; what saved tensors may do.
+            self.state.kernel_chosen |= torch_internals.is_attention_preference(target)
+            return None
         if torch_internals.is_data_attribute(target):
             return self._run(lambda _, args, __: args[0].detach(), target, args, kwargs)
         if torch_internals.is_enter_autocast(target):
@@ -162,6 +166,8 @@ class Retracer(torch.fx.Interpreter):
         return self.state.stands_for.get(key, key)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "view" and self.state.kernel_chosen and not any(isinstance(a, torch.dtype) for a in args):
+            target = "reshape"  # a view of what the chosen kernel returns, and maybe not of what this one does
         return self._run(super().call_method, target, args, kwargs)
 
     def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
