@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxsp.backend import reports
 from fxsp.errors import (
+    DegreeWarning,
     FxspError,
     FxspWarning,
     ImplicitGatherWarning,
@@ -30,6 +31,7 @@ from fxsp.report import Report
 from fxsp.verification import Evidence, verify
 
 __all__ = [
+    "DegreeWarning",
     "Evidence",
     "Explanation",
     "FxspError",

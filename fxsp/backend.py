@@ -26,12 +26,13 @@ from fxsp.carried import remembering
 from fxsp.channel import channel_of
 from fxsp.checks import check_inputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
-from fxsp.errors import FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
+from fxsp.errors import DegreeWarning, FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
 from fxsp.inner import compile_inner, needs_values
 from fxsp.passes.annotate import annotate
 from fxsp.passes.base import Program
 from fxsp.passes.carry import carry, is_worth_splitting
 from fxsp.passes.defer import scale_summands
+from fxsp.passes.degrees import IGNORED
 from fxsp.passes.functionalize import functionalize
 from fxsp.passes.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
@@ -272,6 +273,7 @@ def compile_graph(
     _say_gathers(report)
     say_share(program, options.strict and not carried)
     say_outputs(program, options.strict and not carried)
+    _say_degrees(program)
     return report, program
 
 
@@ -384,6 +386,14 @@ def _say_gathers(report: Report) -> None:
     warnings.warn(
         ImplicitGatherWarning(f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"), stacklevel=2
     )
+
+
+def _say_degrees(program: Program) -> None:
+    """One warning for each compile: what does not run by the degrees that were asked for."""
+    ignored = list(dict.fromkeys(program.facts.get(IGNORED, [])))
+    if ignored:
+        more = f"\n  and {len(ignored) - 4} more" if len(ignored) > 4 else ""
+        warnings.warn(DegreeWarning("\n  ".join(ignored[:4]) + more), stacklevel=2)
 
 
 def _remove_annotations(gm: GraphModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "DegreeWarning",
     "FxspError",
     "FxspWarning",
     "ImplicitGatherWarning",
@@ -65,6 +66,10 @@ class ImplicitGatherWarning(FxspWarning):
 
 class OutputGatherWarning(FxspWarning):
     """Much of what a graph sends is sent only because it returns whole values."""
+
+
+class DegreeWarning(FxspWarning):
+    """An attention cannot be run by the degrees that were asked for, and runs otherwise."""
 
 
 class UnshardedWarning(FxspWarning):

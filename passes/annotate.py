@@ -251,6 +251,8 @@ class _Writer:
         dim = row.entry.dim % len(shape)
         if isinstance(shape[dim], int) and shape[dim] == 0:
             return _Outcome(False, f"dimension {dim} of the tensor {described(value)} is empty")
+        if isinstance(shape[dim], int) and shape[dim] == 1 and row.entry.kind == "shard":
+            return _Outcome(False, f"dimension {dim} of the tensor {described(value)} is one token: it stays whole")
         text_len: Any = -1
         if isinstance(spec, SequenceParallelPartialInput):
             text_len = self._text_length(spec.text_len_source, call)
@@ -259,6 +261,10 @@ class _Writer:
             if isinstance(text_len, int) and isinstance(shape[dim], int) and text_len >= shape[dim]:
                 return _Outcome(
                     False, f"{text_len} text tokens leave nothing to split of {described(value)} along {dim}"
+                )
+            if isinstance(text_len, int) and isinstance(shape[dim], int) and text_len + 1 == shape[dim]:
+                return _Outcome(
+                    False, f"{text_len} text tokens leave one token of {described(value)} along {dim}: it stays whole"
                 )
         return value, dim, text_len
 

@@ -37,6 +37,7 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.autocast import AutocastState, ExplicitAutocast
 from fxsp.passes.fast_paths import FAST_PATHS
 from fxsp.passes.islands import enclose_functorch
+from fxsp.passes.restride import restride
 from fxsp.passes.retrace import Retracer, describe
 from fxsp.passes.subclasses import holds_subclass, mark_islands, refuse_unrecorded, see_through
 from fxsp.torch_internals import is_wrapper_subclass
@@ -88,6 +89,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
             _drop_empty(node)
     mark_islands(new.graph)
     torch_internals.carry_dynamo_facts(gm, new)
+    _restride(gm, new, mode, inputs, outputs, tracer.storage_of)
     new.recompile()
     _compare(gm, inputs, outputs, tracer.storage_of)
     return new
@@ -158,6 +160,28 @@ def _compare(
                 f"output {index} shares memory with {b or 'nothing'} when traced to ATen operators, "
                 f"but with {a or 'nothing'} as Dynamo recorded it"
             )
+
+
+def _restride(
+    gm: torch.fx.GraphModule,
+    new: torch.fx.GraphModule,
+    mode: Any,
+    inputs: list[Any],
+    outputs: list[Any],
+    storage_of: Callable[[torch.Tensor], int],
+) -> None:
+    """Outputs that differ from what Dynamo recorded by their strides alone are laid in memory as recorded."""
+    nodes = tree_leaves(gm.graph.output_node().args[0])
+    aliases = _aliases(inputs, outputs, storage_of)
+    shared = {storage_of(v) for v, owner in zip(outputs, aliases, strict=True) if owner and isinstance(v, torch.Tensor)}
+    for index, (node, found) in enumerate(zip(nodes, outputs, strict=True)):
+        want = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, torch.fx.Node) else None
+        if not isinstance(want, torch.Tensor) or not isinstance(found, torch.Tensor) or storage_of(found) in shared:
+            continue
+        if [fact for fact, a, b in _facts(want, found) if not _same(a, b)] == ["strides"]:
+            laid = restride(new, mode, index, want, _same)
+            if laid is not None:
+                outputs[index] = laid.requires_grad_(found.requires_grad)
 
 
 def _facts(want: Any, found: Any) -> list[tuple[str, Any, Any]]:

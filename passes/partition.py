@@ -28,6 +28,7 @@ from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.decide import Decision
+from fxsp.passes.degrees import note_degree
 from fxsp.passes.extremes import ExtremePlan, write_extreme
 from fxsp.passes.idle import report_idle
 from fxsp.passes.inplace import written_arguments
@@ -352,6 +353,7 @@ class _Partitioner(Converter):
         place = module_path(node) or self.program.report.root, node_source(node)
         if choice.op.dropout is not None and arguments.get(choice.op.dropout):
             self._note_draw()
+        note_degree(self.program, node, choice.method, choice.rejected)
         detail = "; ".join(filter(None, [choice.detail, ring_work(Call(node), choice)]))
         self.program.report.attentions.append(
             AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)

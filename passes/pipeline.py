@@ -20,6 +20,7 @@ from fxsp.passes import (  # noqa: F401  (they fill the rule table)
 )
 from fxsp.passes.backward import backward_collectives
 from fxsp.passes.base import Pass, Program
+from fxsp.passes.degrees import report_degrees
 from fxsp.passes.device_memory import DeviceMemory
 from fxsp.passes.layout import Layout
 from fxsp.passes.lower_attention import LowerAttention
@@ -95,4 +96,5 @@ def partition_program(program: Program, runner: Runner | None = None) -> Program
         program = (runner or Runner()).run(program)
         program.report.backward.extend(backward_collectives(program))
         report_written(program)
+        report_degrees(program)
     return program

@@ -68,6 +68,8 @@ class _State:
         #: A call that gave an input other memory -> the input; an input -> its value, and that with the memory it gets.
         self.sets: dict[torch.fx.Node, torch.fx.Node] = {}
         self.memory: dict[torch.fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+        #: Whether a kernel was asked for: then what attention returns may lie in memory otherwise than here.
+        self.kernel_chosen = False
         #: Numbers that increase in program order: the partitioner compares them.
         self.checkpoints = itertools.count(1)
 
@@ -140,7 +142,9 @@ class Retracer(torch.fx.Interpreter):
             self.state.grad = args[0]
             return None
         if torch_internals.is_attention_preference(target) or torch_internals.is_hook_switch(target):
-            return None  # kernels that compute the same; what saved tensors may do
+            # Kernels that compute the same; what saved tensors may do.
+            self.state.kernel_chosen |= torch_internals.is_attention_preference(target)
+            return None
         if torch_internals.is_version_change(target):
             return args[0]
         if torch_internals.is_set_storage(target):
@@ -176,6 +180,8 @@ class Retracer(torch.fx.Interpreter):
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if torch_internals.is_set_storage(target):
             return self._set_storage(args, kwargs)
+        if target == "view" and self.state.kernel_chosen and not any(isinstance(a, torch.dtype) for a in args):
+            target = "reshape"  # a view of what the chosen kernel returns, and maybe not of what this one does
         return self._run(super().call_method, target, args, kwargs)
 
     def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from fxsp.passes.attention_choice import Question, choose
 from fxsp.passes.attention_cost import Link
 from fxsp.passes.base import Program
 from fxsp.passes.decide import Decision, locate
+from fxsp.passes.degrees import note_degree
 from fxsp.passes.repeats import repeated
 from fxsp.passes.rules import Call, rule_of, shape_of
 from fxsp.passes.rules_elementwise import CHEAP
@@ -124,6 +125,8 @@ def _record(one: _Found, index: int, program: Program) -> AttentionRecord:
     if one.written is None:
         detail += "; sums of keys and values over the tokens"
     rejected = () if one.written is None or method != GATHERED else _instead(one.written, program)
+    if method in (GATHERED, SCORES, WHOLE):
+        note_degree(program, one.first, method, (), "this attention is written out, and is not exchanged")
     place = module_path(one.first) or program.report.root, node_source(one.first)
     return AttentionRecord(*place, method, as_length(sum(forward, start=0)), rejected, detail)
 

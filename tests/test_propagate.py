@@ -164,14 +164,14 @@ def test_every_type_has_an_origin() -> None:
 def test_reasons_say_what_an_operator_needs() -> None:
     def function(x: torch.Tensor) -> tuple[Any, ...]:
         x = torch.softmax(shard(x), -1)
-        return x.cumsum(1), x.reshape(4, 10), torch.rand_like(x), torch.kron(x[0], x[0])
+        return x.cumsum(1), x.reshape(4, 10), torch.bernoulli(x), torch.kron(x[0], x[0])
 
     metas = _metas(function, X)
-    reasons = [m["sp_call"].reason for n, m in metas.items() if n in ("cumsum", "reshape", "rand_like", "kron")]
+    reasons = [m["sp_call"].reason for n, m in metas.items() if n in ("cumsum", "reshape", "bernoulli", "kron")]
     assert reasons == [
         "aten.cumsum.default needs dimension 1 of operand 0 whole (the tokens [5])",
         "aten.reshape.default needs dimension 1 of operand 0 whole (the tokens [5])",
-        "aten.rand_like.default has no sharding rule for this use: it needs its operands whole",
+        "aten.bernoulli.default has no sharding rule for this use: it needs its operands whole",
         "aten.kron.default has no sharding rule for this use: it needs its operands whole",
     ]
 

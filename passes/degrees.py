@@ -1,0 +1,66 @@
+"""Degrees that were asked for and cannot be followed: each such attention is named, with what it does instead.
+
+``ring_degree=2`` asks every attention of split tokens for a ring; an operator whose blocks do not merge, or heads that
+do not divide, cannot have it, and something else is done, which is right.  It is said: a note in the report, a warning
+for each compile, an error under ``strict``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from fxsp.errors import StrictError
+from fxsp.passes.base import Program
+from fxsp.source import place
+
+__all__ = ["IGNORED", "note_degree", "report_degrees"]
+
+#: ``program.facts`` of this name: a sentence for each attention that does not what was asked for.
+IGNORED = "ignored_degrees"
+
+
+def _asked(program: Program) -> tuple[str, str]:
+    """The options as text, and the method that they ask for; empty if none does."""
+    ulysses, ring, gather = program.ulysses_degree, program.ring_degree, program.gather_degree
+    if gather is not None and gather > 1:
+        return f"allgather_degree={gather}", "gather_kv"
+    if ring is None:
+        return "", ""
+    ulysses = ulysses or program.ranks.size // ring
+    if ulysses * ring == 1:
+        return "", ""
+    if ring == 1:
+        return f"ulysses_degree={ulysses}", "ulysses"
+    if ulysses == 1:
+        return f"ring_degree={ring}", "ring"
+    return f"ulysses_degree={ulysses} and ring_degree={ring}", "hybrid"
+
+
+def note_degree(
+    program: Program, node: Node, method: str, rejected: tuple[tuple[str, str], ...], why: str = ""
+) -> None:
+    """Remember an attention whose ``method`` is not what the degrees ask for.
+
+    Nothing is asked of one that is local (its keys are whole already), nor of whole queries.
+    """
+    options, wanted = _asked(program)
+    if not options or method.startswith(wanted) or method in ("local", "merged"):
+        return
+    why = why or next((reason for name, reason in rejected if name.startswith(wanted)), "it is not legal here")
+    sentence = f"{options} cannot be followed by {node.target} in {place(node)}: {why}; it runs as {method} instead"
+    program.facts.setdefault(IGNORED, []).append(sentence)
+
+
+def report_degrees(program: Program) -> None:
+    """Put what was remembered into the report; an error under ``strict``."""
+    sentences: list[Any] = list(dict.fromkeys(program.facts.get(IGNORED, [])))
+    if sentences and program.strict:
+        raise StrictError(
+            f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler chooses."
+        )
+    program.report.notes.extend(sentences)
+    options, _ = _asked(program)
+    if options and not program.report.attentions:
+        program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")
