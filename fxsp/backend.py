@@ -13,6 +13,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -102,11 +104,11 @@ class Before:
         self.__name__ = f"sp before {getattr(self.compiler_fn, '__name__', 'another')}"
         self._root = weakref.ref(root)
         options = Options.parse({"plan": plan, "config": config, "group": group})
-        self._options = replace(options, inner=self.compiler_fn)
+        self.options = replace(options, inner=self.compiler_fn)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            return _compile(gm, example_inputs, self._options, resolve_ranks(self._options), self._root())
+            return _compile(gm, example_inputs, self.options, resolve_ranks(self.options), self._root())
         except FxspError as error:
             raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
@@ -126,6 +128,33 @@ def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
     channel = channel_of(only.process_group(), ranks)
     if channel is not None:
         channel.failed(error)
+
+
+def _limit_reached(compiler: Any, code: CodeType, reason: str) -> None:
+    """Dynamo leaves a function to Python from now on: right on all ranks, or refused on all of them."""
+    # Under DistributedDataParallel it is a method of an optimizer, which holds the backend.
+    compiler = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+    layers = list(torch_internals.backend_layers(compiler))
+    before = next((layer for layer in layers if isinstance(layer, Before)), None)
+    if before is None and sp not in layers:
+        return
+    options = before.options if before is not None else Options.parse(torch_internals.backend_options(compiler))
+    channel = channel_of(options.process_group(), resolve_ranks(options))
+    if channel is None:
+        return
+    where = f"{code.co_name} ({Path(code.co_filename).name}:{code.co_firstlineno})"
+    what = (
+        f"has reached Dynamo's recompile limit and runs {where} uncompiled, whole on every rank; the last guard that "
+        f"failed: {' '.join(reason.split())}"
+    )
+    try:
+        channel.agree("uncompiled", what, {})
+    except FxspError as error:
+        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
+    warnings.warn(UnshardedWarning(f"this process {what}"), stacklevel=2)
+
+
+torch_internals.on_recompile_limit(_limit_reached)
 
 
 def _compile(
