@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -162,33 +162,45 @@ def _compile(
 ) -> Callable[..., Any]:
     channel = channel_of(options.process_group(), ranks)
     if channel is None:
-        return _compile_here(gm, inputs, options, ranks, root)[0]
+        return _compile_here(gm, inputs, options, ranks, root).run
     watch()
     alike = Alike(gm, inputs, options, ranks)
     channel.agree("compile", alike.what, alike.topics)
     try:
-        run, decided = _compile_here(gm, inputs, options, ranks, root)
+        made = _compile_here(gm, inputs, options, ranks, root)
     except BaseException as error:
         channel.failed(error)
         raise
     # What one rank could not compile would keep the others waiting in their first collective.
-    channel.agree("compiled", alike.what.replace("compiles", "has compiled", 1), decided)
-    run = channel.counting(run, alike.graph)
-    if options.check_inputs is not False:
-        run = check_inputs(run, alike, channel, each_call=options.check_inputs is True)
+    channel.agree("compiled", alike.what.replace("compiles", "has compiled", 1), made.decided)
+    run = made.run
+    if made.split:  # a graph that runs whole waits for nobody
+        run = channel.counting(run, alike.graph)
+    if made.planned and options.check_inputs is not False:
+        run = check_inputs(run, alike, channel, each_call=options.check_inputs is True and made.split)
     return run
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A compiled graph, what was decided about it, and whether a plan speaks of it, and splits it."""
+
+    run: Callable[..., Any]
+    decided: dict[str, str]
+    planned: bool
+    split: bool
 
 
 def _compile_here(
     gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None
-) -> tuple[Callable[..., Any], dict[str, str]]:
-    """The compiled graph, and what was decided about it."""
+) -> _Made:
     report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
     splits = splits_of_compilation()
     if program is None:
         decided = decisions(report, None)
-        return remembering(_finish(gm, inputs, options, report), report.split_outputs, splits), decided
+        run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
+        return _Made(run, decided, planned=bool(report.plan), split=False)
     names = [
         input_name(torch_internals.input_source(node)) or str(node.target)
         for node in gm.graph.find_nodes(op="placeholder")
@@ -196,7 +208,7 @@ def _compile_here(
     trial = Trial(program, gm.forward, names, options.process_group()) if options.verify else None
     decided = decisions(report, program.gm)
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
-    return (run if trial is None else trial.wrap(run)), decided
+    return _Made(run if trial is None else trial.wrap(run), decided, planned=True, split=True)
 
 
 def compile_graph(
