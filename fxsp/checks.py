@@ -76,23 +76,21 @@ def check_inputs(
     """
     # One graph may serve several instances of a model: each has parameters of its own.
     checked_parameters = WeakIdKeyDictionary()
-    calls = 0
+    compared = False
 
     def checked(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 1 or each_call:
+        nonlocal compared
+        if each_call or not compared:
             new = [(n, a) for n, a in zip(alike.names, args, strict=True) if a not in checked_parameters]
+            shapes = ", ".join(f"{name} {list(a.shape)}" for name, a in new if _is_data(a))
+            what = f"calls the graph of {alike.graph}, compiled before, for {shapes or 'no tensors'}"
+            topics = value_topics(new, weights_in_full=each_call) | random_states(alike.draws)
+            channel.agree(f"call of {alike.graph}", what, topics)
+            # Whoever calls again after an error is compared again.
+            compared = True
             for _, value in new:
                 if isinstance(value, torch.nn.Parameter) and each_call:
                     checked_parameters[value] = None
-            shapes = ", ".join(f"{name} {list(a.shape)}" for name, a in new if _is_data(a))
-            what = f"calls the graph of {alike.graph}, compiled before, for {shapes or 'no tensors'}"
-            channel.agree(
-                f"call of {alike.graph}",
-                what,
-                value_topics(new, weights_in_full=each_call) | random_states(alike.draws),
-            )
         return run(*args)
 
     return checked

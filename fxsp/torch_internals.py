@@ -716,6 +716,29 @@ def _observed(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
+def on_recompile_limit(reached: Callable[[Any, types.CodeType, str], None]) -> None:
+    """Have ``reached(compiler, code, reason)`` called when Dynamo leaves a function to Python, compiled too often.
+
+    The guards that failed are the reason.  What it raises is raised to the user.
+    """
+    try:
+        from torch._dynamo import convert_frame
+
+        original = convert_frame.exceeds_recompile_limit
+    except (ImportError, AttributeError) as error:
+        raise _missing("torch._dynamo.convert_frame.exceeds_recompile_limit", error) from error
+
+    @functools.wraps(original)
+    def exceeds_recompile_limit(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        variables = sys._getframe(1).f_locals
+        if found[0] and "compiler_fn" in variables and "code" in variables:
+            reached(variables["compiler_fn"], variables["code"], recompile_reason())
+        return found
+
+    convert_frame.exceeds_recompile_limit = exceeds_recompile_limit
+
+
 def keep_graphs_whole(is_ours: Callable[[object], bool]) -> None:
     """Have Dynamo's DDPOptimizer leave graphs whole for backends that are ours: in pieces their bindings are lost."""
     try:
@@ -842,6 +865,15 @@ def backend_layers(compiler: Any) -> Iterator[Any]:
         yield layer
         names = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
         pending += [getattr(layer, name, None) for name in names]
+
+
+def backend_options(compiler: Any) -> dict[str, Any]:
+    """The dictionary of options that ``torch.compile`` was given for the backend that ``compiler`` wraps."""
+    for layer in backend_layers(compiler):
+        given = (getattr(layer, "kwargs", None) or getattr(layer, "keywords", None) or {}).get("options")
+        if isinstance(given, dict):
+            return given
+    return {}
 
 
 class Translation:

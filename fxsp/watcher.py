@@ -53,7 +53,9 @@ def _run() -> None:
 def _attend(channel: Channel) -> None:
     group = channel.group()
     try:
-        if group is None or not torch_internals.group_lives(group):
+        lives = group is not None and torch_internals.group_lives(group)
+        channel.seen = channel.seen or lives
+        if group is None or (channel.seen and not lives):
             _ended.add(id(channel))
             channel.store.set(f"left/{channel.ranks.rank}", "")
         else:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import Pool, RankError, run_ranks
-from running import compiled
+from running import compiled, recorded
 from torch import Tensor, nn
 
 from fxsp import SequenceParallelInput, backend, channel
@@ -208,6 +208,7 @@ def _second_call(rank: int, size: int) -> dict[Any, tuple[str, str]]:
         torch.manual_seed(rank)
         fast = compiled(net, plan=PLAN, **({} if option is None else {"check_inputs": option}))
         found["first", option] = _error(lambda fast=fast: fast(tokens(seed=rank)))
+        found["first again", option] = _error(lambda fast=fast: fast(tokens(seed=rank)))
     return found
 
 
@@ -217,7 +218,8 @@ def test_values_are_compared_at_the_first_call_at_each_or_never(ranks: Ranks) ->
             assert found["alike", option] == ("", "")
             for name in ("values", "seed"):
                 assert found[name, option][0] == ("InputMismatchError" if option else ""), (name, option, found)
-            assert found["first", option][0] == ("" if option is False else "InputMismatchError")
+            for name in ("first", "first again"):
+                assert found[name, option][0] == ("" if option is False else "InputMismatchError"), (name, option)
         assert "x float32 [2, 7, 8] with digest" in found["values", True][1]
         assert "random state of cpu" in found["seed", True][1]
 
@@ -266,6 +268,26 @@ def test_a_compiler_that_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
     assert "rank 1 failed where the others did not: OSError: no space left on device" in first[1]
     assert "no space left on device" in second[1]
     assert (then, after) == (("", ""), ("", ""))
+
+
+def _limit(rank: int, size: int, on_all: bool) -> tuple[tuple[str, str], list[str]]:
+    """Dynamo compiles no more on rank 1, or on both ranks: a function that compiled too often is left to Python."""
+    net = Net()
+    fast = compiled(net, plan=PLAN)
+    with torch.no_grad(), recorded() as texts:
+        fast(tokens())
+        with torch._dynamo.config.patch(recompile_limit=1 if rank or on_all else 8):
+            return _error(lambda: torch.testing.assert_close(fast(tokens(9)), net(tokens(9)))), texts
+
+
+def test_the_recompile_limit_is_reached_on_all_ranks_or_it_is_an_error(ranks: Ranks) -> None:
+    for (kind, text), _ in ranks(2).run(_limit, False):
+        assert kind == "InputMismatchError", text
+        assert "rank 0 compiles the graph of Net" in text
+        assert "rank 1 has reached Dynamo's recompile limit and runs forward (test_unlike_ranks.py:" in text
+    for error, warned in ranks(2).run(_limit, True):
+        assert error == ("", "")
+        assert any("UnshardedWarning: this process has reached" in text for text in warned), warned
 
 
 _LEAVES = """
