@@ -16,7 +16,7 @@ the number ``P`` of ranks (:mod:`fxsp.passes.defer`): the *mean* over the ranks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class _Share:
         return grad / self.size
 
 
-@lru_cache(maxsize=None)
+@cache
 def _share(size: int) -> Any:
     share = _Share(size)
     torch.utils.hooks.unserializable_hook(share)  # a copy that is loaded elsewhere is a parameter like any other
@@ -77,9 +77,12 @@ class Convention:
             del hooks[key]
         if self._hook is not None:
             _given[:] = [True]
-            handle = parameter.register_hook(self._hook)
+            parameter.register_hook(self._hook)
             # Before the user's own, which get what they would get without it: this rank's summand.
-            torch_internals.gradient_hooks(parameter).move_to_end(handle.id, last=False)
+            hooks = torch_internals.gradient_hooks(parameter)
+            *others, ours = hooks.items()
+            hooks.clear()  # not moved: autograd does not see the order of an OrderedDict
+            hooks.update([ours, *others])
 
     def holding(self, run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
         """``run``, but the parameters among its inputs follow it: a graph may be called with those of another block."""
