@@ -77,9 +77,12 @@ class Convention:
             del hooks[key]
         if self._hook is not None:
             _given[:] = [True]
-            handle = parameter.register_hook(self._hook)
+            parameter.register_hook(self._hook)
             # Before the user's own, which get what they would get without it: this rank's summand.
-            torch_internals.gradient_hooks(parameter).move_to_end(handle.id, last=False)
+            hooks = torch_internals.gradient_hooks(parameter)
+            *others, ours = hooks.items()
+            hooks.clear()  # not moved: autograd does not see the order of an OrderedDict
+            hooks.update([ours, *others])
 
     def holding(self, run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
         """``run``, but the parameters among its inputs follow it: a graph may be called with those of another block."""

@@ -25,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fxsp
+from fxsp.hooks.sequence_parallel import apply_sequence_parallel
 
-__all__ = ["KINDS", "compiled", "outer_reducers", "run_kind", "run_outer"]
+__all__ = ["KINDS", "compiled", "outer_reducers", "run_changes", "run_kind", "run_outer"]
 
 X = {"": {"x": fxsp.SequenceParallelInput(1)}}
 
@@ -176,6 +177,10 @@ class Limited(Net):
     """Dynamo gives up at the second length."""
 
 
+class Hooked(Eager):
+    """The same with hooks of :mod:`fxsp.hooks` on, which run what cannot be compiled as one graph."""
+
+
 def _mean(outputs: Any) -> Tensor:
     values = outputs if isinstance(outputs, tuple) else (outputs,)
     return sum((y.square() * torch.linspace(0.5, 2, y.numel()).view(y.shape)).mean() for y in values)  # type: ignore[return-value]
@@ -190,7 +195,7 @@ KINDS: dict[str, type[Net]] = {
     kind.__name__: kind
     for kind in (
         Net, NoTokens, NoEntry, Function, Transform, Branch, Eager, EagerWeight, EagerBlock, Unsupported, Tied, Checkpointed,
-        Draining, Limited,
+        Draining, Limited, Hooked,
     )
 }  # fmt: skip
 
@@ -277,6 +282,8 @@ def run_kind(rank: int, size: int, kind: str, how: str, decay: bool = False, **o
     torch.manual_seed(0)
     model = KINDS[kind]()
     whole = copy.deepcopy(model)
+    if kind == "Hooked":
+        apply_sequence_parallel(model, fxsp.SequenceParallelConfig(ulysses_degree=size), model.plan)
     lengths = (7, 5) if kind == "Limited" else (7, 7)
     wanted = _step(whole, whole, decay, lengths)
     with warnings.catch_warnings(), _limit(kind):
@@ -294,3 +301,24 @@ def run_kind(rank: int, size: int, kind: str, how: str, decay: bool = False, **o
         name: error_of(found[name], g) * g.norm().item() / max(g.norm().item(), 1e-2 * usual)
         for name, g in wanted.items()
     }
+
+
+def run_changes(rank: int, size: int) -> list[float]:
+    """Worst errors of steps of one model under one convention after the other, graphs compiled once for each."""
+    torch.manual_seed(0)
+    model = Eager()
+    runs = {how: compiled(model, model.plan, how) for how in ("all_reduce", "defer", "defer_mean")}
+    whole = copy.deepcopy(model)
+    wanted = _step(whole, whole, False, (7,))
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for how in ("all_reduce", "defer", "defer_mean", "defer", "all_reduce"):
+            model.zero_grad()
+            own = _step(model, runs[how], False, (7,))
+            for name in own:
+                if how != "all_reduce" and not name.startswith("input"):
+                    dist.all_reduce(own[name])
+                    own[name] /= size if how == "defer_mean" else 1
+            found.append(max(error_of(own[name], wanted[name]) for name in own if name != "first.qkv.bias"))
+    return found

@@ -56,6 +56,12 @@ class Own(torch.autograd.Function):
         return 3 * grad * torch.tanh(x)
 
 
+@torch._dynamo.disable
+def _eagerly(function: Callable[..., Any], *args: Any) -> Any:
+    """A call that no graph has."""
+    return function(*args)
+
+
 class NotAProgram(Exception):  # noqa: N818
     """The program itself fails: a write that autograd forbids, say."""
 
@@ -111,6 +117,7 @@ class Case:
             "math": math,
             "annotate": annotate or (lambda x, *_: x),
             "Own": Own,
+            "eager": _eagerly if annotate else (lambda f, *args: f(*args)),
             "checkpoint": checkpoint if annotate else (lambda f, *args, **_: f(*args)),
         }
         exec(compile(self.source, "<program>", "exec"), namespace)

@@ -27,6 +27,8 @@ def is_random(target: Any) -> bool:
 
 
 def _call(name: str, lanes: Sequence[torch.Tensor], *args: Any, poison: bool = False) -> list[torch.Tensor]:
+    if name == "scale_grad":  # an operator of gradients, which no simulated rank has
+        return list(lanes)
     call = oracle.bind(name, [Lanes(lanes), *args], {}, len(lanes))
     return list(call.run(poison_pads=poison))
 
@@ -34,6 +36,8 @@ def _call(name: str, lanes: Sequence[torch.Tensor], *args: Any, poison: bool = F
 def _adjoint(name: str, grads: Sequence[torch.Tensor], args: Sequence[Any]) -> Sequence[torch.Tensor]:
     if name in ("annotate", "all_reduce"):
         return grads
+    if name == "scale_grad":
+        return [grad * args[0] for grad in grads]
     if name == "use":
         return _call("all_reduce", grads, *args) if args[0] else grads
     if name == "shard":

@@ -23,7 +23,7 @@ from typing import Any
 from fuzzing import Case, Input, Size
 from hypothesis import strategies as st
 
-__all__ = ["INSTRUCTIONS", "SLOW", "Builder", "Var", "cases", "every_instruction", "instruction"]
+__all__ = ["INSTRUCTIONS", "SLOW", "Builder", "Var", "cases", "every_instruction", "finished", "instruction"]
 
 
 @dataclass(frozen=True)
@@ -202,14 +202,9 @@ def cases(draw: st.DrawFn, first: str | None = None, max_instructions: int = 10)
         before = len(b.lines)
         INSTRUCTIONS[name](b)
         used += [name] if len(b.lines) > before else []
-    # What nothing reads is returned, so that no line is dead; late values first.
-    text = "\n".join(b.lines)
-    results = [v.name for v in reversed(b.values) if len(re.findall(rf"\b{v.name}\b", text)) == 1 or v is b.values[-1]]
-    results += _further_outputs(b, results)
-    body = "".join(f"    {line}\n" for line in [*b.lines, f"return {', '.join(results)}"])
-    return Case(
-        f"def program({', '.join(i.name for i in b.inputs)}):\n{body}",
-        tuple(b.inputs),
+    return finished(
+        b,
+        draw,
         lengths,
         size,
         double=draw(st.integers(0, 3)) > 0,
@@ -230,6 +225,16 @@ def _further_outputs(b: Builder, results: Sequence[str]) -> list[str]:
     read = [v.name for v in b.values if v.name not in results and v.name.startswith("y")]
     count = b.number(0, 4) - 2  # two programs of five
     return [b.pick(read) for _ in range(count)] if read and count > 0 else []
+
+
+def finished(b: Builder, draw: st.DrawFn, lengths: dict[str, int], size: int, **facts: Any) -> Case:
+    """The lines as a case: what nothing reads is returned, so that no line is dead; late values first."""
+    text = "\n".join(b.lines)
+    results = [v.name for v in reversed(b.values) if len(re.findall(rf"\b{v.name}\b", text)) == 1 or v is b.values[-1]]
+    results += _further_outputs(b, results)
+    body = "".join(f"    {line}\n" for line in [*b.lines, f"return {', '.join(results)}"])
+    source = f"def program({', '.join(i.name for i in b.inputs)}):\n{body}"
+    return Case(source, tuple(b.inputs), lengths, size, **facts)
 
 
 def _degrees(draw: st.DrawFn, size: int) -> tuple[int, int] | None:

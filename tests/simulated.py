@@ -25,6 +25,7 @@ from fxsp.capture import install
 from fxsp.config import Options
 from fxsp.errors import FxspError
 from fxsp.passes.base import Program
+from fxsp.passes.defer import scale_summands
 from fxsp.passes.inplace import written_arguments
 from fxsp.passes.regions import open_regions
 from fxsp.report import Report
@@ -50,6 +51,18 @@ class _Spread(torch.autograd.Function):
         return _same(grads), None
 
 
+class _SpreadMean(torch.autograd.Function):
+    """A parameter for each rank; its gradient is what an outer reducer makes of theirs, their mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for _ in range(size))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.stack(grads).mean(0), None
+
+
 class _Merge(torch.autograd.Function):
     """The one value that all ranks have."""
 
@@ -68,11 +81,12 @@ def _same(lanes: Sequence[Any]) -> Any:
     return value
 
 
-def _spread(x: Any, size: int) -> list[Any]:
+def _spread(x: Any, size: int, deferred: bool) -> list[Any]:
     if not isinstance(x, Tensor):
         return [x] * size
     if torch.is_grad_enabled() and x.requires_grad:
-        return list(_Spread.apply(x, size))
+        mean = deferred and isinstance(x, torch.nn.Parameter)
+        return list((_SpreadMean if mean else _Spread).apply(x, size))
     return [x.clone() for _ in range(size)]
 
 
@@ -83,12 +97,16 @@ def _merge(lanes: Sequence[Any]) -> Any:
 
 
 class Simulated:
-    """A backend that runs each graph for ``size`` ranks; ``reports`` and ``programs`` are those of its graphs."""
+    """A backend that runs each graph for ``size`` ranks; ``programs`` are those of its graphs.
+
+    ``deferred``: gradients of parameters are left to an outer reducer, which takes the mean (``grad_reduce``).
+    """
 
     __name__ = "simulated"
 
-    def __init__(self, size: int, compile_: Compile, *, poison_pads: bool = False) -> None:
+    def __init__(self, size: int, compile_: Compile, *, poison_pads: bool = False, deferred: bool = False) -> None:
         self.size = size
+        self.deferred = deferred
         self.compile = compile_
         self.poison_pads = poison_pads
         self.programs: list[Program | None] = []
@@ -114,7 +132,7 @@ class Simulated:
         return run
 
     def _run(self, program: Program, args: Sequence[Any], written: Sequence[int]) -> Any:
-        lanes = [_spread(x, self.size) for x in args]
+        lanes = [_spread(x, self.size, self.deferred) for x in args]
         outputs = lanes_of(program.gm, self.size, lanes, poison_pads=self.poison_pads)
         results = tuple(_merge([out[i] for out in outputs]) for i in range(len(outputs[0])))
         for i in written:
@@ -133,6 +151,8 @@ def by_plan(options: dict[str, Any], reports: list[Report] | None = None) -> Com
         report, program = compile_graph(gm, inputs, parsed, ranks)
         if reports is not None:
             reports.append(report)
+        if program is not None and parsed.deferred:
+            scale_summands(program.gm, ranks.size)
         return program
 
     return compile_
