@@ -37,9 +37,8 @@ _PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default
 
 
 def is_row_wise(node: Node) -> bool:
-    """Whether the result, and the gradient of ``x``, of an operator on ``x`` and a frozen subclass have the rows of ``x``."""
-    values = [n.meta["val"] for n in node.all_input_nodes]
-    x, *others = values
+    """Whether an operator on ``x`` and a frozen subclass, and its gradient, treat every row of ``x`` alone."""
+    x, *others = [n.meta["val"] for n in node.all_input_nodes]
     if node.target not in _PRODUCTS or node.kwargs or node.args[0] is not node.all_input_nodes[0]:
         return False
     if (

@@ -1,4 +1,4 @@
-"""Small tensor subclasses for weights: each keeps 8-bit numbers and a scale for each row, and differs in how it acts."""
+"""Small tensor subclasses for weights: each has 8-bit numbers and a scale for each row, and differs in how it acts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["KINDS", "Calling", "Dispatching", "Dynamic", "Straight", "quantize"]
+__all__ = ["KINDS", "Block", "Calling", "Dispatching", "Dynamic", "Straight", "quantize"]
 
 aten = torch.ops.aten
 
@@ -112,3 +112,17 @@ def quantize(model: nn.Module, kind: type[Dispatching], *, frozen: bool = True, 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (not names or name in names):
             module.weight = nn.Parameter(kind.of(module.weight.detach()), requires_grad=not frozen)
+
+
+class Block(nn.Module):
+    """Attention and two layers, with a norm."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 64, bias=False), nn.GELU(), nn.Linear(64, width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, tokens, width]
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
