@@ -251,6 +251,8 @@ def _last_uses(nodes: list[torch.fx.Node]) -> dict[torch.fx.Node, list[torch.fx.
 
 
 def _storage(tensor: torch.Tensor) -> int:
+    if torch_internals.is_wrapper_subclass(tensor):
+        return -1  # it has none, and nothing writes to it
     return tensor.untyped_storage().data_ptr()
 
 

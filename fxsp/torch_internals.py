@@ -228,6 +228,22 @@ def record_inner(value: Any) -> None:
             record_inner(inner)
 
 
+def trace_opened(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """``function`` of fakes as an ATen graph below autograd, with what subclasses among them make of operators."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def run(*values: Any) -> Any:
+        nodes = _tracer().tensor_tracker
+        for value in filter(is_wrapper_subclass, values):
+            record_inner(value)
+            del nodes[value]
+        return function(*values)
+
+    mode = next(mode for value in inputs if (mode := fake_mode_of(value)) is not None)
+    with mode:
+        return make_fx(run, tracing_mode="real")(*inputs)
+
+
 def is_recorded(value: torch.Tensor) -> bool:
     """Inside a :func:`retrace`: whether a node stands for this tensor."""
     from torch.fx.experimental.proxy_tensor import has_proxy_slot

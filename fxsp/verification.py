@@ -21,7 +21,7 @@ from fxsp.offline import OfflineResult, partition_offline
 from fxsp.progress import check_size, told
 from fxsp.report import Report
 from fxsp.simulation import joint_graph, run, simulate
-from fxsp.torch_internals import is_wrapper_subclass, version
+from fxsp.torch_internals import is_wrapper_subclass, storage_key, version
 from fxsp.trial import random_seeds
 
 __all__ = ["Evidence", "GraphEvidence", "verify"]
@@ -135,6 +135,11 @@ def _leaf(x: Tensor) -> Tensor:
     return copy.requires_grad_(x.requires_grad)
 
 
+def _state(x: Any) -> tuple[int, int]:
+    """What changes when a tensor is written to, or gets other memory."""
+    return (version(x), storage_key(x)) if isinstance(x, Tensor) else (0, 0)
+
+
 def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphEvidence:
     if result.program is None:
         return GraphEvidence(size, unsharded=result.report.unsharded, report=result.report)
@@ -149,10 +154,12 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
     leaves = [_leaf(x) if isinstance(x, Tensor) else x for x in inputs]
     with torch.set_grad_enabled(gradients), same_random_numbers():
         values = [x.clone() if isinstance(x, Tensor) and not is_wrapper_subclass(x) else x for x in leaves]
-        before = [version(x) if isinstance(x, Tensor) else 0 for x in values]
+        before = [_state(x) for x in values]
+        alive = [x.detach() for x in values if isinstance(x, Tensor)]  # so that no other memory gets a key of theirs
         flat = tree_leaves(result.whole(*values))
     expected = [x for x in flat if isinstance(x, Tensor)]
-    written = [i for i, x in enumerate(values) if isinstance(x, Tensor) and version(x) > before[i]]
+    written = [i for i, x in enumerate(values) if _state(x) != before[i]]
+    del alive
     tolerance = max((TOLERANCE.get(x.dtype, 0.0) for x in expected), default=0.0)
     evidence = GraphEvidence(
         size, tolerance=tolerance, report=result.report, names=[f"output {i}" for i in range(len(expected))]

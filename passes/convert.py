@@ -26,6 +26,7 @@ from fxsp.passes.rules_views import EXPANDS, RESHAPES
 from fxsp.passes.structure import CATS, SLICES
 from fxsp.report import GatherRecord
 from fxsp.source import module_path, node_source, place
+from fxsp.torch_internals import is_wrapper_subclass
 from fxsp.types import Length, Partial, Replicate, Shard, Type, Used, as_length, product, same_length
 
 __all__ = ["LOW_PRECISION", "Converter", "Value"]
@@ -126,6 +127,7 @@ class Converter:
         tensor = value.node.meta["val"]
         if isinstance(needed, Used):
             differentiable = self.build.training and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+            differentiable = differentiable and not is_wrapper_subclass(tensor)  # used as it is only if it is frozen
             if not differentiable:
                 return self.get(value, Replicate(), kind)
             split = any(isinstance(have, Shard) for have, _ in value.forms)

@@ -24,6 +24,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxsp.carried import Split
+from fxsp.errors import UnsupportedError
 from fxsp.passes.attention import AttentionChoice, distributed_attention
 from fxsp.passes.base import Program
 from fxsp.passes.convert import LOW_PRECISION, OUTPUT, Converter, Value
@@ -45,6 +46,7 @@ from fxsp.passes.structure import CUTS
 from fxsp.passes.written_report import mark_written
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
+from fxsp.torch_internals import is_wrapper_subclass
 from fxsp.types import Partial, Replicate, Shard, Type, Used, as_length, product
 
 __all__ = ["Partition"]
@@ -109,7 +111,14 @@ class _Partitioner(Converter):
             self.copies[node] = new
             return
         kind: Type = Replicate()
-        if self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training:
+        deferred = self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training
+        if deferred and is_wrapper_subclass(value := tensor_value(node)):
+            if value.requires_grad:
+                raise UnsupportedError(
+                    f"{node.target} is a {type(value).__name__} that requires grad: its gradient is whole on every "
+                    "rank, and grad_reduce='defer' would have it summed; freeze it, or leave that option out"
+                )
+        elif deferred:
             kind = Used(origin="gradients of parameters are left to an outer reducer")
         self.values[node] = Value(node, [(kind, self.typed(new, kind, node))])
 

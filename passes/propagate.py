@@ -117,6 +117,8 @@ class Propagate:
         types: list[Type] = [Replicate() if isinstance(n.meta["sp"], Partial) else n.meta["sp"] for n in operands]
         if not any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, "all operands are whole")
+        if node.meta.get("row_wise") and not _splits_rows(types[0], shape_of(operands[0])):
+            return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
         structural = (
             decide_structure(call, types)
             or decide_overwrite(call, types)
@@ -133,6 +135,10 @@ class Propagate:
         bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
         rule = None if draws(call) else rule_of(node)
         return decide_written(call, types, bytes_of, free, program) or decide(call, rule, types, bytes_of, free)
+
+
+def _splits_rows(x: Type, shape: tuple[Length, ...]) -> bool:
+    return isinstance(x, Shard) and x.dim < len(shape) - 1
 
 
 def _refuse_writes(call: Call) -> None:

@@ -15,7 +15,8 @@ although the model says ``linear``.
 ``__torch_function__`` acts above autograd: it is opened at all times, and what it calls is differentiated as in eager
 code.  ``__torch_dispatch__`` acts below: what autograd differentiates is the operator on the subclass, and what
 ``__torch_dispatch__`` makes of it has other derivatives (of a rounding: none).  It is opened where no gradient is
-recorded; elsewhere the operator stays one node, an island, and runs whole, as AOTAutograd traces it.
+recorded; elsewhere the operator stays one node, as AOTAutograd traces it: on rows, if it is proven that it treats every
+row alone (:mod:`fxsp.passes.row_wise`), else as an island that runs whole.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
+from fxsp.passes.row_wise import is_row_wise
 from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["holds_subclass", "mark_islands", "refuse_custom_functions", "refuse_unrecorded", "see_through"]
@@ -82,13 +84,18 @@ def _is_made_of_others(op: Any) -> bool:
 
 
 def mark_islands(graph: torch.fx.Graph) -> None:
-    """Operators that were recorded with a subclass as operand run whole; grad mode is that of operands, not of places."""
+    """Operators that were recorded with a subclass as operand run whole, or on rows, if they treat each alone.
+
+    Grad mode is a matter of operands, not of places: its markers, from the code of subclasses, go.
+    """
     for node in list(graph.nodes):
         if torch_internals.is_set_grad(node.target):
             graph.erase_node(node)
         if torch_internals.is_operator(node.target):
             kinds = [type(v).__name__ for n in node.all_input_nodes if is_wrapper_subclass(v := n.meta.get("val"))]
-            if kinds:
+            if kinds and is_row_wise(node):
+                node.meta["row_wise"] = True
+            elif kinds:
                 node.meta["island"] = _ISLAND.format(kinds[0])
 
 

@@ -7,6 +7,7 @@ compares values, written inputs and gradients.  ``programs`` draws cases; :func:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from lockstep import gradients
 from simulated import Simulated
+from subclasses import Dispatching
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -118,10 +120,17 @@ class Case:
             "annotate": annotate or (lambda x, *_: x),
             "Own": Own,
             "eager": _eagerly if annotate else (lambda f, *args: f(*args)),
+            "QUANTIZED": {n: self._quantized(n) for n in map(int, re.findall(r"QUANTIZED\[(\d+)\]", self.source))},
             "checkpoint": checkpoint if annotate else (lambda f, *args, **_: f(*args)),
         }
         exec(compile(self.source, "<program>", "exec"), namespace)
         return namespace["program"]  # type: ignore[no-any-return]
+
+    def _quantized(self, width: int) -> torch.Tensor:
+        """A weight that is a tensor subclass."""
+        dtype = torch.float64 if self.double else torch.float32
+        generator = torch.Generator().manual_seed(width)
+        return Dispatching.of(torch.randn(width, width, generator=generator, dtype=torch.float64).to(dtype))
 
     def values(self) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)

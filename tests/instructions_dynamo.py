@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from programs import INSTRUCTIONS, OFTEN, SLOW, Builder, Var, instruction
 
 
@@ -46,6 +48,15 @@ def opaque(b: Builder) -> None:
         "Own.apply({v})",
     ])  # fmt: skip
     b.emit(form.format(v=v.name), v.dims)
+
+
+@instruction
+def subclass(b: Builder) -> None:
+    """A constant weight that is a tensor subclass, used by a linear layer or a product."""
+    v = b.canonical()
+    b.dynamo = True
+    form = b.pick(["F.linear({v}, {w})", "{v} @ {w}", "{v} + {w}.abs().mean(0)"])
+    b.emit(form.format(v=v.name, w=f"QUANTIZED[{b.size('C')}]") + f" / {math.sqrt(b.size('C')):.4g}", v.dims)
 
 
 @instruction

@@ -166,7 +166,7 @@ OFTEN = {
     "write_through_view": 2,
 }
 #: Instructions that need Dynamo, which takes long: drawn in one program of five.
-SLOW = ("piece", "opaque", "write")
+SLOW = ("piece", "opaque", "write", "subclass")
 
 
 def every_instruction() -> list[str]:

@@ -1,0 +1,132 @@
+"""Models quantized by torchao: what quantizes an activation sees all the tokens that it sees on one device."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from running import error_of
+from subclasses import Block
+from torch import nn
+
+import fxsp
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about kernels that it does not find
+    quantization: Any = pytest.importorskip("torchao.quantization")
+
+PLAN = {"": {"x": fxsp.SequenceParallelInput(1)}}
+
+
+def _float8(granularity: Any) -> Callable[[nn.Module], None]:
+    """``Float8DynamicActivationFloat8WeightConfig`` without its look at the device: operators of torch do it all."""
+    module = importlib.import_module("torchao.quantization.quantize_.workflows.float8.float8_tensor")
+    mm = importlib.import_module("torchao.float8.inference").Float8MMConfig(use_fast_accum=False)
+    torch_kernels = module.KernelPreference.TORCH
+
+    def quantize(model: nn.Module) -> None:
+        model.to(torch.bfloat16)
+        for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+            how = module.QuantizeTensorToFloat8Kwargs(
+                granularity=granularity, mm_config=mm, kernel_preference=torch_kernels
+            )
+            weight = module.Float8Tensor.from_hp(
+                layer.weight.detach(),
+                granularity=granularity,
+                mm_config=mm,
+                act_quant_kwargs=how,
+                kernel_preference=torch_kernels,
+            )
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    return quantize
+
+
+def _by(config: str, **arguments: Any) -> Callable[[nn.Module], None]:
+    return lambda model: quantization.quantize_(model, getattr(quantization, config)(**arguments))
+
+
+PER_TENSOR, PER_ROW = quantization.PerTensor(), quantization.PerRow()
+
+#: name -> what quantizes a model.
+WAYS: dict[str, Callable[[nn.Module], None]] = {
+    "int8": _by("Int8WeightOnlyConfig"),
+    "intx": _by("IntxWeightOnlyConfig"),
+    "float8": _by("Float8WeightOnlyConfig"),
+    "int8 per token": _by("Int8DynamicActivationInt8WeightConfig"),
+    "int8 per tensor": _by("Int8DynamicActivationInt8WeightConfig", granularity=PER_TENSOR),
+    "int8 asymmetric": _by("Int8DynamicActivationIntxWeightConfig"),
+    "float8 per row": _float8(PER_ROW),
+    "float8 per tensor": _float8(PER_TENSOR),
+}
+
+
+def _quantized(way: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Block(64).eval()
+    WAYS[way](model)
+    x = torch.randn(2, 13, 64, dtype=model.norm.weight.dtype)
+    x[:, -1] *= 30  # one token decides the scale of a tensor
+    return model, x
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_block(way: str) -> None:
+    """Bit for bit, most often; what a rounding does at a tie is one step of the activation, not of the weights."""
+    model, x = _quantized(way)
+    with torch.no_grad():
+        evidence = fxsp.verify(model, x, world_size=(2, 3, 8), plan=PLAN)
+    for graph in evidence.graphs:
+        assert not graph.unsharded
+        assert max(graph.outputs) < 1e-5, str(graph)
+    gathers = [g for graph in evidence.graphs for g in graph.report.implicit_gathers if g.kind == "implicit"]
+    assert {str(g).partition(" ")[0] for g in gathers} <= {"aten.amin.default", "aten.amax.default"}
+    assert bool(gathers) <= way.endswith("per tensor")
+
+
+@pytest.mark.parametrize("way", ["int8", "int8 per token"])
+def test_training_beside(way: str) -> None:
+    """What stands beside the frozen weights learns, as in an adapter."""
+    model, x = _quantized(way)
+    evidence = fxsp.verify(model, x.requires_grad_(), world_size=(2, 3), plan=PLAN)
+    for graph in evidence.graphs:
+        assert not graph.unsharded
+        assert max((*graph.outputs, *graph.gradients)) < 1e-5, str(graph)
+
+
+@pytest.mark.parametrize("way", ["int8", "int8 per token"])
+@pytest.mark.parametrize("name", ["flux", "llama"])
+def test_real_models(name: str, way: str) -> None:
+    model, inputs = getattr(models, name)()
+    WAYS[way](model.eval())
+    assert any(type(p).__name__ == "Int8Tensor" for p in model.parameters())
+    plan = None if name == "flux" else {"": {"input_ids": fxsp.SequenceParallelInput(1)}}
+    with torch.no_grad():
+        evidence = fxsp.verify(model, world_size=(2, 3), plan=plan, **inputs)
+    for graph in evidence.graphs:
+        assert not graph.unsharded
+        assert max(graph.outputs) < 1e-5, str(graph)
+        assert not [g for g in graph.report.implicit_gathers if g.kind == "implicit"]
+
+
+def _on_ranks(rank: int, size: int) -> dict[str, float]:
+    errors = {}
+    for way in ("int8", "int8 per token", "int8 per tensor", "float8 per row", "float8 per tensor"):
+        torch.compiler.reset()
+        model, x = _quantized(way)
+        with torch.no_grad():
+            fast = torch.compile(model, backend="sp", options={"plan": PLAN, "inner": "aot_eager"})
+            errors[way] = error_of(fast(x), model(x))
+    return errors
+
+
+@pytest.mark.filterwarnings("ignore::fxsp.errors.FxspWarning")
+def test_on_real_ranks(ranks: Any) -> None:
+    for errors in ranks(2).run(_on_ranks):
+        assert len(errors) == 5
+        assert max(errors.values()) < 1e-5, errors
