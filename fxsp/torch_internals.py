@@ -609,7 +609,9 @@ def substitute_functions(
         new = table.get(self.fn) if isinstance(self.fn, types.FunctionType) else None
         if new is None or not is_ours(Translation(tx.output)):
             return original(self, tx, args, kwargs)
-        return UserFunctionVariable(new).call_function(tx, [*self.self_args(), *args], kwargs)
+        return UserFunctionVariable(new).call_function(  # type: ignore[arg-type]
+            tx, [*self.self_args(), *args], kwargs
+        )
 
     call_function._fxsp_original = original  # type: ignore[attr-defined]
     UserFunctionVariable.call_function = call_function  # type: ignore[method-assign]
@@ -757,7 +759,7 @@ class Translation:
             if base := _source_name(item):
                 for name, value in attributes.items():
                     _name_values(value, f"{base}.{name}", stored, names, set())
-        outputs = gm.graph.output_node().args[0]
+        outputs: Any = gm.graph.output_node().args[0]
         return [names.get(node, "") if isinstance(node, torch.fx.Node) else "" for node in outputs]
 
     def guarded(self) -> set[str]:
