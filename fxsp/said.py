@@ -63,8 +63,8 @@ def say_outputs(program: Program, strict: bool) -> None:
 
     Meant are outputs that need not be: keys and values of attentions, what is wider than a hidden state (logits), and
     what is, together, more than two of them (the states of all layers).  A hidden state has to be returned once by most
-    models, and is often all that a small one sends.  A graph that ends in a graph break returns what the code after it needs: that is said
-    elsewhere.  Raises ``StrictError`` if ``strict``.
+    models, and is often all that a small one sends.  A graph that ends in a graph break returns what the code after it
+    needs: that is said elsewhere.  Raises ``StrictError`` if ``strict``.
     """
     report, number = program.report, number_in(program)
     named = [gather for gather in report.implicit_gathers if gather.kind == "output" and gather.name]

@@ -606,7 +606,8 @@ def substitute_functions(
 
     @functools.wraps(original)
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        new = table.get(self.fn) if isinstance(self.fn, types.FunctionType) else None
+        function = getattr(self, "fn", None)
+        new = table.get(function) if isinstance(function, types.FunctionType) else None
         if new is None or not is_ours(Translation(tx.output)):
             return original(self, tx, args, kwargs)
         return UserFunctionVariable(new).call_function(  # type: ignore[arg-type]
