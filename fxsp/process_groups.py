@@ -12,7 +12,7 @@ from fxsp.errors import OptionError, ProcessGroupError
 from fxsp.torch_internals import group_named
 from fxsp.types import Ranks
 
-__all__ = ["missing_group", "on_its_group", "ranks_of"]
+__all__ = ["check_group", "missing_group", "on_its_group", "ranks_of"]
 
 _INIT = 'torch.distributed.init_process_group("nccl")  # or "gloo", on the CPU'
 
@@ -55,24 +55,27 @@ def _destroyed(what: str) -> ProcessGroupError:
     )
 
 
-def on_its_group(run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
-    """``run``, a graph for ``ranks``, with a check at each call that their process group is still there.
+def check_group(rank: int, size: int, name: str) -> None:
+    """Raises :class:`ProcessGroupError` unless the group ``name`` has ``size`` ranks, and this process is ``rank``.
 
     A group of the same name that was made since is another one, if its ranks are others.
     """
-    name, size, rank = ranks.group, ranks.size, ranks.rank
+    group = group_named(name)
+    if group is not None and group.size() == size and group.rank() == rank:
+        return
+    now = "it was destroyed" if group is None else f"it has {group.size()} ranks now, and this is {group.rank()}"
+    raise ProcessGroupError(
+        f"this model is split for rank {rank} of the {size} ranks of process group {name!r}: {now}.\n"
+        "  Keep the group for as long as the model is called, or begin anew with another one: "
+        "torch.compiler.reset(), then torch.compile(...)"
+    )
+
+
+def on_its_group(run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """``run``, a graph for ``ranks``, with :func:`check_group` at each call: a look-up by name."""
 
     def checked(*args: Any) -> Any:
-        group = group_named(name)
-        if group is None or group.size() != size or group.rank() != rank:
-            now = (
-                "it was destroyed" if group is None else f"it has {group.size()} ranks now, and this is {group.rank()}"
-            )
-            raise ProcessGroupError(
-                f"this graph is compiled for rank {rank} of the {size} ranks of process group {name!r}: {now}.\n"
-                "  Keep the group for as long as the model is called, or compile again for the new one: "
-                "torch.compiler.reset(), then torch.compile(...)"
-            )
+        check_group(ranks.rank, ranks.size, ranks.group)
         return run(*args)
 
     return checked

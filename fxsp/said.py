@@ -40,13 +40,14 @@ def say_share(program: Program, strict: bool) -> None:
         return
     amount = "nothing" if not share.split else f"{share.part:.1%} of the work"
     text = f"the plan applied, but {amount} runs on shards: {share.holders(report.root)} of it"
-    if share.split:
+    known = {(gather.op, gather.source) for gather in report.implicit_gathers}
+    unsaid = sum(work for (op, _, source), work in share.whole.items() if (op, source) not in known)
+    said = 2 * unsaid < share.total - share.split
+    if share.split or said:
         report.notes.append(text)
     else:
         report.unsharded = text
-    known = {(gather.op, gather.source) for gather in report.implicit_gathers}
-    unsaid = sum(work for (op, _, source), work in share.whole.items() if (op, source) not in known)
-    if 2 * unsaid < share.total - share.split:
+    if said:
         return
     remedy = (
         "annotate a value that is split where this work begins; an operator that the compiler does not know can be "
@@ -60,10 +61,10 @@ def say_share(program: Program, strict: bool) -> None:
 def say_outputs(program: Program, strict: bool) -> None:
     """Say which outputs are more than a quarter of what the graph sends (forward), and what avoids it.
 
-    Meant are outputs that need not be: keys and values of attentions, and what is, together, more than two hidden
-    states: logits, the states of all layers.  A hidden state has to be returned once by most models, and is often all
-    that a small one sends.  A graph that ends in a graph break returns what the code after it needs: that is said
-    elsewhere.  Raises ``StrictError`` if ``strict``.
+    Meant are outputs that need not be: keys and values of attentions, what is wider than a hidden state (logits), and
+    what is, together, more than two of them (the states of all layers).  A hidden state has to be returned once by most
+    models, and is often all that a small one sends.  A graph that ends in a graph break returns what the code after it
+    needs: that is said elsewhere.  Raises ``StrictError`` if ``strict``.
     """
     report, number = program.report, number_in(program)
     named = [gather for gather in report.implicit_gathers if gather.kind == "output" and gather.name]
@@ -71,8 +72,10 @@ def say_outputs(program: Program, strict: bool) -> None:
     caches = [gather for gather in named if gather.value in cached]
     others = [gather for gather in named if gather.value not in cached]
     state = max(_states(program), default=None)
-    if state is None or sum(number(g.bytes) for g in others) <= _STATES * state:
+    if state is None:
         others = []
+    elif sum(number(gather.bytes) for gather in others) <= _STATES * state:
+        others = [gather for gather in others if number(gather.bytes) > state]
     sent = sum(number(gather.bytes) for gather in (*caches, *others))
     total = sum(number(record.bytes) for record in report.collectives)
     if sent <= _MOST * total:

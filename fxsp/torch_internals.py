@@ -810,10 +810,13 @@ def substitute_functions(
 
     @functools.wraps(original)
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        new = table.get(self.fn) if isinstance(self.fn, types.FunctionType) else None
+        function = getattr(self, "fn", None)
+        new = table.get(function) if isinstance(function, types.FunctionType) else None
         if new is None or not is_ours(Translation(tx.output)):
             return original(self, tx, args, kwargs)
-        return UserFunctionVariable(new).call_function(tx, [*self.self_args(), *args], kwargs)
+        return UserFunctionVariable(new).call_function(  # type: ignore[arg-type]
+            tx, [*self.self_args(), *args], kwargs
+        )
 
     call_function._fxsp_original = original  # type: ignore[attr-defined]
     UserFunctionVariable.call_function = call_function  # type: ignore[method-assign]
@@ -1001,7 +1004,7 @@ class Translation:
             if base := _source_name(item):
                 for name, value in attributes.items():
                     _name_values(value, f"{base}.{name}", stored, names, set())
-        outputs = gm.graph.output_node().args[0]
+        outputs: Any = gm.graph.output_node().args[0]
         return [names.get(node, "") if isinstance(node, torch.fx.Node) else "" for node in outputs]
 
     def guarded(self) -> set[str]:

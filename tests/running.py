@@ -97,12 +97,19 @@ def collectives() -> Iterator[Counter[str]]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[str]]:
-    """The warnings of fxsp raised inside, as text; filled at the end.  Others are dropped."""
+    """The warnings of fxsp raised inside, as text; filled at the end.  Others are dropped.
+
+    So is what logits cost: small models send little else.  It has tests of its own (``test_output_gathers``).
+    """
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield texts
-    texts += [f"{w.category.__name__}: {w.message}" for w in caught if issubclass(w.category, fxsp.FxspWarning)]
+    texts += [f"{w.category.__name__}: {w.message}" for w in caught if _is_meant(w.category)]
+
+
+def _is_meant(category: type[Warning]) -> bool:
+    return issubclass(category, fxsp.FxspWarning) and not issubclass(category, fxsp.OutputGatherWarning)
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:

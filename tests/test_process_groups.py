@@ -81,7 +81,7 @@ def _alone(rank: int, size: int) -> list[str]:
 def test_a_group_that_was_destroyed(ranks: Any) -> None:
     for empty, call, option in ranks(2).run(_alone):
         assert "the plan is empty" in empty
-        assert "is compiled for rank" in call
+        assert "is split for rank" in call
         assert "it was destroyed" in call
         assert "torch.compiler.reset()" in call
         assert "option 'group'" in option
@@ -142,3 +142,19 @@ def test_the_default_group_is_destroyed(tmp_path: Path) -> None:
 
 def test_no_group_is_one_rank() -> None:
     assert resolve_ranks(Options.parse()).size == 1
+
+
+def _hooked() -> nn.Module:
+    from fxsp.hooks.sequence_parallel import apply_sequence_parallel
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    apply_sequence_parallel(model, None, {"0": {"input": fxsp.SequenceParallelInput(1)}})
+    return model
+
+
+def test_hooks_say_that_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model = _hooked()
+    (said,) = run(model)
+    assert "WORLD_SIZE is 4" in said
+    assert not run(model), "once for each model"

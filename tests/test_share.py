@@ -99,7 +99,8 @@ def test_what_an_implicit_gather_says_is_said_once() -> None:
 
     report, said = explained(Mixed())
     assert report.share == 0
-    assert report.unsharded
+    assert not report.unsharded
+    assert "nothing runs on shards" in report.notes[-1]
     assert [g.op for g in report.implicit_gathers] == ["aten.conv1d.default"]
     assert not said
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from fxsp.backend import keep_report
 from fxsp.config import Options, resolve_degrees, resolve_ranks
-from fxsp.errors import FxspWarning, OptionError
+from fxsp.errors import FxspWarning, OptionError, UnshardedWarning
 from fxsp.plan import SequenceParallelConfig
+from fxsp.process_groups import check_group, missing_group
 from fxsp.report import Report
 from fxsp.torch_internals import group_named
 
@@ -110,8 +111,17 @@ class Region:
         if not hasattr(self._threads, "calls"):
             self._threads.calls = []
         if not self._threads.calls:
+            self._look_at_the_group()
             self.report = Report()
         self._threads.calls.append(Call())
+
+    def _look_at_the_group(self) -> None:
+        """A group that is missing is said once; one that is gone is an error before anything waits for it."""
+        if self.resolved and self.size > 1:
+            check_group(self.rank, self.size, self.group)
+        elif not self.resolved and (missing := missing_group()) and missing not in self.warned:
+            self.warned.add(missing)
+            warnings.warn(UnshardedWarning(missing), stacklevel=2)
 
     def took_over(self) -> None:
         """The call in progress was to be compiled, and is not."""
