@@ -260,13 +260,29 @@ def along(call: Call) -> OpRule | None:
 @rule(overloads("conv1d", "conv2d", "conv3d", "convolution", "conv2d.padding", "conv1d.padding", "conv3d.padding",
                 "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"))  # fmt: skip
 def convolution(call: Call) -> OpRule | None:
-    """Only the batch passes: a kernel reads its neighbours."""
+    """The batch passes, and dimensions that a kernel of size one walks step by step (``conv3d`` of patches in frames);
+    any other kernel reads its neighbours: ``([b, x1, x2, x3], [p0_0, ...]) -> ([b, y1, x2, y3]) whole={p0_0, ...}``.
+    """
     x, *others = call.operand_shapes()
     (result,) = call.result_shapes()
     if len(x) != len(result) or len(x) != len(others[0]):
         return None
     operands: list[Dims] = [(("b",), *((f"x{i}",) for i in range(1, len(x))))]
     operands += [tuple((f"p{k}_{i}",) for i in range(len(o))) for k, o in enumerate(others)]
-    out: Dims = (("b",), *((f"y{i}",) for i in range(1, len(result))))
-    whole = {f for dims in (*operands, out) for d in dims for f in d} - {"b"}
-    return OpRule(tuple(operands), (out,), {"b": x[0]}, whole=frozenset(whole))
+    alone = {i for i in range(2, len(x)) if others[0][i] == 1 and _is_step_by_step(call, i - 2)}
+    out: Dims = (("b",), *((f"{'x' if i in alone else 'y'}{i}",) for i in range(1, len(result))))
+    passed = {"b": x[0], **{f"x{i}": x[i] for i in sorted(alone)}}
+    whole = {f for dims in (*operands, out) for d in dims for f in d} - passed.keys()
+    return OpRule(tuple(operands), (out,), passed, whole=frozenset(whole))
+
+
+def _is_step_by_step(call: Call, i: int) -> bool:
+    """Whether the ``i``-th of the dimensions that a convolution walks has a stride of one, and no padding."""
+    expected = {"stride": 1, "padding": 0, "output_padding": 0}
+    for name, usual in expected.items():
+        given = call.get(name, usual)
+        if isinstance(given, (list, tuple)):  # by a name ("same"), what is padded depends on the kernel alone
+            given = given[i if len(given) > 1 else 0] if given else usual
+        if not isinstance(given, str) and given != usual:
+            return False
+    return True
