@@ -4,8 +4,8 @@
 is not a number, as torch has it; what a communication library makes of a NaN is its own affair, so floating values
 travel as integers in the same order, where a NaN is the last (or first) of all.  Bools travel as bytes.
 
-``fxsp.at_extreme`` is a reduced value that is whole on every rank (``value``), as a function of the shards ``x`` that it
-was found in: the identity of ``value`` forward, and backward the gradient goes to the elements of ``hit``, in equal
+``fxsp.at_extreme`` is a reduced value that is whole on every rank (``value``), as a function of the shards ``x`` that
+it was found in: the identity of ``value`` forward, and backward the gradient goes to the elements of ``hit``, in equal
 parts where there may be several (``ties``, as ``amax`` has it; their number is summed over the ranks).
 
 ====================== =========== ====================================================================================
@@ -81,7 +81,9 @@ def all_reduce_extreme(x: Tensor, op: str, group: str) -> Tensor:
     return _value(collectives.all_reduce_as(_key(x, op).contiguous(), op, group), x.dtype)
 
 
-def at_extreme(x: Tensor, value: Tensor, hit: Tensor, dims: Sequence[int], keepdim: bool, ties: bool, group: str) -> Tensor:
+def at_extreme(
+    x: Tensor, value: Tensor, hit: Tensor, dims: Sequence[int], keepdim: bool, ties: bool, group: str
+) -> Tensor:
     return value
 
 

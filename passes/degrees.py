@@ -38,7 +38,9 @@ def _asked(program: Program) -> tuple[str, str]:
     return f"ulysses_degree={ulysses} and ring_degree={ring}", "hybrid"
 
 
-def note_degree(program: Program, node: Node, method: str, rejected: tuple[tuple[str, str], ...], why: str = "") -> None:
+def note_degree(
+    program: Program, node: Node, method: str, rejected: tuple[tuple[str, str], ...], why: str = ""
+) -> None:
     """Remember an attention whose ``method`` is not what the degrees ask for.
 
     Nothing is asked of one that is local (its keys are whole already), nor of whole queries.

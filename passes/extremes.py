@@ -208,9 +208,7 @@ class _Written:
         if self.type.plain:
             return rows
         block = self.build.size(product((self.type.sequence.length, inner)))
-        first, last = (
-            self._do(aten.arange.default, self.build.size(n), device=self.device) for n in (outer, inner)
-        )
+        first, last = (self._do(aten.arange.default, self.build.size(n), device=self.device) for n in (outer, inner))
         first = self._do(aten.reshape.default, self._do(aten.mul.Tensor, first, block), [-1, 1, 1])
         rows = self._do(aten.reshape.default, self._do(aten.mul.Tensor, rows, self.build.size(inner)), [-1, 1])
         both = self._do(aten.add.Tensor, self._do(aten.add.Tensor, first, rows), last)
@@ -303,4 +301,3 @@ class _Written:
             root = self._do(aten.sqrt.default, self._do(aten.where.ScalarSelf, none, 1.0, total))
             total = self._do(aten.where.ScalarSelf, none, 0.0, root)
         return self._narrow(total, wide)
-

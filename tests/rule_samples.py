@@ -286,9 +286,8 @@ for _name, _more_calls in {
     "aminmax": [(T((4, 6), "ties"), {"dim": 0, "keepdim": True})],
     "any": [(T((5, 6), "small"),)],
     "all.dim": [(T((4, 6), "ties"), 0)],
-    "linalg_vector_norm": [
-        (X, order, [1]) for order in (0, 1, 3, float("inf"), float("-inf"))
-    ] + [(T((4, 5)), 2, [0], False, {"dtype": torch.float64})],
+    "linalg_vector_norm": [(X, order, [1]) for order in (0, 1, 3, float("inf"), float("-inf"))]
+    + [(T((4, 5)), 2, [0], False, {"dtype": torch.float64})],
     "norm.ScalarOpt_dim": [(T((5, 6)), None, [0])],
     "logsumexp": [(T((5, 4)), [0, 1])],
 }.items():

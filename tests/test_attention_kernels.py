@@ -87,6 +87,12 @@ def test_a_ring_of_it_is_refused_with_a_word() -> None:
 
 def test_every_kernel_of_this_torch_is_known() -> None:
     names = {op._schema.name.removeprefix("aten::") for op in ATTENTION_OPS if op.namespace == "aten"}
-    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "attention_math", "flash_attention_for_cpu"):
+    for kind in (
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+        "attention_math",
+        "flash_attention_for_cpu",
+    ):
         for op in overloads(f"_scaled_dot_product_{kind}"):
             assert op._schema.name.removeprefix("aten::") in names

@@ -77,14 +77,19 @@ def test_each_is_named(kind: str, heads: int, size: int, options: dict[str, int]
     (sentence,) = notes(kind, heads, size, **options)
     for part in [*parts, "part", "test_degrees.py:"]:
         assert part in sentence
-    with pytest.raises(fxsp.StrictError, match="cannot be followed|written out"):
+    with pytest.raises(fxsp.StrictError, match=r"cannot be followed|written out"):
         notes(kind, heads, size, strict=True, **options)
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("own", {"ulysses_degree": 2}), ("sdpa", {"ring_degree": 2}), ("sdpa", {"allgather_degree": 2}), ("own", {}),
-     ("written", {"allgather_degree": 2})],
+    [
+        ("own", {"ulysses_degree": 2}),
+        ("sdpa", {"ring_degree": 2}),
+        ("sdpa", {"allgather_degree": 2}),
+        ("own", {}),
+        ("written", {"allgather_degree": 2}),
+    ],
 )
 def test_nothing_is_said_where_they_are_followed(kind: str, options: dict[str, int]) -> None:
     assert not notes(kind, **options)

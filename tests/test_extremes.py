@@ -21,7 +21,7 @@ from fxsp.kernels.extremes import travels_as
 from fxsp.passes import extremes as written
 from fxsp.passes.builder import Builder
 from fxsp.passes.emit import emit
-from fxsp.simulation import check_replicated, simulate, simulate_with_grads
+from fxsp.simulation import check_replicated, simulate_with_grads
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], Any]
@@ -144,7 +144,12 @@ def test_what_is_no_number_stays_so(value: float, where: int) -> None:
 
 def test_nothing_but_the_least_there_is() -> None:
     """Ranks of pads only do not take part in where the first one is."""
-    check(model(lambda y: tuple((y * 0 - torch.inf).nan_to_num(nan=-torch.inf).max(1))), *inputs(2), size=4, training=False)
+    check(
+        model(lambda y: tuple((y * 0 - torch.inf).nan_to_num(nan=-torch.inf).max(1))),
+        *inputs(2),
+        size=4,
+        training=False,
+    )
 
 
 def test_symbolic_lengths_are_one_graph() -> None:
@@ -162,9 +167,7 @@ def test_symbolic_lengths_are_one_graph() -> None:
             y = y / y.abs().amax((1, 2), keepdim=True)
             return torch.where(y.isinf().any(), y.clamp(-1, 1), y) + y.max(1, keepdim=True).values
 
-    evidence = [
-        fxsp.verify(Scaled(), torch.randn(2, n, 4), world_size=(2, 3), options={"plan": plan}) for n in (7, 12)
-    ]
+    evidence = [fxsp.verify(Scaled(), torch.randn(2, n, 4), world_size=(2, 3), options={"plan": plan}) for n in (7, 12)]
     assert all(e.ok for e in evidence), evidence
 
 
@@ -219,7 +222,9 @@ def test_keys_are_in_the_order_of_values(dtype: torch.dtype) -> None:
 
 
 def test_it_is_an_all_reduce_of_its_own_kind() -> None:
-    graph = make_fx(lambda x: torch.ops.fxsp.all_reduce_extreme(x, "max", "0"), tracing_mode="fake")(torch.ones(3)).graph
+    graph = make_fx(lambda x: torch.ops.fxsp.all_reduce_extreme(x, "max", "0"), tracing_mode="fake")(
+        torch.ones(3)
+    ).graph
     emit(graph)
     (call,) = [n for n in graph.nodes if "all_reduce" in str(n.target)]
     assert call.args[1] == "max"
@@ -255,11 +260,13 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "the other way": (
         "max",
         lambda: mock.patch.object(
-            Builder, "all_reduce_extreme", lambda self, x, op: self.call(torch.ops.fxsp.all_reduce_extreme, x, "min", "")
+            Builder,
+            "all_reduce_extreme",
+            lambda self, x, op: self.call(torch.ops.fxsp.all_reduce_extreme, x, "min", ""),
         ),
     ),
     "the last place": ("argmax", lambda: mock.patch.object(written._Written, "_first", lambda self, a, b, c: c)),
-    "pads count": ("logsumexp", lambda: mock.patch.object(written._Written, "_real", lambda self: None)),
+    "pads count": ("logsumexp", lambda: mock.patch.object(written._Written, "_real", return_value=None)),
     "pads of ties count": ("amax", lambda: mock.patch.object(written._Written, "_hit", lambda self, found: found)),
     "own ties": ("amax", _only_own_ties),
 }
@@ -309,20 +316,22 @@ def _processes(rank: int, size: int, dtype: torch.dtype) -> tuple[list[str], dic
         f"output {i}" for i, (a, b) in enumerate(zip(found, expected, strict=True)) if error_of(a, b) > tolerance
     ]
     leaves = list(model.parameters())
-    wanted, got = (
-        torch.autograd.grad([y.sum() for y in out if y.requires_grad], leaves) for out in (expected, found)
-    )
-    problems_ += [f"gradient {i}" for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if error_of(a, b) > tolerance]
+    wanted, got = (torch.autograd.grad([y.sum() for y in out if y.requires_grad], leaves) for out in (expected, found))
+    problems_ += [
+        f"gradient {i}" for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if error_of(a, b) > tolerance
+    ]
     bad = x.clone()
     bad[1, 6, 3] = float("nan")
     with torch.no_grad():
         a, b = model(bad, mask), fast(bad, mask)
         problems_ += [
-            f"NaN in output {i}" for i, (u, v) in enumerate(zip(a, b, strict=True)) if not torch.equal(u.isnan(), v.isnan())
+            f"NaN in output {i}"
+            for i, (u, v) in enumerate(zip(a, b, strict=True))
+            if not torch.equal(u.isnan(), v.isnan())
         ]
         with ran() as counts:
             fast(x, mask)
-    return problems_, dict(counts), str([g for g in fxsp.reports()[-1].implicit_gathers])
+    return problems_, dict(counts), str(fxsp.reports()[-1].implicit_gathers)
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (3, torch.bfloat16)], ids=str)

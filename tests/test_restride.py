@@ -1,4 +1,4 @@
-"""A kernel chosen for an attention changes how its result lies in memory; the graph is split, and the result lies so."""
+"""A kernel chosen for an attention lays its result in memory in its own way: split or not, so it lies."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fxsp
 
 PLAN = {"": {"x": fxsp.SequenceParallelInput(1)}}
+
 
 class Attention(nn.Module):
     """An attention whose result, or a view of it, is the result of the graph."""
