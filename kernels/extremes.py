@@ -4,8 +4,8 @@
 is not a number, as torch has it; what a communication library makes of a NaN is its own affair, so floating values
 travel as integers in the same order, where a NaN is the last (or first) of all.  Bools travel as bytes.
 
-``fxsp.at_extreme`` is a reduced value that is whole on every rank (``value``), as a function of the shards ``x`` that it
-was found in: the identity of ``value`` forward, and backward the gradient goes to the elements of ``hit``, in equal
+``fxsp.at_extreme`` is a reduced value that is whole on every rank (``value``), as a function of the shards ``x`` that
+it was found in: the identity of ``value`` forward, and backward the gradient goes to the elements of ``hit``, in equal
 parts where there may be several (``ties``, as ``amax`` has it; their number is summed over the ranks).
 
 ====================== =========== ====================================================================================

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 import fxsp.kernels.banded  # noqa: F401  (registers the operator)
 from fxsp.errors import OptionError
-from fxsp.passes.rules import RULES, Call, Dims, OpRule, tensor_nodes
+from fxsp.passes.rules import RULES, Call, Dims, OpRule, overloads, tensor_nodes
 from fxsp.plan import did_you_mean, listing
 from fxsp.torch_internals import overload_of
 from fxsp.types import Length
@@ -52,6 +52,8 @@ class AttentionOp:
     #: Tensor arguments with an entry for each query head, and the dimension of the heads.
     per_head: Mapping[str, int] = field(default_factory=dict, hash=False)
     strided: bool = True
+    #: Whether its mask may be boolean.
+    boolean: bool = True
     #: Whether its blocks can be merged, as a ring does.
     blocks: bool = False
 
@@ -105,7 +107,7 @@ class AttentionOp:
         if moved:
             return f"{listing(moved)} of {self.op} would count positions from a rank's first query"
         if self.causal_in(call) and not self.builtin:
-            if self.mask is None or self.mask_in(call) is not None or self.causal is True:
+            if self.mask is None or not self.boolean or self.mask_in(call) is not None or self.causal is True:
                 return f"{self.op} is causal, and takes no mask that says so for a part of the queries"
             if q[-2] != k[-2]:
                 return f"which corner the causal flag of {self.op} means is not known"
@@ -154,6 +156,7 @@ def register_attention(
     positional: Iterable[str] = (),
     per_head: Mapping[str, int] | None = None,
     strided: bool = False,
+    boolean: bool = True,
 ) -> None:
     """Let the compiler split an attention that is an operator of its own.
 
@@ -183,6 +186,8 @@ def register_attention(
         tensor arguments with an entry for each query head, and the dimension of the heads in them (slopes of ALiBi).
     ``strided``
         whether the operator takes tensors with gaps; else they are made contiguous for it.
+    ``boolean``
+        whether its mask may be boolean; else it is what is added to the scores.
 
     An argument that is not named must be at its default where the operator is to be split.  Registering an operator
     again replaces what was known.  Raises :class:`~fxsp.errors.OptionError` for what its schema contradicts.
@@ -217,6 +222,7 @@ def register_attention(
     ATTENTION_OPS[overload] = AttentionOp(
         overload, query, key, value, mask, causal, dropout, layout == "BHSD", output,
         frozenset(constants) | ({scale} if scale is not None else frozenset()), frozenset(positional), heads, strided,
+        boolean,
     )  # fmt: skip
     RULES[overload] = _batch_rule
 
@@ -243,3 +249,28 @@ def _batch_rule(call: Call) -> OpRule | None:
     sizes |= {f"o{i}": n for i, n in enumerate(out[1:])}
     result: Dims = (("b",), *((f"o{i}",) for i in range(3)))
     return OpRule(tuple(dims), (result,), sizes, whole=frozenset(sizes) - {"b"})
+
+
+#: Kernels of ATen that a program may call by name: the names of their masks, and further arguments that change nothing.
+_KERNELS: dict[str, dict[str, Any]] = {
+    "_scaled_dot_product_attention_math": {"mask": "attn_mask", "constants": ("enable_gqa",)},
+    "_scaled_dot_product_flash_attention_for_cpu": {"mask": "attn_mask", "boolean": False},
+    "_scaled_dot_product_flash_attention": {},
+    "_scaled_dot_product_efficient_attention": {
+        "mask": "attn_bias", "boolean": False, "constants": ("compute_log_sumexp",),
+    },
+    "_scaled_dot_product_cudnn_attention": {
+        "mask": "attn_bias", "boolean": False, "constants": ("compute_log_sumexp",),
+    },
+    "_scaled_dot_product_fused_attention_overrideable": {"mask": "attn_bias", "boolean": False},
+    "_flash_attention_forward": {
+        "layout": "BSHD", "constants": ("cum_seq_q", "cum_seq_k", "return_debug_mask"),
+        "positional": ("max_q", "max_k", "window_size_left", "window_size_right"),
+    },
+}  # fmt: skip
+for _name, _facts in _KERNELS.items():
+    for _op in overloads(_name):  # of those that this version of torch has
+        register_attention(
+            _op, query="query", key="key", value="value", scale="scale", causal="is_causal", dropout="dropout_p",
+            strided=True, **_facts,
+        )  # fmt: skip

@@ -14,7 +14,9 @@ from programs import Builder, instruction
 def unary(b: Builder) -> None:
     v = b.value(lambda v: True)
     form = b.pick(["F.gelu({})", "F.silu({})", "torch.tanh({})", "{} * 0.5", "1 - {}", "{}.relu() + 0.1 * {}",
-                   "{}.contiguous()", "{}.abs().sqrt()"])  # fmt: skip
+                   "{}.contiguous()", "{}.abs().sqrt()", "{} + torch.zeros_like({})", "torch.full_like({}, 0.5) * {}",
+                   "{} + torch.empty_like({}).fill_(0.25)", "{} * torch.ones_like({}).cumsum(-1).clamp(max=1)",
+                   "{} + torch.rand_like({}).clamp(0, 0)"])  # fmt: skip
     b.emit(form.replace("{}", v.name), v.dims)
 
 

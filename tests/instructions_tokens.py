@@ -70,6 +70,12 @@ def reduce_tokens(b: Builder) -> None:
                    "{v}.logsumexp({i}, keepdim=True)", "{v}.norm(dim={i}, keepdim=True)", "{v}.mean()",
                    "{v}.var({i}, unbiased=False, keepdim=True)", "{v}[{e}:1]", "{v}.select({i}, -1).unsqueeze({i})",
                    "{v}.mean([{i}, {k}], keepdim=True)", "{v}.sum() / {v}.numel()",
+                   "{v}.amax([{i}, {k}], keepdim=True)", "{v}.abs().amax()", "{v}.max()", "{v}.min() / 2",
+                   "torch.aminmax({v}, dim={i}, keepdim=True).min", "({v} > 9).any().to({v}.dtype)",
+                   "{v}.isfinite().all({i}, keepdim=True).to({v}.dtype)", "{v}.min({i}, keepdim=True)[0]",
+                   "torch.where({v}.isnan().any(), 1.0, {v}.amin())", "{v}.logsumexp([{i}, {k}], keepdim=True)",
+                   "torch.linalg.vector_norm({v}, float('inf'), {i}, keepdim=True)", "{v}.norm(p=1) / {v}.numel()",
+                   "{v}.new_ones({v}.shape).sum({i}, keepdim=True) / {v}.shape[{i}]",
                    "{v}.median({i}, keepdim=True).values", "{v}.std({i}, correction=0, keepdim=True)"])  # fmt: skip
     k = (i + 1) % len(v.dims) if len(v.dims) > 1 else -1
     if k < 0 and "{k}" in form:

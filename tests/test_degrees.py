@@ -77,7 +77,7 @@ def test_each_is_named(kind: str, heads: int, size: int, options: dict[str, int]
     (sentence,) = notes(kind, heads, size, **options)
     for part in [*parts, "part", "test_degrees.py:"]:
         assert part in sentence
-    with pytest.raises(fxsp.StrictError, match="cannot be followed|written out"):
+    with pytest.raises(fxsp.StrictError, match=r"cannot be followed|written out"):
         notes(kind, heads, size, strict=True, **options)
 
 

@@ -266,7 +266,7 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
         ),
     ),
     "the last place": ("argmax", lambda: mock.patch.object(written._Written, "_first", lambda self, a, b, c: c)),
-    "pads count": ("logsumexp", lambda: mock.patch.object(written._Written, "_real", lambda self: None)),
+    "pads count": ("logsumexp", lambda: mock.patch.object(written._Written, "_real", return_value=None)),
     "pads of ties count": ("amax", lambda: mock.patch.object(written._Written, "_hit", lambda self, found: found)),
     "own ties": ("amax", _only_own_ties),
 }
@@ -331,7 +331,7 @@ def _processes(rank: int, size: int, dtype: torch.dtype) -> tuple[list[str], dic
         ]
         with ran() as counts:
             fast(x, mask)
-    return problems_, dict(counts), str([g for g in fxsp.reports()[-1].implicit_gathers])
+    return problems_, dict(counts), str(fxsp.reports()[-1].implicit_gathers)
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (3, torch.bfloat16)], ids=str)

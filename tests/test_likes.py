@@ -136,11 +136,8 @@ def _processes(rank: int, size: int) -> tuple[list[str], dict[str, int]]:
         torch.manual_seed(3)
         outs.append(run(x))
     wanted, got = (torch.autograd.grad(out.sum(), leaves) for out in outs)
-    problems = [
-        f"{i}"
-        for i, (a, b) in enumerate(zip((outs[1], *got), (outs[0], *wanted), strict=True))
-        if error_of(a, b) > 1e-5
-    ]
+    pairs = zip((outs[1], *got), (outs[0], *wanted), strict=True)
+    problems = [f"{i}" for i, (a, b) in enumerate(pairs) if error_of(a, b) > 1e-5]
     with torch.no_grad():
         fast(x)
         with ran() as counts:

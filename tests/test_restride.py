@@ -1,4 +1,4 @@
-"""A kernel chosen for an attention changes how its result lies in memory; the graph is split, and the result lies so."""
+"""A kernel chosen for an attention lays its result in memory in its own way: split or not, so it lies."""
 
 from __future__ import annotations
 
