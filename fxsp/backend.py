@@ -29,6 +29,7 @@ from fxsp.channel import channel_of
 from fxsp.checks import check_inputs
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import DegreeWarning, FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
+from fxsp.failures import guarded
 from fxsp.inner import compile_inner, needs_values
 from fxsp.passes.annotate import annotate
 from fxsp.passes.base import Program
@@ -123,6 +124,33 @@ install(lambda backend: backend is sp)
 torch_internals.keep_graphs_whole(lambda backend: backend is sp)
 
 
+def _limit_reached(compiler: Any, where: str) -> None:
+    """Dynamo compiles a frame no more: if that is so on all ranks, it runs whole on them; on some, it is an error."""
+    layers = list(torch_internals.backend_layers(compiler))
+    before = next((layer for layer in layers if isinstance(layer, Before)), None)
+    if before is None and sp not in layers:
+        return
+    try:
+        given = torch_internals.backend_arguments(compiler)
+        options = Options.parse(given.get("options"), given.get("mode")) if before is None else before._options
+        channel = channel_of(options.process_group(), resolve_ranks(options))
+        if channel is None:
+            return
+        channel.agree("limit", f"has reached the limit of recompilations of {where}", {})
+    except FxspError as error:
+        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
+    warnings.warn(
+        UnshardedWarning(
+            f"Dynamo compiles {where} no more, so it runs whole on every rank for inputs that are new (right, and not "
+            "split). Mark what changes as dynamic, or raise torch._dynamo.config.recompile_limit."
+        ),
+        stacklevel=2,
+    )
+
+
+torch_internals.hook_recompile_limit(_limit_reached)
+
+
 def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
     """Tell the other ranks, which wait for this one, that its options are refused."""
     given = options if isinstance(options, Mapping) else {}
@@ -184,7 +212,7 @@ def _compile(
     channel.agree("compiled", alike.what.replace("compiles", "has compiled", 1), made.decided)
     run = made.run
     if made.split:  # a graph that runs whole waits for nobody
-        run = channel.counting(run, alike.graph)
+        run = guarded(run, channel, alike.graph)
     if made.planned and options.check_inputs is not False:
         run = check_inputs(run, alike, channel, each_call=options.check_inputs is True and made.split)
     return on_its_group(run, ranks) if made.split else run

@@ -197,7 +197,7 @@ class Channel:
     def _look(self, message: Message, absent: list[int], waited: float) -> None:
         """Ask those who are absent, and raise if one of them cannot come."""
         if self.store.check(["fault"]):
-            self.fault = self.store.get("fault").decode()
+            self._lose(self.store.get("fault").decode())
         elif absent:
             self.ask(message)
             left = [r for r in absent if self.store.check([f"left/{r}"])]
@@ -222,11 +222,28 @@ class Channel:
 
     def break_with(self, text: str) -> None:
         """Tell all ranks that this group can't go on."""
-        if self.store.check(["fault"]):
-            text = self.store.get("fault").decode()
-        else:
-            self.store.set("fault", text)
+        try:
+            if self.store.check(["fault"]):
+                text = self.store.get("fault").decode()
+            else:
+                self.store.set("fault", text)
+        except RuntimeError:  # the rank that holds the store has ended
+            text = self.fault or text
+        self._lose(text)
+
+    def _lose(self, text: str) -> None:
+        """Give the group up: whoever waits in one of its collectives, here or elsewhere, gets an error now."""
         self.fault = text
+        torch_internals.close_connections(self.group())
+
+    def outlook(self) -> str:
+        """What comes of a lost group, for those who wait in one of its collectives."""
+        group = self.group()
+        if group is not None and torch_internals.has_gloo(group):
+            return "Its connections are closed: a rank that waits in a collective gets an error now."
+        return (
+            f"A rank that waits in a collective gets an error when the timeout of the group ends, {self.timeout:.0f} s."
+        )
 
     def _tell(self, message: Message, absent: list[int], waited: float) -> None:
         say(
@@ -253,28 +270,11 @@ class Channel:
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def counting(self, run: Callable[..., Any], graph: str) -> Callable[..., Any]:
-        """``run``, but its calls are counted, and what fails in one because a rank went astray is said to be that."""
-
-        def counted(*args: Any) -> Any:
-            if self.fault:
-                self.check()
-            self.calls += 1
-            self.last = graph
-            try:
-                return run(*args)
-            except RuntimeError as error:
-                if self.is_broken():
-                    raise RanksApartError(self.fault) from error
-                raise
-
-        return counted
-
     def is_broken(self) -> bool:
         """Whether a rank went astray, asked of the store."""
         try:
             if not self.fault and self.store.check(["fault"]):
-                self.fault = self.store.get("fault").decode()
+                self._lose(self.store.get("fault").decode())
         except RuntimeError:  # the rank that holds the store has ended
             return bool(self.fault)
         return bool(self.fault)

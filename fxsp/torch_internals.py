@@ -773,6 +773,39 @@ def keep_graphs_whole(is_ours: Callable[[object], bool]) -> None:
     DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
 
 
+def hook_recompile_limit(reached: Callable[[Any, str], None]) -> None:
+    """Have ``reached(compiler, where)`` called where Dynamo will not compile a frame again, and runs it as it is.
+
+    ``compiler`` is the backend as Dynamo holds it.  What ``reached`` raises goes to the caller of the frame.
+    """
+    from torch._dynamo import convert_frame
+
+    original = getattr(convert_frame, "exceeds_recompile_limit", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def exceeds(*args: Any, **kwargs: Any) -> Any:
+        answer = original(*args, **kwargs)
+        found = sys._getframe(1).f_locals
+        if (answer[0] if isinstance(answer, tuple) else answer) and "compiler_fn" in found:
+            code, reason = found.get("code"), found.get("recompile_reason")
+            where = "" if code is None else f"{code.co_qualname} (line {code.co_firstlineno} of {code.co_filename})"
+            because = " ".join(str(reason or "").partition("\n")[0].split())
+            reached(found["compiler_fn"], f"{where}: {because}" if because else where)
+        return answer
+
+    convert_frame.exceeds_recompile_limit = exceeds
+
+
+def backend_arguments(compiler: Any) -> dict[str, Any]:
+    """The ``options`` and ``mode`` with which ``torch.compile`` calls a backend."""
+    for layer in backend_layers(compiler):
+        if isinstance(getattr(layer, "kwargs", None), dict):
+            return dict(layer.kwargs)
+    return {}
+
+
 def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
     """Have Dynamo trace ``torch.as_tensor(length)`` as ``torch.tensor(length)`` where the translation is ours.
 
@@ -1437,6 +1470,73 @@ def recompile_reason() -> str:
             return str(frame.f_locals["recompile_reason"] or "").partition("User stack trace")[0]
         frame = frame.f_back
     return ""
+
+
+def has_gloo(group: Any) -> bool:
+    """Whether tensors on the CPU travel by gloo in a process group."""
+    try:
+        return str(group._get_backend(torch.device("cpu")).name()) == "gloo"
+    except RuntimeError:  # none for this device
+        return False
+
+
+#: A tag that no one sends with.
+_NOBODY = 2**31 - 1009
+
+
+def close_connections(group: Any) -> None:
+    """Close this process's connections of a gloo group: operations on it fail, here and on the others that wait for it.
+
+    Callable from any thread.  Of another backend's group nothing is closed.
+    """
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    if group is None or not has_gloo(group):
+        return
+    # gloo has no call for it, but does it when an operation times out. Nobody answers this one.
+    other = 0 if dist.get_rank(group) else 1
+    with contextlib.suppress(RuntimeError):
+        dist.irecv(torch.empty(1, device="cpu"), group=group, group_src=other, tag=_NOBODY).wait(
+            timedelta(milliseconds=1)
+        )
+
+
+#: What torch's backends say when a collective fails.
+_COLLECTIVE_ERRORS = (
+    "gloo",
+    "NCCL",
+    "Timed out waiting",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Application timeout caused pair closure",
+)
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether a collective failed: a connection is gone, or an answer did not come in time."""
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _COLLECTIVE_ERRORS)
+
+
+def wrap_backward(results: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    """Have ``wrap`` of AOTAutograd's backward pass run in its place, for the graph that returned ``results``.
+
+    True if it was found, or there is nothing to wait for: no result needs a gradient.
+    """
+    tensors = [x for x in torch.utils._pytree.tree_leaves(results) if isinstance(x, torch.Tensor) and x.requires_grad]
+    for x in tensors:
+        function = getattr(type(x.grad_fn), "_forward_cls", None)
+        run = getattr(function, "_backward_impl", None)
+        if run is not None:
+            if not hasattr(run, "_fxsp_original"):
+                wrapped = wrap(run)
+                wrapped._fxsp_original = run  # type: ignore[attr-defined]
+                function._backward_impl = staticmethod(wrapped)  # type: ignore[union-attr]
+            return True
+    return False
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------

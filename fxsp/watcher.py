@@ -84,10 +84,7 @@ def answer(channel: Channel) -> None:
             channel.store.set(f"state/{said + 1}/{channel.ranks.rank}", said_so)
     if channel.is_broken() and id(channel) not in _told:
         _told.add(id(channel))
-        say(
-            f"{channel.names([channel.ranks.rank])} can't go on: {channel.fault}\n  A collective that it waits in ends "
-            f"with the process of the rank that is missing, or after {channel.timeout:.0f} s."
-        )
+        say(f"{channel.names([channel.ranks.rank])} can't go on: {channel.fault}\n  {channel.outlook()}")
 
 
 def _place(thread: int) -> str:

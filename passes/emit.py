@@ -28,6 +28,7 @@ for at the end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -40,7 +41,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import fxsp.kernels.ops  # noqa: F401  registers the ops
+import fxsp
+import fxsp.kernels
+import fxsp.kernels.ops  # its import registers the ops
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
 from fxsp.kernels.head_ops import HEAD_OPS
@@ -65,10 +68,12 @@ _INHERITED = (
 )
 
 
+@functools.cache
 def fingerprint() -> str:
-    """Hash of all that decides what :func:`emit` writes: part of the keys of compiler caches."""
-    files = [Path(__file__), *sorted(Path(lowering.__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Hash of this version of fxsp, which decides what :func:`emit` writes: part of the keys of compiler caches."""
+    folders = sorted({Path(module.__file__ or "").parent for module in (fxsp, fxsp.passes, fxsp.kernels)})
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 
 def op_name(node: Node) -> str | None:
