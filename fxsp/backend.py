@@ -124,33 +124,6 @@ install(lambda backend: backend is sp)
 torch_internals.keep_graphs_whole(lambda backend: backend is sp)
 
 
-def _limit_reached(compiler: Any, where: str) -> None:
-    """Dynamo compiles a frame no more: if that is so on all ranks, it runs whole on them; on some, it is an error."""
-    layers = list(torch_internals.backend_layers(compiler))
-    before = next((layer for layer in layers if isinstance(layer, Before)), None)
-    if before is None and sp not in layers:
-        return
-    try:
-        given = torch_internals.backend_arguments(compiler)
-        options = Options.parse(given.get("options"), given.get("mode")) if before is None else before._options
-        channel = channel_of(options.process_group(), resolve_ranks(options))
-        if channel is None:
-            return
-        channel.agree("limit", f"has reached the limit of recompilations of {where}", {})
-    except FxspError as error:
-        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
-    warnings.warn(
-        UnshardedWarning(
-            f"Dynamo compiles {where} no more, so it runs whole on every rank for inputs that are new (right, and not "
-            "split). Mark what changes as dynamic, or raise torch._dynamo.config.recompile_limit."
-        ),
-        stacklevel=2,
-    )
-
-
-torch_internals.hook_recompile_limit(_limit_reached)
-
-
 def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
     """Tell the other ranks, which wait for this one, that its options are refused."""
     given = options if isinstance(options, Mapping) else {}

@@ -773,39 +773,6 @@ def keep_graphs_whole(is_ours: Callable[[object], bool]) -> None:
     DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
 
 
-def hook_recompile_limit(reached: Callable[[Any, str], None]) -> None:
-    """Have ``reached(compiler, where)`` called where Dynamo will not compile a frame again, and runs it as it is.
-
-    ``compiler`` is the backend as Dynamo holds it.  What ``reached`` raises goes to the caller of the frame.
-    """
-    from torch._dynamo import convert_frame
-
-    original = getattr(convert_frame, "exceeds_recompile_limit", None)
-    if original is None:
-        return
-
-    @functools.wraps(original)
-    def exceeds(*args: Any, **kwargs: Any) -> Any:
-        answer = original(*args, **kwargs)
-        found = sys._getframe(1).f_locals
-        if (answer[0] if isinstance(answer, tuple) else answer) and "compiler_fn" in found:
-            code, reason = found.get("code"), found.get("recompile_reason")
-            where = "" if code is None else f"{code.co_qualname} (line {code.co_firstlineno} of {code.co_filename})"
-            because = " ".join(str(reason or "").partition("\n")[0].split())
-            reached(found["compiler_fn"], f"{where}: {because}" if because else where)
-        return answer
-
-    convert_frame.exceeds_recompile_limit = exceeds
-
-
-def backend_arguments(compiler: Any) -> dict[str, Any]:
-    """The ``options`` and ``mode`` with which ``torch.compile`` calls a backend."""
-    for layer in backend_layers(compiler):
-        if isinstance(getattr(layer, "kwargs", None), dict):
-            return dict(layer.kwargs)
-    return {}
-
-
 def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
     """Have Dynamo trace ``torch.as_tensor(length)`` as ``torch.tensor(length)`` where the translation is ours.
 

@@ -122,7 +122,7 @@ class _Written:
         return self.build.sizes([*full[: self.type.dim], product(sizes), *full[self.type.dim + 1 :]])
 
     def _local(self) -> list[Length]:
-        return [self.type.outer, self.type.sequence.local_length(self.build.ranks.size), self.type.inner]
+        return [self.type.outer, self.type.sequence.local_length(self.build.ranks.size)]
 
     def _real(self) -> Node | None:
         """Which local rows count, broadcastable; None: all.  Rows that every rank has count on one of them."""

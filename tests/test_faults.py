@@ -202,7 +202,10 @@ FAULTS = {
         "an error that names it and the guard",
         10,
         "10 s",
-        (error("RanksApartError", "rank 1 has reached the limit"), error("RanksApartError", "has reached the limit")),
+        (
+            error("RanksApartError", "rank 1 has reached Dynamo's recompile limit"),
+            error("RanksApartError", "has reached Dynamo's recompile limit"),
+        ),
         scenarios.limit_on_one,
     ),
     "limit_on_all": Fault(
