@@ -1,4 +1,4 @@
-"""Models with masks that are finite and forbid whole rows: every way to run an attention gives one device's gradients."""
+"""Models with masks that are finite and forbid whole rows: each way to run an attention has one device's gradients."""
 
 from __future__ import annotations
 
