@@ -73,7 +73,7 @@ def weighted(
             probabilities = (probabilities * weights).to(values.dtype)
         out = torch.einsum("bhmn,bhne->bhme", probabilities, values)
     else:
-        out = _Fused.apply(filled, nothing, values)  # type: ignore[no-untyped-call]
+        out = _Fused.apply(filled, nothing, values)
     top = filled.detach().amax(-1)
     lse = filled.logsumexp(-1).masked_fill(nothing.squeeze(-1), -torch.inf)
     rest = (filled.detach() - top.unsqueeze(-1)).exp().sum(-1).log() - (lse.detach() - top)

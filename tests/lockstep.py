@@ -118,7 +118,7 @@ def lanes_of(
         if name in ("ring_attention", "merged_attention"):
             # Plain attention on the lanes: autograd differentiates it as it stands.
             operands = [None if args[i] is None else Lanes([a[i] for a, _ in per_rank]) for i in range(4)]
-            return list(oracle.bind(name, [*operands, *args[4:]], {}, size).run())
+            return list(oracle.bind(name, [*operands, *args[4:]], per_rank[0][1], size).run())
         if name in ("pack_heads", "unpack_heads"):
             # The same: no gradient of a pad is in question, since no row is added.
             operands = [a[0] for a, _ in per_rank]
