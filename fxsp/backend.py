@@ -38,11 +38,11 @@ from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.report import Report
 from fxsp.source import input_name
-from fxsp.summands import Convention, parameters_of
+from fxsp.summands import Convention
 from fxsp.trial import Trial
 from fxsp.types import Ranks
 
-__all__ = ["Before", "compile_graph", "keep_report", "reports", "sp"]
+__all__ = ["Before", "compile_graph", "keep_report", "left_to_hooks", "reports", "sp"]
 
 _reports: list[Report] = []
 _lock = threading.Lock()
@@ -115,10 +115,8 @@ def _compile(
     report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
     splits = splits_of_compilation()
-    convention = Convention(ranks.size if options.grad_reduce == "defer" else 1)
     around = [*modules_of_compilation(), *([] if root is None else [root])]
-    convention.apply([x for x in inputs if isinstance(x, torch.nn.Parameter)])
-    convention.apply(parameters_of(around))
+    convention = Convention(ranks.size if options.grad_reduce == "defer" else 1, around)
     if program is None:
         run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
         return convention.holding(run, inputs)
@@ -136,6 +134,13 @@ def _compile(
     if options.check_inputs:
         run = check_inputs(run, names, ranks, group)
     return convention.holding(run, inputs)
+
+
+def left_to_hooks(compiler: Any, module: torch.nn.Module) -> None:
+    """Of a model that ``compiler`` gave up, and hooks run: gradients are left as its options say, if they are ours."""
+    options = torch_internals.options_for(sp, compiler)
+    if options is not None and options.get("grad_reduce") == "defer":
+        Convention(resolve_ranks(Options.parse(options)).size, [module]).hold()
 
 
 def compile_graph(

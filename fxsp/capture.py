@@ -26,7 +26,16 @@ from fxsp.plan import PlanEntry, find_plan, owns_plan, parse_plan
 from fxsp.resolve import forward_signature, resolve_plan, submodules, unwrap
 from fxsp.torch_internals import Opaque, Translation
 
-__all__ = ["Capture", "ModuleCall", "capture", "claim_with", "frame_module", "install", "modules_of_compilation", "splits_of_compilation"]
+__all__ = [
+    "Capture",
+    "ModuleCall",
+    "capture",
+    "claim_with",
+    "frame_module",
+    "install",
+    "modules_of_compilation",
+    "splits_of_compilation",
+]
 
 
 @dataclass(eq=False)

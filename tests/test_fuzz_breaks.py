@@ -14,7 +14,6 @@ from fuzzing import Case, Input
 from fuzzing_breaks import broken_cases, check_broken
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 
-
 PROGRAMS = int(os.environ.get("FXSP_FUZZ_BREAKS", "15"))
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
