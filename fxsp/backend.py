@@ -47,12 +47,12 @@ from fxsp.process_groups import missing_group, on_its_group
 from fxsp.report import Report
 from fxsp.said import EMPTY_PLAN, say_outputs, say_share
 from fxsp.source import input_name
-from fxsp.summands import Convention, parameters_of
+from fxsp.summands import Convention
 from fxsp.trial import Trial
 from fxsp.types import Ranks
 from fxsp.watcher import watch
 
-__all__ = ["Before", "compile_graph", "keep_report", "reports", "sp"]
+__all__ = ["Before", "compile_graph", "keep_report", "left_to_hooks", "reports", "sp"]
 
 _reports: list[Report] = []
 _lock = threading.Lock()
@@ -225,10 +225,8 @@ def _run(
     program: Program | None,
 ) -> _Made:
     splits = splits_of_compilation()
-    convention = Convention(ranks.size if options.grad_reduce == "defer" else 1)
     around = [*modules_of_compilation(), *([] if root is None else [root])]
-    convention.apply([x for x in inputs if isinstance(x, torch.nn.Parameter)])
-    convention.apply(parameters_of(around))
+    convention = Convention(ranks.size if options.grad_reduce == "defer" else 1, around)
     if program is None:
         decided = decisions(report, None)
         run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
@@ -247,6 +245,13 @@ def _run(
     if trial is not None:
         run = trial.wrap(run)
     return _Made(convention.holding(run, inputs), decided, planned=True, split=True)
+
+
+def left_to_hooks(compiler: Any, module: torch.nn.Module) -> None:
+    """Of a model that ``compiler`` gave up, and hooks run: gradients are left as its options say, if they are ours."""
+    options = torch_internals.options_for(sp, compiler)
+    if options is not None and options.get("grad_reduce") == "defer":
+        Convention(resolve_ranks(Options.parse(options)).size, [module]).hold()
 
 
 def compile_graph(

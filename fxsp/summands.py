@@ -15,6 +15,7 @@ the number ``P`` of ranks (:mod:`fxsp.passes.defer`): the *mean* over the ranks 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -44,8 +45,8 @@ def _share(size: int) -> Any:
     return share
 
 
-#: Whether a parameter was ever given a hook: who never defers pays nothing.
-_given: list[bool] = []
+#: Counts changes of hooks: a graph that was compiled before the last one looks after its model's parameters again.
+_changes = [0]
 
 
 class Convention:
@@ -54,14 +55,23 @@ class Convention:
     ``size`` is the number of ranks whose sum is the gradient; 1: each has the whole, or the mean is taken.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, modules: Iterable[nn.Module] = ()) -> None:
         self.size = size
         self._hook = _share(size) if size > 1 else None
+        self._modules = [weakref.ref(module) for module in modules]
+        self._seen = -1
+
+    def hold(self) -> None:
+        """Have it hold for all parameters of the modules, unless nothing has changed."""
+        if self._seen == _changes[0]:
+            return
+        self.apply(parameters_of(module for ref in self._modules if (module := ref()) is not None))
+        self._seen = _changes[0]
 
     def apply(self, parameters: Iterable[Any]) -> None:
         """Have it hold for parameters, from now on; for what requires no gradient there is nothing to do."""
-        if self._hook is None and not _given:
-            return
+        if self._hook is None and not _changes[0]:
+            return  # who never defers pays nothing
         if self._hook is not None:
             torch_internals.when_gathered(_follow)
         for parameter in parameters:
@@ -73,10 +83,10 @@ class Convention:
         found = {key: hook for key, hook in hooks.items() if isinstance(hook, _Share)}
         if list(found.values()) == ([] if self._hook is None else [self._hook]):
             return
+        _changes[0] += 1
         for key in found:
             del hooks[key]
         if self._hook is not None:
-            _given[:] = [True]
             parameter.register_hook(self._hook)
             # Before the user's own, which get what they would get without it: this rank's summand.
             hooks = torch_internals.gradient_hooks(parameter)
@@ -87,11 +97,13 @@ class Convention:
     def holding(self, run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
         """``run``, but the parameters among its inputs follow it: a graph may be called with those of another block."""
         positions = [i for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) and x.requires_grad]
-        if not positions:
-            return run
+        self.hold()
+        self.apply(inputs[i] for i in positions)
+        self._seen = _changes[0]
 
         def held(*args: Any) -> Any:
             if torch.is_grad_enabled():
+                self.hold()
                 self.apply(args[i] for i in positions)
             return run(*args)
 

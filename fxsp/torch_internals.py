@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import types
-from collections import ChainMap, OrderedDict
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -609,13 +609,14 @@ def version(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
-def gradient_hooks(tensor: torch.Tensor) -> OrderedDict[int, Any]:
+def gradient_hooks(tensor: torch.Tensor) -> dict[int, Any]:
     """The hooks on a tensor's gradient by number, in their order; to be edited in place."""
-    return tensor._backward_hooks or OrderedDict()
+    hooks: dict[int, Any] | None = tensor._backward_hooks
+    return {} if hooks is None else hooks
 
 
 def gathered_parameters(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """The parameters that FSDP2 keeps for a module that is wrapped by itself: sharded ones, and gathered ones so far."""
+    """The parameters that FSDP2 keeps for a module: the sharded ones, and the gathered ones that there are so far."""
     from torch.distributed.fsdp import FSDPModule
 
     if not isinstance(module, FSDPModule):
@@ -893,6 +894,14 @@ def backend_options(compiler: Any) -> dict[str, Any]:
         if isinstance(given, dict):
             return given
     return {}
+
+
+def options_for(backend: Any, compiler: Any) -> dict[str, Any] | None:
+    """The options of ``torch.compile`` for a backend, from what it does with frames; None for another backend."""
+    for layer in backend_layers(compiler):
+        if getattr(layer, "compiler_fn", None) is backend:
+            return dict(getattr(layer, "kwargs", {}).get("options") or {})
+    return None
 
 
 class Translation:

@@ -30,6 +30,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def register(library: torch.library.Library) -> None:
+    """Define the ops of this file."""
     for name, schema in DEFERRED_OPS.items():
         library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, lambda x, factor: x.clone(), "CompositeExplicitAutograd")

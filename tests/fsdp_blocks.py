@@ -96,7 +96,8 @@ def run_blocks(
             for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
                 own: Any = p.grad
                 own = own.full_tensor() if isinstance(own, DTensor) else own
-                assert own is not None and q.grad is not None
+                assert own is not None
+                assert q.grad is not None
                 norm = q.grad.norm().item()
                 errors[name] = error_of(own, q.grad) * norm / max(norm, 1e-2 * usual)
     dist.barrier()

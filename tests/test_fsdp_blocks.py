@@ -1,4 +1,4 @@
-"""Blocks that are graphs by themselves, under FSDP2 and regional compilation: each is split, and gradients are right."""
+"""Blocks that are graphs by themselves, under FSDP2 and regional compilation: each is split, with right gradients."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxsp.backend import left_to_hooks
 from fxsp.errors import FxspWarning
 from fxsp.torch_internals import only_inlined, set_compiler
 
@@ -257,6 +258,8 @@ class HookRegistry:
         # Before anything else: the frames of the hooks would be compiled one by one, and take themselves for traced.
         before = set_compiler(None)
         try:
+            if before and torch.is_grad_enabled():
+                left_to_hooks(before, self.module)
             return self._within(0, before is not None, args, kwargs)
         finally:
             set_compiler(before)
