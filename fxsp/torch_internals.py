@@ -1371,7 +1371,7 @@ def custom_function_of(node: Any) -> str:
     """The name of the custom ``autograd.Function`` that a node of the autograd graph is, as :func:`custom_function`."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return ""
-    function = type(node)._forward_cls
+    function: Any = type(node)._forward_cls  # type: ignore[attr-defined]
     known = function.__module__.partition(".")[0] in ("torch", "fxsp")
     return "" if known else f"{function.__qualname__}.apply"
 

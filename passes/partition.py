@@ -107,12 +107,13 @@ class _Partitioner(Converter):
 
     def _input(self, node: Node) -> None:
         new = self.graph.node_copy(node)
-        if tensor_value(node) is None:
+        value = tensor_value(node)
+        if value is None:
             self.copies[node] = new
             return
         kind: Type = Replicate()
         deferred = self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training
-        if deferred and is_wrapper_subclass(value := tensor_value(node)):
+        if deferred and is_wrapper_subclass(value):
             if value.requires_grad:
                 raise UnsupportedError(
                     f"{node.target} is a {type(value).__name__} that requires grad: its gradient is whole on every "

@@ -218,7 +218,7 @@ class Retracer(torch.fx.Interpreter):
     def _set_storage(self, args: Any, kwargs: Any) -> torch.Tensor:
         """An input that gets other memory (``p.data = x``) is ``x`` from here on; it gets it when all else is done."""
         assert self._node is not None
-        variable = self._node.args[0]
+        variable: Any = self._node.args[0]
         variable = self.state.sets.get(variable, variable)
         if not isinstance(variable, torch.fx.Node) or variable.op != "placeholder" or self.state.outermost is not self:
             raise UnsupportedError(f"{describe(self._node)} gives a tensor that is no input of the graph other memory")
