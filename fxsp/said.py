@@ -11,12 +11,13 @@ from torch.fx import Node
 from fxsp.errors import OutputGatherWarning, StrictError, UnshardedWarning
 from fxsp.passes.attention_ops import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.rules import Call
+from fxsp.passes.builder import split_bytes
+from fxsp.passes.rules import Call, shape_of
 from fxsp.passes.work import has_work
 from fxsp.report import GatherRecord
 from fxsp.share import LEAST, number_in, on_shards, share_of
 from fxsp.traffic import format_bytes
-from fxsp.types import product
+from fxsp.types import Shard
 
 __all__ = ["EMPTY_PLAN", "say_outputs", "say_share"]
 
@@ -123,12 +124,12 @@ def _attended(program: Program) -> set[str]:
 
 
 def _states(program: Program) -> Iterator[int]:
-    """Bytes that a rank sends to gather a hidden state: the queries of attentions; without any, what is multiplied."""
+    """Bytes that a rank sends to gather a hidden state: queries and results of attentions, or what is multiplied."""
     number, size = number_in(program), program.ranks.size
     nodes = [n for n in program.facts["global"].graph.nodes if on_shards(n)]
     attentions = [n for n in nodes if n.target in ATTENTION_OPS]
-    values = [Call(n)[ATTENTION_OPS[n.target].query] for n in attentions]
-    values = values or [v for n in nodes if has_work(n) for v in (n, *n.all_input_nodes)]
-    for value in values:
-        if isinstance(tensor := value.meta.get("val"), Tensor):
-            yield number(product((*map(number, tensor.shape), tensor.element_size()))) * (size - 1) // size
+    values = [v for n in attentions for v in (n, Call(n)[ATTENTION_OPS[n.target].query])]
+    for value in values or [v for n in nodes if has_work(n) for v in (n, *n.all_input_nodes)]:
+        tensor, type_ = value.meta.get("val"), value.meta.get("sp")
+        if isinstance(tensor, Tensor) and isinstance(type_, Shard):
+            yield (size - 1) * number(split_bytes(shape_of(value), type_, tensor.element_size(), size))

@@ -130,7 +130,11 @@ def test_the_default_group_is_destroyed(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    results = [process.communicate(timeout=120) for process in processes]
+    try:
+        results = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for rank, (out, err) in enumerate(results):
         lines = [line for line in out.splitlines() if line.startswith("ours:")]
         assert len(lines) == 3 - rank, out + err

@@ -71,7 +71,12 @@ class Region:
 
     def resolve(self) -> None:
         """Look up the ranks; without a process group this process is the only one, until there is one."""
-        if self.resolved or (self._asked is None and not _initialized()):
+        if self.resolved:
+            return
+        if self._asked is None and not _initialized():
+            if (missing := missing_group()) and missing not in self.warned:
+                self.warned.add(missing)
+                warnings.warn(UnshardedWarning(missing), stacklevel=2)
             return
         group = None
         if self.group_name is not None and _initialized():
@@ -91,7 +96,7 @@ class Region:
         self.rank, self.size, self.group = 0, 1, ""
         self.ulysses = self.ring = self.allgather = 1
         self.report = Report()
-        #: Functions whose implicit gather was warned about.
+        #: Functions whose implicit gather was warned about, and what else is said once.
         self.warned: set[str] = set()
         #: Whether ``fxsp.reports()`` has the report of a call that was to be compiled.
         self._announced = False
@@ -111,17 +116,10 @@ class Region:
         if not hasattr(self._threads, "calls"):
             self._threads.calls = []
         if not self._threads.calls:
-            self._look_at_the_group()
+            if self.resolved and self.size > 1:  # gone: an error before anything waits for it
+                check_group(self.rank, self.size, self.group)
             self.report = Report()
         self._threads.calls.append(Call())
-
-    def _look_at_the_group(self) -> None:
-        """A group that is missing is said once; one that is gone is an error before anything waits for it."""
-        if self.resolved and self.size > 1:
-            check_group(self.rank, self.size, self.group)
-        elif not self.resolved and (missing := missing_group()) and missing not in self.warned:
-            self.warned.add(missing)
-            warnings.warn(UnshardedWarning(missing), stacklevel=2)
 
     def took_over(self) -> None:
         """The call in progress was to be compiled, and is not."""
