@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -75,7 +76,21 @@ def as_length(size: Any) -> Length:
             size = exact
     if known and not known.keys().isdisjoint(size.free_symbols):
         size = sympy.expand(size.xreplace(known))
+    if not size.is_Atom:
+        size = _divided(size)
     return int(size) if size.is_Integer else size
+
+
+@lru_cache(maxsize=4096)
+def _divided(size: sympy.Expr) -> sympy.Expr:
+    """``size`` without floor divisions that certainly have no rest: ``(s0 * s1) // s1`` is ``s0``."""
+    from torch.utils._sympy.functions import FloorDiv
+
+    for quotient in sorted(size.atoms(FloorDiv), key=sympy.count_ops):
+        exact = sympy.cancel(quotient.args[0] / quotient.args[1])
+        if exact.is_polynomial() and exact.as_numer_denom()[1] == 1:
+            size = size.xreplace({quotient: exact})
+    return size
 
 
 def _exactly(size: sympy.Expr, quotients: dict[sympy.Expr, sympy.Expr]) -> sympy.Expr:

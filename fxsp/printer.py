@@ -188,8 +188,8 @@ def _fxsp_text(node: torch.fx.Node) -> str:
         if name == "rank":
             operands.append("rank")
         elif name == "lengths":
-            kinds = (arguments.get(kind) or [False] * len(value) for kind in ("whole", "head_tail", "units"))
-            operands.append(_segments(value, *kinds))
+            kinds = (arguments.get(kind) or [False] * len(value) for kind in ("whole", "head_tail"))
+            operands.append(_segments(value, *kinds, arguments.get("units") or [1] * len(value)))
         elif name == "zero_pads":
             operands += ["zero_pads"] if value else []
         elif name not in ("whole", "head_tail", "units", "size", "group"):
@@ -202,7 +202,7 @@ def _segments(lengths: Any, whole: Any, head_tail: Any, units: Any) -> str:
         [str(_operand(n) if (known := length_of(n)) is None else known) for n in x] for x in (lengths, units)
     )
     kinds = [" whole" if w else " head-tail" if h else "" for w, h in zip(whole, head_tail, strict=True)]
-    by = ["" if size in ("False", "1") else f" by {size}" for size in sizes]
+    by = ["" if size == "1" else f" by {size}" for size in sizes]
     parts = [text + kind + unit for text, kind, unit in zip(texts, kinds, by, strict=False)]
     return f"[{'|'.join(parts)}]"
 

@@ -175,8 +175,8 @@ def pairs_of(
 ) -> int:
     """Pairs of a query and a key that one place of the ring computes, pads too; lengths are ints, in tuples."""
     own = in_pieces(chunks_of(queries[0], queries[1], ulysses, ring, place, *queries[2:]), window)
-    q_units, k_units = (x[3] if len(x) > 3 else () for x in (queries, keys))
-    same = same_sequence(*queries[:2], *keys[:2], queries[2], keys[2], q_units, k_units)
+    a_units, b_units = (x[3] if len(x) > 3 else () for x in (queries, keys))
+    same = same_sequence(queries[0], queries[1], keys[0], keys[1], queries[2], keys[2], a_units, b_units)
     pairs = 0
     for step in range(ring):
         here = chunks_of(keys[0], keys[1], ulysses, ring, (place - step) % ring, *keys[2:])

@@ -67,13 +67,14 @@ class ShiftedLosses:
         mode = next((m for m in (fake_mode_of(one.loss.meta["val"]) for one in found) if m is not None), None)
         if mode is None:
             return program
-        changed = [_rewrite(_Writer(program.graph, mode), one) for one in found]
-        if any(changed):
-            erase_unused(program.graph)
-            program.gm.recompile()
-            for fact in ("written", "written products"):
-                program.facts.pop(fact, None)
-            Propagate().apply(program)
+        for one in found:
+            _rewrite(_Writer(program.graph, mode), one)
+        # Also what was begun and given up is without a use, and without a type.
+        erase_unused(program.graph)
+        program.gm.recompile()
+        for fact in ("written", "written products"):
+            program.facts.pop(fact, None)
+        Propagate().apply(program)
         return program
 
 
@@ -166,7 +167,8 @@ def _passed(node: Node, before: Node, type_: Shard) -> Shard | None:
     return result if kept else None  # type: ignore[return-value]
 
 
-def _rewrite(write: Writer, it: _Shifted) -> bool:
+def _rewrite(write: Writer, it: _Shifted) -> None:
+    """The loss of all rows in its place; nothing where a size cannot be said."""
     write.at(it.loss)
     new = it.x
     for node, type_ in it.steps[1:]:
@@ -174,25 +176,25 @@ def _rewrite(write: Writer, it: _Shifted) -> bool:
         previous = it.steps[[n for n, _ in it.steps].index(node) - 1][0]
         if node.target in RESHAPES or node.target in EXPANDS:
             if sizes is None:
-                return False
+                return
             op = aten.reshape.default if node.target in RESHAPES else aten.expand.default
             with write.on_behalf_of(node):
                 new = write.call(op, new, sizes)
             continue
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n, a=previous, b=new: b if n is a else n)
+        given = {previous: new}
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n, given=given: given.get(n, n))  # type: ignore[misc]
         with write.on_behalf_of(node):
             new = write.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
     call, rows = Call(it.loss), _rows_type(it)
     target = _padded(write, it, call.operands[1], rows, call["ignore_index"])
     if target is None:
-        return False
+        return
     args, kwargs = call.bound_to({**call.arguments, "self": new, "target": target}).rebuild()
     loss = write.call(it.loss.target, *args, **kwargs)  # type: ignore[arg-type]
     if call["reduction"] == _NONE:
         _Rest(write, it).replace(it.loss, loss, rows)
     else:
         it.loss.replace_all_uses_with(loss)
-    return True
 
 
 def _rows_type(it: _Shifted) -> Shard:
