@@ -141,11 +141,12 @@ def _limit_reached(compiler: Any, code: CodeType, reason: str) -> None:
     """Dynamo leaves a function to Python from now on: right on all ranks, or refused on all of them."""
     # Under DistributedDataParallel it is a method of an optimizer, which holds the backend.
     compiler = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
-    layers = list(torch_internals.backend_layers(compiler))
+    layers = torch_internals.backend_layers(compiler)
     before = next((layer for layer in layers if isinstance(layer, Before)), None)
-    if before is None and sp not in layers:
+    given = torch_internals.options_for(sp, compiler)
+    if before is None and given is None:
         return
-    options = before.options if before is not None else Options.parse(torch_internals.backend_options(compiler))
+    options = before.options if before is not None else Options.parse(given)
     channel = channel_of(options.process_group(), resolve_ranks(options))
     if channel is None:
         return

@@ -887,15 +887,6 @@ def backend_layers(compiler: Any) -> Iterator[Any]:
         pending += [getattr(layer, name, None) for name in names]
 
 
-def backend_options(compiler: Any) -> dict[str, Any]:
-    """The dictionary of options that ``torch.compile`` was given for the backend that ``compiler`` wraps."""
-    for layer in backend_layers(compiler):
-        given = (getattr(layer, "kwargs", None) or getattr(layer, "keywords", None) or {}).get("options")
-        if isinstance(given, dict):
-            return given
-    return {}
-
-
 def options_for(backend: Any, compiler: Any) -> dict[str, Any] | None:
     """The options of ``torch.compile`` for a backend, from what it does with frames; None for another backend."""
     for layer in backend_layers(compiler):

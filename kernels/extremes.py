@@ -142,7 +142,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def register(library: torch.library.Library) -> None:
     """Define the operators."""
-    fakes = {
+    fakes: dict[str, Callable[..., Tensor]] = {
         "all_reduce_extreme": _contiguous_fake,
         "at_extreme": _value_fake,
         "at_extreme_backward": _grad_fake,

@@ -177,11 +177,11 @@ def ring_attention_backward(
         for call in calls:
             first, rows = range_of(ring.queries, call.queries)
             ks, vs = (keys_of(x, keys, call.keys) for x in here)
-            g, part, o, *sums = (x.narrow(2, first, rows) for x in (grad, q, out, lse, rest))
+            g, part, o, level, more = (x.narrow(2, first, rows) for x in (grad, q, out, lse, rest))
             bias = ring.bias(mask, keys, call, q)
             flag = call.how == "causal" and bias is None
             gq, gk, gv, gbias = block_backward(
-                g, part, ks, vs, bias, o, *sums, flag, ring.scale, mask_grad, ring.weights(keys, call, q), exact
+                g, part, ks, vs, bias, o, level, more, flag, ring.scale, mask_grad, ring.weights(keys, call, q), exact
             )
             for i in call.queries:
                 c = ring.queries[i]

@@ -262,10 +262,6 @@ class _Writer:
                 return _Outcome(
                     False, f"{text_len} text tokens leave nothing to split of {described(value)} along {dim}"
                 )
-            if isinstance(text_len, int) and isinstance(shape[dim], int) and text_len + 1 == shape[dim]:
-                return _Outcome(
-                    False, f"{text_len} text tokens leave one token of {described(value)} along {dim}: it stays whole"
-                )
         return value, dim, text_len
 
     def _text_length(self, source: str | int, call: ModuleCall) -> Any:

@@ -124,13 +124,6 @@ def test_an_entry_on_one_token_does_not_apply_and_costs_nothing() -> None:
     assert sent
 
 
-def test_one_token_beside_text_stays_whole() -> None:
-    ((applied, detail),), sent, _ = entries(5, fxsp.SequenceParallelPartialInput(1, text_len_source=4))
-    assert not applied
-    assert "leave one token" in detail
-    assert not sent
-
-
 class Pair(nn.Module):
     """A query of one token beside a sequence: cross-attention while decoding."""
 
