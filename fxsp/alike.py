@@ -202,14 +202,14 @@ _DROPPING = {
 
 
 def draws(gm: GraphModule) -> tuple[str, ...]:
-    """The kinds of devices on whose generators a graph of Dynamo draws."""
+    """The devices on whose generators a graph of Dynamo draws."""
     found = set()
     for graph in _graphs(gm):
         for node in graph.graph.nodes:
             if node.op in ("call_function", "call_method") and _draws(node):
                 value = node.meta.get("example_value", node.meta.get("val"))
                 value = next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, tuple) else value
-                found.add(value.device.type if isinstance(value, Tensor) else "cpu")
+                found.add(str(value.device) if isinstance(value, Tensor) else "cpu")
     return tuple(sorted(found))
 
 
@@ -241,11 +241,15 @@ def _drops(node: Node, probability: int | None, training: int | None) -> bool:
 
 
 def random_states(devices: Sequence[str]) -> dict[str, str]:
-    """The state of the generator of each kind of device, as a topic."""
-    found = {}
-    for device in devices:
-        module = torch.random if device == "cpu" else torch.get_device_module(device)
-        state = module.get_rng_state()
+    """The states of the generators of some devices, a topic for each kind."""
+    found: dict[str, list[str]] = {}
+    for name in devices:
+        device = torch.device(name)
+        if device.type == "cpu":
+            seed, state = torch.initial_seed(), torch.get_rng_state()
+        else:
+            module = torch.get_device_module(device)
+            seed, state = module.initial_seed(), module.get_rng_state(device)
         digest = hashlib.sha256(bytes(state.tolist())).hexdigest()[:12]
-        found[f"random state of {device}"] = f"seed {module.initial_seed()}, state {digest}"
-    return found
+        found.setdefault(f"random state of {device.type}", []).append(f"seed {seed}, state {digest}")
+    return {topic: "\n".join(rows) for topic, rows in found.items()}

@@ -12,7 +12,9 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -103,44 +105,17 @@ class Before:
         self.__name__ = f"sp before {getattr(self.compiler_fn, '__name__', 'another')}"
         self._root = weakref.ref(root)
         options = Options.parse({"plan": plan, "config": config, "group": group})
-        self._options = replace(options, inner=self.compiler_fn)
+        self.options = replace(options, inner=self.compiler_fn)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            return _compile(gm, example_inputs, self._options, resolve_ranks(self._options), self._root())
+            return _compile(gm, example_inputs, self.options, resolve_ranks(self.options), self._root())
         except FxspError as error:
             raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
 
 install(lambda backend: backend is sp)
 torch_internals.keep_graphs_whole(lambda backend: backend is sp)
-
-
-def _limit_reached(compiler: Any, where: str) -> None:
-    """Dynamo compiles a frame no more: if that is so on all ranks, it runs whole on them; on some, it is an error."""
-    layers = list(torch_internals.backend_layers(compiler))
-    before = next((layer for layer in layers if isinstance(layer, Before)), None)
-    if before is None and sp not in layers:
-        return
-    try:
-        given = torch_internals.backend_arguments(compiler)
-        options = Options.parse(given.get("options"), given.get("mode")) if before is None else before._options
-        channel = channel_of(options.process_group(), resolve_ranks(options))
-        if channel is None:
-            return
-        channel.agree("limit", f"has reached the limit of recompilations of {where}", {})
-    except FxspError as error:
-        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
-    warnings.warn(
-        UnshardedWarning(
-            f"Dynamo compiles {where} no more, so it runs whole on every rank for inputs that are new (right, and not "
-            "split). Mark what changes as dynamic, or raise torch._dynamo.config.recompile_limit."
-        ),
-        stacklevel=2,
-    )
-
-
-torch_internals.hook_recompile_limit(_limit_reached)
 
 
 def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
@@ -156,38 +131,77 @@ def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
         channel.failed(error)
 
 
+def _limit_reached(compiler: Any, code: CodeType, reason: str) -> None:
+    """Dynamo leaves a function to Python from now on: right on all ranks, or refused on all of them."""
+    # Under DistributedDataParallel it is a method of an optimizer, which holds the backend.
+    compiler = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+    layers = list(torch_internals.backend_layers(compiler))
+    before = next((layer for layer in layers if isinstance(layer, Before)), None)
+    if before is None and sp not in layers:
+        return
+    options = before.options if before is not None else Options.parse(torch_internals.backend_options(compiler))
+    channel = channel_of(options.process_group(), resolve_ranks(options))
+    if channel is None:
+        return
+    where = f"{code.co_name} ({Path(code.co_filename).name}:{code.co_firstlineno})"
+    what = (
+        f"has reached Dynamo's recompile limit and runs {where} uncompiled, whole on every rank; the last guard that "
+        f"failed: {' '.join(reason.split())}"
+    )
+    try:
+        channel.agree("uncompiled", what, {})
+    except FxspError as error:
+        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
+    warnings.warn(UnshardedWarning(f"this process {what}"), stacklevel=2)
+
+
+torch_internals.on_recompile_limit(_limit_reached)
+
+
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None = None
 ) -> Callable[..., Any]:
     channel = channel_of(options.process_group(), ranks)
     if channel is None:
-        return _compile_here(gm, inputs, options, ranks, root)[0]
+        return _compile_here(gm, inputs, options, ranks, root).run
     watch()
     alike = Alike(gm, inputs, options, ranks)
     channel.agree("compile", alike.what, alike.topics)
     try:
-        run, decided = _compile_here(gm, inputs, options, ranks, root)
+        made = _compile_here(gm, inputs, options, ranks, root)
     except BaseException as error:
         channel.failed(error)
         raise
     # What one rank could not compile would keep the others waiting in their first collective.
-    channel.agree("compiled", alike.what.replace("compiles", "has compiled", 1), decided)
-    run = guarded(run, channel, alike.graph)
-    if options.check_inputs is not False:
-        run = check_inputs(run, alike, channel, each_call=options.check_inputs is True)
+    channel.agree("compiled", alike.what.replace("compiles", "has compiled", 1), made.decided)
+    run = made.run
+    if made.split:  # a graph that runs whole waits for nobody
+        run = guarded(run, channel, alike.graph)
+    if made.planned and options.check_inputs is not False:
+        run = check_inputs(run, alike, channel, each_call=options.check_inputs is True and made.split)
     return run
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A compiled graph, what was decided about it, and whether a plan speaks of it, and splits it."""
+
+    run: Callable[..., Any]
+    decided: dict[str, str]
+    planned: bool
+    split: bool
 
 
 def _compile_here(
     gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None
-) -> tuple[Callable[..., Any], dict[str, str]]:
-    """The compiled graph, and what was decided about it."""
+) -> _Made:
     report, program = compile_graph(gm, inputs, options, ranks, root=root)
     keep_report(report)
     splits = splits_of_compilation()
     if program is None:
         decided = decisions(report, None)
-        return remembering(_finish(gm, inputs, options, report), report.split_outputs, splits), decided
+        run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
+        return _Made(run, decided, planned=bool(report.plan), split=False)
     names = [
         input_name(torch_internals.input_source(node)) or str(node.target)
         for node in gm.graph.find_nodes(op="placeholder")
@@ -195,7 +209,7 @@ def _compile_here(
     trial = Trial(program, gm.forward, names, options.process_group()) if options.verify else None
     decided = decisions(report, program.gm)
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
-    return (run if trial is None else trial.wrap(run)), decided
+    return _Made(run if trial is None else trial.wrap(run), decided, planned=True, split=True)
 
 
 def compile_graph(

@@ -21,6 +21,7 @@ import json
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxsp import torch_internals
-from fxsp.errors import InputMismatchError, RanksApartError
+from fxsp.errors import FxspWarning, InputMismatchError, RanksApartError
 from fxsp.types import Ranks
 
 __all__ = ["Channel", "Message", "channel_of", "joined"]
@@ -83,6 +84,8 @@ class Channel:
         #: The thread that exchanges, and the last call, for those who ask.
         self.thread = threading.get_ident()
         self.last = ""
+        #: Whether the watcher has seen the group (a group that belongs to one thread only, it does not see).
+        self.seen = False
         #: Why this group can't go on, once it can't.
         self.fault = ""
         self._lock = threading.RLock()
@@ -230,7 +233,9 @@ class Channel:
 
     def _lose(self, text: str) -> None:
         """Give the group up: whoever waits in one of its collectives, here or elsewhere, gets an error now."""
-        self.fault = text
+        known, self.fault = bool(self.fault), text
+        if not known and threading.get_ident() != self.thread:  # the thread that computes raises it
+            say(f"{self.names([self.ranks.rank])} can't go on: {text}\n  {self.outlook()}")
         torch_internals.close_connections(self.group())
 
     def outlook(self) -> str:
@@ -316,6 +321,14 @@ def channel_of(group: Any, ranks: Ranks) -> Channel | None:
     with _lock:
         if group not in _channels:
             store = torch_internals.group_store(group)
+            if store is None and dist.get_backend(group) != "fake":
+                warnings.warn(
+                    FxspWarning(
+                        f"the process group {ranks.group} has no store: whether its {ranks.size} ranks compile and "
+                        "call the same is not compared"
+                    ),
+                    stacklevel=2,
+                )
             _channels[group] = None if store is None else Channel(group, ranks, store)
         found: Channel | None = _channels[group]
     return found

@@ -7,6 +7,7 @@ each, the state of the generators that the graph draws from.  ``options={"check_
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from fxsp import torch_internals
 from fxsp.alike import Alike, random_states
 from fxsp.channel import Channel
 
-__all__ = ["TOLERANCE", "check_inputs", "fingerprint", "relative_error", "same_random_numbers"]
+__all__ = ["TOLERANCE", "check_inputs", "fingerprint", "relative_error", "same_random_numbers", "value_topics"]
 
 #: Largest relative error (in the 2-norm) that ``verify`` accepts, by dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -75,25 +76,27 @@ def check_inputs(
     """
     # One graph may serve several instances of a model: each has parameters of its own.
     checked_parameters = WeakIdKeyDictionary()
-    calls = 0
+    compared = False
 
     def checked(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 1 or each_call:
+        nonlocal compared
+        if each_call or not compared:
             new = [(n, a) for n, a in zip(alike.names, args, strict=True) if a not in checked_parameters]
+            shapes = ", ".join(f"{name} {list(a.shape)}" for name, a in new if _is_data(a))
+            what = f"calls the graph of {alike.graph}, compiled before, for {shapes or 'no tensors'}"
+            topics = value_topics(new, weights_in_full=each_call) | random_states(alike.draws)
+            channel.agree(f"call of {alike.graph}", what, topics)
+            # Whoever calls again after an error is compared again.
+            compared = True
             for _, value in new:
                 if isinstance(value, torch.nn.Parameter) and each_call:
                     checked_parameters[value] = None
-            shapes = ", ".join(f"{name} {list(a.shape)}" for name, a in new if _is_data(a))
-            what = f"calls the graph of {alike.graph}, compiled before, for {shapes or 'no tensors'}"
-            channel.agree(f"call of {alike.graph}", what, _values(new, each_call) | random_states(alike.draws))
         return run(*args)
 
     return checked
 
 
-def _values(inputs: Sequence[tuple[str, Any]], weights_in_full: bool) -> dict[str, str]:
+def value_topics(inputs: Sequence[tuple[str, Any]], *, weights_in_full: bool) -> dict[str, str]:
     """The values of inputs as topics, one for data and one for weights."""
     found: dict[int, Tensor | list[int]] = {}
     samples: dict[Any, list[tuple[int, Tensor]]] = {}
@@ -113,9 +116,12 @@ def _values(inputs: Sequence[tuple[str, Any]], weights_in_full: bool) -> dict[st
         rows = torch.stack([found[i] for i in here]).tolist()  # type: ignore[misc]
         texts.update({i: _hexadecimal(row) for i, row in zip(here, rows, strict=True)})
     for group in samples.values():
-        everything = torch.cat([sample for _, sample in group]).cpu()
-        for (i, _), part in zip(group, everything.split([sample.numel() for _, sample in group]), strict=True):
-            texts[i] = f"{texts.get(i, '')}{_hexadecimal(_sums(part).tolist())}"
+        everything = bytes(torch.cat([sample for _, sample in group]).cpu().view(torch.uint8).numpy())
+        start = 0
+        for i, sample in group:
+            end = start + sample.numel() * sample.itemsize
+            texts[i] = texts.get(i, "") + hashlib.blake2b(everything[start:end], digest_size=8).hexdigest()
+            start = end
     lines: dict[str, list[str]] = {"values": [], "weights": []}
     for i, (name, value) in enumerate(inputs):
         topic = "weights" if isinstance(value, torch.nn.Parameter) else "values"

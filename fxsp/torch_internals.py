@@ -569,6 +569,29 @@ def _observed(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
+def on_recompile_limit(reached: Callable[[Any, types.CodeType, str], None]) -> None:
+    """Have ``reached(compiler, code, reason)`` called when Dynamo leaves a function to Python, compiled too often.
+
+    The guards that failed are the reason.  What it raises is raised to the user.
+    """
+    try:
+        from torch._dynamo import convert_frame
+
+        original = convert_frame.exceeds_recompile_limit
+    except (ImportError, AttributeError) as error:
+        raise _missing("torch._dynamo.convert_frame.exceeds_recompile_limit", error) from error
+
+    @functools.wraps(original)
+    def exceeds_recompile_limit(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        variables = sys._getframe(1).f_locals
+        if found[0] and "compiler_fn" in variables and "code" in variables:
+            reached(variables["compiler_fn"], variables["code"], recompile_reason())
+        return found
+
+    convert_frame.exceeds_recompile_limit = exceeds_recompile_limit
+
+
 def keep_graphs_whole(is_ours: Callable[[object], bool]) -> None:
     """Have Dynamo's DDPOptimizer leave graphs whole for backends that are ours: in pieces their bindings are lost."""
     try:
@@ -585,39 +608,6 @@ def keep_graphs_whole(is_ours: Callable[[object], bool]) -> None:
         return original(self, gm, example_inputs, **settings)
 
     DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
-
-
-def hook_recompile_limit(reached: Callable[[Any, str], None]) -> None:
-    """Have ``reached(compiler, where)`` called where Dynamo will not compile a frame again, and runs it as it is.
-
-    ``compiler`` is the backend as Dynamo holds it.  What ``reached`` raises goes to the caller of the frame.
-    """
-    from torch._dynamo import convert_frame
-
-    original = getattr(convert_frame, "exceeds_recompile_limit", None)
-    if original is None:
-        return
-
-    @functools.wraps(original)
-    def exceeds(*args: Any, **kwargs: Any) -> Any:
-        answer = original(*args, **kwargs)
-        found = sys._getframe(1).f_locals
-        if (answer[0] if isinstance(answer, tuple) else answer) and "compiler_fn" in found:
-            code, reason = found.get("code"), found.get("recompile_reason")
-            where = "" if code is None else f"{code.co_qualname} (line {code.co_firstlineno} of {code.co_filename})"
-            because = " ".join(str(reason or "").partition("\n")[0].split())
-            reached(found["compiler_fn"], f"{where}: {because}" if because else where)
-        return answer
-
-    convert_frame.exceeds_recompile_limit = exceeds
-
-
-def backend_arguments(compiler: Any) -> dict[str, Any]:
-    """The ``options`` and ``mode`` with which ``torch.compile`` calls a backend."""
-    for layer in backend_layers(compiler):
-        if isinstance(getattr(layer, "kwargs", None), dict):
-            return dict(layer.kwargs)
-    return {}
 
 
 def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
@@ -659,6 +649,15 @@ def backend_layers(compiler: Any) -> Iterator[Any]:
         yield layer
         names = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
         pending += [getattr(layer, name, None) for name in names]
+
+
+def backend_options(compiler: Any) -> dict[str, Any]:
+    """The dictionary of options that ``torch.compile`` was given for the backend that ``compiler`` wraps."""
+    for layer in backend_layers(compiler):
+        given = (getattr(layer, "kwargs", None) or getattr(layer, "keywords", None) or {}).get("options")
+        if isinstance(given, dict):
+            return given
+    return {}
 
 
 class Translation:
@@ -1132,7 +1131,7 @@ def recompile_reason() -> str:
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == convert_frame.__file__ and "recompile_reason" in frame.f_locals:
-            return str(frame.f_locals["recompile_reason"] or "")
+            return str(frame.f_locals["recompile_reason"] or "").partition("User stack trace")[0]
         frame = frame.f_back
     return ""
 

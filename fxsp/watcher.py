@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from fxsp import torch_internals
-from fxsp.channel import Channel, joined, say
+from fxsp.channel import Channel, joined
 
 __all__ = ["watch"]
 
@@ -29,7 +29,6 @@ _started: list[threading.Thread] = []
 _lock = threading.Lock()
 #: Channels that are not watched any more: their group is destroyed, or their store is gone.
 _ended: set[int] = set()
-_told: set[int] = set()
 
 
 def watch() -> None:
@@ -53,7 +52,9 @@ def _run() -> None:
 def _attend(channel: Channel) -> None:
     group = channel.group()
     try:
-        if group is None or not torch_internals.group_lives(group):
+        lives = group is not None and torch_internals.group_lives(group)
+        channel.seen = channel.seen or lives
+        if group is None or (channel.seen and not lives):
             _ended.add(id(channel))
             channel.store.set(f"left/{channel.ranks.rank}", "")
         else:
@@ -73,16 +74,14 @@ def answer(channel: Channel) -> None:
         if calls > question["calls"] and channel.said == said:
             theirs, mine = channel.names([question["rank"]]), channel.names([channel.ranks.rank])
             channel.break_with(
-                f"{theirs} {question['what']}, and the others do not: {mine} is in call {calls} of compiled graphs, of "
-                f"{channel.last}, {place}, where {theirs} had begun {question['calls']}. Every rank must call the model "
-                "with the same inputs, and what guards depend on (attributes, flags, modes) must be the same."
+                f"{theirs} {question['what']}, and the others do not: {mine} is in call {calls} of compiled graphs, "
+                f"of {channel.last}, {place}, where {theirs} had begun {question['calls']}. Every rank must call the "
+                "model with the same inputs, and what guards depend on (attributes, flags, modes) must be the same."
             )
         else:
             said_so = f"has begun {calls} calls of compiled graphs, and is {place}"
             channel.store.set(f"state/{said + 1}/{channel.ranks.rank}", said_so)
-    if channel.is_broken() and id(channel) not in _told:
-        _told.add(id(channel))
-        say(f"{channel.names([channel.ranks.rank])} can't go on: {channel.fault}\n  {channel.outlook()}")
+    channel.is_broken()  # another rank may have given the group up
 
 
 def _place(thread: int) -> str:
