@@ -233,7 +233,9 @@ class Channel:
 
     def _lose(self, text: str) -> None:
         """Give the group up: whoever waits in one of its collectives, here or elsewhere, gets an error now."""
-        self.fault = text
+        known, self.fault = bool(self.fault), text
+        if not known and threading.get_ident() != self.thread:  # the thread that computes raises it
+            say(f"{self.names([self.ranks.rank])} can't go on: {text}\n  {self.outlook()}")
         torch_internals.close_connections(self.group())
 
     def outlook(self) -> str:

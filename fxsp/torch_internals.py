@@ -1465,9 +1465,9 @@ def close_connections(group: Any) -> None:
     # gloo has no call for it, but does it when an operation times out. Nobody answers this one.
     other = 0 if dist.get_rank(group) else 1
     with contextlib.suppress(RuntimeError):
-        dist.irecv(torch.empty(1, device="cpu"), group=group, group_src=other, tag=_NOBODY).wait(
-            timedelta(milliseconds=1)
-        )
+        work = dist.irecv(torch.empty(1, device="cpu"), group=group, group_src=other, tag=_NOBODY)
+        if work is not None:
+            work.wait(timedelta(milliseconds=1))
 
 
 #: What torch's backends say when a collective fails.

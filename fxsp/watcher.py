@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from fxsp import torch_internals
-from fxsp.channel import Channel, joined, say
+from fxsp.channel import Channel, joined
 
 __all__ = ["watch"]
 
@@ -29,7 +29,6 @@ _started: list[threading.Thread] = []
 _lock = threading.Lock()
 #: Channels that are not watched any more: their group is destroyed, or their store is gone.
 _ended: set[int] = set()
-_told: set[int] = set()
 
 
 def watch() -> None:
@@ -82,9 +81,7 @@ def answer(channel: Channel) -> None:
         else:
             said_so = f"has begun {calls} calls of compiled graphs, and is {place}"
             channel.store.set(f"state/{said + 1}/{channel.ranks.rank}", said_so)
-    if channel.is_broken() and id(channel) not in _told:
-        _told.add(id(channel))
-        say(f"{channel.names([channel.ranks.rank])} can't go on: {channel.fault}\n  {channel.outlook()}")
+    channel.is_broken()  # another rank may have given the group up
 
 
 def _place(thread: int) -> str:

@@ -204,7 +204,7 @@ FAULTS = {
         "10 s",
         (
             error("RanksApartError", "rank 1 has reached Dynamo's recompile limit"),
-            error("RanksApartError", "has reached Dynamo's recompile limit"),
+            error("RanksApartError", "rank 1 has reached Dynamo's"),
         ),
         scenarios.limit_on_one,
     ),
@@ -215,7 +215,7 @@ FAULTS = {
         AT_ONCE,
         (RIGHT, RIGHT),
         scenarios.limit_on_all,
-        warning="UnshardedWarning: Dynamo compiles Scaled.forward",
+        warning="UnshardedWarning: this process has reached Dynamo's recompile limit",
     ),
     # --- it is given something else
     "length": _unlike("inputs of another length", "[2, 5, 8]", "[2, 6, 8]", run=scenarios.length, size=3),

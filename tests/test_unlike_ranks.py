@@ -189,7 +189,7 @@ def test_a_rank_that_compiles_alone_is_named_within_ten_seconds(
             assert part in text, (rank, text)
         assert seconds < 10
     said = capfd.readouterr().err
-    assert f"fxsp: rank 0 can't go on: rank {size - 1} compiles the graph of Net" in said
+    assert f"can't go on: rank {size - 1} compiles the graph of Net" in said
 
 
 # --- values, call by call ---------------------------------------------------------------------------------------------
