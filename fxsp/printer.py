@@ -188,8 +188,8 @@ def _fxsp_text(node: torch.fx.Node) -> str:
         if name == "rank":
             operands.append("rank")
         elif name == "lengths":
-            kinds = (arguments.get(kind) or [False] * len(value) for kind in ("whole", "head_tail"))
-            operands.append(_segments(value, *kinds, arguments.get("units") or [1] * len(value)))
+            whole, head_tail = (arguments.get(kind) or [False] * len(value) for kind in ("whole", "head_tail"))
+            operands.append(_segments(value, whole, head_tail, arguments.get("units") or [1] * len(value)))
         elif name == "zero_pads":
             operands += ["zero_pads"] if value else []
         elif name not in ("whole", "head_tail", "units", "size", "group"):

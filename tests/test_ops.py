@@ -7,6 +7,7 @@ import torch
 
 from fxsp import oracle
 from fxsp.kernels import exchange
+from fxsp.kernels.extremes import EXTREME_OPS
 from fxsp.kernels.head_ops import HEAD_OPS
 from fxsp.kernels.lowering import LOWERINGS, known_dense
 from fxsp.kernels.merged_ops import MERGED_OPS
@@ -44,7 +45,7 @@ ALONE = {
 
 def test_every_op_has_a_meaning_and_a_check():
     assert set(OPS) | set(INTERNAL) == set(ALONE)
-    assert set(LOWERINGS) == set(ALONE) | set(HEAD_OPS) | set(RING_OPS) | set(MERGED_OPS)
+    assert set(LOWERINGS) == set(ALONE) | set(HEAD_OPS) | set(RING_OPS) | set(MERGED_OPS) | set(EXTREME_OPS)
 
 
 @pytest.mark.parametrize("masked", [False, True])
