@@ -87,12 +87,6 @@ def _replace_away(module: nn.Module, store: Store) -> None:
             child._parameters[name] = nn.Parameter(torch.zeros_like(store[child, name]))
 
 
-def _swap(module: nn.Module, store: Store) -> None:
-    for child in module.modules():
-        for name, p in list(child._parameters.items()):
-            torch.utils.swap_tensors(p, nn.Parameter(store[child, name].clone()))
-
-
 #: name -> what is done before, and after, the forward of a module.
 HOOKS: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
     "data": (_data, _data_away),
@@ -101,7 +95,6 @@ HOOKS: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
     "resize_storage": (_resize, _free),
     "resize": (_resize_tensor, _zero),
     "replace": (_replace, _replace_away),
-    "swap": (_swap, None),
 }
 
 
@@ -153,20 +146,20 @@ def _run(rank: int, size: int, name: str, leaves: bool, training: bool) -> tuple
 
 
 def _whole(name: str, leaves: bool, training: bool) -> bool:
-    """Memory that changes hands under gradients, or is freed, beside the operators that use it: all runs whole."""
-    return leaves and (name == "resize_storage" or (training and name in ("data", "alias")))
+    """Memory that changes hands under gradients, beside the operators that use it: all runs whole."""
+    return leaves and training and name in ("data", "alias")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("leaves", [False, True], ids=["root", "leaves"])
 @pytest.mark.parametrize("name", HOOKS)
 def test_on_real_ranks(ranks: Any, name: str, leaves: bool, training: bool) -> None:
-    if name == "swap" and not training:
-        pytest.skip("torch refuses: its own guards refer to the parameters")
+    if name == "resize_storage" and leaves:
+        pytest.skip("plain torch.compile dies of it, too: memory is freed in the graph that uses it")
     for error, unsharded in ranks(2).run(_run, name, leaves, training):
         assert error < 1e-5
         assert ("" in unsharded) == (not _whole(name, leaves, training)), unsharded
-        assert "" in unsharded or any("memory" in u or "changes a state" in u for u in unsharded)
+        assert "" in unsharded or any("memory" in u for u in unsharded)
 
 
 def test_hooks_on_leaves_are_in_the_graph() -> None:
