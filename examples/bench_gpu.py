@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import fxsp
 import fxsp.kernels.ops
-from fxsp.kernels import exchange, lowering, place, twins
+from fxsp.kernels import lowering, twins
+from fxsp.kernels.exchange import exchange, place
 
 RANKS = (2, 4, 8)
 DTYPE = torch.bfloat16

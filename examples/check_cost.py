@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fxsp.channel import channel_of
-from fxsp.checks import value_topics
 from fxsp.config import Options, resolve_ranks
+from fxsp.ranks.channel import channel_of
+from fxsp.ranks.checks import value_topics
 
 
 def transformer(blocks: int, width: int) -> nn.Module:

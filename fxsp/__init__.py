@@ -19,8 +19,9 @@ from fxsp.errors import (
     UnsupportedError,
     VerificationError,
 )
-from fxsp.explain import Explanation, explain
-from fxsp.passes.attention_ops import register_attention
+from fxsp.offline.explain import Explanation, explain
+from fxsp.offline.verify import Evidence, verify
+from fxsp.passes.attention.operators import register_attention
 from fxsp.plan import (
     SequenceParallelConfig,
     SequenceParallelInput,
@@ -28,7 +29,6 @@ from fxsp.plan import (
     SequenceParallelPartialInput,
 )
 from fxsp.report import Report
-from fxsp.verification import Evidence, verify
 
 __all__ = [
     "DegreeWarning",

@@ -15,7 +15,7 @@ import torch
 
 import fxsp
 from fxsp.errors import FxspError, FxspWarning
-from fxsp.provenance import UnknownNameError
+from fxsp.offline.provenance import UnknownNameError
 
 __all__ = ["main"]
 

@@ -21,36 +21,36 @@ import torch
 from torch.fx import GraphModule
 
 from fxsp import torch_internals
-from fxsp.alike import Alike, decisions
-from fxsp.artifacts import StageWriter
-from fxsp.capture import Capture, capture, install, modules_of_compilation, splits_of_compilation
-from fxsp.carried import remembering
-from fxsp.channel import channel_of
-from fxsp.checks import check_inputs
+from fxsp.capture.capture import Capture, capture, install, modules_of_compilation, splits_of_compilation
+from fxsp.capture.graph_breaks import remembering
 from fxsp.config import Options, resolve_degrees, resolve_ranks
 from fxsp.errors import DegreeWarning, FxspError, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
-from fxsp.failures import guarded
 from fxsp.inner import compile_inner, needs_values
-from fxsp.passes.annotate import annotate
+from fxsp.inspection.stages import StageWriter
+from fxsp.passes.annotate.annotate import annotate
+from fxsp.passes.annotate.carry import carry, is_worth_splitting
+from fxsp.passes.attention.degrees import IGNORED
 from fxsp.passes.base import Program
-from fxsp.passes.carry import carry, is_worth_splitting
-from fxsp.passes.defer import scale_summands
-from fxsp.passes.degrees import IGNORED
-from fxsp.passes.functionalize import functionalize
-from fxsp.passes.normalize import normalize
+from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.normalize.normalize import normalize
+from fxsp.passes.normalize.regions import open_regions
+from fxsp.passes.partition.defer import scale_summands
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
-from fxsp.passes.propagate import is_annotate
-from fxsp.passes.regions import open_regions
+from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.verify import infer_local
 from fxsp.plan import PlanEntry, SequenceParallelConfig
 from fxsp.process_groups import missing_group, on_its_group
+from fxsp.ranks.alike import Alike, decisions
+from fxsp.ranks.channel import channel_of
+from fxsp.ranks.checks import check_inputs
+from fxsp.ranks.failures import guarded
+from fxsp.ranks.watcher import watch
 from fxsp.report import Report
 from fxsp.said import EMPTY_PLAN, say_outputs, say_share
+from fxsp.simulation.first_call import Trial
 from fxsp.source import input_name
 from fxsp.summands import Convention
-from fxsp.trial import Trial
 from fxsp.types import Ranks
-from fxsp.watcher import watch
 
 __all__ = ["Before", "compile_graph", "keep_report", "left_to_hooks", "reports", "sp"]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from fxsp.errors import OptionError
-from fxsp.marks import name_collectives
-from fxsp.passes.emit import drop_identities, emit, fingerprint, op_name
+from fxsp.inspection.profiler_names import name_collectives
+from fxsp.passes.emit.emit import drop_identities, emit, fingerprint, op_name
 from fxsp.torch_internals import (
     aot_autograd,
     boxed,

@@ -9,8 +9,8 @@ A plan is a dictionary in the form that vLLM-Omni (``_sp_plan``) and diffusers (
         "proj_out": SequenceParallelOutput(gather_dim=1),                             # the output of a module
     }
 
-:func:`parse_plan` flattens it into :class:`PlanEntry` rows; ``fxsp.resolve`` finds the modules and checks every name.
-Entries are annotations: they say where a sharding is wanted, and never change what the model computes.
+:func:`parse_plan` flattens it into :class:`PlanEntry` rows; ``fxsp.capture.resolve`` finds the modules and checks
+every name. Entries are annotations: they say where a sharding is wanted, and never change what the model computes.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class GatherRecord:
 
 @dataclass(frozen=True)
 class Move:
-    """One step of an attention's exchange through device memory; see the table in ``fxsp.passes.moves``."""
+    """One step of an attention's exchange through device memory, by the table of memory_traffic.py."""
 
     op: str
     value: str

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from torch.fx import Node
 
+from fxsp.cost.share import LEAST, number_in, on_shards, share_of
 from fxsp.errors import OutputGatherWarning, StrictError, UnshardedWarning
-from fxsp.passes.attention_ops import ATTENTION_OPS
+from fxsp.inspection.wire import format_bytes
+from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import split_bytes
-from fxsp.passes.rules import Call, shape_of
+from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.passes.work import has_work
 from fxsp.report import GatherRecord
-from fxsp.share import LEAST, number_in, on_shards, share_of
-from fxsp.traffic import format_bytes
 from fxsp.types import Shard
 
 __all__ = ["EMPTY_PLAN", "say_outputs", "say_share"]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from fxsp import torch_internals
+
 __all__ = ["clean_module_path", "forward_source", "input_name", "module_path", "node_source", "place"]
 
 _TORCH = Path(torch.__file__).resolve().parent
 #: It is traced in place of code of torch.
-_STAND_IN = Path(__file__).resolve().parent / "encoder_paths.py"
+_STAND_IN = Path(__file__).resolve().parent / "capture" / "encoder_paths.py"
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 #: The root object of a Dynamo source: a local, a global, an item of either (the first of a decorator's ``*args``), or
 #: the innermost argument of nested ``getattr`` calls.
@@ -109,3 +111,14 @@ def clean_module_path(source: str) -> str:
             parts.append(name)
     parts += [name for name in trailing if name not in _NOISE]
     return ".".join(parts)
+
+
+def describe(node: torch.fx.Node | None) -> str:
+    """``add_ in blocks.0.attn (model.py:12)``: an operator, its module and its source line."""
+    if node is None:
+        return "the graph"
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if torch_internals.is_operator(node.target):
+        target = str(node.target)
+    where, line = module_path(node), node_source(node)
+    return f"{target}{f' in {where}' if where else ''}{f' ({line})' if line else ''}"

@@ -3,7 +3,8 @@
 A graph that is split leaves summands of its parameters' gradients on the ranks.  Whatever runs whole (a graph that is
 not split, code between graphs, a frame that Dynamo gave up, a term that is added to the loss) leaves gradients that are
 whole on every rank, and the compiler does not see all of it.  So that one reducer fits both, summands are multiplied by
-the number ``P`` of ranks (:mod:`fxsp.passes.defer`): the *mean* over the ranks is the gradient in either case.
+the number ``P`` of ranks (:mod:`fxsp.passes.partition.defer`): the *mean* over the ranks is the gradient in either
+case.
 
 ``"defer_mean"``
     leaves it at that: for DDP and FSDP2, which take the mean.

@@ -5,7 +5,7 @@ them on fake tensors) and what *emit* writes into the graph in place of the op, 
 
 Every function returns a dense tensor, and may return its argument or a view of it: the op, which may not, copies then.
 Where rows have to be copied, because of pads or because several segments are put in order, that is one pass on CUDA, by
-the kernels of :mod:`fxsp.kernels.place`; where strides suffice nothing is copied.
+the kernels of :mod:`fxsp.kernels.exchange.place`; where strides suffice nothing is copied.
 A length may be a ``SymInt``: then no formula here compares lengths, so that one graph serves dividing lengths and
 others.  Where lengths are ints, a rank that has no pads gets a plain narrow instead of index arithmetic.
 """
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import collectives, exchange, place
-from fxsp.kernels.deal import chunk_rows, deal, rows_from, undeal, units_of
+from fxsp.kernels import collectives
+from fxsp.kernels.attention.ring import RING
+from fxsp.kernels.attention.ring_blocks import chunks_of
+from fxsp.kernels.attention.split_kv import MERGED
+from fxsp.kernels.exchange import exchange, place
+from fxsp.kernels.exchange.zigzag import chunk_rows, deal, rows_from, undeal, units_of
 from fxsp.kernels.extremes import EXTREMES
-from fxsp.kernels.merged import MERGED
-from fxsp.kernels.ring import RING
-from fxsp.kernels.ring_blocks import chunks_of
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["LOWERINGS", "known_dense", "local_length"]

@@ -5,9 +5,9 @@ entire on every rank.  A split segment of ``n`` rows has ``L = ceil(n / size)`` 
 ``r*L .. (r+1)*L``, and those from ``n`` on are pads.  Rank, size and group are plain arguments: what differs by rank
 must be part of the graph, or a cached artifact of one rank would be loaded by another.
 
-Segments split into heads and tails (see :mod:`fxsp.kernels.deal`) are dealt before they are split, and gathered before
-they are undealt, and so are segments of units (frames, say, whose tokens stay together); ``head_tail`` says which are
-the former, ``units`` the tokens of a unit, where the place of a row matters (empty: none).
+Segments split into heads and tails (see :mod:`fxsp.kernels.exchange.zigzag`) are dealt before they are split, and
+gathered before they are undealt, and so are segments of units (frames, say, whose tokens stay together);
+``head_tail`` says which are the former, ``units`` the tokens of a unit, where the place of a row matters (empty: none).
 
 Adjoints, in the notation of ``fxsp.types`` (``S+`` is a shard whose pads are zero and whose whole segments hold
 summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P``, and the other way round::
@@ -28,12 +28,12 @@ summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P`
     undeal          R -> R     deal(zero_pads=True)
     take            U -> S     put
     put             S -> P     take
-    pack            U -> S     unpack       (see fxsp.kernels.exchange)
+    pack            U -> S     unpack       (see fxsp.kernels.exchange.exchange)
     unpack          S -> U     pack(zero_pads=True)
-    pack_heads      S -> S     unpack_heads (see fxsp.kernels.head_ops)
+    pack_heads      S -> S     unpack_heads (see fxsp.kernels.exchange.head_ops)
     unpack_heads    S -> S     pack_heads(zero_pads=True)
-    ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.ring_ops)
-    merged_attention  U, S -> R  merged_attention_backward (see fxsp.kernels.merged)
+    ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.attention.ring_ops)
+    merged_attention  U, S -> R  merged_attention_backward (see fxsp.kernels.attention.split_kv)
     all_reduce_extreme, at_extreme            (see fxsp.kernels.extremes)
     all_to_all_within          all_to_all_within       (of the first dimension's size of consecutive ranks)
     scale_grad      U -> U     a product    (see fxsp.kernels.deferred_ops)
@@ -49,7 +49,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import deferred_ops, exchange, extremes, head_ops, merged_ops, ring_ops
+from fxsp.kernels import deferred_ops, extremes
+from fxsp.kernels.attention import ring_ops
+from fxsp.kernels.attention import split_kv_ops as merged_ops
+from fxsp.kernels.exchange import exchange, head_ops
 from fxsp.kernels.lowering import LOWERINGS
 
 __all__ = ["INTERNAL", "OPS", "same_memory"]

@@ -1,7 +1,8 @@
 """The Triton kernels as operators ``torch.ops.fxsp_kernels.*``, of which a compiler sees the inside (``triton_op``).
 
-Imported only where a kernel is wanted (see :mod:`fxsp.kernels.place`): it needs Triton.  They are written into graphs
-after autograd; the differentiable operators are those of :mod:`fxsp.kernels.ops`, each an adjoint of another.
+Imported only where a kernel is wanted (see :mod:`fxsp.kernels.exchange.place`): it needs Triton.  They are written
+into graphs after autograd; the differentiable operators are those of :mod:`fxsp.kernels.ops`, each an adjoint of
+another.
 
 ``pack_heads``, ``unpack_heads``, ``pack_rows``, ``unpack_rows`` are what :mod:`fxsp.kernels.twins` says, for tensors
 with any strides, expanded ones included.  Results are contiguous.  Offsets are 64 bits wide.
@@ -14,9 +15,9 @@ from typing import Any
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from fxsp.kernels.place import TENSORS
-from fxsp.kernels.triton_heads import pack_heads_kernel, unpack_heads_kernel
-from fxsp.kernels.triton_rows import pack_rows_kernel, unpack_rows_kernel
+from fxsp.kernels.exchange.place import TENSORS
+from fxsp.kernels.exchange.triton_heads import pack_heads_kernel, unpack_heads_kernel
+from fxsp.kernels.exchange.triton_rows import pack_rows_kernel, unpack_rows_kernel
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["pack_heads", "pack_rows", "tile", "unit", "unpack_heads", "unpack_rows"]

@@ -39,7 +39,7 @@ class Program:
     training: bool = False
     #: Refuse implicit gathers.
     strict: bool = False
-    #: ``"all_reduce"``, or ``"defer"``: leave parameter gradients partial (see :mod:`fxsp.passes.defer`).
+    #: ``"all_reduce"``, or ``"defer"``: leave parameter gradients partial (see :mod:`fxsp.passes.partition.defer`).
     grad_reduce: str = "all_reduce"
     #: ``"global"``, or ``"per_rank"``: dropout draws by position, each rank for itself.
     rng: str = "global"

@@ -11,25 +11,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fxsp.passes import (  # noqa: F401  (they fill the rule table)
-    rules_index,
-    rules_reduce,
-    rules_scatter,
-    rules_spatial,
-    rules_views,
-)
-from fxsp.passes.backward import backward_collectives
+from fxsp.passes.accounting.backward import backward_collectives
+from fxsp.passes.accounting.device_memory import DeviceMemory
+from fxsp.passes.attention.degrees import report_degrees
+from fxsp.passes.attention.lower import LowerAttention
+from fxsp.passes.attention.unfused_report import report_written
 from fxsp.passes.base import Pass, Program
-from fxsp.passes.degrees import report_degrees
-from fxsp.passes.device_memory import DeviceMemory
-from fxsp.passes.layout import Layout
-from fxsp.passes.lower_attention import LowerAttention
-from fxsp.passes.masks import Masks
-from fxsp.passes.partition import Partition
-from fxsp.passes.propagate import Propagate
-from fxsp.passes.shifted_losses import ShiftedLosses
+from fxsp.passes.masks.masks import Masks
+from fxsp.passes.partition.partition import Partition
+from fxsp.passes.propagate.propagate import Propagate
+from fxsp.passes.propagate.shifted_losses import ShiftedLosses
+from fxsp.passes.propagate.zigzag import Layout
+from fxsp.passes.rules import (  # noqa: F401  (they fill the rule table)
+    index,
+    reduce,
+    scatter,
+    spatial,
+    views,
+)
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
-from fxsp.passes.written_report import report_written
 from fxsp.torch_internals import known_equalities
 from fxsp.types import equal_lengths
 

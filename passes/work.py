@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from fxsp.passes.attention_ops import ATTENTION_OPS
+from fxsp.passes.attention.operators import ATTENTION_OPS
 
 __all__ = ["has_work"]
 

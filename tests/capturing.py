@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsp.capture import Capture, capture, install
-from fxsp.passes.annotate import annotate
+from fxsp.capture.capture import Capture, capture, install
+from fxsp.passes.annotate.annotate import annotate
 from fxsp.report import PlanRecord
 from fxsp.types import Ranks
 

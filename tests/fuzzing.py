@@ -26,12 +26,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import UnsupportedError, VerificationError
-from fxsp.inspection import format_graph
+from fxsp.inspection.report_text import format_graph
 from fxsp.passes.base import Program
-from fxsp.passes.functionalize import functionalize
-from fxsp.passes.normalize import normalize
+from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation import check_replicated, run, simulate_with_grads
+from fxsp.simulation.machine import check_replicated, run, simulate_with_grads
 from fxsp.torch_internals import retrace
 from fxsp.types import Ranks
 

@@ -20,9 +20,9 @@ from torch import nn
 
 from fxsp.errors import UnsupportedError
 from fxsp.passes.base import Program
-from fxsp.passes.defer import scale_summands
-from fxsp.passes.functionalize import functionalize
-from fxsp.passes.normalize import normalize
+from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.normalize.normalize import normalize
+from fxsp.passes.partition.defer import scale_summands
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks
 

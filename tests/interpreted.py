@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp.kernels import collectives, exchange, lowering, place, twins
+from fxsp.kernels import collectives, lowering, twins
+from fxsp.kernels.exchange import exchange, place
 
 F32, BF16 = torch.float32, torch.bfloat16
 #: (tokens, rows of a block, ranks, batch, heads of q, k, v on a rank, head dimension, layout, dtype): every length,

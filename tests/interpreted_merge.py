@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from fxsp.kernels.merge import merge_backward_eager, merge_eager, merge_operator, wide
+from fxsp.kernels.attention.merge import merge_backward_eager, merge_eager, merge_operator, wide
 
 #: Batch, heads, tokens, head dimension, dtype of each side, dtype of the result, and how the operands lie.
 CASES = [
@@ -118,7 +118,7 @@ def _far():
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    import fxsp.kernels.merge
+    import fxsp.kernels.attention.merge
 
     class _Torch:
         """``torch`` for the module under test, with an ``empty`` that is watched."""
@@ -128,6 +128,6 @@ if __name__ == "__main__":
         def __getattr__(self, name):
             return getattr(torch, name)
 
-    fxsp.kernels.merge.torch = _Torch()
+    fxsp.kernels.attention.merge.torch = _Torch()
     results = [_run(*case) for case in CASES]
     sys.stdout.write(json.dumps([*results, _far()]) + "\n")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxsp import oracle
-from fxsp.oracle import Lanes
+from fxsp.simulation.reference import table as oracle
+from fxsp.simulation.reference.table import Lanes
 from fxsp.torch_internals import is_higher_order, is_operator, schema
 
 __all__ = ["gradients", "lanes_of"]
@@ -154,7 +154,7 @@ def gradients(
     *,
     poison_pads: bool = False,
 ) -> tuple[list[tuple[Any, ...]], list[list[torch.Tensor]]]:
-    """``(outputs[rank], input_grads[rank])``, as :func:`fxsp.simulation.simulate_with_grads`."""
+    """``(outputs[rank], input_grads[rank])``, as :func:`fxsp.simulation.machine.simulate_with_grads`."""
     lanes = [
         [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for _ in range(size)]
         for x in inputs

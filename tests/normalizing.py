@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fxsp.kernels.ops  # noqa: F401  (fxsp.annotate)
 from fxsp import torch_internals
-from fxsp.passes.functionalize import functionalize
-from fxsp.passes.inplace import written_arguments
-from fxsp.passes.normalize import normalize
+from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.functionalize.inplace import written_arguments
+from fxsp.passes.normalize.normalize import normalize
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rule_validation import Sample, T
 
-from fxsp.passes.attention_ops import BANDED
-from fxsp.passes.rules import overloads
-from fxsp.passes.rules_elementwise import ELEMENTWISE
+from fxsp.passes.attention.operators import BANDED
+from fxsp.passes.rules.elementwise import ELEMENTWISE
+from fxsp.passes.rules.rule import overloads
 
 __all__ = ["SAMPLES", "elementwise_samples"]
 
@@ -409,7 +409,7 @@ for _name, _calls in _CALLS.items():
     for _call in _calls:
         _made = _sample(_name, _call)
         SAMPLES.setdefault(_made.op, []).append(_made)
-#: Attention under a mask that is known by positions, which masks become: see fxsp.kernels.banded.
+#: Attention under a mask that is known by positions, which masks become: see fxsp.kernels.attention.banded.
 SAMPLES[BANDED] = [
     replace(_made, op=BANDED)
     for _made in (

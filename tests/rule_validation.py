@@ -23,12 +23,12 @@ from torch.fx import Graph, GraphModule, Node
 
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import FxspError
-from fxsp.passes import propagate
 from fxsp.passes.base import Program
-from fxsp.passes.convert import Converter
+from fxsp.passes.partition.reshard import Converter
 from fxsp.passes.pipeline import partition_program
-from fxsp.passes.rules import Dims, OpRule, rule_of, tensor_nodes
-from fxsp.simulation import check_replicated, simulate
+from fxsp.passes.propagate import propagate
+from fxsp.passes.rules.rule import Dims, OpRule, rule_of, tensor_nodes
+from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Length, Partial, Ranks, Replicate, Segment, Sequence, Shard, Type, Used, product
 
 __all__ = ["Case", "Layout", "Sample", "T", "cases_of", "layouts", "problems", "rule_for", "whole_cases_of"]

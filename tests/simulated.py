@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsp.backend import compile_graph
-from fxsp.capture import install
+from fxsp.capture.capture import install
 from fxsp.config import Options
 from fxsp.errors import FxspError
 from fxsp.passes.base import Program
-from fxsp.passes.defer import scale_summands
-from fxsp.passes.inplace import written_arguments
-from fxsp.passes.regions import open_regions
+from fxsp.passes.functionalize.inplace import written_arguments
+from fxsp.passes.normalize.regions import open_regions
+from fxsp.passes.partition.defer import scale_summands
 from fxsp.report import Report
-from fxsp.simulation import check_replicated
+from fxsp.simulation.machine import check_replicated
 from fxsp.torch_internals import any_autocast, unwrapped_by_dynamo, without_autocast
 from fxsp.types import Ranks
 

@@ -8,7 +8,7 @@ from capturing import ANNOTATE, Traced, compiled, trace
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import fxsp.passes.annotate as module_under_test
+import fxsp.passes.annotate.annotate as module_under_test
 from fxsp.errors import PlanError
 from fxsp.plan import SequenceParallelInput, SequenceParallelOutput, SequenceParallelPartialInput
 

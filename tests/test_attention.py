@@ -17,12 +17,12 @@ from torch.fx import GraphModule, Node
 import fxsp
 from fxsp import SequenceParallelInput, SequenceParallelOutput
 from fxsp.errors import UnsupportedError
-from fxsp.inspection import bytes_sent
-from fxsp.offline import partition_offline
-from fxsp.passes.attention import SDPA
+from fxsp.inspection.report_text import bytes_sent
+from fxsp.offline.partition import partition_offline
+from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
-from fxsp.simulation import check_replicated, simulate
+from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks, Segment, Sequence, Shard
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from tracing import check, partition, shard
 
 from fxsp.config import Degrees, Options, resolve_degrees
 from fxsp.errors import OptionError
-from fxsp.passes.attention import SDPA
+from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fxsp
-from fxsp.passes.attention_ops import ATTENTION_OPS
-from fxsp.passes.rules import overloads
+from fxsp.passes.attention.operators import ATTENTION_OPS
+from fxsp.passes.rules.rule import overloads
 
 aten = torch.ops.aten
 PLAN = {"": {"x": fxsp.SequenceParallelInput(1)}}

@@ -17,7 +17,7 @@ from test_attention import MASKS, Config, D, assert_same, record
 
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
-from fxsp.simulation import check_replicated
+from fxsp.simulation.machine import check_replicated
 from fxsp.types import Ranks, Sequence
 
 ALL_MASKS = (*MASKS, "causal_padding")

@@ -17,7 +17,7 @@ from tracing import check, collectives, shard
 
 import fxsp
 from fxsp.errors import OptionError
-from fxsp.passes.attention_ops import ATTENTION_OPS
+from fxsp.passes.attention.operators import ATTENTION_OPS
 
 
 def _bshd(heads: int, kv: int, tokens: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ from capturing import Traced, compiled, names, trace
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxsp.capture import capture
+from fxsp.capture.capture import capture
 from fxsp.errors import PlanError
 from fxsp.plan import SequenceParallelInput, SequenceParallelOutput
 from fxsp.torch_internals import Opaque

@@ -11,8 +11,8 @@ from small import Attention, inputs
 from torch import Tensor, nn
 
 import fxsp
-from fxsp.carried import Split, Splits, same_view
-from fxsp.offline import partition_offline
+from fxsp.capture.graph_breaks import Split, Splits, same_view
+from fxsp.offline.partition import partition_offline
 from fxsp.report import Report
 
 #: Dynamo looks at the gradient of every input, also at that of a tensor which has none.

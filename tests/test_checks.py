@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxsp.checks import fingerprint, relative_error
+from fxsp.ranks.checks import fingerprint, relative_error
 
 VALUES = [
     torch.randn(3, 5),

@@ -55,7 +55,7 @@ def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_after_a_while(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxsp.progress.PATIENCE", 0.02)
+    monkeypatch.setattr("fxsp.offline.progress.PATIENCE", 0.02)
     assert main(["verify", "factories:planned", "--ranks", "2"]) == 0
     error = capsys.readouterr().err
     assert re.search(r"^fxsp: 2 ranks: tracing and partitioning \.\.\. \d+ s$", error, re.MULTILINE)

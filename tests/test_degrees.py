@@ -12,7 +12,7 @@ from simulated import Simulated, by_plan
 from torch import Tensor, nn
 
 import fxsp
-from fxsp.explain import explain
+from fxsp.offline.explain import explain
 
 PLAN = {"": {"x": fxsp.SequenceParallelInput(1)}}
 

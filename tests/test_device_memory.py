@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from tracing import partition, shard
 
 import fxsp
-from fxsp.formula import memory_formulas
-from fxsp.kernels import exchange
+from fxsp.cost.formula import memory_formulas
 from fxsp.kernels.crosscompile import fake_gpu
+from fxsp.kernels.exchange import exchange
 from fxsp.passes.base import Program
-from fxsp.passes.emit import emit
+from fxsp.passes.emit.emit import emit
 from fxsp.report import Memory
 from fxsp.torch_internals import inductor_decompositions
 

@@ -17,7 +17,7 @@ import fxsp
 from fxsp.config import Options
 from fxsp.errors import OptionError, UnsupportedError
 from fxsp.kernels.draws import kept
-from fxsp.simulation import check_replicated, simulate
+from fxsp.simulation.machine import check_replicated, simulate
 
 P = 0.25
 

@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxsp.inner
 from fxsp.errors import OptionError, VerificationError
 from fxsp.inner import compile_inner
-from fxsp.marks import named_collective
-from fxsp.passes import emit as emit_pass
+from fxsp.inspection.profiler_names import named_collective
+from fxsp.passes.emit import emit as emit_pass
 
 fx = torch.ops.fxsp
 GROUP = "0"

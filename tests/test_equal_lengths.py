@@ -12,7 +12,7 @@ from tracing import collectives, partition, shard, trace
 
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation import check_replicated, simulate
+from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks, as_length, equal_lengths, same_length
 
 A, B, C, D = (sympy.Symbol(name, positive=True, integer=True) for name in "abcd")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsp
-from fxsp.passes import partition
+from fxsp.passes.partition import partition
 from fxsp.types import product
 
 SPLIT = fxsp.SequenceParallelInput(1)

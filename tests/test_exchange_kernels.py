@@ -15,7 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsp.kernels.crosscompile import fake_gpu
-from fxsp.passes.emit import emit
+from fxsp.passes.emit.emit import emit
 
 triton = pytest.importorskip("triton")
 
@@ -52,7 +52,7 @@ def compiled(name, dtype, itemsize, width, target):
     """The kernel as it is launched for aligned tensors of this dtype and head dimension."""
     from triton.compiler import ASTSource
 
-    from fxsp.kernels import triton_heads, triton_rows
+    from fxsp.kernels.exchange import triton_heads, triton_rows
     from fxsp.kernels.triton_ops import tile, unit
 
     kernel = getattr(triton_heads, name, None) or getattr(triton_rows, name)

@@ -12,9 +12,9 @@ import small
 import torch
 
 import fxsp
-from fxsp.diff import diff_stages
-from fxsp.flops import attention_flops
-from fxsp.provenance import UnknownNameError
+from fxsp.cost.flops import attention_flops
+from fxsp.inspection.diff import diff_stages
+from fxsp.offline.provenance import UnknownNameError
 
 LLAMA = {"": {"input_ids": fxsp.SequenceParallelInput(split_dim=1)}}
 

@@ -18,10 +18,10 @@ from tracing import check, collectives, partition, shard
 import fxsp
 from fxsp.kernels import extremes
 from fxsp.kernels.extremes import travels_as
-from fxsp.passes import extremes as written
 from fxsp.passes.builder import Builder
-from fxsp.passes.emit import emit
-from fxsp.simulation import check_replicated, simulate_with_grads
+from fxsp.passes.emit.emit import emit
+from fxsp.passes.special import extremes as written
+from fxsp.simulation.machine import check_replicated, simulate_with_grads
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], Any]

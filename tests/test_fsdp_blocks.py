@@ -9,7 +9,7 @@ import torch
 from distributed import Pool
 from fsdp_blocks import BLOCKS, run_blocks
 
-from fxsp.carried import Split, Splits, same_view
+from fxsp.capture.graph_breaks import Split, Splits, same_view
 
 Ranks = Callable[[int], Pool]
 

@@ -298,7 +298,7 @@ def test_wan_has_no_writes_and_no_uninitialised_memory() -> None:
 
 
 def test_graph_without_writes_is_untouched() -> None:
-    from fxsp.passes.functionalize import functionalize
+    from fxsp.passes.functionalize.functionalize import functionalize
 
     backend = compare(lambda x: x.view(-1).sin(), X, backend=Passes(functional=False))
     (gm,) = backend.graphs

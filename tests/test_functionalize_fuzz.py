@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from normalizing import aliases, check_functional
 
 from fxsp import torch_internals
-from fxsp.passes.functionalize import functionalize
-from fxsp.passes.normalize import normalize
+from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.normalize.normalize import normalize
 
 Program = list[tuple[str, tuple[int, ...]]]
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from minimizing import minimize
 from programs import cases, every_instruction
 
-from fxsp.passes.rules import RULES
+from fxsp.passes.rules.rule import RULES
 
 DEFAULT = 300
 PROGRAMS = int(os.environ.get("FXSP_FUZZ_PROGRAMS", DEFAULT))

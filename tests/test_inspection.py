@@ -10,7 +10,7 @@ import sympy
 import torch
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp.inspection import bytes_sent, format_bytes, format_graph, format_report, local_shape, op_text
+from fxsp.inspection.report_text import bytes_sent, format_bytes, format_graph, format_report, local_shape, op_text
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import Ranks, Replicate, Sequence, Shard, parse
 

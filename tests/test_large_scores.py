@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxsp.kernels import collectives
-from fxsp.kernels.merge import join, merge_eager, rounded
-from fxsp.kernels.merged import merged_attention, merged_attention_backward
-from fxsp.kernels.own_kernel import _LIMIT, level_and_rest, wide, written_out
-from fxsp.kernels.ring import ring_attention, ring_attention_backward
-from fxsp.kernels.ring_kernels import block_forward
+from fxsp.kernels.attention.merge import join, merge_eager, rounded
+from fxsp.kernels.attention.own_kernel import _LIMIT, level_and_rest, wide, written_out
+from fxsp.kernels.attention.ring import ring_attention, ring_attention_backward
+from fxsp.kernels.attention.ring_kernels import block_forward
+from fxsp.kernels.attention.split_kv import merged_attention, merged_attention_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Two roundings, of fp32 or of the output.

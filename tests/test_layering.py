@@ -22,8 +22,8 @@ LAYERS = [
     ("fxsp.plan", "fxsp.config"),
     ("fxsp.kernels",),
     ("fxsp.passes",),
-    ("fxsp.inspection", "fxsp.simulation"),
-    ("fxsp.capture", "fxsp.backend", "fxsp.inner"),
+    ("fxsp.inspection", "fxsp.simulation.machine"),
+    ("fxsp.capture.capture", "fxsp.backend", "fxsp.inner"),
     ("fxsp.hooks",),
 ]
 LIMIT = 500

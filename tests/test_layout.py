@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp
-from fxsp import oracle
-from fxsp.inspection import attention_lines
-from fxsp.kernels import collectives, ring
-from fxsp.kernels.ring_blocks import pairs_of
+from fxsp.inspection.report_text import attention_lines
+from fxsp.kernels import collectives
+from fxsp.kernels.attention import ring
+from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.report import Report
+from fxsp.simulation.reference import table as oracle
 from fxsp.types import Ranks, Sequence, Shard
 
 ops = torch.ops.fxsp

@@ -13,7 +13,7 @@ from tracing import check, collectives, partition, shard
 
 import fxsp
 from fxsp.passes.base import Program
-from fxsp.simulation import check_replicated, simulate
+from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Shard
 
 Function = Callable[[Tensor], Any]

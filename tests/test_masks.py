@@ -17,14 +17,14 @@ from torch.fx import Interpreter, Node
 from tracing import check, collectives, partition, shard, trace
 
 from fxsp import SequenceParallelInput
-from fxsp.kernels.banded import allowed
-from fxsp.offline import partition_offline
-from fxsp.passes.attention_ops import BANDED
+from fxsp.kernels.attention.banded import allowed
+from fxsp.offline.partition import partition_offline
+from fxsp.passes.attention.operators import BANDED
 from fxsp.passes.base import Program
-from fxsp.passes.index_values import terms_of
-from fxsp.passes.masks import SDPA, Band, Masks, band_of
-from fxsp.passes.rules import Call
-from fxsp.simulation import check_replicated
+from fxsp.passes.masks.masks import SDPA, Band, Masks, band_of
+from fxsp.passes.masks.values import terms_of
+from fxsp.passes.rules.rule import Call
+from fxsp.simulation.machine import check_replicated
 from fxsp.types import Ranks
 
 S = 5

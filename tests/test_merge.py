@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxsp.kernels.attention.merge import merge, merge_backward_eager, merge_eager, merge_operator
 from fxsp.kernels.crosscompile import TARGETS, compile_for, fake_gpu, launches
-from fxsp.kernels.merge import merge, merge_backward_eager, merge_eager, merge_operator
-from fxsp.passes.emit import emit, is_kernel
+from fxsp.passes.emit.emit import emit, is_kernel
 from fxsp.torch_internals import inductor_decompositions, kernel_calls
 
 INFINITY = float("inf")
@@ -186,7 +186,7 @@ def test_neither_triton_nor_a_gpu_is_needed_on_the_cpu():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, fxsp.kernels.ops\n"
-        "from fxsp.kernels.merge import merge\n"
+        "from fxsp.kernels.attention.merge import merge\n"
         "x, a = torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2)\n"
         "assert torch.equal(merge(x, a, x, a)[0], x)\n"
     )

@@ -18,8 +18,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fxsp import torch_internals
-from fxsp.passes.functionalize import functionalize
-from fxsp.passes.normalize import normalize
+from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.normalize.normalize import normalize
 
 pytestmark = [
     # Dynamo looks at the gradients of inputs that have a history.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxsp import oracle
-from fxsp.kernels import exchange
+from fxsp.kernels.attention.ring_ops import RING_OPS
+from fxsp.kernels.attention.split_kv_ops import MERGED_OPS
+from fxsp.kernels.exchange import exchange
+from fxsp.kernels.exchange.head_ops import HEAD_OPS
 from fxsp.kernels.extremes import EXTREME_OPS
-from fxsp.kernels.head_ops import HEAD_OPS
 from fxsp.kernels.lowering import LOWERINGS, known_dense
-from fxsp.kernels.merged_ops import MERGED_OPS
 from fxsp.kernels.ops import INTERNAL, OPS
-from fxsp.kernels.ring_ops import RING_OPS
+from fxsp.simulation.reference import table as oracle
 
 fx = torch.ops.fxsp
 GROUP = "0"

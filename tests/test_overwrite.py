@@ -11,7 +11,7 @@ from tracing import check, collectives, shard, trace
 
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation import check_replicated, simulate
+from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks
 
 TEXT, IMAGE = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)

@@ -15,7 +15,7 @@ from fxsp.errors import StrictError, VerificationError
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation import check_replicated, simulate
+from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks
 
 X = torch.randn(2, 5, 4, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_the_example_of_the_pass() -> None:
 
 def test_the_text_is_the_same_on_every_rank() -> None:
     def text(rank: int) -> str:
-        from fxsp.inspection import format_graph
+        from fxsp.inspection.report_text import format_graph
 
         program = Program(trace(lambda x, w: F.linear(tokens(x), w).mean(1), X, W), Ranks(rank, 3, "simulated"))
         return format_graph(partition_program(program).gm, program.ranks)
@@ -425,7 +425,7 @@ def test_broadcast_from_one_token() -> None:
 
 
 def test_a_wrong_local_shape_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxsp.passes import partition as module
+    from fxsp.passes.partition import partition as module
 
     def global_sizes(self: Any, node: Any, type_: Any) -> list[Any]:
         return list(node.meta["val"].shape)

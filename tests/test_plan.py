@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxsp.plan as p
+from fxsp.capture.resolve import forward_signature, resolve_plan, submodules, unwrap
 from fxsp.errors import PlanError
 from fxsp.plan import (
     PlanEntry,
@@ -20,7 +21,6 @@ from fxsp.plan import (
     owns_plan,
     parse_plan,
 )
-from fxsp.resolve import forward_signature, resolve_plan, submodules, unwrap
 
 X = SequenceParallelInput(split_dim=1)
 

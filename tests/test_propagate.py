@@ -11,7 +11,7 @@ from tracing import gather, shard, trace, types_of
 
 from fxsp.errors import PlanError, UnsupportedError
 from fxsp.passes.base import Program
-from fxsp.passes.propagate import Propagate
+from fxsp.passes.propagate.propagate import Propagate
 from fxsp.types import Ranks
 
 X = torch.randn(2, 5, 4)

@@ -93,7 +93,7 @@ def _block() -> nn.Module:
     return Block(64)
 
 
-def _check(evidence: fxsp.verification.Evidence, tolerance: float) -> None:
+def _check(evidence: fxsp.offline.verify.Evidence, tolerance: float) -> None:
     for graph in evidence.graphs:
         assert not graph.unsharded
         assert max((*graph.outputs, *graph.gradients)) < tolerance, str(graph)

@@ -10,7 +10,7 @@ import torch
 from rule_validation import Recorder, T
 from test_attention import HEADS, MASKS, TOKENS, Config, assert_same, record
 
-from fxsp.inspection import bytes_sent
+from fxsp.inspection.report_text import bytes_sent
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks, Sequence, Shard

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsp import oracle
 from fxsp.kernels import collectives
-from fxsp.kernels.merge import join, merge
-from fxsp.kernels.ring import ring_attention, ring_attention_backward
-from fxsp.kernels.ring_blocks import chunks_of, meetings
-from fxsp.kernels.ring_kernels import block_forward
+from fxsp.kernels.attention.merge import join, merge
+from fxsp.kernels.attention.ring import ring_attention, ring_attention_backward
+from fxsp.kernels.attention.ring_blocks import chunks_of, meetings
+from fxsp.kernels.attention.ring_kernels import block_forward
+from fxsp.simulation.reference import table as oracle
 
 MASKS = ("none", "bool", "additive", "per_head", "padding", "causal", "no_key", "smallest")
 HEADS = ((4, 4, 4), (4, 2, 4), (3, 1, 4), (2, 2, 3))

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxsp import oracle_attention
-from fxsp.kernels import collectives, ring
-from fxsp.kernels.ring_blocks import chunks_of
+from fxsp.kernels import collectives
+from fxsp.kernels.attention import ring
+from fxsp.kernels.attention.ring_blocks import chunks_of
+from fxsp.simulation.reference import ring as oracle_attention
 from fxsp.types import Sequence
 
 

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from tracing import partition, shard
 
 import fxsp
-from fxsp import oracle_attention
-from fxsp.kernels import collectives, ring, ring_blocks
-from fxsp.kernels.ring_blocks import chunks_of, in_pieces, meetings, pairs_of
-from fxsp.simulation import check_replicated
+from fxsp.kernels import collectives
+from fxsp.kernels.attention import ring, ring_blocks
+from fxsp.kernels.attention.ring_blocks import chunks_of, in_pieces, meetings, pairs_of
+from fxsp.simulation.machine import check_replicated
+from fxsp.simulation.reference import ring as oracle_attention
 from fxsp.types import Sequence
 
 

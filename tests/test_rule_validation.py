@@ -12,13 +12,13 @@ from rule_samples import SAMPLES, WHOLE_SAMPLES, elementwise_samples
 from rule_validation import Case, Recorder, Sample, T, cases_of, layouts, problems, rule_for, whole_cases_of
 
 import fxsp.passes.pipeline
-from fxsp.passes import decide as decisions
-from fxsp.passes import propagate
-from fxsp.passes.attention_ops import ATTENTION_OPS, BANDED, SDPA
+from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
-from fxsp.passes.rules import RULES, Call, OpRule
-from fxsp.simulation import check_replicated, simulate_with_grads
+from fxsp.passes.propagate import propagate
+from fxsp.passes.rules import decide as decisions
+from fxsp.passes.rules.rule import RULES, Call, OpRule
+from fxsp.simulation.machine import check_replicated, simulate_with_grads
 from fxsp.types import Ranks, Shard
 
 pytestmark = [

@@ -9,11 +9,11 @@ import torch
 from rule_validation import Sample, T, rule_for
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxsp.passes.losses import LOSSES
 from fxsp.passes.pipeline import PIPELINE  # fills the table
-from fxsp.passes.rules import RULES, Call, OpRule, overloads, rule, rule_of
-from fxsp.passes.rules_views import reshape_factors
-from fxsp.passes.rules_whole import WHOLE
+from fxsp.passes.rules.rule import RULES, Call, OpRule, overloads, rule, rule_of
+from fxsp.passes.rules.views import reshape_factors
+from fxsp.passes.rules.whole import WHOLE
+from fxsp.passes.special.losses import LOSSES
 from fxsp.types import quotient
 
 aten = torch.ops.aten

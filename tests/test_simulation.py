@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp import oracle
 from fxsp.errors import UnsupportedError, VerificationError
-from fxsp.simulation import assemble, check_replicated, run, simulate, simulate_with_grads
+from fxsp.simulation.machine import assemble, check_replicated, run, simulate, simulate_with_grads
+from fxsp.simulation.reference import table as oracle
 from fxsp.torch_internals import trace_on_fakes
 from fxsp.types import Partial, Replicate, Segment, Sequence, Shard
 

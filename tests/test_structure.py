@@ -176,7 +176,7 @@ def test_boundaries_of_symbolic_lengths() -> None:
 
     from fxsp.passes.base import Program
     from fxsp.passes.pipeline import Runner, partition_program
-    from fxsp.simulation import check_replicated, simulate
+    from fxsp.simulation.machine import check_replicated, simulate
     from fxsp.types import Ranks
 
     gm = trace(function, TEXT, IMAGE, symbolic=True)

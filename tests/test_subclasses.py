@@ -29,13 +29,13 @@ def block(kind: type[Dispatching], **how: Any) -> Block:
     return model
 
 
-def gathered(evidence: fxsp.verification.Evidence) -> set[str]:
+def gathered(evidence: fxsp.offline.verify.Evidence) -> set[str]:
     """The operators for which tokens were gathered."""
     gathers = [g for graph in evidence.graphs for g in graph.report.implicit_gathers if g.kind == "implicit"]
     return {str(g).partition(" ")[0] for g in gathers}
 
 
-def check(evidence: fxsp.verification.Evidence) -> None:
+def check(evidence: fxsp.offline.verify.Evidence) -> None:
     assert evidence.graphs
     for graph in evidence.graphs:
         assert not graph.unsharded

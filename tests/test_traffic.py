@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fxsp
-from fxsp import marks
+from fxsp.inspection import profiler_names as marks
 
 Ranks = Callable[[int], Pool]
 TOKENS = {"": {"x": fxsp.SequenceParallelInput(1)}}

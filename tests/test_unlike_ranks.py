@@ -20,9 +20,10 @@ from distributed import Pool, RankError, run_ranks
 from running import compiled, recorded
 from torch import Tensor, nn
 
-from fxsp import SequenceParallelInput, backend, channel
-from fxsp.alike import draws
-from fxsp.checks import value_topics
+from fxsp import SequenceParallelInput, backend
+from fxsp.ranks import channel
+from fxsp.ranks.alike import draws
+from fxsp.ranks.checks import value_topics
 
 Ranks = Callable[[int], Pool]
 PLAN = {"": {"x": SequenceParallelInput(1)}}

@@ -13,13 +13,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fxsp
-from fxsp import differences
-from fxsp.differences import first_difference
 from fxsp.kernels import collectives
-from fxsp.offline import partition_offline
-from fxsp.passes import partition
+from fxsp.offline.partition import partition_offline
 from fxsp.passes.builder import Builder
-from fxsp.trial import random_seeds
+from fxsp.passes.partition import partition
+from fxsp.simulation import divergence as differences
+from fxsp.simulation.divergence import first_difference
+from fxsp.simulation.first_call import random_seeds
 from fxsp.types import product
 
 PLAN = {"": {"input_ids": fxsp.SequenceParallelInput(split_dim=1)}}

@@ -22,11 +22,12 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 import fxsp
-from fxsp import oracle_merged
-from fxsp.inspection import bytes_sent
-from fxsp.kernels import collectives, merged
-from fxsp.passes.attention import SDPA
+from fxsp.inspection.report_text import bytes_sent
+from fxsp.kernels import collectives
+from fxsp.kernels.attention import split_kv as merged
+from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
+from fxsp.simulation.reference import split_kv as oracle_merged
 from fxsp.types import Segment, Sequence, Shard
 
 aten = torch.ops.aten

@@ -13,10 +13,10 @@ from tracing import check, collectives, gather, partition, shard, trace
 
 import fxsp
 from fxsp.errors import StrictError
-from fxsp.inspection import attention_lines
+from fxsp.inspection.report_text import attention_lines
+from fxsp.passes.attention.unfused_report import GATHERED, LINEAR, LOCAL, SCORES
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.passes.written_report import GATHERED, LINEAR, LOCAL, SCORES
 from fxsp.torch_internals import fake_mode_of, size_hint
 from fxsp.types import Ranks
 

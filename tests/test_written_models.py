@@ -13,7 +13,7 @@ from running import Case, run_case
 from zoo_others import _BERT, BATCH, IDS, TOKENS, _transformer
 
 import fxsp
-from fxsp.passes.written_report import GATHERED
+from fxsp.passes.attention.unfused_report import GATHERED
 
 HEADS, WIDTH = 4, 8
 _GPT2 = {"n_embd": 32, "n_head": HEADS, "n_layer": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

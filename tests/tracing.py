@@ -12,12 +12,12 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp.inspection import bytes_sent, format_graph
+from fxsp.inspection.report_text import bytes_sent, format_graph
 from fxsp.passes.base import Program
-from fxsp.passes.functionalize import functionalize
+from fxsp.passes.functionalize.functionalize import functionalize
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.passes.propagate import Propagate
-from fxsp.simulation import check_replicated, simulate
+from fxsp.passes.propagate.propagate import Propagate
+from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks
 
 __all__ = ["check", "collectives", "gather", "graph_of", "partition", "shard", "text_of", "trace", "types_of"]

@@ -1,4 +1,4 @@
-"""Attention over split tokens in eager mode: the methods of ``fxsp.passes.attention``, on tensors.
+"""Attention over split tokens in eager mode: the methods of ``fxsp.passes.attention.decide``, on tensors.
 
 ========== ==================================== ======================================================================
 method     when                                 what moves

@@ -1,4 +1,5 @@
-"""Ring attention, and Ulysses within a ring, on split tokens in eager mode: ``fxsp.passes.lower_ring`` on tensors.
+"""Ring attention, and Ulysses within a ring, on split tokens in eager mode: ``fxsp.passes.attention.methods.ring`` on
+tensors.
 
 ``u * r`` ranks: ``u`` consecutive ranks exchange heads for tokens, so that together they are one place of a ring of
 ``r``; keys and values go from rank ``i`` to ``i + u``; then the output is exchanged back.  ``u = 1`` is a plain ring.
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from fxsp.hooks.layout import Layout, gather, layout_of, mark, moved, same_tokens, shard, use
 from fxsp.hooks.region import Region
+from fxsp.kernels.attention.own_kernel import written_out
 from fxsp.kernels.lowering import local_length
-from fxsp.kernels.own_kernel import written_out
 
 __all__ = ["ring", "ring_refusal"]
 

@@ -20,6 +20,7 @@ from torch import nn
 import fxsp.hooks.attention
 import fxsp.hooks.rules_index
 import fxsp.hooks.rules_mix  # noqa: F401  (each registers its rules)
+from fxsp.capture.resolve import forward_signature, resolve_plan, unwrap
 from fxsp.config import Options
 from fxsp.errors import PlanError
 from fxsp.hooks.base import HookRegistry
@@ -34,7 +35,6 @@ from fxsp.hooks.split import (
 from fxsp.hooks.tracing import ROOT, attached_names, hook_name
 from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, find_plan, parse_plan
 from fxsp.report import Report
-from fxsp.resolve import forward_signature, resolve_plan, unwrap
 
 __all__ = [
     "ModuleForwardMetadata",

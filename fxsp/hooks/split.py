@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxsp.capture.resolve import unwrap
 from fxsp.hooks.base import ModelHook
 from fxsp.hooks.layout import Layout, SplitMode, gather, layout_of, local_size, shard
 from fxsp.hooks.region import Call, Region
@@ -26,7 +27,6 @@ from fxsp.plan import (
     listing,
     refuse,
 )
-from fxsp.resolve import unwrap
 from fxsp.torch_internals import in_backward
 
 __all__ = [

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fxsp.backend import Before, sp
-from fxsp.capture import claim_with, frame_module
+from fxsp.capture.capture import claim_with, frame_module
+from fxsp.capture.resolve import unwrap
 from fxsp.plan import PlanEntry, SequenceParallelOutput
-from fxsp.resolve import unwrap
 from fxsp.torch_internals import Translation, backend_layers, group_named
 
 __all__ = ["ROOT", "attached_names", "hook_name", "sp_is_tracing"]

@@ -1,0 +1,67 @@
+"""What capture finds out, as data: the module calls of one graph, with their values as nodes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from fxsp.capture.graph_breaks import Splits
+from fxsp.plan import PlanEntry
+
+__all__ = ["Capture", "ModuleCall"]
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module.
+
+    ``arguments`` (by name; those not passed are missing) and ``outputs`` are nested tuples, lists and dicts of nodes
+    of ``graph`` and constants; :class:`~fxsp.torch_internals.Opaque` says why a value is neither.  The region is all
+    nodes after ``before`` up to and including ``last`` (``None``: no node yet), graph inputs excepted.
+    """
+
+    module: nn.Module
+    arguments: dict[str, Any]
+    outputs: Any
+    graph: fx.Graph
+    before: fx.Node | None
+    last: fx.Node | None
+    #: Calls that ended earlier have a smaller number.
+    ended: float = math.inf
+    #: Paths of the module in the root; several if it is shared, none if it is no part of it.
+    paths: tuple[str, ...] = ()
+
+    def contains(self, node: fx.Node) -> bool:
+        """Whether a node was created during the call (nodes inserted there later belong to it too)."""
+        if node.graph is not self.graph or node.op in ("placeholder", "output") or self.last is None:
+            return False
+        return (self.before is None or self.before < node) and not self.last < node
+
+    def region(self) -> list[fx.Node]:
+        """The nodes created during the call, in order."""
+        return [node for node in self.graph.nodes if self.contains(node)]
+
+
+@dataclass(eq=False)
+class Capture:
+    """What is known about one graph of Dynamo."""
+
+    #: The module that owns the plan (or that the plan was given for), without wrappers; None: not found.
+    root: nn.Module | None
+    #: The plan, from the options or the root; None: there is no plan.
+    entries: tuple[PlanEntry, ...] | None
+    #: Calls in the order in which they began; the traced frame itself comes first if it is a module's forward.
+    calls: list[ModuleCall] = field(default_factory=list)
+    #: Modules whose forward is under way outside of this graph (after a graph break), with their real arguments.
+    around: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
+    #: What earlier graphs of the same compilation had split.
+    splits: Splits = field(default_factory=Splits)
+    #: What could not be found out, and why, for the report.
+    notes: list[str] = field(default_factory=list)
+
+    def calls_of(self, module: nn.Module) -> list[ModuleCall]:
+        """All calls of a module in this graph."""
+        return [call for call in self.calls if call.module is module]

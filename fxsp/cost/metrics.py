@@ -1,0 +1,120 @@
+"""What one partitioned graph costs, as numbers: operations, memory, pads, and bytes with their formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fxsp.cost.flops import Shape, node_flops, ring_flops
+from fxsp.cost.formula import Formula, Names, formula_of, memory_formulas
+from fxsp.cost.memory import peak_bytes
+from fxsp.inspection.wire import fxsp_name
+from fxsp.passes.base import Program
+from fxsp.passes.verify import infer_local
+from fxsp.report import CollectiveRecord
+from fxsp.torch_internals import fake_mode_of, size_hint
+from fxsp.types import Shard, as_length
+
+__all__ = ["Measures", "measure"]
+
+
+@dataclass
+class Measures:
+    """All for one forward pass; flops, bytes and tokens as numbers, for the inputs that were traced."""
+
+    #: Of the unsplit graph, and of each rank.
+    flops_total: int = 0
+    flops_per_rank: list[int] = field(default_factory=list)
+    #: Peak of the activations, of the unsplit graph and of a rank; see :mod:`fxsp.cost.memory`.
+    memory_one: int = 0
+    memory_rank: int = 0
+    #: What is split -> its tokens, those of each rank, and the pads of all ranks together.
+    padding: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    #: For each collective of the report its bytes, and the formula where there is one.
+    sent: list[int] = field(default_factory=list)
+    formulas: list[Formula | None] = field(default_factory=list)
+    #: The same for the backward pass.
+    sent_backward: list[int] = field(default_factory=list)
+    formulas_backward: list[Formula | None] = field(default_factory=list)
+    names: Names = field(default_factory=Names)
+    #: For each attention the formulas of what it moves through device memory, and the bytes that have none.
+    memory: list[tuple[list[Formula], int] | None] = field(default_factory=list)
+    #: Reads a size as a number.
+    number: Callable[[Any], int] = int
+
+
+def measure(program: Program) -> Measures:
+    """Measure a partitioned program."""
+    infer_local(program)
+    whole: Graph = program.facts["global"].graph
+    values = (n.meta.get("val") for n in whole.nodes if n.op == "placeholder")
+    mode = next((m for v in values if (m := fake_mode_of(v)) is not None), None)
+
+    def number(size: Any) -> int:
+        return size if type(size) is int else size_hint(as_length(size), mode)
+
+    found = Measures(number=number)
+    found.flops_total = _flops(whole, "val", number)
+    found.flops_per_rank = _flops_of_ranks(program, number)
+    found.memory_one = peak_bytes(whole, "val", number, training=program.training)
+    found.memory_rank = peak_bytes(program.graph, "local_val", number, training=program.training)
+    found.padding = _padding(program, number)
+    for records, sent, formulas in (
+        (program.report.collectives, found.sent, found.formulas),
+        (program.report.backward, found.sent_backward, found.formulas_backward),
+    ):
+        for record in records:
+            sent.append(number(record.bytes))
+            formulas.append(_formula(record, sent[-1], program.ranks.size, number))
+            for key, _ in getattr(formulas[-1], "tokens", ()):
+                found.names.add(*key)
+    for attention in program.report.attentions:
+        known = attention.memory
+        found.memory.append(None if known is None else memory_formulas(known, number, program.ranks.size))
+        for formula in found.memory[-1][0] if found.memory[-1] is not None else ():
+            for key, _ in formula.tokens:
+                found.names.add(*key)
+    return found
+
+
+def _flops_of_ranks(program: Program, number: Callable[[Any], int]) -> list[int]:
+    """All ranks do the same but for rings, in which each place meets other blocks."""
+    shape_of, size = _shapes("local_val", number), program.ranks.size
+    rings = [node for node in program.graph.nodes if fxsp_name(node) == "ring_attention"]
+    alike = _flops(program.graph, "local_val", number) - sum(node_flops(node, shape_of) for node in rings)
+    return [alike + sum(ring_flops(node, shape_of, rank) for node in rings) for rank in range(size)]
+
+
+def _shapes(key: str, number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:
+    def shape_of(node: Any) -> Shape | None:
+        value = node.meta.get(key) if isinstance(node, Node) else None
+        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
+
+    return shape_of
+
+
+def _flops(graph: Graph, key: str, number: Callable[[Any], int]) -> int:
+    shape_of = _shapes(key, number)
+    return sum(node_flops(node, shape_of) for node in graph.nodes)
+
+
+def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[int, int, int]]:
+    found = {}
+    size = program.ranks.size
+    for node in program.graph.nodes:
+        type_ = node.meta.get("sp")
+        for segment in type_.sequence.segments if isinstance(type_, Shard) else ():
+            if segment.sharded and segment.name:
+                tokens = number(segment.length)
+                rows = segment.parts * -(-tokens // (segment.parts * size))
+                found[segment.name] = (tokens, rows, rows * size - tokens)
+    return found
+
+
+def _formula(record: CollectiveRecord, sent: int, size: int, number: Callable[[Any], int]) -> Formula | None:
+    lengths = () if record.tokens is None else tuple(number(n) for n in record.tokens.lengths)
+    return formula_of(record.kind, sent, record.tokens, lengths, size, record.members)

@@ -1,0 +1,156 @@
+"""How much of a graph's work runs on shards: what says that a plan applied, and split nothing of weight.
+
+Work is arithmetic (:mod:`fxsp.cost.flops`).  An operator that nothing is known about counts as if it multiplied its
+largest operand by a square matrix, so that a layer in one operator weighs what a layer does.  A graph without any of
+these is measured by the elements that its operators write; elementwise ones are computed whole where that saves a
+gather.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.cost.flops import Shape, attention_flops, node_flops
+from fxsp.passes.attention.operators import ATTENTION_OPS
+from fxsp.passes.base import Program
+from fxsp.passes.propagate.propagate import is_annotate
+from fxsp.passes.rules.decide import Decision
+from fxsp.passes.rules.elementwise import CHEAP
+from fxsp.passes.rules.rule import RULES, Call, tensor_nodes
+from fxsp.passes.rules.whole import WHOLE
+from fxsp.passes.special.cat_and_cut import CATS, CUTS, SLICES
+from fxsp.source import module_path, node_source
+from fxsp.torch_internals import fake_mode_of, is_operator, is_pointwise, schema, size_hint
+from fxsp.types import Partial, Shard, as_length
+
+__all__ = ["LEAST", "Share", "number_in", "on_shards", "share_of"]
+
+#: A plan that puts less of the work on shards than this is said to split nothing of weight.
+LEAST = 0.05
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of one graph: all its work, what of it runs on shards, and the operators that do the rest on every rank."""
+
+    total: int = 0
+    split: int = 0
+    #: Operator, module and source line -> work, the largest first.
+    whole: dict[tuple[str, str, str], int] = field(default_factory=dict)
+
+    @property
+    def part(self) -> float:
+        """Between 0 and 1; 1 for a graph that has nothing to do."""
+        return self.split / self.total if self.total else 1.0
+
+    def holders(self, root: str) -> str:
+        """The operators that hold most of the work, in words."""
+        shown = [
+            f"{op} in {module or root}{f' ({source})' if source else ''} has {work / self.total:.0%}"
+            for (op, module, source), work in list(self.whole.items())[:3]
+        ]
+        return ", ".join(shown)
+
+
+def share_of(program: Program) -> Share:
+    """The share of a partitioned program; sizes that are symbols count as those that were traced."""
+    nodes = [n for n in program.facts["global"].graph.nodes if n.op == "call_function" and not is_annotate(n)]
+    number = number_in(program)
+
+    def shape_of(node: Any) -> Shape | None:
+        value = node.meta.get("val") if isinstance(node, Node) else None
+        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
+
+    known = _sum(nodes, lambda n: _work(n, shape_of), on_shards)
+    if known.total:
+        return known
+    # What is cheap is computed whole where that saves a gather, whatever its type says.
+    names = {n.meta.get("global_name") for n in program.graph.nodes if isinstance(n.meta.get("sp"), (Shard, Partial))}
+    return _sum(nodes, lambda n: _written(n, shape_of), lambda n: n.name in names)
+
+
+def number_in(program: Program) -> Callable[[Any], int]:
+    """Reads a size as the number that it was when the graph was traced."""
+    modes = (fake_mode_of(n.meta.get("val")) for n in program.facts["global"].graph.nodes)
+    mode = next((m for m in modes if m is not None), None)
+    return lambda size: size if type(size) is int else size_hint(as_length(size), mode)
+
+
+def _sum(nodes: list[Node], work: Callable[[Node], int], on_shards: Callable[[Node], bool]) -> Share:
+    total = split = 0
+    whole: dict[tuple[str, str, str], int] = {}
+    for node in nodes:
+        count = work(node)
+        total += count
+        if count and on_shards(node):
+            split += count
+        elif count:
+            key = str(node.target), module_path(node), node_source(node)
+            whole[key] = whole.get(key, 0) + count
+    return Share(total, split, dict(sorted(whole.items(), key=lambda item: -item[1])))
+
+
+def on_shards(node: Node) -> bool:
+    """Whether a call of the global graph runs on each rank's part of something."""
+    decision = node.meta.get("sp_call")
+    return isinstance(decision, Decision) and any(
+        isinstance(t, (Shard, Partial)) for t in (*decision.operands, *decision.results)
+    )
+
+
+def _work(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
+    """Floating-point operations, known or guessed; 0 for what moves or maps elements."""
+    if node.target in ATTENTION_OPS and not (known := node_flops(node, shape_of)):
+        op, call = ATTENTION_OPS[node.target], Call(node)
+        shapes = [shape_of(call[name]) for name in (op.query, op.key, op.value)]
+        if all(shape is not None and len(shape) == 4 for shape in shapes):
+            q, k, v = (tuple(op.laid(shape)) for shape in shapes)  # type: ignore[arg-type]
+            return attention_flops(q, k, v, causal=op.causal_in(call))  # type: ignore[arg-type]
+        return known
+    return node_flops(node, shape_of) or (_guessed(node, shape_of) if _is_unknown(node) else 0)
+
+
+def _is_unknown(node: Node) -> bool:
+    if node.target is operator.getitem or "val" not in node.meta:
+        return False
+    if not is_operator(node.target):
+        return "island" in node.meta
+    name = schema(node.target).name
+    if node.target in RULES or is_pointwise(node.target) or name.startswith(("fxsp::", "fxsp_local::")):
+        return False
+    if node.target in CATS or node.target in CUTS or node.target in SLICES:
+        return False
+    views = any(result.alias_info is not None for result in schema(node.target).returns)
+    return not views and not {name, f"{name}.{schema(node.target).overload_name}"} & WHOLE.keys()
+
+
+def _guessed(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
+    shapes = [shape for n in _operands(node) if (shape := shape_of(n))]
+    return max((2 * _numel(shape) * shape[-1] for shape in shapes), default=0)
+
+
+def _operands(node: Node) -> list[Node]:
+    return list(tensor_nodes((node.args, list(node.kwargs.values()))))
+
+
+def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
+    """Elements of the result of what computes something from tensors; views, and what is cheap, count nothing."""
+    if "sp_call" not in node.meta or not _operands(node) or node.target in CHEAP:
+        return 0
+    if any(result.alias_info is not None for result in schema(node.target).returns):
+        return 0
+    shape = shape_of(node)
+    return 0 if shape is None else _numel(shape)
+
+
+def _numel(shape: Shape) -> int:
+    product = 1
+    for n in shape:
+        product *= n
+    return product

@@ -1,0 +1,126 @@
+"""A cost model of the local program: when each value would be computed, and when each collective would travel.
+
+An estimate, to see what is large and what waits for what; it decides nothing.  For each value on one rank
+
+    time = launch + max(operations / peak, bytes read and written / bandwidth)
+
+where a chain of elementwise operators counts as one kernel (a compiler fuses it): its inner values cost nothing.  For
+each collective
+
+    time = latency + bytes sent per rank / link
+
+Computing goes in the order of the graph; a collective starts once its operand is there and the wire is free, beside the
+computing, and the first value that needs it waits.  The numbers of :data:`H100` are peak rates by the data sheet
+(dense bf16, HBM3, NVLink in one direction); sustained rates are lower, all alike, so the proportions hold better than
+the milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from fxsp.cost.flops import Shape, node_flops
+from fxsp.inspection.wire import fxsp_name
+from fxsp.torch_internals import is_operator, is_pointwise, storage_key
+
+__all__ = ["H100", "Device", "Span", "timeline"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of one device: operations and bytes per second, seconds."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    link: float
+    launch: float
+    latency: float
+
+
+H100 = Device("H100 SXM, NVLink", flops=989e12, bandwidth=3.35e12, link=450e9, launch=2e-6, latency=10e-6)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One bar of the timeline, in seconds from the start; ``communicates`` says in which lane."""
+
+    node: Node
+    start: float
+    end: float
+    communicates: bool
+
+
+def timeline(
+    gm: torch.fx.GraphModule, sent: dict[str, int], number: Callable[[Any], int], device: Device = H100
+) -> list[Span]:
+    """The bars of a local graph; ``sent`` are the bytes of its collectives by name, ``number`` reads a size."""
+    spans: list[Span] = []
+    ready: dict[Node, float] = {}
+    compute = wire = 0.0
+    for node in gm.graph.nodes:
+        begin = max((ready[n] for n in node.all_input_nodes), default=0.0)
+        if node.op != "call_function":
+            ready[node] = begin
+        elif node.name in sent:
+            start = max(begin, wire)
+            wire = ready[node] = start + device.latency + sent[node.name] / device.link
+            spans.append(Span(node, start, wire, True))
+            if fxsp_name(node) in ("ring_attention", "merged_attention"):  # blocks are computed while others travel
+                start = max(begin, compute)
+                compute = start + _seconds(node, number, device)
+                ready[node] = max(wire, compute)
+                spans.append(Span(node, start, compute, False))
+        else:
+            cost = _seconds(node, number, device)
+            if cost == 0:
+                ready[node] = begin
+                continue
+            start = max(begin, compute)
+            compute = ready[node] = start + cost
+            spans.append(Span(node, start, compute, False))
+    return spans
+
+
+def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
+    def shape_of(n: Any) -> Shape | None:
+        value = n.meta.get("local_val") if isinstance(n, Node) else None
+        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
+
+    own = _bytes(node, number)
+    if own == 0 or _is_view(node) or fxsp_name(node) == "use":
+        return 0.0
+    fused = _pointwise(node)
+    if fused and node.users and all(_pointwise(user) for user in node.users):
+        return 0.0
+    moved = own + sum(_bytes(n, number) for n in node.all_input_nodes if not (fused and _pointwise(n)))
+    return device.launch + max(node_flops(node, shape_of) / device.flops, moved / device.bandwidth)
+
+
+def _bytes(node: Node, number: Callable[[Any], int]) -> int:
+    total = 0
+    for value in tree_leaves(node.meta.get("local_val")):
+        if isinstance(value, torch.Tensor):
+            elements = value.element_size()
+            for n in value.shape:
+                elements *= number(n)
+            total += elements
+    return total
+
+
+def _pointwise(node: Node) -> bool:
+    return is_operator(node.target) and is_pointwise(node.target)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the node's memory is that of an operand."""
+    values = [v for v in tree_leaves(node.meta.get("local_val")) if isinstance(v, torch.Tensor)]
+    operands = [v for n in node.all_input_nodes for v in tree_leaves(n.meta.get("local_val"))]
+    keys = {storage_key(v) for v in operands if isinstance(v, torch.Tensor)}
+    return bool(values) and all(storage_key(v) in keys for v in values)

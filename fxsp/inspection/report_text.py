@@ -1,0 +1,170 @@
+"""What the compiler did, to read: a report on one screen, and (from :mod:`fxsp.inspection.printer`) the graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from fxsp.inspection.printer import format_graph, op_text
+from fxsp.inspection.wire import bytes_sent, format_bytes, local_shape
+from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
+from fxsp.source import module_path, node_source
+from fxsp.types import Length, as_length
+
+__all__ = [
+    "attention_lines",
+    "bytes_sent",
+    "format_bytes",
+    "format_graph",
+    "format_report",
+    "gather_lines",
+    "local_shape",
+    "memory_text",
+    "module_path",
+    "node_source",
+    "op_text",
+    "output_lines",
+    "places_text",
+    "plan_lines",
+    "section",
+]
+
+#: Lines of one section; what is longer is cut, and says so.
+_LIMIT = 12
+
+_T = TypeVar("_T")
+_K = TypeVar("_K", bound=Hashable)
+
+
+def format_report(report: Report) -> str:
+    """One screen: plan entries, attentions, collectives, implicit gathers, notes.  Equal records share a line."""
+    lines: list[str] = []
+    if report.unsharded:
+        lines.append(f"runs whole on every rank: {report.unsharded}")
+    lines += section("plan", plan_lines(report.plan))
+    lines += section("attention", attention_lines(report.attentions))
+    lines += section("collectives (sent per rank, forward)", _collectives(report.collectives))
+    lines += section("collectives (sent per rank, backward)", _collectives(report.backward))
+    implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
+    lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
+    lines += section("gathers for graph outputs", output_lines(report.implicit_gathers))
+    lines += section("notes", report.notes)
+    if report.timings:
+        spent = sorted(report.timings.items(), key=lambda item: -item[1])
+        text = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent[:4])
+        lines.append(f"compile time: {sum(report.timings.values()):.2f} s ({text})")
+    return "\n".join(lines) if lines else "nothing to report: no plan entry applied"
+
+
+def places_text(records: Iterable[CollectiveRecord | AttentionRecord]) -> str:
+    """Where records come from, alike ones once: ``blocks.*.attn (model.py:12), head (model.py:30) and 2 more``."""
+    found = list(dict.fromkeys((_pattern(r.module), r.source) for r in records))
+    shown = ", ".join(f"{module} ({source})" if source else module for module, source in found[:2])
+    return shown + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+
+
+def section(title: str, body: Iterable[str], limit: int = _LIMIT) -> list[str]:
+    """A title and its lines, cut where they are many; nothing without lines."""
+    rows = list(body)
+    if not rows:
+        return []
+    cut = rows[:limit] if len(rows) > limit + 1 else rows
+    more = [f"  … and {len(rows) - len(cut)} more"] if len(cut) < len(rows) else []
+    return [f"{title}:", *(f"  {row}" for row in cut), *more]
+
+
+def _groups(records: Iterable[tuple[_K, _T]]) -> Iterator[tuple[_K, list[_T]]]:
+    """Records with equal keys together, in order of first appearance."""
+    found: dict[_K, list[_T]] = {}
+    for key, record in records:
+        found.setdefault(key, []).append(record)
+    return iter(found.items())
+
+
+def plan_lines(records: list[PlanRecord]) -> Iterator[str]:
+    """Entries of a plan, alike ones on one line."""
+    applied = [record for record in records if record.applied]
+    for (entry, detail), group in _groups(((_pattern(r.entry), r.detail), r) for r in applied):
+        times = f" ({len(group)} times)" if len(group) > 1 else ""
+        yield f"applied      {entry}{times}" + (f"  {detail}" if detail else "")
+    for (entry, detail), group in _groups(((_pattern(r.entry), r.detail), r) for r in records if not r.applied):
+        times = f" ({len(group)} times)" if len(group) > 1 else ""
+        yield f"not applied  {entry}{times}: {detail or 'no reason recorded'}"
+
+
+def attention_lines(records: list[AttentionRecord], formulas: Sequence[str] = ()) -> Iterator[str]:
+    """Attentions, alike ones on one line, and what each moves through memory; ``formulas`` of the latter, if known."""
+    texts = formulas or [""] * len(records)
+    keyed = (
+        ((_pattern(r.module), r.method, str(r.bytes), r.rejected, r.detail, r.producers, text), (r, text))
+        for r, text in zip(records, texts, strict=True)
+    )
+    for (module, method, _, rejected, detail, _, _), group in _groups(keyed):
+        record, text = group[0]
+        where = " ".join([*([module] if module else []), *([f"({record.source})"] if record.source else [])])
+        line = f"{len(group)} x {method}" + (f" in {where}" if where else "") + f": {_sent(record.bytes)} each"
+        if detail:
+            line += f"; {detail}"
+        if rejected:
+            line += "; rejected: " + ", ".join(f"{name} ({reason})" for name, reason in rejected)
+        yield line
+        if record.memory is not None and record.memory.moves:
+            yield f"    {memory_text(record, text)}"
+
+
+def memory_text(record: AttentionRecord, formula: str = "") -> str:
+    """``"16 passes over q, k, v, o in memory, 6.0 KiB each = 1024·⌈S/P⌉ B; fused by Inductor: q, k: rms_norm"``."""
+    assert record.memory is not None
+    line = f"{record.memory.passes} passes over q, k, v, o in memory, {format_bytes(record.memory.bytes)} each"
+    line += f" = {formula}" if formula else ""
+    return line + (f"; fused by Inductor: {'; '.join(record.producers)}" if record.producers else "")
+
+
+def _collectives(records: list[CollectiveRecord]) -> Iterator[str]:
+    for (kind, reason), group in _groups(((r.kind, r.reason), r) for r in records):
+        line = f"{len(group):4d} x {kind:<14} {_sent(_total(r.bytes for r in group))}"
+        place = places_text(group)
+        about = ", ".join(text for text in (reason, f"in {place}" if place else "") if text)
+        yield f"{line}  {about}".rstrip()
+    if records:
+        yield f"{len(records):4d}   {'in all':<14} {_sent(_total(r.bytes for r in records))}"
+
+
+def gather_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
+    """Gathers, alike ones on one line."""
+    keyed = (((r.op, _pattern(r.module), r.source, r.reason, str(r.bytes)), r) for r in records)
+    for (op, module, source, reason, _), group in _groups(keyed):
+        times = f"{len(group)} x " if len(group) > 1 else ""
+        where = f" in {module}" if module else ""
+        at = f" ({source})" if source else ""
+        yield f"{times}{op}{where}{at}: {reason}; {_sent(group[0].bytes)}" + (" each" if times else "")
+
+
+def output_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
+    """Gathers for outputs, by name: ``2 x output cache.layers[*].keys, of model.layers.*.self_attn: 6.0 KiB each``."""
+    outputs = [record for record in records if record.kind != "implicit"]
+    keyed = (((re.sub(r"\d+", "*", r.name), _pattern(r.module), str(r.bytes)), r) for r in outputs if r.name)
+    for (name, module, _), group in _groups(keyed):
+        where = f", of {module}" if module else ""
+        if len(group) > 1:
+            yield f"{len(group)} x output {name}{where}: {_sent(group[0].bytes)} each"
+        else:
+            yield f"output {group[0].name}{where}: {_sent(group[0].bytes)}"
+    yield from gather_lines(record for record in outputs if not record.name)
+
+
+def _pattern(path: str) -> str:
+    """``blocks.3.attn`` as ``blocks.*.attn``: layers of one kind share a line."""
+    head, bracket, rest = path.partition("[")
+    if ":" in head:  # a plan entry without an argument: `blocks.3: SequenceParallelOutput(...)`
+        head, bracket, rest = path.partition(":")
+    return ".".join("*" if part.isdigit() else part for part in head.split(".")) + bracket + rest
+
+
+def _total(numbers: Iterable[Any]) -> Length:
+    return as_length(sum(numbers, start=0))
+
+
+def _sent(n: Any) -> str:
+    return format_bytes(n)

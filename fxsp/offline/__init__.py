@@ -1,0 +1,1 @@
+"""What the compiler would do, without a process group, devices or weights: explained, verified, and why."""

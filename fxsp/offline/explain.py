@@ -1,0 +1,195 @@
+"""``fxsp.explain``: what the compiler would do with a model on any number of ranks, without any of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxsp.cost.metrics import Measures, measure
+from fxsp.errors import OptionError
+from fxsp.inspection.diff import diff_stages
+from fxsp.inspection.printer import Row, format_rows
+from fxsp.offline.partition import OfflineResult, partition_offline
+from fxsp.offline.progress import check_size, told
+from fxsp.offline.provenance import UnknownNameError, reasons
+from fxsp.offline.render import page as html
+from fxsp.offline.render.text import as_data, one_screen
+from fxsp.plan import did_you_mean, listing
+from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord
+from fxsp.types import Ranks
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass
+class Explanation:
+    """What :func:`explain` found; ``str`` is one screen.  Lists run over all graphs, in the order of their tracing."""
+
+    model: str
+    world_size: int
+    results: list[OfflineResult]
+    #: One for each graph; None for a graph that stays whole.
+    measures: list[Measures | None]
+    seconds: float = 0.0
+
+    @property
+    def plan(self) -> list[PlanRecord]:
+        """Entries of the plan, applied or not, and why."""
+        return [record for result in self.results for record in result.report.plan]
+
+    @property
+    def attentions(self) -> list[AttentionRecord]:
+        return [record for result in self.results for record in result.report.attentions]
+
+    @property
+    def collectives(self) -> list[CollectiveRecord]:
+        return [record for result in self.results for record in result.report.collectives]
+
+    @property
+    def implicit_gathers(self) -> list[GatherRecord]:
+        """Gathers that an operator needs; those that graph outputs need are in :attr:`collectives` only."""
+        return [g for result in self.results for g in result.report.implicit_gathers if g.kind == "implicit"]
+
+    @property
+    def flops_total(self) -> int:
+        """Operations of one forward pass on one device (the graphs that are split)."""
+        return sum(m.flops_total for m in self.measures if m is not None)
+
+    @property
+    def flops_per_rank(self) -> list[int]:
+        """Operations of each rank, pads and repeated work included."""
+        found = [m.flops_per_rank for m in self.measures if m is not None]
+        return [sum(ranks) for ranks in zip(*found, strict=True)] if found else []
+
+    @property
+    def backward_collectives(self) -> list[CollectiveRecord]:
+        """What the gradients need, where gradients may be asked for."""
+        return [record for result in self.results for record in result.report.backward]
+
+    @property
+    def communication_forward(self) -> dict[str, tuple[int, int]]:
+        """Kind of collective -> how many, and the bytes that each rank sends in all of them, in a forward pass."""
+        return _totals([(r.report.collectives, m.sent) for r, m in self._measured()])
+
+    @property
+    def communication_backward(self) -> dict[str, tuple[int, int]]:
+        """The same for the backward pass; nothing if nothing requires grad (or grad mode is off).
+
+        Gradients of parameters are counted one by one; they travel in buckets, in fewer messages.
+        """
+        return _totals([(r.report.backward, m.sent_backward) for r, m in self._measured()])
+
+    @property
+    def communication(self) -> dict[str, tuple[int, int]]:
+        """Forward and, in training, backward: all that a call, and a step, sends."""
+        graphs = self._measured()
+        forward = [(r.report.collectives, m.sent) for r, m in graphs]
+        return _totals(forward + [(r.report.backward, m.sent_backward) for r, m in graphs])
+
+    def _measured(self) -> list[tuple[OfflineResult, Measures]]:
+        return [(r, m) for r, m in zip(self.results, self.measures, strict=True) if m is not None]
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that :meth:`graph` prints."""
+        return list(dict.fromkeys(stage for result in self.results for stage in result.stages))
+
+    def graph(self, stage: str = "partitioned", index: int = 0) -> str:
+        """The graph after a stage, as text; ``index`` counts graphs.  Raises :class:`OptionError` for unknown names."""
+        return format_rows(self._stage(stage, index), Ranks(0, self.world_size, ""))
+
+    def diff(self, before: str = "normalized", after: str = "partitioned", index: int = 0) -> str:
+        """What changed between two stages; coloured on a terminal, unless ``NO_COLOR`` is set."""
+        return diff_stages(self._stage(before, index), self._stage(after, index))
+
+    def _stage(self, stage: str, index: int) -> list[Row]:
+        if not 0 <= index < len(self.results):
+            raise OptionError(f"there is no graph {index}; {self.model} was traced as {len(self.results)}")
+        stages = self.results[index].stages
+        if stage not in stages:
+            why = self.results[index].report.unsharded
+            raise OptionError(
+                f"graph {index} has no stage {stage!r}.{did_you_mean(stage, stages)}\n  It has: {listing(stages)}"
+                + (f"; it runs whole: {why}" if why else "")
+            )
+        return stages[stage]
+
+    def explain(self, name: str) -> str:
+        """Why a module, a value or a collective is as it is: the chain of reasons, back to the plan."""
+        errors: list[UnknownNameError] = []
+        for result, m in zip(self.results, self.measures, strict=True):
+            if result.program is not None and m is not None:
+                try:
+                    return "\n".join(reasons(name, result.program, m))
+                except UnknownNameError as error:
+                    errors.append(error)
+        raise errors[0] if errors else UnknownNameError(f"nothing is split, so there is nothing to say of {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as dictionaries, lists, numbers and text."""
+        return as_data(self)
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a page that stands alone; returns its path."""
+        target = Path(path)
+        target.write_text(html.page(self), encoding="utf-8")
+        return target
+
+    def __str__(self) -> str:
+        return one_screen(self)
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    world_size: int,
+    config: Any = None,
+    plan: Any = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **kwargs: Any,
+) -> Explanation:
+    """What ``torch.compile(model, backend="sp")`` would do for ``model(*args, **kwargs)`` on ``world_size`` ranks.
+
+    Resets Dynamo: what was compiled before is compiled again.
+    No process group, no device and no weights: parameters and inputs may be on the meta device.  ``config`` are
+    degrees (a :class:`~fxsp.SequenceParallelConfig`), ``plan`` replaces the model's own; ``options`` are further
+    options of the backend.  Keyword arguments of the model with those names go into ``args``.  ``progress`` tells, on
+    standard error, what is going on if it takes more than two seconds.
+
+    Raises what the backend raises (``PlanError``, ``OptionError``, ``UnsupportedError``, ``StrictError``).
+    """
+    check_size(world_size)
+    given = dict(options or {})
+    given |= {name: value for name, value in (("config", config), ("plan", plan)) if value is not None}
+    start = time.perf_counter()
+    with told(progress) as say:
+        say("tracing and partitioning")
+        torch.compiler.reset()
+        results = partition_offline(model, args, kwargs, world_size=world_size, options=given, stages=True)
+        say("counting operations, bytes and memory")
+        measures = [measure(r.program) if r.program is not None else None for r in results]
+    return Explanation(_name(model), world_size, results, measures, time.perf_counter() - start)
+
+
+def _name(model: Any) -> str:
+    inner = getattr(model, "_orig_mod", model)
+    return getattr(inner, "__qualname__", None) or type(inner).__name__
+
+
+def _totals(parts: list[tuple[list[CollectiveRecord], list[int]]]) -> dict[str, tuple[int, int]]:
+    totals: dict[str, tuple[int, int]] = {}
+    for records, sizes in parts:
+        for record, sent in zip(records, sizes, strict=True):
+            number, size = totals.get(record.kind, (0, 0))
+            totals[record.kind] = number + 1, size + sent
+    return totals

@@ -1,0 +1,1 @@
+"""An explanation on one screen and as a page."""

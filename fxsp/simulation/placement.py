@@ -1,0 +1,77 @@
+"""One value on all ranks: the same everywhere, or put together from its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxsp.errors import VerificationError
+from fxsp.simulation.reference.table import Lanes, gather, total, undeal
+from fxsp.types import Partial, Shard, Type
+
+__all__ = ["assemble", "check_replicated"]
+
+
+def check_replicated(outputs: Sequence[Sequence[Any]], *, rtol: float = 1e-9, atol: float = 1e-12) -> list[Any]:
+    """Rank 0's outputs, after a check that every rank has the same ones.
+
+    Whole values are bitwise equal, unless ranks add summands in different orders; hence the tiny tolerance, relative
+    to the largest element.  Raises ``VerificationError`` that names the output and the rank.
+    """
+    for rank, other in enumerate(outputs):
+        if len(other) != len(outputs[0]):
+            raise VerificationError(f"rank {rank} has {len(other)} outputs, rank 0 has {len(outputs[0])}")
+        for i, (a, b) in enumerate(zip(outputs[0], other, strict=True)):
+            problem = _difference(a, b, rtol, atol)
+            if problem:
+                raise VerificationError(f"output {i} of rank {rank} is not that of rank 0: {problem}")
+    return list(outputs[0])
+
+
+def _difference(a: Any, b: Any, rtol: float, atol: float) -> str:
+    """What distinguishes two values, or ``""``."""
+    if a is b:
+        return ""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return "" if a == b else f"{b!r} instead of {a!r}"
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
+    if torch.equal(a, b):
+        return ""
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        return f"{int((a != b).sum())} of {a.numel()} elements differ"
+    if not torch.equal(a.isnan(), b.isnan()):
+        return f"{int((a.isnan() != b.isnan()).sum())} of {a.numel()} elements are NaN in one of them only"
+    tolerance = max(rtol, 8 * torch.finfo(a.dtype).eps)
+    a, b = a.nan_to_num(), b.nan_to_num()
+    error, scale = float((a - b).abs().max()), float(a.abs().max())
+    return "" if error <= atol + tolerance * scale else f"largest difference {error:.3g}, largest element {scale:.3g}"
+
+
+def assemble(type_: Type, lanes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The global value of which ``lanes`` (one tensor per rank) are the local ones, by its sharding type.
+
+    ``R`` and ``U``: rank 0's (see :func:`check_replicated` for a check); ``P``: the sum; ``S``: the shards without
+    their pads, a whole segment from rank 0.
+    """
+    if isinstance(type_, Partial):
+        return total(lanes)
+    if not isinstance(type_, Shard):
+        return lanes[0]
+    # [outer * sequence] as two dimensions.
+    dim, size = type_.dim, len(lanes)
+    shape = lanes[0].shape
+    split = (*shape[:dim], int(type_.outer), -1, *shape[dim + 1 :])
+    local = int(type_.sequence.local_length(size))
+    split = (*split[: dim + 1], local, *split[dim + 2 :])
+    rows = Lanes([lane.reshape(split) for lane in lanes])
+    lengths = [int(n) for n in type_.sequence.lengths]
+    dealt = type_.sequence.dealt(size)
+    padded = [int(n) for n in dealt.lengths]
+    whole: torch.Tensor = gather(rows, dim + 1, padded, list(dealt.whole), size=size)[0]
+    if type_.sequence.dealt_segments:
+        units = [int(n) for n in type_.sequence.units]
+        whole = undeal(Lanes([whole]), dim + 1, lengths, type_.sequence.head_tail, size, units)[0]
+    return whole.reshape(*shape[:dim], int(type_.global_size()), *shape[dim + 1 :])

@@ -1,0 +1,151 @@
+"""What each fxsp operator means, on a list with one tensor per rank.
+
+This is the reference that the operators and everything made of them are tested against.  It is written apart from
+``fxsp.kernels``, for clarity and not for speed, and must stay so: a mistake in one has to show against the other.
+The operators are in :mod:`fxsp.simulation.reference.ops`, those of attention in :mod:`fxsp.simulation.reference.ring`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxsp.errors import UnsupportedError, VerificationError
+from fxsp.simulation.reference import (
+    extremes as oracle_extremes,
+)
+from fxsp.simulation.reference import (
+    ring as oracle_attention,
+)
+from fxsp.simulation.reference import (
+    split_kv as oracle_merged,
+)
+from fxsp.simulation.reference import (
+    zigzag as oracle_deal,
+)
+from fxsp.simulation.reference.lanes import Lanes, poison, total
+from fxsp.simulation.reference.ops import (
+    all_reduce,
+    all_to_all,
+    all_to_all_within,
+    annotate,
+    deal,
+    gather,
+    gather_sum,
+    mask_pads,
+    pack,
+    pack_heads,
+    positions,
+    put,
+    reduce_scatter,
+    scale_whole,
+    shard,
+    take,
+    undeal,
+    unpack,
+    unpack_heads,
+    use,
+)
+
+__all__ = ["Call", "Lanes", "bind", "gather", "shard", "total", "undeal"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An fxsp operator with its operands."""
+
+    name: str
+    function: Callable[..., Lanes]
+    arguments: dict[str, Any]
+
+    def run(self, *, poison_pads: bool = False) -> Lanes:
+        """Execute it; ``poison_pads`` overwrites the pads it makes, unless they are promised to be zero."""
+        result = self.function(**self.arguments)
+        if not poison_pads or self.arguments.get("zero_pads", True):
+            return result
+        if self.name == "shard":
+            return poison(result, **self.arguments)
+        if self.name == "pack_heads":
+            length = self.arguments["xs"][0][0].shape[2]
+            return Lanes([torch.cat([y[:, :length], 0.75 * y[:, :1].expand_as(y[:, length:])], 1) for y in result])
+        x, lengths, size = (self.arguments[name] for name in ("x", "lengths", "size"))
+        if self.name == "deal":
+            how = self.arguments["dim"], lengths, self.arguments["head_tail"], size, self.arguments.get("units", ())
+            return Lanes([oracle_deal.poisoned(y, lane, *how) for y, lane in zip(result, x, strict=True)])
+        # pack: for each receiver
+        split = [False] * len(lengths)
+        return Lanes(
+            [
+                torch.stack(poison(Lanes(y), Lanes([lane] * size), 0, lengths, split, size))
+                for y, lane in zip(result, x, strict=True)
+            ]
+        )
+
+
+def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Call:
+    """The call of operator ``name``; tensor operands are :class:`Lanes`.  The rank and the group are dropped.
+
+    Raises ``VerificationError`` if the call is for another number of ranks, ``UnsupportedError`` if the operator is
+    unknown.
+    """
+    function = _OPERATORS.get(name)
+    if function is None:
+        raise UnsupportedError(f"the simulator does not know fxsp::{name}; it knows {', '.join(sorted(_OPERATORS))}")
+    arguments = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    if name in _LOCAL and size % arguments["size"] == 0:
+        # Among some consecutive ranks.
+        return Call(name, function, arguments)
+    if arguments.get("size", size) != size:
+        raise VerificationError(f"fxsp::{name} is for {arguments['size']} ranks, the simulation has {size}")
+    arguments["size"] = size
+    return Call(name, function, arguments)
+
+
+def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Lanes:
+        return Lanes(function(*args, **kwargs))
+
+    return run
+
+
+#: Operators without communication: their size may be that of a part of the ranks.
+_LOCAL = frozenset({"deal", "pack", "pack_heads", "put", "take", "undeal", "unpack"})
+
+_OPERATORS: dict[str, Callable[..., Lanes]] = {
+    "all_to_all_within": all_to_all_within,
+    "ring_attention": _lanes(oracle_attention.ring_attention),
+    "ring_attention_backward": _lanes(oracle_attention.ring_attention_backward),
+    "merged_attention": _lanes(oracle_merged.merged_attention),
+    "merged_attention_backward": _lanes(oracle_merged.merged_attention_backward),
+    "all_reduce_extreme": _lanes(oracle_extremes.all_reduce_extreme),
+    "at_extreme": _lanes(oracle_extremes.at_extreme),
+    "at_extreme_backward": _lanes(oracle_extremes.at_extreme_backward),
+    "all_reduce": all_reduce,
+    "all_to_all": all_to_all,
+    "annotate": annotate,
+    "deal": deal,
+    "gather": gather,
+    "gather_sum": gather_sum,
+    "gather_used": gather,
+    "mask_pads": mask_pads,
+    "pack": pack,
+    "pack_heads": pack_heads,
+    "place_positions": _lanes(oracle_attention.place_positions),
+    "positions": positions,
+    "put": put,
+    "reduce_grad": all_reduce,
+    "reduce_scatter": reduce_scatter,
+    "scale_whole": scale_whole,
+    "shard": shard,
+    "take": take,
+    "undeal": undeal,
+    "unpack": unpack,
+    "unpack_heads": unpack_heads,
+    "use": use,
+}

@@ -1,0 +1,1 @@
+"""Attention over split keys: rings, merged blocks, bands, and the kernels of a block."""

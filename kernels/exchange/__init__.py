@@ -1,0 +1,1 @@
+"""The exchange of tokens for heads: its orders, operators and Triton kernels."""

@@ -1,0 +1,150 @@
+"""The order of tokens and heads around an all-to-all, as *emit* writes it: what the four ops that reorder mean.
+
+``pack(x, lengths, P)``: ``x [S, ...]``, the segments one after the other in global order, becomes ``[P, L, ...]``:
+block ``r`` of every segment at ``[r]``.  Pad rows are copies of the segment's last row.  ``unpack`` is the way back,
+and drops pads.  ``pack_heads(xs, rows, P)``: of q, k, v ``[B, P h, L, D]`` (each with its own ``h``), all that rank
+``r`` shall have, side by side in one buffer ``[P, rows, B sum of h, D]``: of each row the heads of q for all batch
+entries, then those of k, then those of v, so that each tensor is one run of heads.  ``unpack_heads`` is the way back,
+as ``[B, L, P sum of h, D]`` with all heads of q first: what a linear layer reads, of one tensor.
+
+The adjoint of a way back is ``pack`` with zero pads, that of ``pack`` drops pads: all four only move elements, and no
+gradient is ever index-added.
+
+On CUDA each is one Triton kernel, and so one pass over memory.  On a CPU it is plain tensor operations, which Inductor
+fuses into one pass; so it is on CUDA for a compiler where ``fuse`` is set, which then fuses what makes the operands as
+well.  Where strides suffice (one segment without pads) it is a view on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsp.kernels import twins
+from fxsp.kernels.exchange import place
+from fxsp.types import as_length, same_length
+
+__all__ = ["pack", "pack_eager", "pack_heads", "pack_heads_eager", "unpack", "unpack_eager", "unpack_heads"]
+__all__ += ["unpack_heads_eager"]
+
+
+def _ceil(n: Any, size: int) -> Any:
+    return (n + size - 1) // size
+
+
+def _same(a: Any, b: Any) -> bool:
+    return same_length(as_length(a), as_length(b))
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
+    """``[P, L, ...] -> [S, ...]``."""
+    movers = place.kernels(x, x.shape[2:]) if len(lengths) > 1 else None
+    if movers is not None:
+        return movers.unpack_rows(x, lengths, [False] * len(lengths), size, 0, 0)  # type: ignore[no-any-return]
+    parts = []
+    start: Any = 0
+    for n in lengths:
+        rows = _ceil(n, size)
+        part = x.narrow(1, start, rows).reshape(size * rows, *x.shape[2:])
+        parts.append(part.narrow(0, 0, n))
+        start = start + rows
+    return _cat(parts, 0)
+
+
+def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
+    """``[S, ...] -> [P, L, ...]``."""
+    padded = len(lengths) > 1 or not isinstance(lengths[0], int) or lengths[0] % size
+    movers = place.kernels(x, x.shape[1:]) if padded else None
+    if movers is not None:
+        whole = [False] * len(lengths)
+        return movers.pack_rows(x, lengths, whole, size, zero_pads, 0, size, 0)  # type: ignore[no-any-return]
+    parts = []
+    start: Any = 0
+    for n in lengths:
+        rows = _ceil(n, size)
+        part = _padded(x.narrow(0, start, n), 0, size * rows, zero_pads)
+        parts.append(part.reshape(size, rows, *x.shape[1:]))
+        start = start + n
+    return _cat(parts, 1)
+
+
+def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
+    """``x`` with pads up to ``rows``; of symbolic lengths by index, lest a number of pads be guarded on."""
+    length = x.shape[dim]
+    pads = rows - length
+    if isinstance(pads, int):
+        if not pads:
+            return x
+        shape = [pads if i == dim else n for i, n in enumerate(x.shape)]
+        pad = torch.zeros_like(x.narrow(dim, 0, 1)) if zero_pads else x.narrow(dim, length - 1, 1)
+        return torch.cat([x, pad.expand(shape)], dim)
+    index = torch.arange(rows, device=x.device)
+    result = x.index_select(dim, index.clamp(max=length - 1))
+    if not zero_pads:
+        return result
+    return torch.where((index < length).view([-1 if i == dim else 1 for i in range(x.dim())]), result, 0)
+
+
+def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
+    """``[B, P h_i, L, D]`` each ``-> [P, rows, B sum of h_i, D]``."""
+    movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS and not fuse else None
+    if movers is not None:
+        return movers.pack_heads(list(xs), rows, zero_pads, size)  # type: ignore[no-any-return]
+    parts = []
+    for x in xs:
+        if not _same(rows, x.shape[2]):
+            x = _padded(x, 2, rows, zero_pads)
+        parts.append(x.unflatten(1, (size, x.shape[1] // size)).permute(1, 3, 0, 2, 4).flatten(2, 3))
+    # Permuted first, then joined, so that the buffer is written once.
+    return _cat(parts, 2).contiguous()
+
+
+def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = False) -> Tensor:
+    """``[P, rows, B sum of h_i, D] -> [B, length, P sum of h_i, D]``."""
+    movers = place.kernels(x, x.shape[3:]) if len(heads) <= place.TENSORS and not fuse else None
+    if movers is not None:
+        return movers.unpack_heads(x, list(heads), length)  # type: ignore[no-any-return]
+    if not _same(length, x.shape[1]):
+        x = x.narrow(1, 0, length)
+    batch = x.shape[2] // sum(heads)
+    parts = [
+        part.unflatten(2, (batch, h)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        for h, part in zip(heads, x.split([batch * h for h in heads], 2), strict=True)
+    ]
+    return _cat(parts, 2).contiguous()
+
+
+# In eager code: the kernels on CUDA, and their twins elsewhere.
+
+
+def pack_eager(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
+    """``pack``, every row written once."""
+    movers = place.kernels(x, x.shape[1:]) or twins
+    return movers.pack_rows(x, lengths, [False] * len(lengths), size, zero_pads, 0, size, 0)  # type: ignore[no-any-return]
+
+
+def unpack_eager(x: Tensor, lengths: list[int], size: int) -> Tensor:
+    """``unpack``, every row written once."""
+    if len(lengths) == 1:
+        return x.reshape(-1, *x.shape[2:]).narrow(0, 0, lengths[0]).clone()
+    movers = place.kernels(x, x.shape[2:]) or twins
+    return movers.unpack_rows(x, lengths, [False] * len(lengths), size, 0, 0)  # type: ignore[no-any-return]
+
+
+def pack_heads_eager(xs: list[Tensor], rows: int, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
+    """``pack_heads``, every element written once."""
+    movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS else None
+    return (movers or twins).pack_heads(xs, rows, zero_pads, size)  # type: ignore[no-any-return]
+
+
+def unpack_heads_eager(x: Tensor, heads: list[int], length: int, fuse: bool = False) -> Tensor:
+    """``unpack_heads``, every element written once."""
+    movers = place.kernels(x, x.shape[3:]) if len(heads) <= place.TENSORS else None
+    return (movers or twins).unpack_heads(x, heads, length)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""annotate: the plan, and splits from earlier graphs, become markers in Dynamo's graph."""

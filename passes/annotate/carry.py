@@ -1,0 +1,109 @@
+"""Splits from earlier graphs become markers in this one, where the plan itself says nothing about it.
+
+Input, the second graph of a block with a graph break in it (no plan entry names a value of this graph)::
+
+    %l_stack0_ : placeholder[target=L_stack0_]
+    %y : call_function[target=torch.relu](args = (%l_stack0_,))
+
+Output::
+
+    %l_stack0_ : placeholder[target=L_stack0_]
+    %annotate : call_function[target=fxsp.annotate.default](args = (%l_stack0_, shard, 1, -1, <root>[x]: ...))
+    %y : call_function[target=torch.relu](args = (%annotate,))
+
+Afterwards a graph that the plan does not split is split like those before it; the graph computes what it did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
+from fxsp import torch_internals
+from fxsp.capture.graph_breaks import Split, same_view
+from fxsp.capture.module_calls import Capture
+from fxsp.capture.resolve import ResolvedEntry, resolve_plan
+from fxsp.passes.annotate.dynamo_graph import written_by
+from fxsp.passes.base import Program
+from fxsp.passes.normalize.islands import closed_nodes
+from fxsp.passes.work import has_work
+from fxsp.plan import PlanEntry, SequenceParallelInput
+from fxsp.report import PlanRecord
+from fxsp.types import Replicate
+
+__all__ = ["carry", "is_worth_splitting"]
+
+
+def carry(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry]) -> list[PlanRecord]:
+    """Insert an annotation for every input that was split before, in place; returns a record for each.
+
+    Nothing is inserted where an annotation of the plan splits something already: the plan knows best.
+    """
+    if capture.root is None or any(_splits(node) for m in gm.modules() for node in _nodes(m)):
+        return []
+    rows = [row for row in resolve_plan(entries, capture.root) if not row.entry.is_output]
+    closed, records = closed_nodes(gm), []
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node in inputs:
+        example = torch_internals.input_example(node)
+        if not isinstance(example, torch.Tensor) or isinstance(example, torch.nn.Parameter):
+            continue
+        split = capture.splits.find(example) or _argument(capture, rows, example)
+        users = [user for user in node.users if user.op != "output" and user not in closed]
+        if split is None or not users or written_by(gm.graph, node):
+            continue
+        if not split.dim < example.ndim or not max(split.text, 0) < example.shape[split.dim]:
+            continue
+        entry = f"{split.name}: split before this graph began"
+        with gm.graph.inserting_after(inputs[-1]):
+            args = (node, "shard", split.dim, split.text, entry)
+            new = gm.graph.call_function(torch.ops.fxsp.annotate.default, args)
+        new.meta["example_value"] = node.meta["example_value"]
+        for user in users:
+            user.replace_input_with(node, new)
+        records.append(PlanRecord(entry, True, f"{list(example.shape)} along {split.dim}"))
+    if records:
+        gm.graph.lint()
+        gm.recompile()
+    return records
+
+
+def is_worth_splitting(program: Program) -> bool:
+    """Whether a partitioned graph multiplies matrices on shards: anything less costs less than gathering the result."""
+    return any(
+        has_work(node) and any(not isinstance(t, Replicate) for t in node.meta["sp_call"].results)
+        for node in program.facts["global"].graph.nodes
+        if "sp_call" in node.meta
+    )
+
+
+def _nodes(module: torch.nn.Module) -> list[fx.Node]:
+    return list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
+
+
+def _splits(node: fx.Node) -> bool:
+    return node.target is torch.ops.fxsp.annotate.default and node.args[1] == "shard"
+
+
+def _argument(capture: Capture, rows: list[ResolvedEntry], example: torch.Tensor) -> Split | None:
+    """The split of an argument that the plan names, of a call that is under way outside of this graph.
+
+    The variable may hold another value by now, with its tokens elsewhere: a guess that may cost time, nothing else.
+    """
+    for module, arguments in capture.around:
+        for row in rows:
+            if row.module is not module or type(row.entry.spec) is not SequenceParallelInput:
+                continue
+            value: Any = arguments.get(str(row.entry.target))
+            if row.entry.part is not None:
+                several = isinstance(value, (list, tuple)) and len(value) == row.entry.part[1]
+                value = value[row.entry.part[0]] if several else None
+            expected = row.entry.spec.expected_dims
+            fits = expected in (None, example.ndim) and -example.ndim <= row.entry.dim < example.ndim
+            if fits and same_view(value, example):
+                return Split(row.entry.dim % example.ndim, name=str(row).partition(":")[0])
+    return None

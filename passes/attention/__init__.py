@@ -1,0 +1,1 @@
+"""Attention: which operators are attentions, how one may run, what each way costs, and its lowering."""

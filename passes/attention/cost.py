@@ -1,0 +1,105 @@
+"""What each way to run an attention costs: bytes on the wire, messages, and the time that they take.
+
+Per rank; ``q`` are the local bytes of queries and output, ``kv`` those of keys and values, on ``P = u * r`` ranks:
+
+========== ============================== =============================== ===================================
+method     bytes, forward                 bytes, backward                 messages forward (and backward)
+========== ============================== =============================== ===================================
+ulysses    (q + kv) (P-1)/P               the same                        2: an all-to-all in, one out (2)
+ring       kv (r-1)                       kv (r-1) (1 + w)                r-1 (2 (r-1))
+hybrid     (q + kv) (u-1)/u + kv (r-1)    (q + kv) (u-1)/u                2 + r-1 (2 + 2 (r-1))
+                                          + kv (r-1) (1 + w)
+gather_kv  kv (P-1)                       kv (P-1) w                      1 (1)
+merged     see :mod:`fxsp.passes.attention.methods.split_kv`, for queries that are whole
+========== ============================== =============================== ===================================
+
+``w`` is how much wider the sum of gradients is than they are: 2 for halves, which are added in fp32, else 1.  A ring
+passes keys and values on once more in the backward pass, with their gradients behind.  The backward pass counts where
+gradients may be asked for.
+
+Time is ``messages * latency + bytes / bandwidth``.  Passing on overlaps with computing in a ring, which is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxsp.passes.rules.decide import hint
+from fxsp.types import Length, as_length
+
+__all__ = ["Candidate", "Link", "exchange_bytes", "factorizations"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message costs: ``latency`` in seconds, and ``bandwidth`` in bytes per second that a rank sends."""
+
+    latency: float
+    bandwidth: float
+
+    @classmethod
+    def of(cls, device: str, latency: float | None = None, bandwidth: float | None = None) -> Link:
+        """For a device type; None: no latency, so that bytes decide, and 2 GB/s on the CPU, 100 GB/s elsewhere."""
+        usual = 2e9 if device == "cpu" else 1e11
+        return cls(latency or 0.0, usual if bandwidth is None else bandwidth)
+
+    def seconds(self, messages: int, sent: Length) -> float:
+        """What so many messages, of ``sent`` bytes in all, take."""
+        return messages * self.latency + hint(sent) / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run an attention; ``refusal`` says why it is not legal."""
+
+    method: str
+    ulysses: int
+    ring: int
+    #: Bytes that a rank sends, forward and (None: it is not asked for) backward.
+    sent: Length
+    backward: Length | None = None
+    spread: int = 1
+    refusal: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"hybrid {self.ulysses} x {self.ring}" if self.method == "hybrid" else self.method
+
+    @property
+    def messages(self) -> int:
+        """One after the other, forward."""
+        if self.method in ("gather_kv", "merged"):
+            return 1
+        return (2 if self.ulysses > 1 else 0) + self.ring - 1
+
+    @property
+    def messages_backward(self) -> int:
+        return 0 if not self.backward else self.messages + (self.ring - 1)
+
+    def seconds(self, link: Link) -> float:
+        return link.seconds(self.messages + self.messages_backward, as_length(self.sent + (self.backward or 0)))
+
+    def text(self, link: Link) -> str:
+        """The cost, or why it is not legal."""
+        return self.refusal or f"sends {self.sent} bytes per rank in {self.cost(link)}"
+
+    def cost(self, link: Link) -> str:
+        """Messages, the bytes of the backward pass, and the time."""
+        count = "1 message" if self.messages == 1 else f"{self.messages} messages"
+        back = "" if self.backward is None else f" and {self.backward} bytes in {self.messages_backward} backward"
+        return f"{count}{back}, {self.seconds(link) * 1e6:.3g} us"
+
+
+def exchange_bytes(q_bytes: Length, kv_bytes: Length, ulysses: int, ring: int, times: float = 1) -> Length:
+    """Bytes that a rank sends: ``u`` ranks exchange heads, then keys and values go ``times`` around ``r`` ranks.
+
+    ``q_bytes`` are the local bytes of queries and output, ``kv_bytes`` those of keys and values.
+    """
+    sent = (q_bytes + kv_bytes) * (ulysses - 1) / ulysses + kv_bytes * (ring - 1) * times
+    return round(sent) if isinstance(sent, float) else as_length(sent)
+
+
+def factorizations(size: int) -> list[tuple[str, int, int]]:
+    """``(method, u, r)`` for each ``u * r == size``, the largest exchange of heads first."""
+    pairs = [(u, size // u) for u in range(size, 0, -1) if size % u == 0]
+    return [("ulysses" if r == 1 else "ring" if u == 1 else "hybrid", u, r) for u, r in pairs]

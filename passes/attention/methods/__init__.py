@@ -1,0 +1,1 @@
+"""The ways to attend, one per file."""

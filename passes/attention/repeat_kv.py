@@ -1,0 +1,108 @@
+"""Key/value heads that are repeated for the query heads: they are exchanged as they are, and repeated afterwards.
+
+Models with grouped queries often spell them out (``repeat_kv`` of transformers)::
+
+    %unsqueeze = unsqueeze(%k, 2)                       [B, 2, 1, S, D]
+    %expand    = expand(%unsqueeze, [B, 2, 4, S, D])
+    %reshape   = reshape(%expand, [B, 8, S, D])
+    %sdpa      = scaled_dot_product_attention(%q, %reshape, ...)
+
+which would move each key and value four times.  The same question is asked of the global graph, where the method is
+chosen, and of the local one, where the exchange is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from fxsp.passes.builder import Builder
+from fxsp.passes.rules.rule import overloads
+from fxsp.passes.rules.views import EXPANDS, RESHAPES
+from fxsp.types import Length, as_length, same_length
+
+__all__ = ["chain_of", "repeat_heads", "repeated_heads"]
+
+aten = torch.ops.aten
+_COPIES = set(overloads("clone", "contiguous", "alias"))
+_REPEATS = set(overloads("repeat_interleave.self_int"))
+
+
+def repeated_heads(node: Node) -> tuple[Node, int]:
+    """``(x, n)``: ``node`` is ``x``, ``[B, H, S, D]``, with each head ``n`` times in a row; ``(node, 1)`` if not so."""
+    *_, last = chain_of(node)
+    if last is node:
+        return node, 1
+    heads, all_heads = _shape(last)[1], _shape(node)[1]
+    assert isinstance(heads, int)
+    assert isinstance(all_heads, int)
+    return last, all_heads // heads
+
+
+def chain_of(node: Node) -> Iterator[Node]:
+    """``node``, the views between, and the tensor whose heads it repeats; ``node`` alone if it repeats none."""
+    yield node
+    end = _skip_copies(node)
+    if end.target in _REPEATS and _is_repeat_interleave(end):
+        yield from (end,) if end is not node else ()
+        yield _argument(end)
+        return
+    if end.target not in RESHAPES:
+        return
+    expanded = _skip_copies(_argument(end))
+    if expanded.target not in EXPANDS:
+        return
+    grouped = _argument(expanded)
+    if grouped.target not in RESHAPES:
+        return
+    x = _argument(grouped)
+    shapes = [_shape(n) for n in (x, grouped, expanded, node)]
+    if [len(s) for s in shapes] != [4, 5, 5, 4]:
+        return
+    batch, heads, tokens, width = shapes[0]
+    times, all_heads = shapes[2][2], shapes[3][1]
+    if not all(isinstance(n, int) for n in (heads, times, all_heads)):
+        return
+    wanted = [
+        (batch, heads, 1, tokens, width),
+        (batch, heads, times, tokens, width),
+        (batch, heads * times, tokens, width),
+    ]
+    if all(same_length(a, b) for s, w in zip(shapes[1:], wanted, strict=True) for a, b in zip(s, w, strict=True)):
+        yield from (n for n in (end, expanded, grouped) if n is not node)
+        yield x
+
+
+def repeat_heads(build: Builder, x: Node, times: int) -> Node:
+    """``[B, H, S, D]`` -> ``[B, H * times, S, D]``, each head ``times`` times in a row."""
+    if times == 1:
+        return x
+    grouped = build.call(aten.unsqueeze.default, x, 2)
+    expanded = build.call(aten.expand.default, grouped, [-1, -1, times, -1, -1])
+    return build.call(aten.flatten.using_ints, expanded, 1, 2)
+
+
+def _is_repeat_interleave(node: Node) -> bool:
+    arguments = dict(zip(("self", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    shape = _shape(_argument(node))
+    return len(shape) == 4 and isinstance(arguments["repeats"], int) and arguments.get("dim") in (1, -3)
+
+
+def _skip_copies(node: Node) -> Node:
+    while node.target in _COPIES:
+        node = _argument(node)
+    return node
+
+
+def _argument(node: Node) -> Node:
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
+
+
+def _shape(node: Node) -> tuple[Length, ...]:
+    """The global shape; of a node without one (an input of the local graph), nothing."""
+    value = node.meta.get("global_val", node.meta.get("val"))
+    return tuple(as_length(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()

@@ -1,0 +1,302 @@
+"""Attention that is written out: products and a softmax instead of ``scaled_dot_product_attention``.
+
+It is found by what it computes, on the global graph: a softmax whose input comes from a product of two computed values
+(scores), by scaling, masks, biases, a soft cap, casts and views, and whose output is multiplied with a third value over
+the dimension of the softmax::
+
+    %matmul   = matmul(%q, %kT)             scores: queries are rows, keys are columns
+    %add      = add(%matmul, %mask)
+    %softmax  = softmax(%add, -1)           over the columns
+    %matmul_1 = matmul(%softmax, %v)        the result
+
+Rows stay split by the tokens of the queries, so keys and values are needed whole.  The general rules would gather
+whatever is smallest, which may be the queries; then a softmax over split keys would gather the scores.  Here that is
+decided once for the whole of it (:func:`decide_written`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from fxsp.passes.base import Program
+from fxsp.passes.rules.decide import Decision, decide, hint, locate
+from fxsp.passes.rules.elementwise import CHEAP
+from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule_of, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.passes.special.cat_and_cut import CATS, CUTS
+from fxsp.source import node_source
+from fxsp.types import Sequence, Shard, Type, product, same_length
+
+__all__ = [
+    "PASSED",
+    "PRODUCTS",
+    "VIEWS",
+    "Product",
+    "Written",
+    "decide_written",
+    "find_written",
+    "is_computed",
+    "source_of",
+    "written_of",
+]
+
+PRODUCTS = frozenset(overloads("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linalg_matmul"))
+VIEWS = frozenset([*RESHAPES, *EXPANDS, *PERMUTES])
+#: What may stand between a product and a softmax: rows stay rows, columns stay columns.
+PASSED = frozenset([*CHEAP, *VIEWS, *CATS, *CUTS, *overloads("dropout")])
+_SOFTMAXES = frozenset(overloads("softmax.int", "_softmax"))
+#: The effect of these ``scaled_dot_product_attention`` has, too: scaling, masks, casts.
+_KNOWN = frozenset("mul div add sub to _to_copy where masked_fill type_as contiguous clone alias dropout".split())
+_REMEDY = 'use scaled_dot_product_attention (attn_implementation="sdpa" in transformers), whose cheapest way is chosen'
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of an attention: of queries (left) and keys (right), or of weights (left) and values (right)."""
+
+    node: Node
+    #: Positions among the operands of the call.
+    left: int
+    right: int
+    #: The factor of the keys' tokens, and of the queries'.
+    column: str
+    row: str = ""
+
+    @property
+    def operands(self) -> tuple[Node, Node]:
+        given = Call(self.node).operands
+        return given[self.left], given[self.right]
+
+
+@dataclass
+class Written:
+    """One attention that is written out, on the global graph."""
+
+    #: The products that make scores, first that of queries and keys; those with values.
+    scores: list[Product] = field(default_factory=list)
+    results: list[Product] = field(default_factory=list)
+    #: Everything from the products that make scores to those with values.
+    nodes: frozenset[Node] = frozenset()
+    #: Operators among them that ``scaled_dot_product_attention`` has no argument for.
+    strange: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where it is in the source, for sentences: ``" at model.py:7"``."""
+        source = node_source(self.scores[0].node)
+        return f" at {source}" if source else ""
+
+
+def written_of(program: Program) -> list[Written]:
+    """The attentions of a program that are written out; found once."""
+    if "written" not in program.facts:
+        program.facts["written"] = find_written(program.graph)
+    found: list[Written] = program.facts["written"]
+    return found
+
+
+def find_written(graph: Graph) -> list[Written]:
+    """Every softmax over keys, with the products before and after it, in the order of the graph."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found = (_around(node, order) for node in graph.nodes if node.target in _SOFTMAXES)
+    return [one for one in found if one is not None]
+
+
+def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
+    rank = len(shape_of(softmax))
+    if not rank:
+        return None
+    dim = Call(softmax).dim("dim", rank)
+    (source,) = Call(softmax).operands
+    scores: dict[Node, Product] = {}
+    before: set[Node] = set()
+    queue = [(source, dim)]
+    for node, at in queue:
+        if node in before:
+            continue
+        before.add(node)
+        if node.target in PASSED:
+            queue += _operands(node, at)
+        elif (made := _makes_scores(node, at)) is not None:
+            scores[node] = made
+    if not scores:
+        return None
+    results: dict[Node, Product] = {}
+    after: set[Node] = set()
+    queue = [(softmax, dim)]
+    for node, at in queue:
+        if node in after:
+            continue
+        after.add(node)
+        queue += _users(node, at)
+        products = (_makes_result(user, node, at) for user in node.users)
+        results |= {p.node: p for p in products if p is not None}
+    if not results:
+        return None
+    inside = _reached(set(scores), before, backward=False) | _reached(
+        {p.operands[0] for p in results.values()}, after, backward=True
+    )
+    by_place = sorted(inside - set(scores) - {softmax}, key=order.__getitem__)
+    names = (Call(node).op._schema.name.partition("::")[2] for node in by_place if node.target not in VIEWS)
+    return Written(
+        [scores[n] for n in sorted(scores, key=order.__getitem__)],
+        list(results.values()),
+        frozenset(inside | {softmax, *results}),
+        tuple(dict.fromkeys(name for name in names if name not in _KNOWN)),
+    )
+
+
+def _operands(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
+    """The operands that have the dimension ``dim`` of a result, and where."""
+    rule = rule_of(node)
+    for i, operand in enumerate(Call(node).operands):
+        if node.target in CATS or node.target in CUTS:
+            yield operand, dim
+        elif rule is not None and (at := _where(rule.operands[i], rule.results[0][dim])) is not None:
+            yield operand, at
+
+
+def _users(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
+    """The results that have the dimension ``dim`` of their operand ``node``, and where."""
+    for user in node.users:
+        if user.target not in PASSED or tensor_value(user) is None:
+            continue
+        if user.target in CATS or user.target in CUTS:
+            yield user, dim
+            continue
+        rule = rule_of(user)
+        dims = rule.operands[Call(user).operands.index(node)] if rule is not None else None
+        if rule is not None and dims is not None and (at := _where(rule.results[0], dims[dim])) is not None:
+            yield user, at
+
+
+def _where(dims: Dims | None, factors: tuple[str, ...]) -> int | None:
+    """The dimension that is this one factor, and nothing else."""
+    return dims.index(factors) if dims is not None and len(factors) == 1 and factors in dims else None
+
+
+def _factors(node: Node) -> tuple[OpRule, int, list[set[str]]] | None:
+    """Of a product of two values: its rule, the position of the first, and the factors of both."""
+    rule = rule_of(node) if node.target in PRODUCTS else None
+    if rule is None:
+        return None
+    first = 1 if node.target in overloads("baddbmm", "addmm") else 0
+    sides = [{f for d in dims or () for f in d} for dims in rule.operands[first:]]
+    return (rule, first, sides) if len(sides) == 2 else None
+
+
+def _makes_scores(node: Node, dim: int) -> Product | None:
+    """A product in whose result the dimension ``dim`` belongs to one of two computed values: to the keys."""
+    known = _factors(node)
+    if known is None or len(known[0].results[0][dim]) != 1:
+        return None
+    rule, first, sides = known
+    (column,) = rule.results[0][dim]
+    keys = 1 if column in sides[1] else 0
+    rows = [f for dims in rule.results[0] for f in dims if f in sides[1 - keys] and f not in sides[keys]]
+    if column in sides[1 - keys] or not rows or not is_computed(Call(node).operands[first + keys]):
+        return None
+    return Product(node, first + 1 - keys, first + keys, column, rows[-1])
+
+
+def _makes_result(node: Node, weights: Node, dim: int) -> Product | None:
+    """A product that sums over the dimension ``dim`` of ``weights``, and of a computed value."""
+    known = _factors(node)
+    if known is None:
+        return None
+    rule, first, sides = known
+    given = Call(node).operands[first:]
+    left = given.index(weights) if weights in given else 0
+    dims = rule.operands[first + left]
+    if weights not in given or dims is None or len(dims[dim]) != 1:
+        return None
+    (column,) = dims[dim]
+    kept = any(column in d for d in rule.results[0])
+    if kept or column not in sides[1 - left] or not is_computed(given[1 - left]):
+        return None
+    return Product(node, first + left, first + 1 - left, column)
+
+
+def is_computed(node: Node) -> bool:
+    """Whether a value is more than a parameter, seen in another way."""
+    while node.target in VIEWS or node.target in CHEAP:
+        first = next(tensor_nodes(node.args), None)
+        if first is None:
+            break
+        node = first
+    return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or node.meta.get("is_parameter"))
+
+
+def _reached(ends: set[Node], among: set[Node], *, backward: bool) -> set[Node]:
+    """``ends``, and the nodes of ``among`` that they lead to, or (``backward``) that lead to them."""
+    found, queue = set(ends), list(ends)
+    for node in queue:
+        near = [n for n in (node.all_input_nodes if backward else node.users) if n in among and n not in found]
+        queue += near
+        found.update(near)
+    return found
+
+
+def decide_written(
+    call: Call, types: list[Type], bytes_of: list[int], free: list[bool], program: Program
+) -> Decision | None:
+    """How a product of an attention that is written out is split; None for anything else, and where rules will do."""
+    rule = rule_of(call.node) if call.op in PRODUCTS else None
+    found = _product_at(call.node, program) if rule is not None else None
+    if rule is None or found is None:
+        return None
+    one, it = found
+    types = list(types)
+    keys = types[it.right]
+    if it.row and not isinstance(types[it.left], Shard):
+        placed = locate(keys, rule.operands[it.right], rule.sizes) if isinstance(keys, Shard) else None
+        sequence = _split_of_queries(it, rule, keys, program) if placed and placed.factor == it.column else None
+        dims = rule.operands[it.left]
+        if sequence is None or dims is None:
+            return None
+        types[it.left] = Shard(dims.index((it.row,)), sequence, origin=f"queries of the attention{one.place}")
+    queries = types[it.left]
+    located = locate(queries, rule.operands[it.left], rule.sizes) if isinstance(queries, Shard) else None
+    if located is None or located.factor == it.column:
+        return None
+    rule = replace(rule, whole=rule.whole | {it.column}, reduction=rule.reduction - {it.column})
+    decision = decide(call, rule, types, bytes_of, free)
+    if not isinstance(keys, Shard) or keys.same_as(decision.operands[it.right]):
+        return decision
+    what = "keys" if it.row else "values"
+    reason = f"the {what} of the attention that is written out{one.place} are needed whole"
+    return replace(decision, reason=reason, remedy="" if one.strange else _REMEDY)
+
+
+def _product_at(node: Node, program: Program) -> tuple[Written, Product] | None:
+    if "written products" not in program.facts:
+        products = ((one, p) for one in reversed(written_of(program)) for p in reversed((*one.scores, *one.results)))
+        program.facts["written products"] = {p.node: (one, p) for one, p in products}
+    found: tuple[Written, Product] | None = program.facts["written products"].get(node)
+    return found
+
+
+def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -> Sequence | None:
+    """How whole queries are split beside split keys; None if their scores are few, so that these may be gathered."""
+    assert isinstance(keys, Shard)
+    rows = rule.sizes[it.row]
+    if same_length(rows, keys.sequence.length) and keys.plain:
+        return keys.sequence
+    # Queries may come in chunks: what counts are the scores of all of them, and keys and values once.
+    source = source_of(it.operands[1])
+    chunks = [one for one in written_of(program) if source_of(one.scores[0].operands[1]) is source]
+    scores = sum(hint(product(shape_of(one.scores[0].node))) for one in chunks)
+    values = {source_of(p.operands[1]): p.operands[1] for one in chunks for p in one.results}
+    moved = sum(hint(product(shape_of(x))) for x in (it.operands[1], *values.values()))
+    return Sequence.of(rows) if scores > moved else None
+
+
+def source_of(node: Node) -> Node:
+    """What a value is a view of."""
+    while node.target in VIEWS:
+        node = next(tensor_nodes(node.args))
+    return node

@@ -1,0 +1,216 @@
+"""For the report: what attention that is written out sends, and linear attention.
+
+Linear attention is found once types are known: a product that sums over split tokens (of keys and values), whose sum
+over the ranks is multiplied with split values (the queries)::
+
+    %matmul   = matmul(%kT, %v)             P: a rank's summand of the sums of keys and values
+    %matmul_1 = matmul(%q, %matmul)         S(1, [5])
+
+Every node of an attention is marked before the graph is partitioned, so that the collectives that are written for its
+nodes can be told from others.  They stay listed where they are; an attention's record says how many bytes are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from fxsp.passes.attention.choose import Question, choose
+from fxsp.passes.attention.cost import Link
+from fxsp.passes.attention.decide import AttentionChoice
+from fxsp.passes.attention.degrees import note_degree
+from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, written_of
+from fxsp.passes.base import Program
+from fxsp.passes.rules.decide import Decision, locate
+from fxsp.passes.rules.elementwise import CHEAP
+from fxsp.passes.rules.reduce import SUMS
+from fxsp.passes.rules.rule import Call, rule_of, shape_of
+from fxsp.passes.special.repeats import repeated
+from fxsp.report import AttentionRecord
+from fxsp.source import module_path, node_source
+from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
+
+__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "mark_written", "report_written"]
+
+#: Methods of attentions that are written out.
+GATHERED = "gather_kv (written out)"
+LOCAL = "local (written out)"
+SCORES = "gathered scores (written out)"
+WHOLE = "whole (written out)"
+LINEAR = "linear"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One attention: its first node, its nodes, and (None: it is linear) what is known of it."""
+
+    first: Node
+    nodes: frozenset[Node]
+    written: Written | None
+
+
+def mark_written(program: Program) -> None:
+    """Mark the nodes of attentions that are written out, with ``meta["written_attention"]``, before partitioning."""
+    found = [_Found(one.scores[0].node, one.nodes, one) for one in written_of(program) if _is_split(one)]
+    taken = {node for one in found for node in one.nodes}
+    found += [one for node in program.graph.nodes if (one := _linear(node)) is not None and node not in taken]
+    program.facts["written_found"] = found
+    for index, one in enumerate(found):
+        for node in one.nodes:
+            node.meta["written_attention"] = index
+
+
+def _is_split(one: Written) -> bool:
+    products = (*one.scores, *one.results)
+    return any(isinstance(x.meta.get("sp"), Shard) for p in products for x in (p.node, *p.operands))
+
+
+def _linear(first: Node) -> _Found | None:
+    """The linear attention whose sums of keys and values are made by ``first``."""
+    if first.target not in PRODUCTS or not isinstance(first.meta.get("sp"), Partial):
+        return None
+    operands = Call(first).operands
+    if len(operands) != 2 or not all(is_computed(x) for x in operands):
+        return None
+    inside, ends, queue = {first}, [], [first]
+    for node in queue:
+        for user in node.users:
+            if user.target in PRODUCTS:
+                others = [x for x in user.all_input_nodes if x is not node]
+                if isinstance(user.meta.get("sp"), Shard) and any(isinstance(x.meta.get("sp"), Shard) for x in others):
+                    ends.append(user)
+            elif (user.target in CHEAP or user.target in VIEWS) and not isinstance(user.meta.get("sp"), Shard):
+                queue += [user] if user not in inside else []
+                inside.add(user)
+    if not ends:
+        return None
+    return _Found(first, frozenset({*inside, *ends, *_normalizers(operands)}), None)
+
+
+def _normalizers(operands: list[Node]) -> Iterator[Node]:
+    """Sums of the keys alone, by which the result is divided, and what takes them."""
+    sources = {source_of(x) for x in operands}
+    for node in sources:
+        for view in (node, *(u for u in node.users if u.target in VIEWS)):
+            for total in view.users:
+                if total.target in SUMS and isinstance(total.meta.get("sp"), Partial):
+                    yield from (total, *total.users)
+
+
+def report_written(program: Program) -> None:
+    """Add a record for each attention that is written out, in the order of the program, once all is partitioned."""
+    found: list[_Found] = program.facts.get("written_found", [])
+    if not found:
+        return
+    records = {one.first: _record(one, index, program) for index, one in enumerate(found)}
+    others = iter(list(program.report.attentions))
+    ordered: list[AttentionRecord] = []
+    for node in program.facts["global"].graph.nodes:
+        decision = node.meta.get("sp_call")
+        if node in records:
+            ordered.append(records[node])
+        elif isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
+            ordered.append(next(others))
+    program.report.attentions[:] = [*ordered, *others]
+
+
+def _record(one: _Found, index: int, program: Program) -> AttentionRecord:
+    own = {n.name for n in program.graph.nodes if n.meta.get("written_attention") == index}
+    forward = [r.bytes for r in program.report.collectives if r.value in own]
+    backward = [r.bytes for r in program.report.backward if r.value in own]
+    method = LINEAR if one.written is None else _method(one.written)
+    detail = _cost(forward, backward, program, one.first)
+    if one.written is None:
+        detail += "; sums of keys and values over the tokens"
+    rejected = () if one.written is None or method != GATHERED else _instead(one.written, program)
+    if method in (GATHERED, SCORES, WHOLE):
+        note_degree(program, one.first, method, (), "this attention is written out, and is not exchanged")
+    place = module_path(one.first) or program.report.root, node_source(one.first)
+    return AttentionRecord(*place, method, as_length(sum(forward, start=0)), rejected, detail)
+
+
+def _cost(forward: list[Length], backward: list[Length], program: Program, node: Node) -> str:
+    """Messages, the bytes of the backward pass, and the time: as for other attentions."""
+    link = Link.of(node.meta["val"].device.type, program.latency, program.bandwidth)
+    back = ""
+    if program.training:
+        back = f" and {as_length(sum(backward, start=0))} bytes in {len(backward)} backward"
+    seconds = link.seconds(len(forward) + len(backward), as_length(sum((*forward, *backward), start=0)))
+    return f"{len(forward)} message{'' if len(forward) == 1 else 's'}{back}, {seconds * 1e6:.3g} us"
+
+
+def _method(one: Written) -> str:
+    scores = one.scores[0]
+    type_ = scores.node.meta["sp"]
+    rule = rule_of(scores.node)
+    assert rule is not None
+    if not isinstance(type_, Shard):
+        return WHOLE
+    placed = locate(type_, rule.results[0], rule.sizes)
+    if placed is not None and placed.factor == scores.column:
+        return SCORES
+    others = [p.operands[1] for p in (*one.scores, *one.results)]
+    gathered = placed is not None and placed.factor == scores.row and any(_is_sharded(x) for x in others)
+    return GATHERED if gathered else LOCAL
+
+
+def _is_sharded(node: Node) -> bool:
+    return isinstance(node.meta.get("sp"), Shard)
+
+
+def _instead(one: Written, program: Program) -> tuple[tuple[str, str], ...]:
+    """What ``scaled_dot_product_attention`` would cost in its place."""
+    name = "scaled_dot_product_attention"
+    if one.strange:
+        return ((name, f"it has no {', '.join(one.strange)} between scores and result"),)
+    question = _question(one, program)
+    best = choose(question)[0] if question is not None else None
+    if best is None or question is None:
+        return ()
+    link = Link.of(question.like.device.type, program.latency, program.bandwidth)
+    return ((name, f"would be {best.name}: {best.text(link)}"),)
+
+
+def _question(one: Written, program: Program) -> Question | None:
+    """The same attention with queries ``[B, H, S, D]``, keys and values with the heads that they have."""
+    scores, result = one.scores[0], one.results[0]
+    (query, key), value = scores.operands, result.operands[1]
+    rule, types = rule_of(scores.node), scores.node.meta["sp_call"].operands
+    last = rule_of(result.node)
+    queries, keys = types[scores.left], key.meta["sp"]
+    if rule is None or last is None or not isinstance(queries, Shard) or not isinstance(keys, Shard):
+        return None
+    batch = [f for dims in rule.results[0] for f in dims if f not in (scores.row, scores.column)]
+    rows, columns = rule.sizes[scores.row], rule.sizes[scores.column]
+    lead = [rule.sizes[f] for f in batch]
+    b, h = _heads(query, lead, rows)
+    width, shapes = quotient(product(shape_of(query)), product((*lead, rows))), []
+    for operand in (key, value):
+        times = repeated(operand)[1]
+        heads, wide = quotient(h, times), quotient(product(shape_of(operand)), product((b, h, columns)))
+        if width is None or heads is None or wide is None:
+            return None  # keys for all heads in one, or broadcast in other ways
+        shapes.append((b, heads, columns, wide))
+    k, v = shapes
+    if width is None or not same_length(k[1], v[1]):
+        return None
+    repeat = h // k[1] if isinstance(h, int) and isinstance(k[1], int) else 1
+    like = query.meta["val"]
+    return Question((b, h, rows, width), k, v, queries.sequence, keys.sequence, like, repeat, program)
+
+
+def _heads(query: Node, lead: list[Length], rows: Length) -> tuple[Length, Length]:
+    """Batch and heads of an attention; where they are one dimension, they are looked for before it was made."""
+    if len(lead) != 1:
+        return product(lead[:-1]), product(lead[-1:])
+    while query.target in VIEWS and len(shape_of(query)) != 4:
+        query = query.all_input_nodes[0]
+    shape = list(shape_of(query))
+    at = next((i for i, n in enumerate(shape[:-1]) if same_length(n, rows)), None)
+    if len(shape) == 4 and at is not None:
+        batch, heads = (n for i, n in enumerate(shape[:-1]) if i != at)
+        if same_length(product((batch, heads)), lead[0]):
+            return batch, heads
+    return 1, lead[0]

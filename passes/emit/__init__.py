@@ -1,0 +1,1 @@
+"""emit: fxsp ops become ATen and functional collectives, after AOTAutograd."""

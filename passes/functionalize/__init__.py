@@ -1,0 +1,1 @@
+"""functionalize: no operator writes to a tensor any more."""

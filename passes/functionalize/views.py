@@ -1,0 +1,296 @@
+"""Views as data: how to see a part of a tensor, and how to write it back into the whole.
+
+A :class:`View` is one step from a tensor to a view of it.  ``see`` writes nodes that give the view of a (new) whole;
+``put`` writes nodes that give the whole with the view replaced by a value: ``slice_scatter`` for a slice, the inverse
+permutation for a permutation, a reshape back for a reshape.
+
+Which operators make views is known from their schemas; whether a result *is* a view (``reshape``, ``contiguous`` and
+``to`` may copy) is for the caller to find out from the fakes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp import torch_internals
+from fxsp.passes.calls import Writer, arguments
+from fxsp.passes.normalize.retrace import is_annotation
+from fxsp.types import as_length, same_length
+
+__all__ = ["Piece", "View", "cover", "view_of"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows ``start : stop : step`` of dimension ``dim``; ``stop`` None is the end."""
+
+    dim: int
+    start: int
+    stop: int | None
+    step: int
+
+
+@dataclass(frozen=True)
+class View:
+    """One step from a whole to a view of it."""
+
+    see: Callable[[Writer, Node], Node]
+    put: Callable[[Writer, Node, Node], Node]
+    #: The view has all elements of the whole: ``put`` reads nothing of the old whole but its shape.
+    complete: bool = False
+    #: The rows that a slice takes, if they are known.
+    piece: Piece | None = None
+    #: Writes through this view are cut off from the gradient of the whole.
+    detaches: bool = False
+    #: The view is the whole, as it is.
+    identity: bool = False
+
+
+_IDENTITY = View(lambda _, whole: whole, lambda _, __, value: value, complete=True, identity=True)
+
+
+def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
+    """The view that ``node``, or its result ``index``, makes of ``whole``; None for an unknown one."""
+    name = torch_internals.schema(node.target).name
+    if is_annotation(node.target):
+        return View(_again(node, whole), _value, complete=True)
+    if index is None and name != "aten::detach" and _same_place(node.meta["val"], whole.meta["val"]):
+        return _IDENTITY
+    make = _VIEWS.get(name.removeprefix("aten::").removesuffix("_"))
+    return make(node, whole, arguments(node), index) if make is not None and name.startswith("aten::") else None
+
+
+def _same_place(a: Any, b: Any) -> bool:
+    if a.ndim != b.ndim or a.dtype != b.dtype:
+        return False
+    facts = ((*t.shape, *t.stride(), t.storage_offset()) for t in (a, b))
+    # Certainly: a slice that is all of the tensor at the length seen may be a part of it at another.
+    return all(same_length(as_length(x), as_length(y)) for x, y in zip(*facts, strict=True))
+
+
+def _again(node: Node, whole: Node) -> Callable[[Writer, Node], Node]:
+    """See by calling the same operator again."""
+    target, args, kwargs = node.target, node.args, node.kwargs
+    assert callable(target)
+
+    def see(w: Writer, base: Node) -> Node:
+        swap = lambda n: base if n is whole else n  # noqa: E731
+        return w.call(target, *torch.fx.map_arg(args, swap), **torch.fx.map_arg(kwargs, swap))
+
+    return see
+
+
+def _value(_: Writer, __: Node, value: Node) -> Node:
+    return value
+
+
+def _reshaped(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
+    return View(_again(node, whole), lambda w, base, v: w.call(aten.reshape.default, v, w.sizes(base)), complete=True)
+
+
+def _detached(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
+    return View(_again(node, whole), _value, complete=True, detaches=True)
+
+
+def _permuted(dims: Callable[[dict[str, Any], int], Sequence[int]]) -> Callable[..., View]:
+    """A permutation: ``dims(arguments, ndim)`` is, for each result dimension, the dimension it comes from."""
+
+    def make(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
+        n = whole.meta["val"].ndim
+        order = [d % n for d in dims(a, n)]
+        inverse = [order.index(d) for d in range(n)]
+        see = _again(node, whole)
+        return View(see, lambda w, base, v: w.call(aten.permute.default, v, inverse), complete=True)
+
+    return make
+
+
+def _swap(a: Any, b: Any, n: int) -> list[int]:
+    order = list(range(n))
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _moved(source: Any, destination: Any, n: int) -> list[int]:
+    source, destination = ([s] if isinstance(s, int) else list(s) for s in (source, destination))
+    source, destination = [d % n for d in source], [d % n for d in destination]
+    rest = iter(d for d in range(n) if d not in source)
+    return [source[destination.index(d)] if d in destination else next(rest) for d in range(n)]
+
+
+def _sliced(whole: Node, dim: int, start: Any, stop: Any, step: Any = 1) -> View | None:
+    """``whole[start:stop:step]`` along ``dim``, as an operator that can be written back."""
+    size = whole.meta["val"].shape[dim]
+    dim %= whole.meta["val"].ndim
+    piece = _piece(size, dim, start, stop, step)
+    if piece == Piece(dim, 0, None, 1):
+        return _IDENTITY
+    see = lambda w, base: w.call(aten.slice.Tensor, base, dim, start, stop, step)  # noqa: E731
+    put = lambda w, base, v: w.call(aten.slice_scatter.default, base, v, dim, start, stop, step)  # noqa: E731
+    return View(see, put, piece=piece)
+
+
+def _piece(size: Any, dim: int, start: Any, stop: Any, step: Any) -> Piece | None:
+    start = 0 if start is None else start
+    if not isinstance(start, int) or not isinstance(step, int):
+        return None
+    if isinstance(size, int) and isinstance(stop, int | None):
+        start, stop, step = slice(start, stop, step).indices(size)
+        return Piece(dim, start, None if stop == size else stop, step)
+    if start >= 0 and (stop is None or (isinstance(stop, int) and stop >= 2**62)):
+        return Piece(dim, start, None, step)
+    return None
+
+
+def _slice(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View | None:
+    return _sliced(whole, a["dim"], a["start"], a["end"], a["step"])
+
+
+def _narrow(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View | None:
+    dim, start, length = a["dim"], a["start"], a["length"]
+    if isinstance(start, int) and isinstance(length, int):
+        size = whole.meta["val"].shape[dim]
+        if start < 0:
+            if not isinstance(size, int):
+                return None
+            start += size
+        return _sliced(whole, dim, start, start + length)
+    dim %= whole.meta["val"].ndim
+
+    def put(w: Writer, base: Node, v: Node) -> Node:
+        return w.call(aten.slice_scatter.default, base, v, dim, start, w.call(operator.add, start, length))
+
+    return View(_again(node, whole), put)
+
+
+def _parts(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View | None:
+    """One of the results of ``split``, ``chunk`` and the like."""
+    dim = a.get("dim", 0)
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if index is None:
+        return None
+    index %= len(sizes)
+    if all(isinstance(size, int) for size in sizes):
+        start = sum(sizes[:index])
+        return _sliced(whole, dim, start, start + sizes[index])
+    again = _again(node, whole)
+
+    def part(w: Writer, base: Node) -> Node:
+        return w.call(operator.getitem, again(w, base), index)
+
+    def put(w: Writer, base: Node, value: Node) -> Node:
+        parts = again(w, base)
+        all_of_them = [value if i == index else w.call(operator.getitem, parts, i) for i in range(len(sizes))]
+        return w.call(aten.cat.default, all_of_them, dim)
+
+    return View(part, put)
+
+
+def _select(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
+    return _selected(a["dim"], a["index"])
+
+
+def _unbind(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View | None:
+    return None if index is None else _selected(a["dim"], index)
+
+
+def _selected(dim: int, index: Any) -> View:
+    return View(
+        lambda w, base: w.call(aten.select.int, base, dim, index),
+        lambda w, base, v: w.call(aten.select_scatter.default, base, v, dim, index),
+    )
+
+
+def _diagonal(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
+    rest = (a["offset"], a["dim1"], a["dim2"])
+    return View(_again(node, whole), lambda w, base, v: w.call(aten.diagonal_scatter.default, base, v, *rest))
+
+
+def _unary(inverse: Any) -> Callable[..., View]:
+    def make(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
+        return View(_again(node, whole), lambda w, base, v: w.call(inverse, v), complete=True)
+
+    return make
+
+
+def _real(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View | None:
+    if not whole.meta["val"].is_complex():
+        return None
+    return View(
+        _again(node, whole),
+        lambda w, base, v: w.call(aten.complex.default, v, w.call(aten.imag.default, base)),
+    )
+
+
+def _imag(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
+    return View(
+        _again(node, whole),
+        lambda w, base, v: w.call(aten.complex.default, w.call(aten.real.default, base), v),
+    )
+
+
+def _view(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View:
+    if "dtype" in a:
+        dtype = whole.meta["val"].dtype
+        return View(_again(node, whole), lambda w, base, v: w.call(aten.view.dtype, v, dtype), complete=True)
+    return _reshaped(node, whole, a, index)
+
+
+#: ATen operators that may make views -> what view.  Those that keep everything in place need no entry.
+_VIEWS: dict[str, Callable[[Node, Node, dict[str, Any], int | None], View | None]] = {
+    "view": _view,
+    "detach": _detached,
+    "slice": _slice,
+    "narrow": _narrow,
+    "select": _select,
+    "unbind": _unbind,
+    "diagonal": _diagonal,
+    "view_as_real": _unary(aten.view_as_complex.default),
+    "view_as_complex": _unary(aten.view_as_real.default),
+    "real": _real,
+    "imag": _imag,
+    "permute": _permuted(lambda a, n: a["dims"]),
+    "t": _permuted(lambda a, n: range(n)[::-1]),
+    "numpy_T": _permuted(lambda a, n: range(n)[::-1]),
+    "mT": _permuted(lambda a, n: _swap(-1, -2, n)),
+    "transpose": _permuted(lambda a, n: _swap(a["dim0"], a["dim1"], n)),
+    "swapaxes": _permuted(lambda a, n: _swap(a["axis0"], a["axis1"], n)),
+    "swapdims": _permuted(lambda a, n: _swap(a["dim0"], a["dim1"], n)),
+    "movedim": _permuted(lambda a, n: _moved(a["source"], a["destination"], n)),
+    "moveaxis": _permuted(lambda a, n: _moved(a["source"], a["destination"], n)),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), _parts),
+    **dict.fromkeys(
+        ("reshape", "reshape_as", "view_as", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
+        _reshaped,
+    ),
+}
+
+
+def cover(w: Writer, size: Any, writes: Sequence[tuple[Piece | None, Node]]) -> Node | None:
+    """The whole if writes to pieces of one dimension cover all of it (what was there before is gone), else None.
+
+    ``out[..., 0::2] = a; out[..., 1::2] = b`` is ``flatten(stack([a, b], -1), -2)``; consecutive pieces are a ``cat``.
+    """
+    last = dict(writes)
+    pieces = [piece for piece in last if piece is not None]
+    if not isinstance(size, int) or len(pieces) != len(last) or len({(p.dim, p.step) for p in pieces}) != 1:
+        return None
+    dim, step = pieces[0].dim, pieces[0].step
+    pieces.sort(key=lambda p: p.start)
+    values = [last[piece] for piece in pieces]
+    if step == 1:
+        stops = [size if p.stop is None else p.stop for p in pieces]
+        if [p.start for p in pieces] != [0, *stops[:-1]] or stops[-1] != size:
+            return None
+        return values[0] if len(values) == 1 else w.call(aten.cat.default, values, dim)
+    if [p.start for p in pieces] != list(range(step)) or any(p.stop is not None for p in pieces) or size % step:
+        return None
+    return w.call(aten.flatten.using_ints, w.call(aten.stack.default, values, dim + 1), dim, dim + 1)

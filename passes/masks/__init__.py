@@ -1,0 +1,1 @@
+"""masks: an attention mask that is computed from positions becomes what it means."""

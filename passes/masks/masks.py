@@ -1,0 +1,205 @@
+"""masks: an attention mask that is computed from positions becomes what it means.
+
+A causal mask that a model spells out is the causal flag, so that no rank holds ``[S, S]`` and a lowering may skip what
+is masked; a mask that is the same for all queries (key padding, expanded to ``[B, 1, S, S]``) has one row again; a mask
+that allows everything is none.  What a mask means is proven from the operators that compute it
+(:mod:`fxsp.passes.masks.terms`), never read off names; where nothing is proven the mask stays as it is.
+
+Input, as transformers traces without padding::
+
+    %le  = le(%keys, %queries)        [1, 1, 5, 5], from two arange
+    %sdpa = scaled_dot_product_attention(%q, %k, %v, %le)
+
+Output::
+
+    %sdpa = scaled_dot_product_attention(%q, %k, %v, None, 0.0, True)
+
+What is causal and has a mask of keys besides, or a window, becomes ``fxsp_local.banded_attention``::
+
+    %and  = and(%le, %keys)           [2, 1, 5, 5]
+    %sdpa = scaled_dot_product_attention(%q, %k, %v, %and)
+
+    %banded_attention = banded_attention(%q, %k, %v, %keys, True, None)     %keys [2, 1, 1, 5]
+
+After this pass no attention has a mask that is the causal flag, or that repeats one row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fxsp.passes.attention.operators import BANDED, SDPA
+from fxsp.passes.base import Program
+from fxsp.passes.calls import erase_unused
+from fxsp.passes.masks import arithmetic as index_arithmetic  # noqa: F401  (it fills the table)
+from fxsp.passes.masks.terms import Leaf, Term, Where, equal
+from fxsp.passes.masks.values import terms_of
+from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.passes.rules.views import EXPANDS
+from fxsp.types import Length, same_length
+
+__all__ = ["Band", "Masks", "band_of"]
+
+aten = torch.ops.aten
+#: They give the same rows again.
+_REPEATS = {*overloads("clone", "contiguous", "alias"), *EXPANDS}
+
+
+@dataclass(frozen=True)
+class Band:
+    """What a mask allows: keys with ``low <= query - key <= high`` (None: no bound) that ``leaves`` allow too."""
+
+    low: Length | None = None
+    high: Length | None = None
+    leaves: frozenset[Leaf] = frozenset()
+
+
+@dataclass(frozen=True)
+class Masks:
+    """After this pass a mask that is known to be causal is the flag, and one that repeats its rows has one."""
+
+    name: str = "masks"
+
+    def apply(self, program: Program) -> Program:
+        attentions = [n for n in program.graph.nodes if n.target is SDPA and isinstance(Call(n)["attn_mask"], Node)]
+        terms = terms_of(program.graph) if attentions else {}
+        rows: dict[Node, Node] = {}
+        for node in attentions:
+            _rewrite(program.graph, Call(node), terms, rows)
+        if attentions:
+            erase_unused(program.graph)
+            program.gm.recompile()
+        return program
+
+
+def _rewrite(graph: Graph, call: Call, terms: dict[Node, Term], rows: dict[Node, Node]) -> None:
+    mask = call["attn_mask"]
+    queries, keys = call.shape("query")[-2], call.shape("key")[-2]
+    band = band_of(mask, terms, queries, keys)
+    changes: dict[str, Any] = {}
+    if band == Band():
+        changes = {"attn_mask": None}
+    elif band == Band(0) and not call.get("is_causal"):
+        changes = {"attn_mask": None, "is_causal": True}
+    elif band is not None and _is_banded(call, band):
+        row = next((_one_row_of(graph, mask, leaf, rows) for leaf in band.leaves), None)
+        arguments = [call[name] for name in ("query", "key", "value")]
+        call.node.target = BANDED
+        window = band.high if isinstance(band.high, int) else None
+        call.node.args = (*arguments, row, True, window, call.get("scale"), bool(call.get("enable_gqa")))
+        call.node.kwargs = {}
+        return
+    elif band is not None and band.low is band.high is None and len(band.leaves) == 1:
+        (leaf,) = band.leaves
+        changes = {"attn_mask": _one_row_of(graph, mask, leaf, rows)}
+    else:
+        changes = {"attn_mask": _unexpanded(mask)}
+    call.node.args, call.node.kwargs = call.rebuild(**changes)
+
+
+def _is_banded(call: Call, band: Band) -> bool:
+    """Whether this is causal, with a window or a mask of keys."""
+    known = band.low == 0 and (band.high is None or (isinstance(band.high, int) and band.high >= 0))
+    more = len(band.leaves) == 1 or (band.high is not None and not band.leaves)
+    return known and more and not call.get("is_causal") and not call.get("dropout_p")
+
+
+def _one_row_of(graph: Graph, mask: Node, leaf: Leaf, rows: dict[Node, Node]) -> Node:
+    if mask not in rows:
+        rows[mask] = _one_row(graph, mask, leaf)
+    return rows[mask]
+
+
+def band_of(mask: Node, terms: dict[Node, Term], queries: Length, keys: Length) -> Band | None:
+    """What ``mask`` is proven to allow, for an attention of so many queries and keys; None if that is not known."""
+    term, value = terms.get(mask), mask.meta["val"]
+    shape = shape_of(mask)
+    if not isinstance(term, Where) or len(shape) < 2 or not same_length(shape[-1], keys):
+        return None
+    if not (same_length(shape[-2], queries) or same_length(shape[-2], 1)):
+        return None
+    exact = _allows(term, value.dtype)
+    if exact is None:
+        flipped = term.flipped()
+        exact = _allows(flipped, value.dtype) if flipped is not None else None
+        term = flipped if exact is not None and flipped is not None else term
+    if exact is None:
+        return None
+    low: Length | None = None
+    high: Length | None = None
+    leaves: set[Leaf] = set()
+    for condition in term.conditions:
+        if isinstance(condition, Leaf):
+            if condition.dims[-2] is not None:
+                return None
+            leaves.add(condition)
+            continue
+        *outer, row, column = condition.coeffs
+        if any(not equal(c, 0) for c in outer) or not equal(row + column, 0):
+            return None
+        if equal(row, 1) and low is None:
+            low = -condition.const
+        elif equal(column, 1) and high is None:
+            high = condition.const
+        else:
+            return None
+    if not exact and not (low == 0 and high is None and not leaves):
+        # A large negative number is the same as minus infinity only where each query has a key.
+        return None
+    return Band(low, high, frozenset(leaves))
+
+
+def _allows(term: Where, dtype: torch.dtype) -> bool | None:
+    """Whether a mask excludes keys by minus infinity (True), or by the least number of its dtype (False); else None."""
+    if dtype is torch.bool:
+        return True if term.yes is True and (term.no is False or not term.conditions) else None
+    if not dtype.is_floating_point or term.yes != 0:
+        return None
+    if not term.conditions or term.no == -math.inf:
+        return True
+    return False if dtype is not torch.float16 and term.no == torch.finfo(dtype).min else None
+
+
+def _one_row(graph: Graph, mask: Node, leaf: Leaf) -> Node:
+    """``[..., 1, S]``: the boolean tensor of ``leaf`` with its dimensions where the mask has them."""
+    there = [d for d in leaf.dims if d is not None]
+    with graph.inserting_after(mask):
+        # The other dimensions have size 1, or the tensor would differ along them.
+        rest = [d for d in range(len(shape_of(leaf.node))) if d not in there]
+        new = _write(graph, mask, aten.permute.default, leaf.node, [*rest, *there])
+    for _ in rest:
+        with graph.inserting_after(new):
+            new = _write(graph, mask, aten.squeeze.dim, new, 0)
+    for i, d in enumerate(leaf.dims):
+        if d is None:
+            with graph.inserting_after(new):
+                new = _write(graph, mask, aten.unsqueeze.default, new, i)
+    if leaf.inverted:
+        with graph.inserting_after(new):
+            new = _write(graph, mask, aten.logical_not.default, new)
+    return new
+
+
+def _write(graph: Graph, origin: Node, target: Any, *args: Any) -> Node:
+    new = graph.call_function(target, args)
+    new.meta.update({k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta", "example_value")})
+    with torch.no_grad():
+        new.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+    return new
+
+
+def _unexpanded(mask: Node) -> Node:
+    """The tensor that a mask repeats; attention repeats it by itself."""
+    while mask.target in _REPEATS:
+        source = mask.args[0]
+        assert isinstance(source, Node)
+        # Fused kernels take masks of two or four dimensions: for three one device would do without one.
+        if len(shape_of(source)) < 2 or (len(shape_of(source)) == 3 and len(shape_of(mask)) == 4):
+            return mask
+        mask = source
+    return mask

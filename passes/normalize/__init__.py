@@ -1,0 +1,1 @@
+"""normalize: Dynamo's graph as ATen operators above autograd."""

@@ -1,0 +1,284 @@
+"""The interpreter behind *normalize*: walks Dynamo's graph node by node while ``make_fx`` listens.
+
+What is not simply run:
+
+* Grad mode.  Instead of a marker that makes the meaning of a node depend on its place, a value that requires grad is
+  detached where it enters a ``no_grad`` region.  The region's values then depend on nothing that requires grad, and
+  nodes may be moved, shared and added freely.  They carry ``meta["no_grad"]``.
+* Autocast.  Casts become explicit, see :mod:`fxsp.passes.normalize.autocast`.
+* Activation checkpoints.  The body is traced in place, its nodes tagged as AOTAutograd's partitioner wants them.
+* Memory.  An input that is given other memory (``p.data = x``, as offloading does) is ``x`` from there on; ``set_`` is
+  done once, at the end.
+* Islands, see :mod:`fxsp.passes.normalize.islands`.
+* Constants of the graph module, which become attributes of the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxsp import torch_internals
+from fxsp.errors import UnsupportedError
+from fxsp.passes.normalize.autocast import AutocastState
+from fxsp.passes.normalize.checkpoint import tag_checkpoint
+from fxsp.passes.normalize.islands import INLINED, enclose_functorch, is_functorch_island
+from fxsp.passes.normalize.subclasses import holds_subclass, refuse_custom_functions
+from fxsp.source import describe
+
+__all__ = ["Retracer", "describe", "is_annotation"]
+
+
+def is_annotation(target: Any) -> bool:
+    """Whether a node's target is ``fxsp.annotate``: an identity, the plan's marker."""
+    return torch_internals.is_operator(target) and torch_internals.schema(target).name == "fxsp::annotate"
+
+
+class _State:
+    """What the interpreter of a graph shares with those of the bodies in it."""
+
+    def __init__(self, mode: Any, autocast: AutocastState) -> None:
+        self.mode = mode
+        self.autocast = autocast
+        #: Grad mode at this point of Dynamo's graph; the trace itself runs in the mode it began in.
+        self.grad = self.ambient_grad = torch.is_grad_enabled()
+        self.constants: dict[int, torch.Tensor] = {}
+        #: An annotation stands for its argument: storage of its result -> storage of the argument.
+        self.stands_for: dict[int, int] = {}
+        self.alive: list[Any] = []
+        #: What interprets the graph itself, and no body in it.
+        self.outermost: Retracer | None = None
+        #: A call that gave an input other memory -> the input; an input -> its value, and that with the memory it gets.
+        self.sets: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.memory: dict[torch.fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+        #: Whether a kernel was asked for: then what attention returns may lie in memory otherwise than here.
+        self.kernel_chosen = False
+        #: Numbers that increase in program order: the partitioner compares them.
+        self.checkpoints = itertools.count(1)
+
+    @property
+    def no_grad(self) -> bool:
+        """Whether this is a region that takes grad mode away."""
+        return self.ambient_grad and not self.grad
+
+
+def _detach(value: torch.Tensor) -> torch.Tensor:
+    return value.detach() if value.requires_grad else value
+
+
+class _InAutocast(torch.nn.Module):
+    """A callable with the autocast context it is called in: islands are not opened, so their casts stay implicit."""
+
+    def __init__(self, target: Any, states: list[tuple[str, torch.dtype]]) -> None:
+        super().__init__()
+        self.target = target
+        self.states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for device, dtype in self.states:
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            return self.target(*args, **kwargs)
+
+
+class Retracer(torch.fx.Interpreter):
+    """Runs ``gm`` inside :func:`fxsp.torch_internals.retrace`; failures are :class:`UnsupportedError`."""
+
+    def __init__(
+        self, gm: torch.fx.GraphModule, mode: Any, autocast: AutocastState, *, _state: _State | None = None
+    ) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.state = _state or _State(mode, autocast)
+        self.state.outermost = self.state.outermost or self
+        self._node: torch.fx.Node | None = None
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        self._node = n
+        try:
+            return super().run_node(n)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(
+                f"{describe(n)} cannot be traced to ATen operators: {type(error).__name__}: {error}"
+            ) from error
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in self.state.constants:
+            with torch_internals.untraced():
+                fake = torch_internals.to_fake(value, self.state.mode)
+            self.state.constants[id(value)] = torch_internals.record_constant(str(target), value, fake)
+        return self.state.constants[id(value)]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if torch_internals.is_set_grad(target):
+            self.state.grad = bool(args[0])
+            return None
+        if torch_internals.is_enter_inference_mode(target):
+            before, self.state.grad = self.state.grad, self.state.grad and not args[0]
+            return before
+        if torch_internals.is_exit_inference_mode(target):
+            self.state.grad = args[0]
+            return None
+        if torch_internals.is_attention_preference(target) or torch_internals.is_hook_switch(target):
+            # Kernels that compute the same; what saved tensors may do.
+            self.state.kernel_chosen |= torch_internals.is_attention_preference(target)
+            return None
+        if torch_internals.is_version_change(target):
+            return args[0]
+        if torch_internals.is_set_storage(target):
+            return self._set_storage(args, kwargs)
+        if torch_internals.is_data_attribute(target):
+            return self._run(lambda _, args, __: args[0].detach(), target, args, kwargs)
+        if torch_internals.is_enter_autocast(target):
+            return self.state.autocast.enter(*args)
+        if torch_internals.is_exit_autocast(target):
+            return self.state.autocast.leave(*args)
+        if torch_internals.is_higher_order(target):
+            name = target.name()
+            if is_functorch_island(args):
+                return self._island(target, args, kwargs, "functorch transform", "functorch")
+            if name in INLINED:
+                return self._inline(name, args, kwargs)
+            return self._island(target, args, kwargs, f"higher-order operator {name}", name)
+        # An annotation stands for its argument wherever it is written: a region without grad may come first.
+        run = super().call_function if is_annotation(target) else functools.partial(self._run, super().call_function)
+        result = run(target, args, kwargs)
+        if result is None and not _may_return_nothing(target):
+            raise UnsupportedError(f"{describe(self._node)} changes a state that the traced operators depend on")
+        if is_annotation(target):
+            self.state.stands_for[torch_internals.storage_key(result)] = self.storage_of(args[0])
+            self.state.alive.append(result)
+        return result
+
+    def storage_of(self, value: torch.Tensor) -> int:
+        """A key of a value's storage; annotations have that of their argument."""
+        key = torch_internals.storage_key(value)
+        return self.state.stands_for.get(key, key)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if torch_internals.is_set_storage(target):
+            return self._set_storage(args, kwargs)
+        if target == "view" and self.state.kernel_chosen and not any(isinstance(a, torch.dtype) for a in args):
+            target = "reshape"  # a view of what the chosen kernel returns, and maybe not of what this one does
+        return self._run(super().call_method, target, args, kwargs)
+
+    def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operation, in grad mode as the graph has it."""
+        if not self.state.no_grad:
+            result = call(target, args, kwargs)
+            if holds_subclass((args, kwargs)):
+                refuse_custom_functions(result, describe(self._node))
+            return result
+        last = _last()
+        args, kwargs, check = self._leave_grad(args, kwargs)
+        result = call(target, args, kwargs)
+        check()
+        for written in _after(last):
+            written.meta["no_grad"] = True
+        return result
+
+    def _leave_grad(self, args: Any, kwargs: Any) -> tuple[Any, Any, Callable[[], None]]:
+        """Detach what requires grad; the check afterwards refuses writes to it."""
+        outside = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        versions = [torch_internals.version(x) for x in outside]
+        node = self._node
+
+        def check() -> None:
+            if versions != [torch_internals.version(x) for x in outside]:
+                raise UnsupportedError(
+                    f"{describe(node)} writes, inside torch.no_grad(), to a tensor that requires grad; "
+                    "write to a detached copy of it, or do it outside of the compiled function"
+                )
+
+        args, kwargs = tree_map_only(torch.Tensor, _detach, (args, kwargs))
+        return args, kwargs, check
+
+    def _set_storage(self, args: Any, kwargs: Any) -> torch.Tensor:
+        """An input that gets other memory (``p.data = x``) is ``x`` from here on; it gets it when all else is done."""
+        assert self._node is not None
+        variable: Any = self._node.args[0]
+        variable = self.state.sets.get(variable, variable)
+        if not isinstance(variable, torch.fx.Node) or variable.op != "placeholder" or self.state.outermost is not self:
+            raise UnsupportedError(f"{describe(self._node)} gives a tensor that is no input of the graph other memory")
+        if len(args) != 2 or kwargs or not isinstance(args[1], torch.Tensor) or args[1].requires_grad:
+            raise UnsupportedError(f"{describe(self._node)} gives a tensor other memory in a way that is not known")
+        old, new = args
+        if old.requires_grad and self.state.ambient_grad:
+            raise UnsupportedError(f"{describe(self._node)} gives a tensor that requires grad other memory")
+        for node, value in self.env.items():
+            if value is old:
+                self.env[node] = new
+        self.state.sets[self._node] = variable
+        self.state.memory.setdefault(variable, (old, new))
+        self.state.memory[variable] = (self.state.memory[variable][0], new)
+        return new  # type: ignore[no-any-return]
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.state.outermost is self:
+            for value, memory in self.state.memory.values():
+                set_ = torch.ops.aten.set_.source_Tensor
+                torch_internals.record_call(set_, (value, memory), {}, None, name="set_")
+        return super().output(target, args, kwargs)
+
+    def _inline(self, name: str, args: Any, kwargs: Any) -> Any:
+        body, *inputs = args
+        number = None
+        if name == "invoke_subgraph":
+            inputs = inputs[1:]  # the first is an identifier
+        if name == "tag_activation_checkpoint":
+            number = next(self.state.checkpoints)
+            kwargs = torch_internals.checkpoint_arguments(kwargs)
+        if kwargs:
+            raise UnsupportedError(f"{describe(self._node)} has keyword arguments: {', '.join(kwargs)}")
+        last = _last()
+        result = Retracer(enclose_functorch(body), self.state.mode, self.state.autocast, _state=self.state).run(*inputs)
+        if number is not None:
+            tag_checkpoint(body, _after(last), number)
+        return result
+
+    def _island(self, target: Any, args: Any, kwargs: Any, reason: str, name: str) -> Any:
+        check = None
+        if self.state.no_grad:
+            args, kwargs, check = self._leave_grad(args, kwargs)
+        if states := self.state.autocast.active():
+            args, target = (_InAutocast(target, states), *args), torch_internals.wrap_operator()
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        versions = [torch_internals.version(x) for x in inputs]
+        with torch_internals.untraced(), torch_internals.functorch_levels():
+            result = target(*args, **kwargs)
+        if versions != [torch_internals.version(x) for x in inputs]:
+            raise UnsupportedError(f"{describe(self._node)} ({reason}) writes to its arguments")
+        node = torch_internals.record_call(target, args, kwargs, result, name=name)
+        node.meta["island"] = reason
+        if check is not None:
+            node.meta["no_grad"] = True
+        return result
+
+
+def _may_return_nothing(target: Any) -> bool:
+    """Writes to tensors, which are in the trace, and checks."""
+    name = getattr(target, "__name__", "")
+    if torch_internals.is_operator(target) or torch_internals.is_functorch(target):
+        return True
+    return name in ("setitem", "delitem", "_log_api_usage_once") or name.startswith(("_check", "_assert"))
+
+
+def _last() -> torch.fx.Node | None:
+    """The last node written so far."""
+    return next(iter(reversed(torch_internals.traced_graph().nodes)), None)
+
+
+def _after(last: torch.fx.Node | None) -> list[torch.fx.Node]:
+    """The nodes written after ``last``, the latest first."""
+    return list(itertools.takewhile(lambda n: n is not last, reversed(torch_internals.traced_graph().nodes)))

@@ -1,0 +1,1 @@
+"""partition: the global program becomes the program of one rank."""

@@ -1,0 +1,46 @@
+"""Summands for an outer reducer that takes the mean over the ranks: each counts as often as there are ranks.
+
+Input, of two ranks, whose gradient of ``w`` is this rank's summand (``grad_reduce="defer"``)::
+
+    %w : placeholder[target=w]
+    %linear : call_function[target=aten.linear.default](args = (%shard, %w))
+
+Output::
+
+    %w : placeholder[target=w]
+    %scale_grad : call_function[target=fxsp.scale_grad.default](args = (%w, 2))
+    %linear : call_function[target=aten.linear.default](args = (%shard, %scale_grad))
+
+Afterwards the mean of a parameter's gradients over the ranks is its gradient, as it is of gradients that are whole on
+every rank.  It is the last thing that is done to a graph, after the pipeline.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+import fxsp.kernels.ops  # noqa: F401  (defines fxsp::scale_grad)
+from fxsp.passes.functionalize.inplace import written_arguments
+
+__all__ = ["scale_summands"]
+
+
+def scale_summands(gm: GraphModule, size: int) -> None:
+    """Multiply the gradients of parameters by ``size``, in place."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node in inputs:
+        value = node.meta.get("val", node.meta.get("global_val"))
+        if not node.meta.get("is_parameter") or not getattr(value, "requires_grad", False):
+            continue
+        # What the graph returns, or writes to, is the parameter itself.
+        users = [user for user in node.users if user.op != "output" and node not in written_arguments(user)]
+        if not users:
+            continue
+        with gm.graph.inserting_after(inputs[-1]):
+            new = gm.graph.call_function(torch.ops.fxsp.scale_grad.default, (node, size))
+        new.meta.update({key: value for key, value in node.meta.items() if key != "is_parameter"})
+        for user in users:
+            user.replace_input_with(node, new)
+    gm.graph.lint()
+    gm.recompile()

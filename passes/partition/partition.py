@@ -1,0 +1,413 @@
+"""partition: the global program becomes the program of one rank.
+
+Operands are converted to the types that the decisions want (see ``fxsp.passes.partition.reshard``); calls are
+rewritten for local sizes, which are derived again from global shape and type.
+
+Input, with types, and output for two ranks::
+
+    %x: R [2, 5, 8]                             %x
+    %annotate(x, shard, 1): S(1, [5])           %shard = fxsp.shard(x, 1, [5])       # [2, 3, 8]
+    %flatten(annotate, 0, 1): S(0, 2*[5]*1)     %reshape = reshape(shard, [6, 8])
+    return flatten                              %gather = fxsp.gather(...)
+
+After this pass every tensor in the graph is local, except inputs and outputs, which are global and equal on all ranks.
+``facts["global"]`` keeps the global graph; ``meta["global_name"]`` names the value of it that a local node stands for.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxsp.capture.graph_breaks import Split
+from fxsp.errors import UnsupportedError
+from fxsp.passes.attention.decide import AttentionChoice, distributed_attention
+from fxsp.passes.attention.degrees import note_degree
+from fxsp.passes.attention.unfused_report import mark_written
+from fxsp.passes.base import Program
+from fxsp.passes.functionalize.inplace import written_arguments
+from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
+from fxsp.passes.partition.unused import report_idle
+from fxsp.passes.propagate.propagate import is_annotate
+from fxsp.passes.propagate.zigzag import ring_work
+from fxsp.passes.rules.decide import Decision
+from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
+from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.views import EXPANDS, RESHAPES
+from fxsp.passes.special.cat_and_cut import CUTS
+from fxsp.passes.special.extremes import ExtremePlan, write_extreme
+from fxsp.passes.special.likes import DRAWN, LikePlan, write_like
+from fxsp.passes.special.losses import LossPlan, write_loss
+from fxsp.passes.special.select import PickPlan, write_pick
+from fxsp.passes.special.slice_scatter import OverwritePlan, write_overwrite
+from fxsp.report import AttentionRecord
+from fxsp.source import module_path, node_source
+from fxsp.torch_internals import is_wrapper_subclass
+from fxsp.types import Partial, Replicate, Shard, Type, Used, as_length, product
+
+__all__ = ["Partition"]
+
+aten = torch.ops.aten
+
+#: Why whole values are needed at the end.
+_WRITTEN = "an input that is written to has its global shape"
+
+
+#: They read memory, not values: their operand must lie in memory as the program's own does.
+_BY_STRIDES = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
+
+
+@dataclass(frozen=True)
+class Partition:
+    """After this pass the graph is local: all sizes, all data movement and all reductions are explicit."""
+
+    name: str = "partition"
+
+    def apply(self, program: Program) -> Program:
+        return _Partitioner(program).run()
+
+
+class _Partitioner(Converter):
+    """Walks the global graph and writes the local one."""
+
+    def run(self) -> Program:
+        old = self.program.gm
+        report_idle(self.program)
+        mark_written(self.program)
+        inputs = [n for n in old.graph.nodes if n.op == "placeholder"]
+        for node in inputs:
+            self._input(node)
+        for node in inputs:
+            self.build.at(node)
+            self.build.learn(self._node_of_input(node), node.meta.get("val"))
+        overwriting = False
+        for node in old.graph.nodes:
+            if node.op != "placeholder":
+                self.build.at(node)
+                if not overwriting and written_arguments(node):
+                    overwriting = True
+                    self._before_writes(node)
+                self._visit(node)
+        # The bookkeeping of conversions may leave forms that nobody used in the end.
+        self.graph.eliminate_dead_code(_is_impure)
+        left = {node.name for node in self.graph.nodes}
+        self.program.report.collectives[:] = [r for r in self.program.report.collectives if r.value in left]
+        self.graph.lint()
+        gm = GraphModule(old, self.graph, old.__class__.__name__)
+        gm.meta.update(old.meta)
+        self.program.facts["global"] = old
+        self.program.gm = gm
+        return self.program
+
+    # Inputs, outputs and everything that is no call on tensors.
+
+    def _input(self, node: Node) -> None:
+        new = self.graph.node_copy(node)
+        value = tensor_value(node)
+        if value is None:
+            self.copies[node] = new
+            return
+        kind: Type = Replicate()
+        deferred = self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training
+        if deferred and is_wrapper_subclass(value):
+            if value.requires_grad:
+                raise UnsupportedError(
+                    f"{node.target} is a {type(value).__name__} that requires grad: its gradient is whole on every "
+                    "rank, and grad_reduce='defer' would have it summed; freeze it, or leave that option out"
+                )
+        elif deferred:
+            kind = Used(origin="gradients of parameters are left to an outer reducer")
+        self.values[node] = Value(node, [(kind, self.typed(new, kind, node))])
+
+    def _node_of_input(self, node: Node) -> Node:
+        return self.copies[node] if node in self.copies else self.values[node].forms[0][1]
+
+    def _visit(self, node: Node) -> None:
+        self.remedy = ""
+        if node.op == "output":
+            self._output(node)
+        elif is_annotate(node):
+            self._annotate(node)
+        elif "sp_call" in node.meta:
+            self._call(node, node.meta["sp_call"])
+        elif "sp" in node.meta and node.target is operator.getitem:
+            self._getitem(node)
+        elif isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self._scalar(node)
+        else:
+            self._whole(node)
+
+    def _output(self, node: Node) -> None:
+        self.reason = OUTPUT
+
+        self.program.report.split_outputs[:] = _splits_of(node.args[0])
+
+        def whole(old: Node) -> Any:
+            self.ending = old
+            if old in self.values:
+                return self.get(self.values[old], Replicate(), kind="output")
+            return self.copies[old]
+
+        result = torch.fx.map_arg(node.args[0], whole)
+        self.graph.output(result).meta.update(node.meta)
+
+    def _before_writes(self, node: Node) -> None:
+        """The last nodes, from ``node`` on, overwrite inputs: what they and the output need whole is computed now:
+        it may be computed from those inputs.
+        """
+        while True:
+            self.build.at(node)
+            self.reason = OUTPUT if node.op == "output" else _WRITTEN
+            for old in node.all_input_nodes:
+                if old in self.values:
+                    self.ending = old
+                    self.get(self.values[old], Replicate(), kind="output")
+            if node.op == "output":
+                return
+            node = node.next
+
+    def _annotate(self, node: Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        value = self.values[source]
+        if isinstance(node.meta["sp"], Replicate) and not value.wanted:
+            value.wanted = str(node.args[4])
+        # Another name of the same value: its forms are shared, so that a gather followed by a shard is nothing.
+        self.values[node] = value
+
+    def _getitem(self, node: Node) -> None:
+        producer, index = node.args
+        assert isinstance(producer, Node)
+        assert isinstance(index, int)
+        made = self.copies[producer]
+        if isinstance(made, list) and made[index] is None:
+            return  # nobody uses it
+        new = made[index] if isinstance(made, list) else self.build.call(operator.getitem, made, index)
+        self.values[node] = Value(node, [(node.meta["sp"], self.typed(new, node.meta["sp"], node))])
+
+    def _scalar(self, node: Node) -> None:
+        """Sizes keep their global meaning: they are computed again from the sizes of the inputs."""
+        if any(True for _ in tensor_nodes(list(node.args))):
+            value = node.meta["val"]
+            expr = as_length(value) if isinstance(value, torch.SymInt) else None
+            if expr is not None and (isinstance(expr, int) or expr.free_symbols <= self.build.symbols.keys()):
+                self.copies[node] = self.build.size(expr)
+                return
+        self._whole(node)
+        new = self.copies[node]
+        self.build.learn(new, node.meta["val"])
+
+    def _whole(self, node: Node) -> None:
+        """A node that runs on whole operands: the same on every rank."""
+        island = node.meta.get("island")
+        self.reason = f"{island}: not opened, it runs whole" if island else f"{node.target} runs on whole operands"
+        new = self.graph.node_copy(node, self.argument)
+        self._copied(node, new)
+
+    def _copied(self, node: Node, new: Node) -> None:
+        if tensor_value(node) is not None:
+            self.values[node] = Value(node, [(Replicate(), self.typed(new, Replicate(), node))])
+        else:
+            self.copies[node] = new
+
+    # Calls.
+
+    def _call(self, node: Node, decision: Decision) -> None:
+        call = Call(node)
+        self.reason, self.remedy = decision.reason, decision.remedy
+        if isinstance(decision.detail, LikePlan):
+            self._like(node, call, decision.results[0])
+            return
+        if all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
+            if call.op is aten.copy_.default:
+                # The epilogue of a written input: as for an output, nobody asked for split data there.
+                self.reason = _WRITTEN
+                self._whole_call(node, "output")
+            else:
+                self._whole_call(node)
+            return
+        operands: dict[Node, list[Node]] = {}
+        for i, (old, needed) in enumerate(zip(call.operands, decision.operands, strict=True)):
+            new = self.get(self.values[old], needed)
+            if i in decision.masked[:1] and isinstance(needed, Shard):
+                new = self.masked(new, shape_of(old), needed)
+            operands.setdefault(old, []).append(new)
+        mapped = _map_in_order(call.arguments, operands, self.copies)
+        results = self._local(node, call, decision, mapped)
+        if isinstance(results, list) or isinstance(node.meta["val"], (tuple, list)):
+            self.copies[node] = results
+        else:
+            self.values[node] = Value(node, [(decision.results[0], self.typed(results, decision.results[0], node))])
+
+    def _like(self, node: Node, call: Call, type_: Type) -> None:
+        """What reads a shape only: nothing is asked of its operand."""
+        split = any(isinstance(n.meta["sp"], Shard) for n in call.operands)
+        if call.op in DRAWN and split and self.program.rng == "per_rank":
+            self._note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
+        new = write_like(self.build, node, type_, self.copies)
+        self.values[node] = Value(node, [(type_, self.typed(new, type_, node))])
+
+    def _whole_call(self, node: Node, kind: str = "implicit") -> None:
+        by_strides = node.args[0] if node.target in _BY_STRIDES else None
+
+        def argument(old: Node) -> Any:
+            new = self.argument(old, kind)
+            return self.in_memory_as(new, old) if old is by_strides else new
+
+        self._copied(node, self.graph.node_copy(node, argument))
+
+    def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Any:
+        """Write the call for local operands."""
+        result = decision.results[0]
+        first = next(iter(arguments.values()))
+        if isinstance(decision.detail, AttentionChoice):
+            return self._attention(node, arguments, decision.detail)
+        if isinstance(decision.detail, LossPlan):
+            return write_loss(self.build, call, arguments, decision.detail, self.masked)
+        if isinstance(decision.detail, OverwritePlan):
+            return write_overwrite(self.build, call, arguments, decision.detail)
+        if isinstance(decision.detail, PickPlan):
+            return write_pick(self.build, call, first, decision.detail)
+        if isinstance(decision.detail, ExtremePlan):
+            return write_extreme(self.build, call, first, decision.detail)
+        if isinstance(result, Shard) and decision.detail == "dropout":
+            return self._dropout(node, call, arguments, result)
+        if call.op in CUTS and decision.detail is not None:
+            return self._cut(node, call, decision, first)
+        if isinstance(result, Partial) and call.op in (*SUMS, *MEANS):
+            return self._sum(call, arguments)
+        # Always where a second operand (of expand_as, view_as) lends a shape, because that may be local.
+        if call.op in EXPANDS or (call.op in RESHAPES and (isinstance(result, Shard) or len(call.operands) > 1)):
+            op = aten.expand.default if call.op in EXPANDS else aten.reshape.default
+            return self.build.call(op, first, self._local_sizes(node, result))
+        args, kwargs = call.bound_to(arguments).rebuild()
+        new = self.build.call(call.op, *args, **kwargs)
+        if isinstance(result, Partial) and node.meta["val"].dtype in LOW_PRECISION:
+            new = self.build.call(aten.to.dtype, new, torch.float32)
+        return new
+
+    def _local_sizes(self, node: Node, type_: Type) -> list[int | Node]:
+        sizes = list(shape_of(node))
+        if isinstance(type_, Shard):
+            sizes[type_.dim] = type_.local_size(self.ranks.size)
+        return self.build.sizes(sizes)
+
+    def _cut(self, node: Node, call: Call, decision: Decision, x: Node) -> Node | list[Node]:
+        """Segments of a sequence: a narrow of the local rows."""
+        source = decision.operands[0]
+        assert isinstance(source, Shard)
+        pieces = []
+        locals_ = [s.local_length(self.ranks.size) for s in source.sequence.segments]
+        for (first, last), type_ in zip(decision.detail, decision.results, strict=True):
+            if (first, last) == (0, len(locals_)):
+                piece = x
+            else:
+                start, count = (as_length(sum(part, start=0)) for part in (locals_[:first], locals_[first:last]))
+                piece = self.build.narrow(x, source.dim, start, count)
+            if isinstance(type_, Replicate) and self.build.training:
+                length = as_length(sum((s.length for s in source.sequence.segments[first:last]), start=0))
+                moved = self.build.call(aten.movedim.int, piece, source.dim, 0)
+                piece = self.build.call(aten.movedim.int, self.build.leave(moved, length), 0, source.dim)
+            pieces.append(piece)
+        return pieces if isinstance(node.meta["val"], (tuple, list)) else pieces[0]
+
+    def _sum(self, call: Call, arguments: dict[str, Any]) -> Node:
+        """A sum or mean over tokens: this rank's summand, accumulated in fp32 at least, divided by the global count."""
+        value = call.node.meta["val"]
+        wide = torch.float32 if value.dtype in LOW_PRECISION else value.dtype
+        shape = shape_of(call.operands[0])
+        dims = reduced_dims(call, len(shape))
+        new = self.build.call(
+            aten.sum.dim_IntList, arguments["self"], dims, bool(call.get("keepdim", False)), dtype=wide
+        )
+        if call.op in MEANS:
+            count = product(shape[d] for d in dims)
+            new = self.build.call(aten.div.Tensor, new, self.build.size(count))
+        return new
+
+    def _dropout(self, node: Node, call: Call, arguments: dict[str, Any], type_: Shard) -> Node:
+        """Active dropout: every rank draws for the whole value, as one device does, and uses its own rows.
+
+        With ``rng="per_rank"`` a rank draws for its own rows only, by their positions.
+        """
+        if self.program.rng == "per_rank":
+            self._note_draw()
+            x, p = arguments["input"], arguments["p"]
+            own, dim, back = self.expose(x, shape_of(node), type_)
+            device = node.meta["val"].device
+            rows = self.build.positions(type_.sequence, device)
+            return back(
+                self.build.call(torch.ops.fxsp_local.dropout.default, own, self.build.seed(device), rows, dim, p)
+            )
+        like = node.meta["val"]
+        sizes = self.build.sizes(shape_of(node))
+        ones = self.build.call(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
+        draw = self.build.call(call.op, ones, *[arguments[n] for n in list(arguments)[1:]])
+        exposed, dim, back = self.expose(draw, shape_of(node), type_, whole=True)
+        own = self.build.shard(exposed, dim, type_.sequence)
+        own = own if type_.plain else back(own, type_.sequence.local_length(self.ranks.size))
+        return self.build.call(aten.mul.Tensor, arguments["input"], own)
+
+    def _note_draw(self) -> None:
+        self._note("dropout of split values draws by position (rng='per_rank'): not the draw of one device")
+
+    def _note(self, note: str) -> None:
+        if note not in self.program.report.notes:
+            self.program.report.notes.append(note)
+
+    def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Any:
+        place = module_path(node) or self.program.report.root, node_source(node)
+        if choice.op.dropout is not None and arguments.get(choice.op.dropout):
+            self._note_draw()
+        note_degree(self.program, node, choice.method, choice.rejected)
+        detail = "; ".join(filter(None, [choice.detail, ring_work(Call(node), choice)]))
+        self.program.report.attentions.append(
+            AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
+        )
+        new = self.build.call(distributed_attention, **arguments)
+        new.meta["attention"] = choice
+        new.meta["attention_record"] = len(self.program.report.attentions) - 1
+        if isinstance(node.meta["val"], (tuple, list)):
+            return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
+        return new
+
+
+def _is_parameter(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+
+
+def _is_impure(node: Node) -> bool:
+    return node.is_impure() or node.op in ("placeholder", "output")
+
+
+def _splits_of(outputs: Any) -> list[tuple[int, Split]]:
+    """Positions of outputs that are split before they are gathered for the end of the graph, and how."""
+    found = []
+    for position, old in enumerate(outputs if isinstance(outputs, (list, tuple)) else []):
+        type_ = old.meta.get("sp") if isinstance(old, Node) else None
+        if isinstance(type_, Shard) and type_.plain:
+            first, *rest = type_.sequence.segments
+            text = first.length if rest and not first.sharded and isinstance(first.length, int) else -1
+            name = next(
+                (segment.name for segment in type_.sequence.segments if segment.sharded and segment.name), "tokens"
+            )
+            found.append((position, Split(type_.dim, text, name)))
+    return found
+
+
+def _map_in_order(
+    arguments: dict[str, Any], operands: dict[Node, list[Node]], scalars: dict[Node, Any]
+) -> dict[str, Any]:
+    """The arguments with every operand replaced, occurrence by occurrence (one value may be needed in two forms)."""
+    queues = {old: list(new) for old, new in operands.items()}
+
+    def swap(old: Node) -> Any:
+        if old in queues:
+            return queues[old].pop(0)
+        return scalars[old]
+
+    return {name: torch.fx.map_arg(value, swap) for name, value in arguments.items()}

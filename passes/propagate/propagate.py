@@ -1,0 +1,210 @@
+"""propagate: give every value a type.
+
+Types flow forward from the plan's annotations through the rule table; where an operator cannot run on shards its
+operands are made whole (the partitioner reports it).  Nothing is rewritten: each tensor node gets
+
+``meta["sp"]``        its type (a tuple of types for several results)
+``meta["sp_call"]``   its :class:`~fxsp.passes.rules.decide.Decision`
+``meta["sp_free"]``   whether its whole value can be had without communication
+
+Output (one line per value)::
+
+    %x        R
+    %annotate S(1, [5])
+    %linear   S(1, [5])
+    %mean     P
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.errors import PlanError, UnsupportedError
+from fxsp.passes.attention.decide import decide_attention
+from fxsp.passes.attention.unfused import decide_written
+from fxsp.passes.base import Program
+from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
+from fxsp.passes.rules.elementwise import CHEAP, draws
+from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.special.cat_and_cut import CATS, CUTS, decide_structure
+from fxsp.passes.special.extremes import decide_extreme
+from fxsp.passes.special.likes import decide_like, is_constant
+from fxsp.passes.special.losses import decide_loss
+from fxsp.passes.special.select import decide_pick
+from fxsp.passes.special.slice_scatter import decide_overwrite
+from fxsp.source import place
+from fxsp.types import (
+    Layout,
+    Length,
+    Partial,
+    Replicate,
+    Segment,
+    Sequence,
+    Shard,
+    Type,
+    as_length,
+    product,
+    same_length,
+)
+
+__all__ = ["Propagate", "is_annotate", "is_random"]
+
+_DROPOUTS = set(overloads("dropout"))
+
+
+def is_annotate(node: Node) -> bool:
+    """Whether a node is a plan entry waiting to be carried out."""
+    return node.op == "call_function" and node.target is torch.ops.fxsp.annotate.default
+
+
+def is_random(op: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+@dataclass(frozen=True)
+class Propagate:
+    """After this pass every tensor node has a type, and every call on tensors a decision."""
+
+    name: str = "propagate"
+
+    def apply(self, program: Program) -> Program:
+        for node in program.graph.nodes:
+            self._visit(node, program)
+        return program
+
+    def _visit(self, node: Node, program: Program) -> None:
+        meta = node.meta
+        if node.op == "output":
+            return
+        value = meta.get("val")
+        if is_annotate(node):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            meta["sp"] = _annotated(node, source.meta["sp"], program.facts.get("head_tail", ()))
+            meta["sp_free"] = source.meta["sp_free"]
+        elif node.target is operator.getitem and isinstance(node.args[0], Node) and "sp" in node.args[0].meta:
+            types = node.args[0].meta["sp"]
+            if isinstance(types, tuple) and tensor_value(node) is not None:
+                meta["sp"] = types[_tensor_index(node)]
+                meta["sp_free"] = isinstance(meta["sp"], Replicate)
+        elif isinstance(node.target, torch._ops.OpOverload) and _holds_tensor(value) and "island" not in meta:
+            decision = self._decide(node, program)
+            meta["sp_call"] = decision
+            meta["sp"] = decision.results if isinstance(value, (tuple, list)) else decision.results[0]
+            meta["sp_free"] = _is_free(node, meta["sp"])
+        elif isinstance(value, torch.Tensor):
+            meta["sp"] = Replicate(origin="an input of the graph" if node.op == "placeholder" else "")
+            meta["sp_free"] = True
+        elif isinstance(value, (tuple, list)) and _holds_tensor(value):
+            meta["sp"] = tuple(Replicate() for v in value if isinstance(v, torch.Tensor))
+            meta["sp_free"] = True
+
+    def _decide(self, node: Node, program: Program) -> Decision:
+        call = Call(node)
+        operands = call.operands
+        _refuse_writes(call)
+        reads_no_data = decide_like(call, [n.meta["sp"] for n in operands])
+        if reads_no_data is not None:
+            return reads_no_data
+        # A summand is summed before it is used.
+        types: list[Type] = [Replicate() if isinstance(n.meta["sp"], Partial) else n.meta["sp"] for n in operands]
+        if not any(isinstance(t, Shard) for t in types):
+            return replicate_all(call, types, "all operands are whole")
+        if node.meta.get("row_wise") and not _splits_rows(types[0], shape_of(operands[0])):
+            return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
+        structural = (
+            decide_structure(call, types)
+            or decide_overwrite(call, types)
+            or decide_loss(call, types)
+            or decide_attention(call, types, program)
+        )
+        if structural is None and not operands[0].meta["sp_free"]:
+            structural = decide_pick(call, types) or decide_extreme(call, types)
+        if structural is not None:
+            return structural
+        if call.op in _DROPOUTS and draws(call) and isinstance(types[0], Shard):
+            return Decision((types[0],), (types[0],), detail="dropout")
+        free = [n.meta["sp_free"] for n in operands]
+        bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
+        rule = None if draws(call) else rule_of(node)
+        return decide_written(call, types, bytes_of, free, program) or decide(call, rule, types, bytes_of, free)
+
+
+def _splits_rows(x: Type, shape: tuple[Length, ...]) -> bool:
+    return isinstance(x, Shard) and x.dim < len(shape) - 1
+
+
+def _refuse_writes(call: Call) -> None:
+    """Writes are allowed to inputs of the graph only: a conversion of anything else would lose them."""
+    for argument in call.op._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for target in tensor_nodes(call[argument.name]):
+                if target.op != "placeholder":
+                    raise UnsupportedError(
+                        f"{call.op} in {place(call.node)} "
+                        f"writes to {target}, no input of the graph: functionalize in-place operators first"
+                    )
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(v, torch.Tensor) for v in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _tensor_index(node: Node) -> int:
+    """Position of this result among the tensor results of its producer."""
+    producer, index = node.args
+    assert isinstance(producer, Node)
+    assert isinstance(index, int)
+    return sum(isinstance(v, torch.Tensor) for v in producer.meta["val"][:index])
+
+
+def _is_free(node: Node, type_: Any) -> bool:
+    if isinstance(type_, Replicate):
+        return True
+    if not isinstance(type_, Shard):
+        return False
+    if is_constant(node):
+        return True
+    cheap = node.target in CHEAP or node.target in CATS or node.target in CUTS
+    return cheap and all(n.meta["sp_free"] for n in tensor_nodes((node.args, list(node.kwargs.values()))))
+
+
+def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
+    """The type that a plan entry asks for; tokens of the lengths ``head_tail`` are split into heads and tails."""
+    _, kind, dim, text_len, entry = node.args
+    if kind == "gather":
+        return Replicate(origin=str(entry))
+    assert isinstance(dim, int)
+    if isinstance(source, Shard) and source.dim == dim and source.plain:
+        return replace(source, origin=source.origin or str(entry))
+    shape = shape_of(node)
+    if not 0 <= dim < len(shape):
+        raise PlanError(f"{entry}: dimension {dim} is out of range for a tensor of shape {list(shape)}")
+    length, name = shape[dim], str(entry).partition(":")[0]
+    if same_length(length, 0):
+        return source
+    text = as_length(text_len.meta["val"] if isinstance(text_len, Node) else text_len)
+    if isinstance(text, int) and text < 0:
+        return Shard(dim, Sequence((_segment(length, name, head_tail),)), origin=str(entry))
+    rest = as_length(length - text)
+    if isinstance(rest, int) and rest <= 0:
+        raise PlanError(
+            f"{entry}: the text part has {text} tokens, but the tensor has only {length} along dimension {dim}"
+        )
+    split = _segment(rest, name, head_tail)
+    segments = (split,) if same_length(text, 0) else (Segment(text, False, f"{name} (text)"), split)
+    return Shard(dim, Sequence(segments), origin=str(entry))
+
+
+def _segment(length: Length, name: str, head_tail: Iterable[Length]) -> Segment:
+    layout: Layout = "head-tail" if any(same_length(length, n) for n in head_tail) else "contiguous"
+    return Segment(length, name=name, layout=layout)

@@ -1,0 +1,126 @@
+"""layout: the tokens of a causal ring are split into heads and tails, so that every rank has the same to compute.
+
+With contiguous rows the first rank of a causal ring sees one block of keys, and the last one all of them (unless there
+is a window, and all of them see as much).  Types are there, so the attentions that will be causal rings over one
+sequence are known; their segments get the layout ``head-tail`` (see :class:`fxsp.types.Segment`) where the plan splits
+them, and types are found once more.
+
+Before and after, for a causal attention on a ring::
+
+    %annotate S(1, [37])               S(1, [37 head-tail])
+    %linear   S(1, [37])               S(1, [37 head-tail])
+    %sdpa     S(2, [37])               S(2, [37 head-tail])
+
+It is a layout of tokens, not another program: who needs the order of tokens is given it, as before.  If more values
+would have to be gathered than with contiguous rows, contiguous they stay, and the report says so.
+
+After this pass ``facts["head_tail"]`` are the lengths of the segments that are split so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from fxsp.kernels.attention.ring_blocks import pairs_of
+from fxsp.passes.attention.decide import AttentionChoice
+from fxsp.passes.base import Program
+from fxsp.passes.propagate.propagate import Propagate
+from fxsp.passes.rules.decide import Decision, hint
+from fxsp.passes.rules.rule import Call, shape_of
+from fxsp.types import Length, Shard, product, same_length
+
+__all__ = ["Layout", "ring_work"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """After this pass causal rings are balanced, where nothing else would pay for it."""
+
+    name: str = "layout"
+
+    def apply(self, program: Program) -> Program:
+        lengths: list[Length] = []
+        for node in program.graph.nodes:
+            for n in _lengths(node):
+                if not any(same_length(n, m) for m in lengths):
+                    lengths.append(n)
+        if not lengths:
+            return program
+        before = _gathered(program)
+        program.facts["head_tail"] = tuple(lengths)
+        Propagate().apply(program)
+        after = _gathered(program)
+        if after > before:
+            program.facts["head_tail"] = ()
+            Propagate().apply(program)
+            program.report.notes.append(
+                f"a causal ring over contiguous tokens: its last rank has the most to compute; with heads and tails of "
+                f"the sequence on each rank, {after - before} more bytes would be gathered"
+            )
+        return program
+
+
+def ring_work(call: Call, choice: AttentionChoice) -> str:
+    """For the report: the layout of a causal ring, and how many pairs of a query and a key the ranks compute."""
+    if choice.queries is None or choice.keys is None or not _is_causal_ring(call, choice):
+        return ""
+    text = f"{choice.queries.layout} tokens"
+    if not all(isinstance(n, int) for n in choice.queries.lengths):
+        return text
+    pairs = _pairs(call, choice, choice.queries.head_tail)
+    return f"{text}, {min(pairs):,} to {max(pairs):,} pairs of a query and a key for each head on a rank"
+
+
+def _pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
+    """Pairs that the places of the ring compute, by size hints; the ranks of one compute the same, of other heads."""
+    assert choice.queries is not None
+    lengths, units = (tuple(map(hint, n)) for n in (choice.queries.lengths, choice.queries.units))
+    tokens = lengths, tuple(choice.queries.whole), tuple(head_tail), units
+    window = choice.op.window_in(call)
+    return [pairs_of(tokens, tokens, True, choice.ulysses, choice.ring, place, window) for place in range(choice.ring)]
+
+
+def _is_balanced(call: Call, choice: AttentionChoice) -> bool:
+    """Whether heads and tails would give the busiest rank no less to do: with a window ranks may have the same."""
+    if choice.op.window_in(call) is None:
+        return False
+    assert choice.queries is not None
+    contiguous, dealt = ([flag and s.sharded for s in choice.queries.segments] for flag in (False, True))
+    return max(_pairs(call, choice, contiguous)) <= max(_pairs(call, choice, dealt))
+
+
+def _is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
+    """Whether ranks would have unequal work if their tokens were contiguous."""
+    if choice.queries is None or choice.keys is None or choice.ring == 1:
+        return False
+    return choice.op.causal_in(call) and choice.queries.same_as(choice.keys)
+
+
+def _lengths(node: Node) -> Iterator[Length]:
+    decision = node.meta.get("sp_call")
+    if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
+        call, choice = Call(node), decision.detail
+        if choice.queries is not None and _is_causal_ring(call, choice) and not _is_balanced(call, choice):
+            yield from (s.units for s in choice.queries.segments if s.sharded)
+
+
+def _gathered(program: Program) -> int:
+    """Bytes, global and by size hints, of the values that some call needs in another form than they have."""
+    total = 0
+    seen: set[tuple[Node, str]] = set()
+    for node in program.graph.nodes:
+        decision = node.meta.get("sp_call")
+        if not isinstance(decision, Decision):
+            continue
+        for old, needed in zip(Call(node).operands, decision.operands, strict=True):
+            have = old.meta["sp"]
+            if not isinstance(have, Shard) or have.same_as(needed) or old.meta.get("sp_free"):
+                continue
+            if (old, str(needed)) not in seen:
+                seen.add((old, str(needed)))
+                total += hint(product((*shape_of(old), old.meta["val"].element_size())))
+    return total

@@ -1,0 +1,288 @@
+"""Rules of operators that contract or normalize dimensions: matrix products, reductions, norms, softmax, scans."""
+
+from __future__ import annotations
+
+import math
+import string
+
+from fxsp.passes.rules.elementwise import aligned, broadcast
+from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.types import Length, same_length
+
+__all__ = ["COMBINED", "MEANS", "SUMS", "reduced_dims"]
+
+SUMS = overloads("sum", "sum.dim_IntList")
+MEANS = overloads("mean", "mean.dim")
+#: Reductions of each rank's tokens that another all-reduce than a sum combines (fxsp.passes.special.extremes).
+COMBINED = overloads(
+    "amax", "amin", "max.dim", "min.dim", "max", "min", "all", "all.dim", "all.dims", "any", "any.dim", "any.dims",
+    "argmax", "argmin", "aminmax", "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar",
+    "norm.ScalarOpt_dim_dtype",
+)  # fmt: skip
+#: Reductions that read all of the reduced dimensions at once: these must be whole.
+OTHER_REDUCTIONS = overloads(
+    "prod", "prod.dim_int", "var", "var.dim", "var.correction", "std", "std.dim", "std.correction", "var_mean.dim",
+    "var_mean.correction", "nansum", "median.dim", "mode", "std_mean.correction", "count_nonzero.dim_IntList",
+    "count_nonzero", "kthvalue",
+)  # fmt: skip
+
+
+def _rows(prefix: str, shape: tuple[Length, ...]) -> tuple[list[tuple[str, ...]], dict[str, Length]]:
+    return [(f"{prefix}{i}",) for i in range(len(shape))], {f"{prefix}{i}": n for i, n in enumerate(shape)}
+
+
+@rule(overloads("linear"))
+def linear(call: Call) -> OpRule | None:
+    """``([d0, d1, i], [o, i], [o]) -> ([d0, d1, o]) reduction={i}``."""
+    x, w = call.shape("input"), call.shape("weight")
+    if len(w) != 2:
+        return None
+    lead, sizes = _rows("d", x[:-1])
+    sizes |= {"i": x[-1], "o": w[0]}
+    operands: list[Dims] = [(*lead, ("i",)), (("o",), ("i",))]
+    if len(call.operands) > 2:
+        operands.append((("o",),))
+    # The bias would be added once per rank: the contraction must stay whole where there is one.
+    kind = "whole" if len(operands) > 2 else "reduction"
+    return OpRule(tuple(operands), ((*lead, ("o",)),), sizes, **{kind: frozenset("i")})
+
+
+@rule(overloads("mm", "bmm", "matmul", "dot", "mv", "outer", "linalg_matmul"))
+def matmul(call: Call) -> OpRule | None:
+    """``matmul``: ``([b0, m, k], [b0, k, n]) -> ([b0, m, n]) reduction={k}``, batch dimensions broadcast."""
+    a, b = call.operand_shapes()
+    if call.op in overloads("outer"):
+        return OpRule(((("m",),), (("n",),)), ((("m",), ("n",)),), {"m": a[0], "n": b[0]})
+    sizes: dict[str, Length] = {"k": a[-1]}
+    left: list[tuple[str, ...]] = [("k",)]
+    right: list[tuple[str, ...]] = [("k",)]
+    out: list[tuple[str, ...]] = []
+    if len(a) > 1:
+        left.insert(0, ("m",))
+        sizes["m"] = a[-2]
+        out.append(("m",))
+    if len(b) > 1:
+        right.append(("n",))
+        sizes["n"] = b[-1]
+        out.append(("n",))
+    (result,) = call.result_shapes()
+    batch = result[: len(result) - len(out)]
+    (batch_a, batch_b), lead, lead_sizes = broadcast([a[:-2], b[:-2]], batch, "b")
+    return OpRule(
+        ((*batch_a, *left), (*batch_b, *right)), ((*lead, *out),), {**lead_sizes, **sizes}, reduction=frozenset("k")
+    )
+
+
+@rule(overloads("addmm", "baddbmm"))
+def addmm(call: Call) -> OpRule | None:
+    """``([m, n], [m, k], [k, n]) -> ([m, n]) whole={k}``."""
+    bias, a, _ = call.operand_shapes()
+    (result,) = call.result_shapes()
+    (bias_dims,), out, sizes = broadcast([bias], result)
+    *lead, m, n = out
+    return OpRule(
+        (bias_dims, (*lead, m, ("k",)), (*lead, ("k",), n)), (out,), sizes | {"k": a[-1]}, whole=frozenset("k")
+    )
+
+
+@rule(overloads("_int_mm"))
+def int_mm(call: Call) -> OpRule | None:
+    """``([m, k], [k, n]) -> ([m, n]) whole={k}``: bytes in, 32-bit integers out."""
+    (m, k), (_, n) = call.operand_shapes()
+    sizes = {"m": m, "k": k, "n": n}
+    return OpRule(((("m",), ("k",)), (("k",), ("n",))), ((("m",), ("n",)),), sizes, whole=frozenset("k"))
+
+
+@rule(overloads("_scaled_mm"))
+def scaled_mm(call: Call) -> OpRule | None:
+    """``([m, k], [k, n], [m, 1], [1, n]) -> ([m, n]) whole={k}``: scales for each row, or one for all."""
+    (m, k), (_, n) = call.shape("self"), call.shape("mat2")
+    one: Length = 1
+
+    def scale(shape: tuple[Length, ...], of: tuple[Length, Length], factors: tuple[str, str]) -> Dims | None:
+        if all(same_length(size, one) for size in shape):
+            return ((),) * len(shape)
+        if len(shape) != 2 or not all(same_length(a, b) for a, b in zip(shape, of, strict=True)):
+            return None  # a scale for each block
+        return tuple((f,) if not same_length(size, one) else () for f, size in zip(factors, of, strict=True))
+
+    scales = scale(call.shape("scale_a"), (m, one), ("m", "")), scale(call.shape("scale_b"), (one, n), ("", "n"))
+    if None in scales or call.get("scale_result") is not None:
+        return None
+    bias: tuple[Dims, ...] = ((("n",),),) if call.get("bias") is not None else ()
+    return OpRule(
+        ((("m",), ("k",)), (("k",), ("n",)), *scales, *bias),
+        ((("m",), ("n",)),),
+        {"m": m, "k": k, "n": n},
+        whole=frozenset("k"),
+    )
+
+
+def _spelled_out(equation: str, ranks: list[int]) -> str | None:
+    """An equation with a result, and letters for ``...``; None if its terms do not fit operands of these ranks."""
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        once = "".join(sorted(c for c in letters if letters.count(c) == 1))
+        right = ("..." if "..." in left else "") + once
+    if len(terms) != len(ranks):
+        return None
+    hidden = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    if any(n < 0 or (n and "..." not in term) for n, term in zip(hidden, terms, strict=True)):
+        return None
+    free = [c for c in string.ascii_letters if c not in equation]
+    most = max((n for n, term in zip(hidden, terms, strict=True) if "..." in term), default=0)
+    if most > len(free):
+        return None
+    lead = "".join(free[:most])
+    # Dimensions that stand for dots are aligned from the right, as in broadcasting.
+    terms = [term.replace("...", lead[most - n :]) for n, term in zip(hidden, terms, strict=True)]
+    return f"{','.join(terms)}->{right.replace('...', lead)}"
+
+
+@rule(overloads("einsum"))
+def einsum(call: Call) -> OpRule | None:
+    """The equation is the rule: ``"bsc,bsd->bcd"``: ``([b, s, c], [b, s, d]) -> ([b, c, d]) reduction={s}``."""
+    shapes = call.operand_shapes()
+    equation = _spelled_out(str(call["equation"]).replace(" ", ""), [len(shape) for shape in shapes])
+    if equation is None:
+        return None
+    left, right = equation.split("->")
+    terms = left.split(",")
+    sizes: dict[str, Length] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        if len(set(term)) != len(term):
+            return None
+        for letter, n in zip(term, shape, strict=True):
+            if sizes.get(letter, 1) == 1:
+                sizes[letter] = n
+    operands = tuple(
+        tuple((c,) if aligned(n, sizes[c]) else () for c, n in zip(t, s, strict=True))
+        for t, s in zip(terms, shapes, strict=True)
+    )
+    used = {f for dims in operands for dim in dims for f in dim}
+    result = tuple((c,) for c in right)
+    return OpRule(operands, (result,), sizes, reduction=frozenset(c for c in used if c not in right))
+
+
+def reduced_dims(call: Call, rank: int) -> list[int]:
+    """The dimensions that a reduction reduces."""
+    dims = call.get("dim", call.get("dims"))
+    if dims is None or dims == []:
+        return list(range(rank))
+    return sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)}) if rank else []
+
+
+def _reduction(call: Call, kind: str) -> OpRule | None:
+    shape = call.operand_shapes()[0]
+    if len(call.operands) != 1:
+        return None
+    dims, sizes = _rows("d", shape)
+    reduced = reduced_dims(call, len(shape))
+    keep = bool(call.get("keepdim", False))
+    out = [() if i in reduced else d for i, d in enumerate(dims) if keep or i not in reduced]
+    factors = frozenset(f"d{i}" for i in reduced)
+    results = tuple(tuple(out) for _ in call.result_shapes())
+    return OpRule((tuple(dims),), results, sizes, **{kind: factors})
+
+
+@rule([*SUMS, *MEANS])
+def total(call: Call) -> OpRule | None:
+    """``sum(1)``: ``([d0, d1, d2]) -> ([d0, d2]) reduction={d1}``."""
+    return _reduction(call, "reduction")
+
+
+@rule(COMBINED)
+def combined(call: Call) -> OpRule | None:
+    """``amax(1)``: ``([d0, d1, d2]) -> ([d0, d2]) combined={d1}``."""
+    order = call.get("ord", call.get("p", 2))  # of a norm
+    known = order is None or order in (0, 1, 2, math.inf, -math.inf)
+    return _reduction(call, "combined" if known else "whole")
+
+
+@rule(OTHER_REDUCTIONS)
+def reduction(call: Call) -> OpRule | None:
+    """``var(1)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
+    return _reduction(call, "whole")
+
+
+@rule(overloads("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"))
+def layer_norm(call: Call) -> OpRule | None:
+    """``([d0, d1, d2], [d2], [d2]) -> ([d0, d1, d2]) whole={d2}``."""
+    x = call.shape("input")
+    count = len(call["normalized_shape"])
+    dims, sizes = _rows("d", x)
+    tail = tuple(dims[len(x) - count :])
+    operands = (tuple(dims), *(tail for _ in call.operands[1:]))
+    results: list[Dims] = [tuple(dims)]
+    results += [(*dims[: len(x) - count], *(() for _ in range(count))) for _ in call.result_shapes()[1:]]
+    return OpRule(operands, tuple(results), sizes, whole=frozenset(f for d in tail for f in d))
+
+
+@rule(overloads("group_norm", "instance_norm"))
+def group_norm(call: Call) -> OpRule | None:
+    """Only the batch passes: ``([d0, d1, d2], [c], [c]) -> ([d0, d1, d2]) whole={c, d1, d2}``."""
+    x, *others = call.operand_shapes()
+    if call.get("running_mean") is not None and call.get("use_input_stats"):
+        return None  # it writes statistics of the whole batch
+    dims, sizes = _rows("d", x)
+    operands = (tuple(dims), *((("c",),) for _ in others))
+    whole = {f"d{i}" for i in range(1, len(x))} | ({"c"} if others else set())
+    return OpRule(operands, (tuple(dims),), sizes | {"c": x[1]}, whole=frozenset(whole))
+
+
+@rule(overloads(
+    "softmax.int", "log_softmax.int", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll",
+    "sort", "sort.stable", "argsort", "argsort.stable", "topk", "diff", "triu", "tril", "glu", "cummax", "cummin",
+))  # fmt: skip
+def along(call: Call) -> OpRule | None:
+    """Dimensions that it does not read across pass: ``softmax(1)``: ``([d0, d1]) -> ([d0, w1]) whole={d1, w1}``."""
+    if len(call.operands) != 1:
+        return None
+    (shape,) = call.operand_shapes()
+    rank = len(shape)
+    if call.op in overloads("triu", "tril"):
+        mixed = [rank - 2, rank - 1]
+    elif (
+        call.op in overloads("argsort", "argsort.stable", "sort", "sort.stable", "topk", "glu", "diff")
+        and "dim" not in call.arguments
+    ):
+        return None
+    else:
+        mixed = reduced_dims(call, rank)
+    dims, sizes = _rows("d", shape)
+    results = tuple(tuple((f"w{i}",) if i in mixed else d for i, d in enumerate(dims)) for _ in call.result_shapes())
+    whole = {f for i in mixed for f in (f"d{i}", f"w{i}")}
+    return OpRule((tuple(dims),), results, sizes, whole=frozenset(whole))
+
+
+@rule(overloads("conv1d", "conv2d", "conv3d", "convolution", "conv2d.padding", "conv1d.padding", "conv3d.padding",
+                "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"))  # fmt: skip
+def convolution(call: Call) -> OpRule | None:
+    """The batch passes, and dimensions that a kernel of size one walks step by step (``conv3d`` of patches in frames);
+    any other kernel reads its neighbours: ``([b, x1, x2, x3], [p0_0, ...]) -> ([b, y1, x2, y3]) whole={p0_0, ...}``.
+    """
+    x, *others = call.operand_shapes()
+    (result,) = call.result_shapes()
+    if len(x) != len(result) or len(x) != len(others[0]):
+        return None
+    operands: list[Dims] = [(("b",), *((f"x{i}",) for i in range(1, len(x))))]
+    operands += [tuple((f"p{k}_{i}",) for i in range(len(o))) for k, o in enumerate(others)]
+    alone = {i for i in range(2, len(x)) if others[0][i] == 1 and _is_step_by_step(call, i - 2)}
+    out: Dims = (("b",), *((f"{'x' if i in alone else 'y'}{i}",) for i in range(1, len(result))))
+    passed = {"b": x[0], **{f"x{i}": x[i] for i in sorted(alone)}}
+    whole = {f for dims in (*operands, out) for d in dims for f in d} - passed.keys()
+    return OpRule(tuple(operands), (out,), passed, whole=frozenset(whole))
+
+
+def _is_step_by_step(call: Call, i: int) -> bool:
+    """Whether the ``i``-th of the dimensions that a convolution walks has a stride of one, and no padding."""
+    expected = {"stride": 1, "padding": 0, "output_padding": 0}
+    for name, usual in expected.items():
+        given = call.get(name, usual)
+        if isinstance(given, (list, tuple)):  # by a name ("same"), what is padded depends on the kernel alone
+            given = given[i if len(given) > 1 else 0] if given else usual
+        if not isinstance(given, str) and given != usual:
+            return False
+    return True

@@ -1,0 +1,118 @@
+"""Rules of operators that work on the last dimensions and leave those before alone: pooling, resampling, matrices.
+
+Images and their like are not split along height or width by these rules; batch and channels pass.
+"""
+
+from __future__ import annotations
+
+from fxsp.passes.rules.elementwise import broadcast
+from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.types import Length
+
+__all__ = []
+
+#: Operator -> how many of the last dimensions it works on.
+_LAST = {
+    1: "avg_pool1d max_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d "
+    "upsample_nearest1d.vec upsample_linear1d upsample_linear1d.vec diag_embed",
+    2: "avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d adaptive_max_pool2d _adaptive_avg_pool2d "
+    "upsample_nearest2d upsample_nearest2d.vec upsample_bilinear2d upsample_bilinear2d.vec upsample_bicubic2d "
+    "upsample_bicubic2d.vec _upsample_nearest_exact2d.vec _upsample_bilinear2d_aa.vec linalg_qr linalg_inv inverse "
+    "linalg_det linalg_svd matrix_exp linalg_matrix_exp",
+    3: "avg_pool3d max_pool3d max_pool3d_with_indices adaptive_avg_pool3d upsample_nearest3d upsample_nearest3d.vec "
+    "upsample_trilinear3d upsample_trilinear3d.vec pixel_shuffle pixel_unshuffle channel_shuffle",
+}
+_COUNTS = {op: count for count, names in _LAST.items() for op in overloads(*names.split())}
+
+
+@rule(_COUNTS)
+def last_dims(call: Call) -> OpRule | None:
+    """``avg_pool2d``: ``([d0, d1, x2, x3]) -> ([d0, d1, y2, y3]) whole={x2, x3, y2, y3}``."""
+    (shape,) = call.operand_shapes()
+    count = _COUNTS[call.op]
+    if call.op in overloads("diag_embed") and (call["dim1"], call["dim2"]) != (-2, -1):
+        return None
+    lead: Dims = tuple((f"d{i}",) for i in range(len(shape) - count))
+    x: Dims = (*lead, *((f"x{i}",) for i in range(len(lead), len(shape))))
+    results = tuple((*lead, *((f"y{i}",) for i in range(len(lead), len(r)))) for r in call.result_shapes())
+    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape[: len(lead)])}
+    whole = {f for dims in (x, *results) for d in dims[len(lead) :] for f in d}
+    return OpRule((x,), results, sizes, whole=frozenset(whole))
+
+
+@rule(overloads("batch_norm"))
+def batch_norm(call: Call) -> OpRule | None:
+    """Outside training ``([d0, d1, d2], [d1], [d1], [d1], [d1]) -> ([d0, d1, d2])``; training mixes the batch."""
+    if call["training"] or call["running_mean"] is None:
+        return None
+    x = call.shape("input")
+    dims: Dims = tuple((f"d{i}",) for i in range(len(x)))
+    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(x)}
+    return OpRule((dims, *((("d1",),) for _ in call.operands[1:])), (dims,), sizes)
+
+
+@rule(overloads("prelu", "_prelu_kernel"))
+def prelu(call: Call) -> OpRule | None:
+    """``([d0, d1, d2], [d1]) -> ([d0, d1, d2])``, or one slope for all."""
+    x, weight = call.operand_shapes()
+    dims: Dims = tuple((f"d{i}",) for i in range(len(x)))
+    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(x)}
+    if len(weight) == len(x):
+        return OpRule((dims, broadcast([weight], x)[0][0]), (dims,), sizes)
+    slopes: Dims = () if not weight else (((f"d{1}",),) if len(x) > 1 and weight[0] == x[1] else ((),))
+    return OpRule((dims, slopes), (dims,), sizes) if len(weight) <= 1 else None
+
+
+@rule(overloads("meshgrid", "meshgrid.indexing"))
+def meshgrid(call: Call) -> OpRule | None:
+    """``meshgrid([x, y])``: ``([a0], [a1]) -> ([a0, a1], [a0, a1])``; ``indexing="xy"`` swaps the first two."""
+    shapes = call.operand_shapes()
+    if any(len(s) > 1 for s in shapes):
+        return None
+    order = list(range(len(shapes)))
+    if call.get("indexing", "ij") == "xy" and len(order) > 1:
+        order[:2] = [1, 0]
+    grid: Dims = tuple((f"a{i}",) for i in order)
+    sizes: dict[str, Length] = {f"a{i}": s[0] if s else 1 for i, s in enumerate(shapes)}
+    operands: tuple[Dims, ...] = tuple(((f"a{i}",),) if s else () for i, s in enumerate(shapes))
+    return OpRule(operands, tuple(grid for _ in shapes), sizes)
+
+
+@rule(overloads("unfold"))
+def unfold(call: Call) -> OpRule | None:
+    """``unfold(1, 2, 1)``: ``([d0, x, d2]) -> ([d0, y, d2, n]) whole={n, x, y}``."""
+    (shape,) = call.operand_shapes()
+    dim = call.dim("dimension", len(shape))
+    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
+    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}
+    x: Dims = tuple(("x",) if i == dim else d for i, d in enumerate(dims))
+    y: Dims = tuple(("y",) if i == dim else d for i, d in enumerate(dims))
+    return OpRule((x,), ((*y, ("n",)),), sizes, whole=frozenset("nxy"))
+
+
+@rule(overloads("cdist", "_cdist_forward"))
+def cdist(call: Call) -> OpRule | None:
+    """``([b0, m, c], [b0, n, c]) -> ([b0, m, n]) whole={c}``."""
+    a, b = call.operand_shapes()
+    (result,) = call.result_shapes()
+    (lead_a, lead_b), lead, sizes = broadcast([a[:-2], b[:-2]], result[:-2], "b")
+    sizes |= {"m": a[-2], "n": b[-2], "c": a[-1]}
+    return OpRule(
+        ((*lead_a, ("m",), ("c",)), (*lead_b, ("n",), ("c",))), ((*lead, ("m",), ("n",)),), sizes, whole=frozenset("c")
+    )
+
+
+@rule(overloads("bucketize.Tensor", "cosine_similarity"))
+def beside(call: Call) -> OpRule | None:
+    """``bucketize``: ``([d0, d1], [n]) -> ([d0, d1]) whole={n}``; ``cosine_similarity`` contracts one dimension."""
+    a, b = call.operand_shapes()
+    if "dim" not in call.arguments:
+        dims: Dims = tuple((f"d{i}",) for i in range(len(a)))
+        return OpRule((dims, (("n",),)), (dims,), {f"d{i}": n for i, n in enumerate(a)}, whole=frozenset("n"))
+    if len(a) != len(b) or not a:
+        return None
+    dim = call.dim("dim", len(a))
+    joint = tuple(n if m == 1 else m for m, n in zip(a, b, strict=True))
+    (left, right), out, sizes = broadcast([a, b], joint)
+    whole = {f for d in (left[dim], right[dim]) for f in d}
+    return OpRule((left, right), (tuple(d for i, d in enumerate(out) if i != dim),), sizes, whole=frozenset(whole))

@@ -1,0 +1,151 @@
+"""Decisions for operators that join and cut the sharded dimension itself.
+
+``cat`` of sequences along their tokens makes a sequence of more segments, a cut at segment boundaries gives segments
+back; both are local.  Along any other dimension these operators follow their factor rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from fxsp.passes.rules.decide import Decision
+from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.types import Layout, Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
+
+__all__ = ["CATS", "CUTS", "SLICES", "decide_structure"]
+
+CATS = set(overloads("cat", "concat", "concatenate"))
+SLICES = set(overloads("slice.Tensor", "narrow"))
+SPLITS = set(overloads("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections"))
+CUTS = SLICES | SPLITS
+
+
+def decide_structure(call: Call, types: list[Type]) -> Decision | None:
+    """A decision, or None where the factor rule decides."""
+    if call.op in CATS:
+        return _cat(call, types)
+    if call.op in CUTS:
+        return _cut(call, types)
+    return None
+
+
+def _cat(call: Call, types: list[Type]) -> Decision | None:
+    shapes = call.operand_shapes()
+    rank = len(shapes[0])
+    if any(len(s) != rank for s in shapes):
+        return None
+    dim = call.dim("dim", rank)
+    joined = [t for t in types if isinstance(t, Shard) and t.dim == dim]
+    if not joined or any(isinstance(t, Shard) and (t.dim != dim or not t.plain) for t in types):
+        return None
+    segments: list[Segment] = []
+    operands: list[Type] = []
+    layouts = {t.sequence.layout for t in joined}
+    layout: Layout = layouts.pop() if len(layouts) == 1 else "contiguous"
+    for shape, type_ in zip(shapes, types, strict=True):
+        if isinstance(type_, Shard):
+            operands.append(type_)
+        elif same_length(shape[dim], 0):
+            operands.append(Used())
+            continue
+        else:
+            # A whole operand among sharded ones is split as a segment of its own: free, and evenly spread.
+            operands.append(Shard(dim, Sequence.of(shape[dim], layout=layout), origin="joined to sharded tokens"))
+        segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
+    result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
+    return Decision(tuple(operands), (result,))
+
+
+def cut_bounds(call: Call, length: Length, rank: int, dim: int) -> list[tuple[Length, Length]] | None:
+    """Global ``[start, end)`` of every result along the cut dimension, or None if it is not a plain cut."""
+    if "start" in call.arguments:  # slice, narrow, slice_scatter
+        start = _resolve(call.get("start"), 0, length)
+        if "length" in call.arguments:
+            end = None if start is None else _add(start, call["length"])
+        else:
+            if call.get("step", 1) != 1:
+                return None
+            end = _resolve(call.get("end"), length, length)
+        return None if start is None or end is None else [(start, end)]
+    bounds = []
+    position: Length = 0
+    for shape in call.result_shapes():
+        end = as_length(position + shape[dim])
+        bounds.append((position, end))
+        position = end
+    return bounds
+
+
+def _number(value: Any) -> Length | None:
+    if isinstance(value, Node):
+        value = value.meta.get("val")
+    try:
+        return as_length(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _add(a: Length, value: Any) -> Length | None:
+    b = _number(value)
+    return None if b is None else as_length(a + b)
+
+
+def _resolve(value: Any, default: Length, length: Length) -> Length | None:
+    """A slice bound as a global position; None where a symbolic bound cannot be placed."""
+    if value is None:
+        return default
+    number = _number(value)
+    if number is None:
+        return None
+    if isinstance(number, int):
+        if number < 0:
+            return as_length(length + number)
+        if number == 0:
+            return 0
+        if number >= 2**62:
+            return length
+        if isinstance(length, int):
+            return min(number, length)
+    return number
+
+
+def _cut(call: Call, types: list[Type]) -> Decision | None:
+    (type_,) = types
+    if not isinstance(type_, Shard):
+        return None
+    shape = shape_of(call.operands[0])
+    dim = call.dim("dim", len(shape))
+    if type_.dim != dim or not type_.plain:
+        return None
+    bounds = cut_bounds(call, shape[dim], len(shape), dim)
+    if bounds is None:
+        return None
+    results: list[Type] = []
+    pieces: list[tuple[int, int]] = []
+    for start, end in bounds:
+        piece = segments_between(type_.sequence, start, end)
+        if piece is None:
+            return None
+        pieces.append(piece)
+        segments = type_.sequence.segments[piece[0] : piece[1]]
+        if any(s.sharded for s in segments):
+            results.append(Shard(dim, Sequence(segments), origin=f"{call.op} at segment boundaries"))
+        else:
+            results.append(Replicate(origin=f"{call.op}: the segment is whole on every rank"))
+    return Decision((type_,), tuple(results), detail=pieces)
+
+
+def segments_between(sequence: Sequence, start: Length, end: Length) -> tuple[int, int] | None:
+    """Segments ``[i, j)`` that cover exactly the global positions ``[start, end)``."""
+    position: Length = 0
+    edges: list[Length] = [0]
+    for segment in sequence.segments:
+        position = as_length(position + segment.length)
+        edges.append(position)
+    first = next((i for i, e in enumerate(edges) if same_length(e, start)), None)
+    last = next((i for i, e in reversed(list(enumerate(edges))) if same_length(e, end)), None)
+    if first is None or last is None or first >= last:
+        return None
+    return first, last

@@ -1,0 +1,303 @@
+"""Reductions over split tokens that are no sums: maxima and minima, any and all, positions of them, norms.
+
+Each rank reduces its own rows, and a small all-reduce combines the results; no token is gathered::
+
+    amax, amin, max, min, any, all    the same of the rank's rows; all_reduce (max or min)
+    max(dim), argmax, ...             the same, and the first position that has it: all_reduce (min) of positions
+    logsumexp                         the maximum, as above; all_reduce of the sums of exponentials
+    norm (of order 0, 1, 2)           all_reduce of sums of powers; of infinite order: the maximum of absolute values
+
+Pads, and what another rank counts, are replaced by what changes nothing (``-inf`` for a maximum).  What is not a number
+stays so, as torch has it.  Gradients are those of one device: that of ``amax`` goes in equal parts to all elements that
+are the maximum, on whatever rank (``fxsp.at_extreme``), that of ``max(dim)`` to the first.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.kernels.extremes import travels_as
+from fxsp.passes.builder import Builder, reduced_bytes
+from fxsp.passes.rules.decide import Decision, locate
+from fxsp.passes.rules.reduce import COMBINED, reduced_dims
+from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of
+from fxsp.types import Length, Replicate, Shard, Type, ceil_div, product
+
+__all__ = ["ExtremePlan", "decide_extreme", "write_extreme"]
+
+aten = torch.ops.aten
+_LARGEST = {*overloads("amax", "max", "any", "any.dim", "any.dims", "max.dim", "argmax")}
+_LOGICAL = {*overloads("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")}
+_WITH_INDEX = {*overloads("max.dim", "min.dim")}
+_INDEX = {*overloads("argmax", "argmin")}
+_NORMS = {*overloads("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar", "norm.ScalarOpt_dim_dtype")}
+#: The gradient of these goes to elements that are not numbers, too, where the maximum is none.
+_FULL = {*overloads("max", "min")}
+#: No position.
+_NOWHERE = 2**62
+_WORD = {"max": "maximum", "min": "minimum"}
+
+
+@dataclass(frozen=True)
+class ExtremePlan:
+    """``Decision.detail``: how the operand is split."""
+
+    source: Shard
+
+
+def decide_extreme(call: Call, types: list[Type]) -> Decision | None:
+    """A decision where a reduction combines what the ranks find among their tokens; else None."""
+    if call.op not in COMBINED or len(types) != 1:
+        return None
+    (type_,), rule = types, rule_of(call.node)
+    dtype = call.operands[0].meta["val"].dtype
+    numbers = call.op in _NORMS or call.op in overloads("logsumexp")
+    if not isinstance(type_, Shard) or rule is None or dtype.is_complex or (numbers and not dtype.is_floating_point):
+        return None
+    placement = locate(type_, rule.operands[0], rule.sizes)
+    if placement is None or placement.factor not in rule.combined:
+        return None
+    results = tuple(Replicate(origin=f"{call.op} of all ranks' tokens") for _ in rule.results)
+    return Decision((type_,), results, detail=ExtremePlan(type_))
+
+
+def write_extreme(build: Builder, call: Call, x: Node, plan: ExtremePlan) -> Node | list[Node]:
+    """The result on every rank, of ``x``, this rank's rows."""
+    return _Written(build, call, x, plan.source).result()
+
+
+class _Written:
+    """The calls that stand for one reduction."""
+
+    def __init__(self, build: Builder, call: Call, x: Node, type_: Shard) -> None:
+        self.build, self.call, self.op, self.type = build, call.node, call.op, type_
+        self.arguments = call.arguments
+        value = call.operands[0].meta["val"]
+        self.shape, self.dtype, self.device = shape_of(call.operands[0]), value.dtype, value.device
+        self.dims = reduced_dims(call, len(self.shape))
+        self.keep = bool(call.get("keepdim", False))
+        self.x = x
+        #: The values alone: gradients go through ``at_extreme`` only.
+        self.data = self._do(aten.detach.default, x) if self._differentiable() else x
+        self.real = self._real()
+        results = call.node.meta["val"]
+        self.result_dtype = (results[0] if isinstance(results, (tuple, list)) else results).dtype
+
+    def _do(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.build.call(target, *args, **kwargs)
+
+    def _differentiable(self) -> bool:
+        return self.build.training and self.dtype.is_floating_point
+
+    def result(self) -> Node | list[Node]:
+        if self.op in _LOGICAL:
+            return self._logical()
+        if self.op in overloads("aminmax"):
+            return [self._extreme(self.x, self.data, op) for op in ("min", "max")]
+        if self.op in _WITH_INDEX:
+            return list(self._with_index())
+        if self.op in _INDEX:
+            return self._index()
+        if self.op in overloads("logsumexp"):
+            return self._logsumexp()
+        if self.op in _NORMS:
+            return self._norm()
+        return self._extreme(self.x, self.data, self._word())
+
+    def _word(self) -> str:
+        return "max" if self.op in _LARGEST else "min"
+
+    # What counts on this rank.
+
+    def _along(self, sizes: Sequence[Length]) -> list[int | Node]:
+        """Sizes of something that has the tokens' dimension only, to broadcast to the local operand."""
+        full = [1] * len(self.shape)
+        return self.build.sizes([*full[: self.type.dim], product(sizes), *full[self.type.dim + 1 :]])
+
+    def _local(self) -> list[Length]:
+        return [self.type.outer, self.type.sequence.local_length(self.build.ranks.size)]
+
+    def _real(self) -> Node | None:
+        """Which local rows count, broadcastable; None: all.  Rows that every rank has count on one of them."""
+        sequence = self.type.sequence
+        if not sequence.has_pads(self.build.ranks.size) and not any(sequence.whole):
+            return None
+        ones = self._do(aten.ones.default, self.build.sizes(self._local()), dtype=torch.bool, device=self.device)
+        real = self.build.mask_pads(ones, 1, sequence)
+        return self._do(aten.reshape.default, real, self._along(self._local()))
+
+    def _only_real(self, x: Node, fill: float | bool) -> Node:
+        return x if self.real is None else self._do(aten.where.ScalarOther, self.real, x, fill)
+
+    def _neutral(self, op: str, dtype: torch.dtype) -> float | bool:
+        if dtype == torch.bool:
+            return op == "min"
+        if dtype.is_floating_point:
+            return -math.inf if op == "max" else math.inf
+        return torch.iinfo(dtype).min if op == "max" else torch.iinfo(dtype).max
+
+    # Pieces.
+
+    def _combined(self, x: Node, op: str, dtype: torch.dtype, what: str = "") -> Node:
+        """The maximum, or minimum, over the ranks of one value for each."""
+        new = self.build.all_reduce_extreme(x, op)
+        size = self.build.ranks.size
+        elements = product(n for d, n in enumerate(self.shape) if d not in self.dims)
+        sent = ceil_div(product((elements, travels_as(dtype).itemsize, 2 * (size - 1))), size)
+        self.build.record("all_reduce", new, sent, what or f"the {_WORD[op]} over the ranks")
+        return new
+
+    def _summed(self, x: Node, dtype: torch.dtype, what: str) -> Node:
+        new = self.build.all_reduce(x)
+        elements = product(n for d, n in enumerate(self.shape) if d not in self.dims)
+        self.build.record("all_reduce", new, reduced_bytes(elements, dtype, self.build.ranks.size), what)
+        return new
+
+    def _kept(self, x: Node) -> Node:
+        """A result with the reduced dimensions, of size one."""
+        for dim in () if self.keep else self.dims:
+            x = self._do(aten.unsqueeze.default, x, dim)
+        return x
+
+    def _dropped(self, x: Node) -> Node:
+        return x if self.keep else self._do(aten.squeeze.dims, x, self.dims)
+
+    def _same(self, x: Node, y: Node, *, nan: bool) -> Node:
+        found = self._do(aten.eq.Tensor, x, y)
+        if not nan or not self.dtype.is_floating_point:
+            return found
+        both = self._do(aten.logical_and.default, *(self._do(aten.isnan.default, z) for z in (x, y)))
+        return self._do(aten.logical_or.default, found, both)
+
+    def _hit(self, found: Node) -> Node:
+        return found if self.real is None else self._do(aten.logical_and.default, found, self.real)
+
+    def _extreme(self, x: Node, data: Node, op: str) -> Node:
+        """The maximum or minimum of ``data``, as a function of ``x``."""
+        masked = self._only_real(data, self._neutral(op, self.dtype))
+        local = self._do(aten.amax.default if op == "max" else aten.amin.default, masked, self.dims, self.keep)
+        value = self._combined(local, op, self.dtype)
+        if not self._differentiable():
+            return value
+        hit = self._hit(self._same(data, self._kept(value), nan=self.op in _FULL))
+        return self.build.at_extreme(x, value, hit, self.dims, self.keep, ties=True)
+
+    # The families.
+
+    def _logical(self) -> Node:
+        word = self._word()
+        x = self.data if self.dtype == torch.bool else self._do(aten.ne.Scalar, self.data, 0)
+        masked = self._only_real(x, self._neutral(word, torch.bool))
+        op = aten.any.dims if word == "max" else aten.all.dims
+        value = self._combined(
+            self._do(op, masked, self.dims, self.keep), word, torch.bool,
+            "whether any rank has one" if word == "max" else "whether all ranks have it",
+        )  # fmt: skip
+        return value if self.result_dtype == torch.bool else self._do(aten.to.dtype, value, self.result_dtype)
+
+    def _places(self) -> Node:
+        """The global index of each local row along the dimension of the tokens, ``[n]``."""
+        rows, (outer, _, inner) = self.build.positions(self.type.sequence, self.device), self._local()
+        if self.type.plain:
+            return rows
+        block = self.build.size(product((self.type.sequence.length, inner)))
+        first, last = (self._do(aten.arange.default, self.build.size(n), device=self.device) for n in (outer, inner))
+        first = self._do(aten.reshape.default, self._do(aten.mul.Tensor, first, block), [-1, 1, 1])
+        rows = self._do(aten.reshape.default, self._do(aten.mul.Tensor, rows, self.build.size(inner)), [-1, 1])
+        both = self._do(aten.add.Tensor, self._do(aten.add.Tensor, first, rows), last)
+        return self._do(aten.reshape.default, both, [-1])
+
+    def _first(self, local: Node, value: Node, places: Node) -> Node:
+        """The first of the places of those ranks that have the value."""
+        here = self._do(aten.where.ScalarOther, self._same(local, value, nan=True), places, _NOWHERE)
+        return self._combined(here, "min", torch.int64, "the first position that has it")
+
+    def _with_index(self) -> tuple[Node, Node]:
+        word, (dim,) = self._word(), self.dims or [0]
+        masked = self._only_real(self.data, self._neutral(word, self.dtype))
+        both = self._do(aten.max.dim if word == "max" else aten.min.dim, masked, dim, self.keep)
+        local, at = (self._do(operator.getitem, both, i) for i in (0, 1))
+        value = self._combined(local, word, self.dtype)
+        places = self._places()
+        index = self._first(local, value, self._do(aten.index.Tensor, places, [at]))
+        if self._differentiable():
+            along = self._do(aten.reshape.default, places, self._along(self._local()))
+            hit = self._hit(self._do(aten.eq.Tensor, along, self._kept(index)))
+            value = self.build.at_extreme(self.x, value, hit, self.dims, self.keep, ties=False)
+        return value, index
+
+    def _index(self) -> Node:
+        word = self._word()
+        masked = self._only_real(self.data, self._neutral(word, self.dtype))
+        if self.arguments.get("dim") is not None:
+            (dim,) = self.dims
+            both = self._do(aten.max.dim if word == "max" else aten.min.dim, masked, dim, self.keep)
+            local, at = (self._do(operator.getitem, both, i) for i in (0, 1))
+            places = self._do(aten.index.Tensor, self._places(), [at])
+            return self._first(local, self._combined(local, word, self.dtype), places)
+        # Of all elements: the place in the flattened value.
+        dim, inner = self.type.dim, product(self.shape[self.type.dim + 1 :])
+        flat = self._do(aten.reshape.default, masked, [-1])
+        both = self._do(aten.max.dim if word == "max" else aten.min.dim, flat, 0)
+        local, at = (self._do(operator.getitem, both, i) for i in (0, 1))
+        size = self.build.size
+        rest = self._do(aten.remainder.Scalar, at, size(inner))
+        row = self._do(aten.floor_divide.default, at, size(inner))
+        lines = product(self._local())
+        along = self._do(aten.index.Tensor, self._places(), [self._do(aten.remainder.Scalar, row, size(lines))])
+        before = self._do(aten.floor_divide.default, row, size(lines))
+        place = self._do(aten.mul.Tensor, before, size(product((self.shape[dim], inner))))
+        place = self._do(aten.add.Tensor, place, self._do(aten.mul.Tensor, along, size(inner)))
+        place = self._do(aten.add.Tensor, place, rest)
+        index = self._first(local, self._combined(local, word, self.dtype), place)
+        return self._do(aten.reshape.default, index, [1] * len(self.shape)) if self.keep else index
+
+    def _wide(self, x: Node) -> tuple[Node, torch.dtype]:
+        """``x`` as sums of it accumulate: of halves in fp32."""
+        wide = torch.promote_types(self.result_dtype, torch.promote_types(self.dtype, torch.float32))
+        return (x if wide == self.dtype else self._do(aten.to.dtype, x, wide)), wide
+
+    def _narrow(self, x: Node, wide: torch.dtype) -> Node:
+        return x if wide == self.result_dtype else self._do(aten.to.dtype, x, self.result_dtype)
+
+    def _logsumexp(self) -> Node:
+        masked = self._only_real(self.x, -math.inf)
+        data = self._do(aten.detach.default, masked) if self._differentiable() else masked
+        local = self._do(aten.amax.default, data, self.dims, True)
+        most = self._combined(local, "max", self.dtype)
+        most = self._do(aten.where.ScalarSelf, self._do(aten.isinf.default, most), 0.0, most)
+        (x, wide), (most, _) = self._wide(masked), self._wide(most)
+        summed = self._do(aten.exp.default, self._do(aten.sub.Tensor, x, most))
+        summed = self._do(aten.sum.dim_IntList, summed, self.dims, self.keep)
+        total = self._do(aten.log.default, self._summed(summed, wide, "a sum of exponentials over the ranks"))
+        return self._narrow(self._do(aten.add.Tensor, total, self._dropped(most)), wide)
+
+    def _norm(self) -> Node:
+        order = self.arguments.get("ord", self.arguments.get("p", 2))
+        order = 2 if order is None else order
+        if math.isinf(order):
+            x = self._do(aten.abs.default, self.x)
+            data = self._do(aten.detach.default, x) if self._differentiable() else x
+            result = self._extreme(x, data, "max" if order > 0 else "min")
+            return self._narrow(result, self.dtype)
+        x, wide = self._wide(self.x)
+        x = self._only_real(x, 0.0)
+        if order == 0:
+            power = self._do(aten.to.dtype, self._do(aten.ne.Scalar, x, 0), wide)
+        else:
+            power = self._do(aten.abs.default, x) if order == 1 else self._do(aten.mul.Tensor, x, x)
+        total = self._do(aten.sum.dim_IntList, power, self.dims, self.keep)
+        total = self._summed(total, wide, "a sum of powers over the ranks")
+        if order == 2:
+            # The gradient of a norm of zero is zero, that of a root is not.
+            none = self._do(aten.eq.Scalar, total, 0)
+            root = self._do(aten.sqrt.default, self._do(aten.where.ScalarSelf, none, 1.0, total))
+            total = self._do(aten.where.ScalarSelf, none, 0.0, root)
+        return self._narrow(total, wide)

@@ -1,0 +1,99 @@
+"""Operators that read a tensor's shape and not its data: ``zeros_like``, ``randn_like``, ``new_zeros`` and their kind.
+
+The tensor is neither gathered nor summed for them; what they make has its sizes from its type::
+
+    zeros_like, ones_like, full_like, empty_like    split as the operand is, and whole without communication
+    randn_like, rand_like, uniform_, ...            every rank draws the whole value, as one device does, and those
+                                                    that meet shards use their own rows of it
+    new_zeros, new_full, ...                        as their sizes say
+
+They have no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.passes.builder import Builder
+from fxsp.passes.rules.decide import Decision, hint
+from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.types import Replicate, Shard, Type, as_length
+
+__all__ = ["CONSTANTS", "DRAWN", "LikePlan", "decide_like", "is_constant", "write_like"]
+
+aten = torch.ops.aten
+CONSTANTS = set(overloads("zeros_like", "ones_like", "full_like", "empty_like"))
+#: They draw random numbers; of in-place operators the functional forms.
+DRAWN = set(
+    overloads(
+        "rand_like", "rand_like.generator", "randn_like", "randn_like.generator", "randint_like",
+        "randint_like.low_dtype", "randint_like.generator", "randint_like.low_generator_dtype", "bernoulli.p",
+        "uniform", "normal_functional", "exponential", "geometric", "cauchy", "log_normal", "random", "random.from",
+        "random.to",
+    )
+)  # fmt: skip
+_FACTORIES = set(overloads("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"))
+
+
+class LikePlan:
+    """``Decision.detail``: no operand is read."""
+
+
+def is_constant(node: Node) -> bool:
+    """Whether a value is made of its shape alone, the same wherever it is made."""
+    return node.op == "call_function" and node.target in CONSTANTS
+
+
+def decide_like(call: Call, types: list[Type]) -> Decision | None:
+    """A decision that asks nothing of the operand; None for other operators."""
+    if call.op not in CONSTANTS and call.op not in DRAWN and call.op not in _FACTORIES:
+        return None
+    if call.node.meta["val"].layout != torch.strided:
+        return None
+    result: Type = Replicate(origin=f"{call.op} reads a shape only")
+    if call.op in CONSTANTS and isinstance(types[0], Shard):
+        result = types[0]
+    return Decision(tuple(types), (result,), detail=LikePlan())
+
+
+def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]) -> Node:
+    """The call for a value of ``type_``, which asks for no tensor; ``scalars`` are the sizes and numbers it may use."""
+    call, value = Call(node), node.meta["val"]
+    arguments = {
+        name: torch.fx.map_arg(argument, scalars.__getitem__)
+        for name, argument in call.arguments.items()
+        if name != "self"
+    }
+    given: torch.Tensor = call["self"].meta["val"]
+    if call.op in _FACTORIES:
+        like = build.call(aten.empty.memory_format, [0], dtype=given.dtype, device=given.device)
+        args, kwargs = call.bound_to({**arguments, "self": like}).rebuild()
+        return build.call(call.op, *args, **kwargs)
+    sizes = list(shape_of(node))
+    if isinstance(type_, Shard):
+        sizes[type_.dim] = type_.local_size(build.ranks.size)
+    # In memory as the program's own value: numbers are drawn in that order.
+    strides = [hint(as_length(stride)) for stride in value.stride()]
+    order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
+    laid = build.sizes([sizes[d] for d in order])
+    if call.op in CONSTANTS:
+        options = {"dtype": value.dtype, "device": value.device}
+        if call.op in overloads("empty_like"):
+            new = build.call(aten.empty.memory_format, laid, **options)
+        else:
+            fill = arguments["fill_value"] if "fill_value" in arguments else int(call.op in overloads("ones_like"))
+            new = build.call(aten.full.default, laid, fill, **options)
+        return _turned(build, new, order)
+    like = build.call(aten.empty.memory_format, laid, dtype=given.dtype, device=given.device)
+    args, kwargs = call.bound_to({**arguments, "self": _turned(build, like, order)}).rebuild()
+    return build.call(call.op, *args, **kwargs)
+
+
+def _turned(build: Builder, x: Node, order: list[int]) -> Node:
+    """``x``, whose dimensions are in the order of memory, as the program has them."""
+    if order == list(range(len(order))):
+        return x
+    return build.call(aten.permute.default, x, [order.index(d) for d in range(len(order))])

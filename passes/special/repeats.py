@@ -1,0 +1,57 @@
+"""Values that repeat others: what is gathered is the value that is repeated.
+
+``repeat_kv`` of transformers writes each key head several times, for its query heads::
+
+    %unsqueeze = unsqueeze(%k, 2)                       [B, 2, 1, S, D]
+    %expand    = expand(%unsqueeze, [B, 2, 4, S, D])
+    %reshape   = reshape(%expand, [B, 8, S, D])         needed whole
+
+Gathered as it stands, each element would travel four times.  Instead ``%k`` is gathered, and repeated afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from fxsp.passes.rules.rule import overloads, shape_of, tensor_nodes
+from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.types import Shard, product, quotient
+
+__all__ = ["repeated", "repeats_of"]
+
+#: Of one operand; the same elements, some of them several times.
+_VIEWS = frozenset(
+    [*RESHAPES, *EXPANDS, *PERMUTES, *overloads("clone", "contiguous", "alias", "repeat_interleave.self_int")]
+)
+
+
+def repeats_of(node: Node, held: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+    """``[node, ..., x]``: each is a view of the next, and ``x`` is split, and smaller or ``held``; else ``[node]``.
+
+    ``held`` says which values are whole anyway: nothing is sent for their views.
+    """
+    chain, best = [node], 1
+    while node.target in _VIEWS:
+        operands = list(tensor_nodes((node.args, list(node.kwargs.values()))))
+        if len(operands) != 1 or not isinstance(operands[0].meta.get("sp"), Shard):
+            break
+        (node,) = operands
+        chain.append(node)
+        if _times(chain[best - 1], node) is not None or held(node):
+            best = len(chain)
+    return chain[:best]
+
+
+def repeated(node: Node) -> tuple[Node, int]:
+    """``(x, n)``: a value repeats the elements of ``x`` ``n`` times; ``(node, 1)`` if it repeats none."""
+    source = repeats_of(node)[-1]
+    times = _times(node, source)
+    return (source, times) if source is not node and times is not None else (node, 1)
+
+
+def _times(node: Node, source: Node) -> int | None:
+    """How much larger a value is than ``source``, where that is known and more than once."""
+    times = quotient(product(shape_of(node)), product(shape_of(source)))
+    return times if isinstance(times, int) and times > 1 else None
