@@ -58,7 +58,7 @@ pytest: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.test
-	OMP_NUM_THREADS=1 FXSP_FUZZ_PROGRAMS=$(N) $(BIN)/pytest tests/test_fuzz.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 FXSP_FUZZ_PROGRAMS=$(N) $(BIN)/pytest tests/fuzz $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,98 @@
+"""What is installed: the wheel, the entry point, and what an import drags in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(code: str, cwd: Path, *path: Path) -> str:
+    """The output of a fresh interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy: a build leaves folders behind."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("fxsp", "passes", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    run(f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})", source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_mapped_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = {"fxsp/py.typed", *(f"fxsp/page/page.{kind}" for kind in ("html", "css", "js"))}
+    for folder, target in (("fxsp", "fxsp"), ("passes", "fxsp/passes"), ("kernels", "fxsp/kernels")):
+        for path in (ROOT / folder).rglob("*.py"):
+            expected.add(f"{target}/{path.relative_to(ROOT / folder).as_posix()}")
+    assert names == expected
+
+
+def test_the_wheel_works_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = "import fxsp.passes.base, fxsp.kernels; print(fxsp.passes.__file__, fxsp.kernels.__file__, sep='\\n')"
+    passes, kernels = run(code, tmp_path, tmp_path).splitlines()
+    assert Path(passes) == tmp_path / "fxsp" / "passes" / "__init__.py"
+    assert Path(kernels) == tmp_path / "fxsp" / "kernels" / "__init__.py"
+
+
+def test_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+        metadata = archive.read(name).decode()
+        assert any(n.endswith("/licenses/LICENSE") for n in archive.namelist())
+    assert "Requires-Python: >=3.11" in metadata
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert sorted(re.findall(r"^Requires-Dist: (\w+)", "\n".join(required), re.MULTILINE)) == ["sympy", "torch"]
+
+
+def test_the_backend_is_found_by_name() -> None:
+    (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="sp")
+    assert entry.value == "fxsp.backend:sp"
+    assert callable(entry.load())
+    assert "sp" in torch.compiler.list_backends()
+
+
+def test_the_import_is_light(tmp_path: Path) -> None:
+    # torch's own Dynamo looks whether there is a Triton; what fxsp adds to it counts.
+    code = (
+        "import sys, torch._dynamo\n"
+        "before = set(sys.modules)\n"
+        "import fxsp\n"
+        "added = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(added & {'diffusers', 'transformers', 'triton', 'kernels', 'passes'}))"
+    )
+    assert run(code, tmp_path) == "[]"
+
+
+def test_the_folders_do_not_shadow(tmp_path: Path) -> None:
+    """From the top folder, where a bare ``import kernels`` would find ours, nobody imports it, twice or at all."""
+    code = (
+        "import sys, diffusers, transformers, fxsp.kernels, fxsp.passes\n"
+        "import diffusers.models.attention_dispatch\n"
+        "print([m for m in sys.modules if m.partition('.')[0] in ('kernels', 'passes')])"
+    )
+    assert run(code, ROOT) == "[]"
