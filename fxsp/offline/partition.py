@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxsp.backend import compile_graph
 from fxsp.capture.capture import install, splits_of_compilation
 from fxsp.capture.graph_breaks import remembering
 from fxsp.config import Options
 from fxsp.errors import FxspError, FxspWarning
 from fxsp.inspection.printer import Row
 from fxsp.inspection.stages import StageWriter
+from fxsp.partitioning import compile_graph
 from fxsp.passes.base import Program
 from fxsp.passes.normalize.regions import open_regions
 from fxsp.report import Report

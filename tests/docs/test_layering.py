@@ -34,8 +34,9 @@ LAYERS = [
     ("fxsp.inspection",),
     ("fxsp.cost", "fxsp.inner"),
     ("fxsp.said",),
-    ("fxsp.backend",),
-    ("fxsp.hooks", "fxsp.offline"),
+    ("fxsp.partitioning",),
+    ("fxsp.backend", "fxsp.offline"),
+    ("fxsp.hooks",),
     ("fxsp.__main__",),
 ]
 #: Nothing but names of what lies below.

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxsp.backend import compile_graph
 from fxsp.capture.capture import install
 from fxsp.config import Options
 from fxsp.errors import FxspError
+from fxsp.partitioning import compile_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.inplace import written_arguments
 from fxsp.passes.normalize.regions import open_regions

@@ -75,12 +75,12 @@ def _verified() -> str:
 
 
 def _warned(what: str) -> str:
-    """The warning of the backend itself."""
-    from fxsp import backend
+    """The warning of the compiler itself."""
+    from fxsp import partitioning
 
     e = fxsp.explain(Whole(what), small.inputs(), world_size=2, plan={"": {"x": SPLIT}})
     with pytest.warns(fxsp.FxspWarning) as found:
-        backend._say_gathers(e.results[0].report)
+        partitioning._say_gathers(e.results[0].report)
     return str(found[0].message)
 
 

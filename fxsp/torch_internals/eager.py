@@ -1,0 +1,58 @@
+"""Eager execution: functions on tensors of ours, and who is looking."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+#: A context in which functions take all tensors as plain ones, and no mode sees them.  Dynamo knows the class itself.
+plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
+
+
+def set_compiler(compiler: Any) -> Any:
+    """What Dynamo does with the frames of this thread (None: nothing); returns what it did before."""
+    from torch._C._dynamo.eval_frame import set_eval_frame
+
+    return set_eval_frame(compiler)
+
+
+def only_inlined(function: _F) -> _F:
+    """Have Dynamo trace ``function`` as a part of its callers, but never compile it for itself."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+    return function
+
+
+def custom_function(x: torch.Tensor) -> str:
+    """The name of the custom ``autograd.Function`` that a tensor came out of; nothing for those of torch (checkpoints)
+    and ours, and for any other tensor."""
+    return custom_function_of(x.grad_fn)
+
+
+def custom_function_of(node: Any) -> str:
+    """The name of the custom ``autograd.Function`` that a node of the autograd graph is, as :func:`custom_function`."""
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return ""
+    function: Any = type(node)._forward_cls  # type: ignore[attr-defined]
+    known = function.__module__.partition(".")[0] in ("torch", "fxsp")
+    return "" if known else f"{function.__qualname__}.apply"
+
+
+def checkpoint_looks() -> bool:
+    """Whether a checkpoint asks for the shape of a tensor, to compare what it recomputed with what it had."""
+    from torch.utils.checkpoint import _default_meta_extractor
+
+    frame = sys._getframe(1)
+    for _ in range(8):  # the frames of a `__torch_function__`
+        if frame is None or frame.f_code is _default_meta_extractor.__code__:
+            return frame is not None
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
