@@ -73,6 +73,10 @@ def compile_graph(
         report.unsharded = f"one rank. {missing}" if missing else "one rank" if captured.entries else EMPTY_PLAN
         return report, None
     if not any(record.applied for record in report.plan):
+        single = next((record for record in report.plan if record.single), None)
+        if single is not None:  # a step of decoding: as right as can be, so no warning
+            report.unsharded = f"there is nothing to split: of {single.entry}, {single.detail}"
+            return report, None
         report.unsharded = "no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN
         _say_unsharded(report, captured)
         return report, None

@@ -20,6 +20,8 @@ class PlanRecord:
     entry: str
     applied: bool
     detail: str = ""
+    #: It does not apply because its value is one token: there is nothing to split, and nothing to mend.
+    single: bool = False
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def annotate(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry],
 class _Outcome:
     applied: bool
     detail: str
+    single: bool = False
 
 
 def _record(row: ResolvedEntry, outcomes: list[_Outcome], gm: fx.GraphModule, capture: Capture) -> PlanRecord:
@@ -96,7 +97,8 @@ def _record(row: ResolvedEntry, outcomes: list[_Outcome], gm: fx.GraphModule, ca
         return PlanRecord(str(row), False, _why_not_called(row, gm, capture))
     details = list(dict.fromkeys(outcome.detail for outcome in outcomes))
     calls = f" ({len(outcomes)} calls)" if len(outcomes) > 1 else ""
-    return PlanRecord(str(row), any(outcome.applied for outcome in outcomes), "; ".join(details) + calls)
+    applied, single = any(o.applied for o in outcomes), all(o.single for o in outcomes)
+    return PlanRecord(str(row), applied, "; ".join(details) + calls, single)
 
 
 def _why_not_called(row: ResolvedEntry, gm: fx.GraphModule, capture: Capture) -> str:
@@ -252,7 +254,8 @@ class _Writer:
         if isinstance(shape[dim], int) and shape[dim] == 0:
             return _Outcome(False, f"dimension {dim} of the tensor {described(value)} is empty")
         if isinstance(shape[dim], int) and shape[dim] == 1 and row.entry.kind == "shard":
-            return _Outcome(False, f"dimension {dim} of the tensor {described(value)} is one token: it stays whole")
+            why = f"dimension {dim} of the tensor {described(value)} is one token: it stays whole"
+            return _Outcome(False, why, single=True)
         text_len: Any = -1
         if isinstance(spec, SequenceParallelPartialInput):
             text_len = self._text_length(spec.text_len_source, call)

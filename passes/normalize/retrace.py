@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -267,9 +268,9 @@ class Retracer(torch.fx.Interpreter):
 
 
 def _may_return_nothing(target: Any) -> bool:
-    """Writes to tensors, which are in the trace, and checks."""
+    """Writes to tensors, which are in the trace, checks, and reading a result that an operator did not compute."""
     name = getattr(target, "__name__", "")
-    if torch_internals.is_operator(target) or torch_internals.is_functorch(target):
+    if torch_internals.is_operator(target) or torch_internals.is_functorch(target) or target is operator.getitem:
         return True
     return name in ("setitem", "delitem", "_log_api_usage_once") or name.startswith(("_check", "_assert"))
 

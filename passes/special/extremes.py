@@ -204,14 +204,12 @@ class _Written:
 
     def _places(self) -> Node:
         """The global index of each local row along the dimension of the tokens, ``[n]``."""
-        rows, (outer, _, inner) = self.build.positions(self.type.sequence, self.device), self._local()
+        rows = self.build.positions(self.type.sequence, self.device)
         if self.type.plain:
             return rows
-        block = self.build.size(product((self.type.sequence.length, inner)))
-        first, last = (self._do(aten.arange.default, self.build.size(n), device=self.device) for n in (outer, inner))
-        first = self._do(aten.reshape.default, self._do(aten.mul.Tensor, first, block), [-1, 1, 1])
-        rows = self._do(aten.reshape.default, self._do(aten.mul.Tensor, rows, self.build.size(inner)), [-1, 1])
-        both = self._do(aten.add.Tensor, self._do(aten.add.Tensor, first, rows), last)
+        length, outer = self.build.size(self.type.sequence.length), self.build.size(self.type.outer)
+        first = self._do(aten.mul.Tensor, self._do(aten.arange.default, outer, device=self.device), length)
+        both = self._do(aten.add.Tensor, self._do(aten.reshape.default, first, [-1, 1]), rows)
         return self._do(aten.reshape.default, both, [-1])
 
     def _first(self, local: Node, value: Node, places: Node) -> Node:

@@ -97,6 +97,7 @@ def join(name):
     dist.init_process_group("gloo", init_method=f"file://{store}{name}", rank=rank, world_size=size)
 join("a")
 mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+torch.manual_seed(0)  # every rank has the same model, and the same tokens
 model, x = nn.Linear(8, 8), torch.randn(1, 9, 8)
 options = {"plan": {"": {"input": fxsp.SequenceParallelInput(1)}}, "inner": "aot_eager"}
 function = torch.compile(model, backend="sp", options=options)

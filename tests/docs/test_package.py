@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_mapped_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = {"fxsp/py.typed", *(f"fxsp/page/page.{kind}" for kind in ("html", "css", "js"))}
+    expected = {"fxsp/py.typed", *(f"fxsp/offline/render/static/page.{kind}" for kind in ("html", "css", "js"))}
     for folder, target in (("fxsp", "fxsp"), ("passes", "fxsp/passes"), ("kernels", "fxsp/kernels")):
         for path in (ROOT / folder).rglob("*.py"):
             expected.add(f"{target}/{path.relative_to(ROOT / folder).as_posix()}")

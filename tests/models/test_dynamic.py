@@ -1,6 +1,7 @@
 """Other lengths: the second one compiles once more, with symbolic lengths; after that none does.
 
-Two exceptions, one compile each: no more tokens than ranks, and one token.
+Two exceptions, one compile each: no more tokens than ranks, and one token.  One token alone is not split, and that is
+in the report.
 """
 
 from __future__ import annotations
@@ -30,21 +31,30 @@ def _tokens(*lengths: int) -> tuple[dict[str, Any], ...]:
     return tuple({"tokens": length} for length in lengths)
 
 
-#: Number of ranks, the case, and how many graphs each call may compile.
+#: Number of ranks, the case, how many graphs each call may compile, and how many of these are of one token alone.
 CASES = [
     # Dividing, prime, odd, dividing again; then fewer text tokens than ranks, then one token.
-    (2, Case("flux", {"image": 12, "text": 4}, calls=_images((29, 9), (31, 11), (36, 8), (33, 7), (1, 3))), "110001"),
-    (3, Case("llama", {"tokens": 12, "mask": True, "layers": 1}, IDS, calls=_tokens(13, 17, 21, 3, 1)), "110011"),
-    (3, Case("wan", {"frames": 3}, calls=({"frames": 5}, {"frames": 2}, {"frames": 7})), "1100"),
+    (
+        2,
+        Case("flux", {"image": 12, "text": 4}, calls=_images((29, 9), (31, 11), (36, 8), (33, 7), (1, 3))),
+        "110001",
+        0,
+    ),
+    (3, Case("llama", {"tokens": 12, "mask": True, "layers": 1}, IDS, calls=_tokens(13, 17, 21, 3, 1)), "110011", 1),
+    (3, Case("wan", {"frames": 3}, calls=({"frames": 5}, {"frames": 2}, {"frames": 7})), "1100", 0),
 ]
 
 
-@pytest.mark.parametrize(("size", "case", "compiles"), CASES, ids=[f"{size}-{case}" for size, case, _ in CASES])
-def test_lengths_compile_at_most_once_more(ranks: Ranks, size: int, case: Case, compiles: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "case", "compiles", "single"), CASES, ids=[f"{size}-{case}" for size, case, *_ in CASES]
+)
+def test_lengths_compile_at_most_once_more(ranks: Ranks, size: int, case: Case, compiles: str, single: int) -> None:
     for outcome in ranks(size).run(run_case, case, timeout=600.0):
         assert max(outcome.errors) <= 1e-5, outcome.errors
         assert all(found <= int(most) for found, most in zip(outcome.compiles, compiles, strict=True)), outcome.compiles
-        assert not outcome.unsharded
+        reasons = [text.partition(":")[0] for text in outcome.unsharded]
+        assert reasons == ["there is nothing to split"] * single, outcome.unsharded
+        assert not outcome.warnings
         assert not outcome.implicit
 
 

@@ -76,7 +76,7 @@ FLOAT32 = [
     (4, Case("llama", {"tokens": 16, "layers": 1}, IDS), ["gather_kv"]),
     (3, Case("llama", {"batch": 2, "tokens": 11, "layers": 1, "mask": True}, INNER_IDS), ["gather_kv"]),
     (2, Case("bert", {"batch": 2, "tokens": 13, "layers": 2}, IDS), ["ulysses"] * 2),
-    (3, Case("bert", {"batch": 2, "tokens": 1, "layers": 1, "mask": False}, IDS), ["gather_kv"]),
+    (3, Case("bert", {"batch": 2, "tokens": 2, "layers": 1, "mask": False}, IDS), ["gather_kv"]),
 ]
 
 LOW_PRECISION = [

@@ -39,6 +39,8 @@ AT_BOUNDARIES: list[tuple[Any, str]] = [
     (lambda x: torch.cat([x[:, :3], x[:, :3]], 1).split(3, 1), "S(1, [3]), S(1, [3])"),
     (lambda x: torch.cat([x[:, :3], x[:, :3]], 1).tensor_split(2, 1), "S(1, [3]), S(1, [3])"),
     (lambda x: torch.cat([x, x, x], 1)[:, 8:16], "S(1, [3|5])"),
+    (lambda x: x.flatten(1, 2)[:, : 3 * 4], "S(1, 1*[3]*4)"),
+    (lambda x: x.flatten(1, 2)[:, 3 * 4 :], "S(1, 1*[5]*4)"),
 ]
 
 OFF_BOUNDARIES: list[Any] = [
@@ -48,7 +50,12 @@ OFF_BOUNDARIES: list[Any] = [
     lambda x: x.split([4, 4], 1),
     lambda x: x.chunk(2, 1),
     lambda x: x.unbind(1)[2],
-    lambda x: x.flatten(1, 2)[:, : 3 * 4],
+]
+
+#: Between tokens that are no boundary, and within one token, which is four elements.
+OFF_BOUNDARIES_OF_UNITS: list[Any] = [
+    lambda x: x.flatten(1, 2)[:, : 2 * 4],
+    lambda x: x.flatten(1, 2)[:, : 3 * 4 + 1],
 ]
 
 
@@ -77,13 +84,16 @@ def test_cuts_at_boundaries_are_local(function: Any, last: str) -> None:
         assert not [g for g in program.report.implicit_gathers if g.kind == "implicit"]
 
 
-@pytest.mark.parametrize("function", OFF_BOUNDARIES)
-def test_cuts_elsewhere_gather(function: Any) -> None:
+@pytest.mark.parametrize(
+    ("function", "tokens"),
+    [*((f, "[3|5]") for f in OFF_BOUNDARIES), *((f, "[12 by 4|20 by 4]") for f in OFF_BOUNDARIES_OF_UNITS)],
+)
+def test_cuts_elsewhere_gather(function: Any, tokens: str) -> None:
     program = check(_outputs(function), TEXT, IMAGE)
     assert collectives(program) == {"gather": 1}
     (record,) = program.report.implicit_gathers
     assert record.kind == "implicit"
-    assert "whole (the tokens [3|5])" in record.reason
+    assert f"whole (the tokens {tokens})" in record.reason
     # Two rows of text and three of images, of four float64, in two batches, to one other rank.
     assert record.bytes == (2 + 3) * 4 * 8 * 2
 
@@ -97,7 +107,7 @@ def test_a_few_tokens_cost_less_than_all(function: Any, make: Any) -> None:
         assert sum(collectives(program).values()) <= 1
 
 
-@pytest.mark.parametrize("function", [*(f for f, _ in AT_BOUNDARIES), *OFF_BOUNDARIES])
+@pytest.mark.parametrize("function", [*(f for f, _ in AT_BOUNDARIES), *OFF_BOUNDARIES, *OFF_BOUNDARIES_OF_UNITS])
 def test_cuts_beside_whole_text(function: Any) -> None:
     for size in (2, 4):
         check(_outputs(function, whole_text), TEXT, IMAGE, size=size)

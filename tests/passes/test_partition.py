@@ -39,14 +39,14 @@ def test_the_example_of_the_pass() -> None:
     text = text_of(lambda x: torch.softmax(shard(x), -1).flatten(0, 1), torch.randn(2, 5, 8))
     assert text.splitlines() == [
         "P=2, 6 values, 1 collective sends 192 B per rank",
-        "  x_1                R              f32[2, 5, 8]     input",
-        "  shard_default      S(1, [5])      f32[2, 3, 8]     shard(x_1, 1, [5], rank)",
-        "  softmax_int        S(1, [5])      f32[2, 3, 8]     softmax(shard_default, -1)",
-        "  reshape_default    S(0, 2*[5]*1)  f32[6, 8]        reshape(softmax_int, [6, 8])",
-        "  reshape_default_1                 f32[2, 3, 1, 8]  reshape(reshape_default, [2, 3, 1, 8])",
-        "▶ gather_default                    f32[2, 5, 1, 8]  gather(reshape_default_1, 1, [5], rank)  192 B",
-        "  reshape_default_2  R              f32[10, 8]       reshape(gather_default, [10, 8])",
-        "                                                     return reshape_default_2",
+        "  x_1                R              f32[2, 5, 8]  input",
+        "  shard_default      S(1, [5])      f32[2, 3, 8]  shard(x_1, 1, [5], rank)",
+        "  softmax_int        S(1, [5])      f32[2, 3, 8]  softmax(shard_default, -1)",
+        "  reshape_default    S(0, 2*[5]*1)  f32[6, 8]     reshape(softmax_int, [6, 8])",
+        "  reshape_default_1                 f32[2, 3, 8]  reshape(reshape_default, [2, 3, 8])",
+        "▶ gather_default                    f32[2, 5, 8]  gather(reshape_default_1, 1, [5], rank)  192 B",
+        "  reshape_default_2  R              f32[10, 8]    reshape(gather_default, [10, 8])",
+        "                                                  return reshape_default_2",
     ]
 
 

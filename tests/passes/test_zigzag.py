@@ -161,6 +161,9 @@ def test_values_and_gradients(size: int, ulysses: int) -> None:
             results.append([out.detach(), *grads])
         for want, got in zip(*results, strict=True):
             assert error_of(got, want) <= 1e-5
+        if length == 1:
+            assert reports[0].unsharded.startswith("there is nothing to split")
+            continue
         assert _layouts(backend.programs[0]) == {"head-tail"}
         assert {a.method for a in reports[0].attentions} == {"ring" if ulysses == 1 else "hybrid"}
 

@@ -126,6 +126,16 @@ def test_poison_shows_a_dependence_on_pads() -> None:
     assert [lane.tolist() for lane in blocks.run(poison_pads=True)] == [[[0, 1], [2, 0]]] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_pads_of_small_numbers_are_poisoned(dtype: torch.dtype) -> None:
+    """Formats of 8 bits have neither products nor indexed copies of their own."""
+    lanes = oracle.Lanes([torch.tensor([4.0, 1.0, 2.0]).to(dtype)] * 2)
+    rows = oracle.bind("shard", [lanes, 0, [3], [False], False, 0, 2, ""], {}, 2).run(poison_pads=True)
+    assert [lane.float().tolist() for lane in rows] == [[4.0, 1.0], [2.0, 3.0]]
+    dealt = oracle.bind("deal", [lanes, 0, [3], [True], False, 2], {}, 2)
+    assert dealt.run(poison_pads=True)[0].float().tolist() == [4.0, 3.0, 1.0, 2.0]
+
+
 def test_equal_values_are_computed_once() -> None:
     def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.exp(), ops.shard(x, 0, [4], [False], False, 0, 2, GROUP).exp()

@@ -83,7 +83,7 @@ def cross_entropy(x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy((x @ w).flatten(0, 1), _targets().flatten())
 
 
-@mixer("losses")
+@mixer("losses", split=True)
 def causal_loss(x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy((x @ w)[:, :-1].flatten(0, 1), _targets()[:, 1:].flatten())
 

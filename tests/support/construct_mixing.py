@@ -143,27 +143,27 @@ def variance(x: Tensor, w: Tensor) -> Tensor:
     return (x @ w) / x.var(dim=1, keepdim=True)
 
 
-@mixer("reductions")
+@mixer("reductions", split=True)
 def largest(x: Tensor, w: Tensor) -> Tensor:
     return x @ w - x.amax(dim=1, keepdim=True)
 
 
-@mixer("statistics")
+@mixer("statistics", split=True)
 def vector_norm(x: Tensor, w: Tensor) -> Tensor:
     return (x @ w) / x.norm(dim=1, keepdim=True)
 
 
-@mixer("statistics")
+@mixer("statistics", split=True)
 def logsumexp(x: Tensor, w: Tensor) -> Tensor:
     return x @ w - x.logsumexp(1, keepdim=True)
 
 
-@mixer("statistics")
+@mixer("statistics", split=True)
 def argmax(x: Tensor, w: Tensor) -> Tensor:
     return (x @ w) * x.argmax(dim=1, keepdim=True)
 
 
-@mixer("statistics")
+@mixer("statistics", split=True)
 def any_token(x: Tensor, w: Tensor) -> Tensor:
     return torch.where((x > 1.5).any(dim=1, keepdim=True), x @ w, x)
 

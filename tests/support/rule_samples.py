@@ -21,6 +21,9 @@ __all__ = ["SAMPLES", "elementwise_samples"]
 X = T((2, 5, 6))
 N = T((5, 6))
 I64 = torch.int64
+F32 = torch.float32
+#: No bias and no scale of the result, which is fp32: the last arguments of ``_scaled_mm``.
+_IN_FP32 = (None, None, F32)
 
 #: Operators by name, and calls of them: positional arguments, then maybe keywords in a dict.
 _CALLS: dict[str, list[tuple[Any, ...]]] = {
@@ -50,6 +53,13 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "outer": [(T((5,)), T((6,)))],
     "addmm": [(T((4,)), T((5, 6)), T((6, 4))), (T((5, 4)), T((5, 6)), T((6, 4))), (T((1, 4)), T((5, 2)), T((2, 4)))],
     "baddbmm": [(T((2, 5, 4)), T((2, 5, 6)), T((2, 6, 4))), (T((1, 5, 1)), T((2, 5, 6)), T((2, 6, 4)))],
+    "_int_mm": [(T((5, 6), "int8"), T((6, 4), "int8")), (T((1, 6), "int8"), T((6, 5), "int8"))],
+    "_scaled_mm": [
+        (T((5, 6), "float8"), T((6, 4), "float8"), T((5, 1), "scale"), T((1, 4), "scale"), *_IN_FP32),
+        (T((4, 6), "float8"), T((6, 5), "float8"), T((), "scale"), T((), "scale"), *_IN_FP32),
+        (T((4, 6), "float8"), T((6, 5), "float8"), T((1, 1), "scale"), T((1, 1), "scale"), T((5,), "scale"), None, F32),
+        (T((1, 6), "float8"), T((6, 5), "float8"), T((1, 1), "scale"), T((1, 5), "scale"), *_IN_FP32),
+    ],
     "einsum": [
         ("bsc,bsd->bcd", [T((2, 5, 4)), T((2, 5, 3))]),
         ("bhnd,bhmd->bhnm", [T((2, 2, 4, 3)), T((2, 2, 5, 3))]),

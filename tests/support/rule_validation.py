@@ -42,7 +42,8 @@ class T:
 
     ``kind``: ``normal``; ``unit`` (between 0.1 and 0.9); ``above`` (between 1.1 and 1.9); ``complex``; ``bool``;
     ``buffer`` (as ``unit``, without gradient); ``small`` (integers 1 to 5); ``index`` (integers below ``bound``);
-    ``order`` (a permutation); ``ties`` (-1, 0 or 1, in floating point).
+    ``order`` (a permutation); ``ties`` (-1, 0 or 1, in floating point); and for products of quantized matrices,
+    without gradient, ``int8``, ``float8`` (e4m3) and ``scale`` (fp32).
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,12 @@ class T:
             return torch.randint(1, 6, self.shape, generator=generator)
         if self.kind == "index":
             return torch.randint(0, self.bound, self.shape, generator=generator)
+        if self.kind == "int8":
+            return torch.randint(-128, 128, self.shape, generator=generator).to(torch.int8)
+        if self.kind == "float8":
+            return torch.randn(self.shape, generator=generator).to(torch.float8_e4m3fn)
+        if self.kind == "scale":
+            return torch.rand(self.shape, generator=generator) + 0.5
         assert self.kind == "order", self.kind
         return torch.randperm(int(product(self.shape)), generator=generator).view(self.shape)
 
@@ -203,7 +210,7 @@ class Recorder:
     def input(self, spec: T, *, grads: bool = True) -> Node:
         value = spec.draw(self.generator)
         floating = value.dtype.is_floating_point or value.dtype.is_complex
-        value.requires_grad_(grads and floating and spec.kind != "buffer")
+        value.requires_grad_(grads and floating and spec.kind not in ("buffer", "float8", "scale"))
         where = self.inputs[-1] if self.inputs else None
         with self.graph.inserting_after(where):
             node = self.graph.placeholder(f"x{len(self.inputs)}")
@@ -233,26 +240,33 @@ class Recorder:
             at += 1
             sizes = [*shape[:dim], type_.outer, type_.sequence.length, *shape[dim + 1 :]]
             exposed = self.call(aten.reshape.default, x, sizes)
-        first, *rest = type_.sequence.segments
         unit = type_.sequence.units[-1]
-        if not rest:
-            laid = self._units(exposed, at, first)
-        elif not first.sharded and len(rest) == 1 and type_.sequence.divided(unit) is not None:
-            exposed = self._parted(exposed, at, unit)
-            laid = self._joined(self._annotate(exposed, at, first.length // unit), at, unit)
-        elif not first.sharded and type_.sequence.units[:2] == (1, 1):
-            text, second = first.length, rest[0].length
-            lengths = [text + second, *(s.length for s in rest[1:])]
-            cut = self.call(aten.split_with_sizes.default, exposed, lengths, at)
-            pieces = [self.call(operator.getitem, cut, i) for i in range(len(rest))]
-            others = [self._units(p, at, s) for p, s in zip(pieces[1:], rest[1:], strict=True)]
-            laid = self.call(aten.cat.default, [self._annotate(pieces[0], at, text), *others], at)
-        else:
-            cut = self.call(aten.split_with_sizes.default, exposed, list(type_.sequence.lengths), at)
-            pieces = [self.call(operator.getitem, cut, i) for i in range(len(rest) + 1)]
-            each = zip(pieces, type_.sequence.segments, strict=True)
-            laid = self.call(aten.cat.default, [self._units(p, at, s) if s.sharded else p for p, s in each], at)
+        tokens = type_.sequence.divided(unit)
+        if tokens is None:
+            unit, tokens = 1, type_.sequence
+        # Cut by units, not into single ones: one unit beside a size of 1 could be either of the two.
+        laid = self._joined(self._tokens(self._parted(exposed, at, unit), at, tokens), at, unit)
         return laid if type_.plain else self.call(aten.reshape.default, laid, shape)
+
+    def _tokens(self, x: Node, dim: int, tokens: Sequence) -> Node:
+        """``x`` with these segments along ``dim``; a whole one that is not alone in front is split by its ``cat``."""
+        first, *rest = tokens.segments
+        if not rest:
+            return self._units(x, dim, first)
+        if first.sharded or rest[0].unit != 1 or not all(s.sharded for s in rest):
+            pieces = self._cut(x, dim, list(tokens.lengths))
+            each = zip(pieces, tokens.segments, strict=True)
+            return self.call(aten.cat.default, [self._units(p, dim, s) if s.sharded else p for p, s in each], dim)
+        second, *others = rest
+        if not others:
+            return self._annotate(x, dim, first.length)
+        front, *pieces = self._cut(x, dim, [first.length + second.length, *(s.length for s in others)])
+        laid = [self._units(p, dim, s) for p, s in zip(pieces, others, strict=True)]
+        return self.call(aten.cat.default, [self._annotate(front, dim, first.length), *laid], dim)
+
+    def _cut(self, x: Node, dim: int, lengths: list[Length]) -> list[Node]:
+        cut = self.call(aten.split_with_sizes.default, x, lengths, dim)
+        return [self.call(operator.getitem, cut, i) for i in range(len(lengths))]
 
     def _units(self, x: Node, dim: int, segment: Segment) -> Node:
         """One split segment, by its units."""

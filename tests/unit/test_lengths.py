@@ -125,11 +125,11 @@ class _Joint(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = _Told()
+        self.block, self.last = _Told(), nn.Linear(8, 8)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         text_length = text.shape[1]
-        return self.block(torch.cat([text, x], 1), text_length)[:, text_length:]
+        return self.last(self.block(torch.cat([text, x], 1), text_length))[:, text_length:]
 
 
 class _Told(nn.Module):
@@ -156,6 +156,7 @@ def test_a_number_of_text_tokens_that_is_a_size(target: str | int) -> None:
     for program in backend.programs:
         assert program is not None
         assert all(record.applied for record in program.report.plan)
+        assert not program.report.unsharded
 
 
 def test_two_sequences_that_vary() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from fxsp.errors import VerificationError
 
-__all__ = ["Lanes", "Piece", "check_local", "each", "fresh", "pieces", "poison", "rows_are_zeroed", "total"]
+__all__ = ["Lanes", "Piece", "check_local", "each", "fresh", "pieces", "poison", "rows_are_zeroed", "smaller", "total"]
 
 
 class Lanes(list[Any]):
@@ -123,10 +123,15 @@ def poison(
             pads = (piece.rows(r) >= piece.length).nonzero().flatten()
             if piece.whole or not pads.numel():
                 continue
-            first = x[r].narrow(dim, 0, 1)
-            if lane.dtype.is_floating_point or lane.dtype.is_complex:
-                first = first * 0.75
-            rows = piece.local_start + pads.to(lane.device)
-            lane.index_copy_(dim, rows, first.repeat_interleave(pads.numel(), dim))
+            first = smaller(x[r].narrow(dim, 0, 1))
+            for row in pads.tolist():
+                lane.narrow(dim, piece.local_start + row, 1).copy_(first)
         poisoned.append(lane)
     return poisoned
+
+
+def smaller(x: torch.Tensor) -> torch.Tensor:
+    """Three quarters of ``x`` where numbers are real or complex; those of 8 bits have no products of their own."""
+    if not (x.dtype.is_floating_point or x.dtype.is_complex):
+        return x
+    return (x.float() * 0.75).to(x.dtype) if x.element_size() == 1 else x * 0.75

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxsp.simulation.reference.lanes import smaller
+
 __all__ = ["deal", "poisoned", "undeal"]
 
 
@@ -75,7 +77,4 @@ def poisoned(
     units: Sequence[int] = (),
 ) -> Tensor:
     """What :func:`deal` made of ``x``, with other pads: the first row, three quarters of it where numbers are real."""
-    first = x.narrow(dim, 0, 1)
-    if x.dtype.is_floating_point or x.dtype.is_complex:
-        first = first * 0.75
-    return torch.where(_pads(_rows(lengths, head_tail, size, units), x, dim), first, dealt)
+    return torch.where(_pads(_rows(lengths, head_tail, size, units), x, dim), smaller(x.narrow(dim, 0, 1)), dealt)
