@@ -303,12 +303,12 @@ def test_the_report_says_where_it_is() -> None:
         report = fxsp.explain(Layer(), torch.randn(2, 7, 16), world_size=2, plan=plan)
     (record,) = report.attentions
     assert record.module == "Layer"
-    assert record.source.startswith("test_written_attention.py:")
+    assert record.source.startswith("test_unfused.py:")
     for gathered in report.implicit_gathers:
         assert f"of the attention that is written out at {record.source} are needed whole: use" in gathered.reason
-    assert "1 x gather_kv (written out) in Layer (test_written_attention.py:" in str(report)
+    assert "1 x gather_kv (written out) in Layer (test_unfused.py:" in str(report)
     assert "what would remove it: scaled_dot_product_attention" in report.explain(report.collectives[0].value)
-    assert "attention: gather_kv (written out) (test_written_attention.py:" in report.explain("Layer")
+    assert "attention: gather_kv (written out) (test_unfused.py:" in report.explain("Layer")
 
 
 def test_strict_names_the_attention_and_the_remedy() -> None:

@@ -49,7 +49,7 @@ def test_the_operator_that_ends_a_split_is_named(mix: Callable[[Model, Tensor], 
     model, x = Model(mix), torch.randn(2, 7, 8)
     (record,) = gathers(model, x)
     assert (record.op, record.bytes) == (op, 0)
-    assert "test_idle.py:" in record.source
+    assert "test_unused.py:" in record.source
     assert record.reason.endswith("nothing of <root>[x]: SequenceParallelInput(split_dim=1) runs on shards before it")
     with pytest.raises(fxsp.StrictError, match=op):
         gathers(model, x, strict=True)
