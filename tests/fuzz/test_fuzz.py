@@ -161,7 +161,7 @@ def test_a_failing_program_becomes_minimal_and_a_script_that_fails(tmp_path: Pat
     wrong = """
 import torch
 from fxsp.passes import pipeline
-from fxsp.passes.rules import RULES, OpRule
+from fxsp.passes.rules.rule import RULES, OpRule
 right = RULES[torch.ops.aten.softmax.int]
 def rule(call):
     found = right(call)
