@@ -39,7 +39,7 @@ from fxsp.ranks.failures import guarded
 from fxsp.ranks.watcher import watch
 from fxsp.report import Report
 from fxsp.simulation.first_call import Trial
-from fxsp.source import input_name
+from fxsp.source import input_names
 from fxsp.summands import Convention
 from fxsp.types import Ranks
 
@@ -97,7 +97,7 @@ class Before:
         group: Any,
     ) -> None:
         # Of DDP's optimizer the backend: it would cut the graph in pieces.
-        self.compiler_fn = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+        self.compiler_fn = torch_internals.without_ddp(compiler)
         self.func = sp  # what this is for who looks through the layers of a backend
         self.__name__ = f"sp before {getattr(self.compiler_fn, '__name__', 'another')}"
         self._root = weakref.ref(root)
@@ -130,8 +130,7 @@ def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
 
 def _limit_reached(compiler: Any, code: CodeType, reason: str) -> None:
     """Dynamo leaves a function to Python from now on: right on all ranks, or refused on all of them."""
-    # Under DistributedDataParallel it is a method of an optimizer, which holds the backend.
-    compiler = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+    compiler = torch_internals.without_ddp(compiler)
     layers = torch_internals.backend_layers(compiler)
     before = next((layer for layer in layers if isinstance(layer, Before)), None)
     given = torch_internals.options_for(sp, compiler)
@@ -223,11 +222,9 @@ def _run(
         decided = decisions(report, None)
         run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
         return _Made(convention.holding(run, inputs), decided, planned=bool(report.plan), split=False)
-    names = [
-        input_name(torch_internals.input_source(node)) or str(node.target)
-        for node in gm.graph.find_nodes(op="placeholder")
-    ]
-    trial = Trial(program, open_regions(gm).forward, names, options.process_group()) if options.verify else None
+    trial = (
+        Trial(program, open_regions(gm).forward, input_names(gm), options.process_group()) if options.verify else None
+    )
     if options.deferred:
         scale_summands(program.gm, ranks.size)
     decided = decisions(report, program.gm)

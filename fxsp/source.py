@@ -11,7 +11,16 @@ import torch
 
 from fxsp import torch_internals
 
-__all__ = ["clean_module_path", "forward_source", "input_name", "module_path", "node_source", "place"]
+__all__ = [
+    "clean_module_path",
+    "describe",
+    "forward_source",
+    "input_name",
+    "input_names",
+    "module_path",
+    "node_source",
+    "place",
+]
 
 _TORCH = Path(torch.__file__).resolve().parent
 #: It is traced in place of code of torch.
@@ -111,6 +120,12 @@ def clean_module_path(source: str) -> str:
             parts.append(name)
     parts += [name for name in trailing if name not in _NOISE]
     return ".".join(parts)
+
+
+def input_names(gm: torch.fx.GraphModule) -> list[str]:
+    """The inputs of Dynamo's graph in the user's words, as far as these are known."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return [input_name(torch_internals.input_source(node)) or str(node.target) for node in nodes]
 
 
 def describe(node: torch.fx.Node | None) -> str:

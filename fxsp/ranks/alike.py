@@ -22,7 +22,7 @@ from fxsp import torch_internals
 from fxsp.capture.capture import frame_module
 from fxsp.config import Options
 from fxsp.report import Report
-from fxsp.source import forward_source, input_name, node_source
+from fxsp.source import forward_source, input_names, node_source
 from fxsp.types import Ranks
 
 __all__ = ["Alike", "decisions", "draws", "random_states"]
@@ -32,9 +32,8 @@ class Alike:
     """One graph of Dynamo as this rank sees it, read before anything changes it."""
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks) -> None:
-        nodes = gm.graph.find_nodes(op="placeholder")
         #: The inputs by name, in the words of the user.
-        self.names = [input_name(torch_internals.input_source(node)) or str(node.target) for node in nodes]
+        self.names = input_names(gm)
         self.draws = draws(gm)
         translation = torch_internals.Translation.current()
         module = frame_module(translation) if translation is not None else None

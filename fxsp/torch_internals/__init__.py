@@ -97,6 +97,7 @@ from fxsp.torch_internals.recompiles import (
     options_for,
     recompile_reason,
     restart_for_numbers,
+    without_ddp,
 )
 from fxsp.torch_internals.regions import (
     any_autocast,
@@ -263,6 +264,7 @@ __all__ = [
     "version",
     "when_gathered",
     "without_autocast",
+    "without_ddp",
     "wrap_backward",
     "wrap_operator",
 ]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fxsp.torch_internals.recompiles import without_ddp
 from fxsp.torch_internals.versions import missing
 
 _T = TypeVar("_T")
@@ -87,7 +88,7 @@ class Translation:
         """The backend as Dynamo holds it, wrapped; the same object for all frames of one ``torch.compile``."""
         compiler = self._output.compiler_fn
         # Under DistributedDataParallel it is a method of an optimizer made for this frame, which holds the backend.
-        return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+        return without_ddp(compiler)
 
     def compile_with(self, compiler: Any) -> None:
         """Have the graph of this attempt compiled by ``compiler``; the next attempt has the user's backend again."""

@@ -85,6 +85,11 @@ def is_restart(error: BaseException) -> bool:
     return isinstance(error, RestartAnalysis)
 
 
+def without_ddp(compiler: Any) -> Any:
+    """The backend itself: under DistributedDataParallel ``compiler`` is a method of an optimizer, which holds it."""
+    return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+
+
 def backend_layers(compiler: Any) -> Iterator[Any]:
     """A compiler function and everything that it wraps: Dynamo's debug wrapper, ``torch.compile``'s, partials."""
     seen: set[int] = set()
