@@ -11,6 +11,7 @@ from test_attention import HEADS, MASKS, TOKENS, Config, assert_same, record
 
 from fxsp.inspection.report_text import bytes_sent
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks, Sequence, Shard
 from rule_validation import Recorder, T
@@ -138,6 +139,6 @@ def test_no_rank_holds_all_keys(training: bool) -> None:
     recorder.outputs.append(out)
     program = run(recorder, size, 1, training=training)
     for node in program.graph.nodes:
-        value = node.meta.get("local_val")
+        value = facts(node).local
         if isinstance(value, torch.Tensor) and length in value.shape:
             assert node.op == "placeholder" or node.target._opname == "gather"
