@@ -77,7 +77,7 @@ def is_worth_splitting(program: Program) -> bool:
     """Whether a partitioned graph multiplies matrices on shards: anything less costs less than gathering the result."""
     return any(
         has_work(node) and any(not isinstance(t, Replicate) for t in decision.results)
-        for node in program.facts["global"].graph.nodes
+        for node in program.whole.graph.nodes
         if (decision := facts(node).decision) is not None
     )
 

@@ -84,7 +84,7 @@ class Propagate:
         if is_annotate(node):
             source = node.args[0]
             assert isinstance(source, Node)
-            type_ = _annotated(node, type_of(source), program.facts.get("head_tail", ()))
+            type_ = _annotated(node, type_of(source), program.head_tail)
             mark(node, type=type_, free=facts(source).free)
         elif node.target is operator.getitem and isinstance(node.args[0], Node):
             types = facts(node.args[0]).type
