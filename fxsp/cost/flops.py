@@ -18,8 +18,7 @@ from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
 from fxsp.kernels.attention.ring_blocks import pairs_of
-from fxsp.passes.graph import facts
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call, facts
 from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
 
 __all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops", "ring_flops"]

@@ -19,11 +19,11 @@ from torch.fx import Node
 from fxsp.cost.flops import Shape, attention_flops, node_flops
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import Call, facts, tensor_nodes
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.rule import RULES, Call, tensor_nodes
+from fxsp.passes.rules.rule import RULES
 from fxsp.passes.rules.whole import WHOLE
 from fxsp.passes.special.cat_and_cut import CATS, CUTS, SLICES
 from fxsp.source import module_path, node_source

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from fxsp import torch_internals
-from fxsp.passes.graph import facts, value_of
+from fxsp.passes.graph import Call, facts, value_of
 from fxsp.types import Length, Ranks, Shard, as_length, ceil_div, product, quotient
 
 __all__ = [
     "COLLECTIVES",
-    "arguments_of",
     "bytes_sent",
     "format_bytes",
     "fxsp_name",
@@ -67,12 +66,6 @@ def fxsp_name(node: torch.fx.Node) -> str | None:
     return name if namespace == "fxsp" else None
 
 
-def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
-    """The operands of an operator by name."""
-    names = [argument.name for argument in torch_internals.schema(node.target).arguments]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
 def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
     """Bytes that each rank sends in this node; None if it is no collective (or its operand's shape is unknown: 0).
 
@@ -100,11 +93,11 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
     if name == "ring_attention":
         return _rotations(node, ranks)
     if name == "merged_attention":
-        value = local_shape(arguments_of(node)["v"], ranks)
+        value = local_shape(Call(node)["v"], ranks)
         # The log-sum-exps are two numbers each, fp32 at least.
         width = as_length((0 if value is None else value[-1]) + 2 * max(1, 4 // item))
         return product((*shape[:-1], width, item, size - 1))
-    if name == "at_extreme_backward" and not arguments_of(node)["ties"]:
+    if name == "at_extreme_backward" and not Call(node)["ties"]:
         return 0
     if name in ("all_reduce_extreme", "at_extreme_backward"):  # halves travel as float32, counts as int32
         item = max(item, 4) if val.dtype.is_floating_point and name == "all_reduce_extreme" else 4
@@ -112,7 +105,7 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
         return _part(product((*shape, item)), 2 * (size - 1), size)
     if name in ("all_reduce", "reduce_grad"):
         return _part(product((*shape, item)), 2 * (size - 1), size)
-    arguments = arguments_of(node)
+    arguments = Call(node)
     dim = arguments["dim"]
     rows: Length = 0
     for length, whole in zip(arguments["lengths"], arguments["whole"], strict=True):
@@ -130,7 +123,7 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
 
 def _rotations(node: torch.fx.Node, ranks: Ranks) -> Length:
     """A ring sends the split rows of keys and values once for each other place."""
-    arguments = arguments_of(node)
+    arguments = Call(node)
     shapes = [local_shape(arguments[name], ranks) for name in ("k", "v")]
     if shapes[0] is None or shapes[1] is None:
         return 0

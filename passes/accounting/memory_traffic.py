@@ -36,7 +36,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.passes.attention.operators import ATTENTION_OPS
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call
 from fxsp.torch_internals import is_operator, schema, storage_key
 
 __all__ = ["Cost", "attended", "attention_output", "costs", "is_attention"]

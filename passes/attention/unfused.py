@@ -24,10 +24,10 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import Call, facts, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules.decide import Decision, decide, hint, locate
 from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule_of, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.rule import Dims, OpRule, overloads, rule_of
 from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
 from fxsp.passes.special.cat_and_cut import CATS, CUTS
 from fxsp.source import node_source

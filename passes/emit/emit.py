@@ -45,6 +45,7 @@ import fxsp.kernels.ops  # registers the ops
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
 from fxsp.kernels.exchange.head_ops import HEAD_OPS
+from fxsp.passes.graph import Call
 from fxsp.torch_internals import fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
@@ -123,19 +124,13 @@ def emit(
             if name == "scale_grad":  # of a graph that nobody differentiates
                 _replace(node, node.args[0])
             elif name is not None:
-                arguments = _arguments(node)
+                arguments = tuple(Call(node).arguments.values())
                 if name in HEAD_OPS and decompositions is None:
                     arguments = (*arguments[:-1], False)  # nobody comes after us who would fuse
                 _replace(node, splicer.call(lowering.LOWERINGS[name], arguments, node, node))
     left = [node.name for node in graph.nodes if op_name(node) is not None]
     if left:
         raise VerificationError(f"emit left fxsp ops in the graph: {', '.join(left)}")
-
-
-def _arguments(node: Node) -> tuple[Any, ...]:
-    """The arguments in the order of the schema, keywords included."""
-    left = schema(node.target).arguments[len(node.args) :]
-    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in left))
 
 
 def _replace(node: Node, value: Any) -> None:

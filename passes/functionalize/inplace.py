@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
-from fxsp.passes.calls import Writer, arguments
+from fxsp.passes.calls import Writer
+from fxsp.passes.graph import Call
 from fxsp.source import describe
 from fxsp.types import as_length, same_length
 
@@ -43,22 +44,16 @@ def written_arguments(node: Node) -> list[Node]:
     name = schema.name.removeprefix("aten::")
     if not schema.is_mutable and name not in _HIDDEN_WRITES:
         return []
-    found = arguments(node)
-    if name in _HIDDEN_WRITES:
-        flag, names = _HIDDEN_WRITES[name]
-        values = [found[n] for n in names] if found[flag] else []
-    else:
-        values = [found[a.name] for a in schema.arguments if _is_write(a) and a.name in found]
-    return [n for value in values for n in (value if isinstance(value, (list, tuple)) else [value]) if n is not None]
+    call = Call(node)
+    if name not in _HIDDEN_WRITES:
+        return call.written
+    flag, names = _HIDDEN_WRITES[name]
+    return [call[n] for n in names if call[n] is not None] if call[flag] else []
 
 
 def gives_memory(node: Node) -> bool:
     """Whether a node is the ``set_`` with which *normalize* gives an input its memory at the end."""
     return node.target is aten.set_.source_Tensor
-
-
-def _is_write(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node], Node]) -> Node:
@@ -67,7 +62,7 @@ def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node]
     ``read`` gives the present value of an argument.  Raises :class:`UnsupportedError` if the operator is not known.
     """
     name = torch_internals.schema(node.target).name.removeprefix("aten::")
-    found = arguments(node)
+    found = Call(node).arguments
     if name in _OTHER_MEMORY:
         raise UnsupportedError(f"{describe(node)} changes the memory of a tensor")
     if name == "copy_":

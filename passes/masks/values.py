@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.passes.graph import Call, shape_of, tensor_value
 from fxsp.passes.masks.terms import Affine, Leaf, Source, Term, Where, equal, minimum, remapped, simplified
-from fxsp.passes.rules.rule import Call, overloads, shape_of, tensor_value
+from fxsp.passes.rules.rule import overloads
 from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
 from fxsp.types import Length, as_length, same_length
 

@@ -30,14 +30,13 @@ from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.unfused_report import mark_written
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.inplace import written_arguments
-from fxsp.passes.graph import facts, mark, type_of
+from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.propagate.zigzag import ring_work
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
-from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules.views import EXPANDS, RESHAPES
 from fxsp.passes.special.cat_and_cut import CUTS
 from fxsp.passes.special.extremes import ExtremePlan, write_extreme

@@ -17,10 +17,9 @@ from fxsp.errors import StrictError, UnsupportedError
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
-from fxsp.passes.graph import facts, mark
+from fxsp.passes.graph import facts, mark, shape_of, tensor_nodes
 from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.rule import shape_of, tensor_nodes
 from fxsp.passes.rules.views import EXPANDS, RESHAPES
 from fxsp.passes.special.cat_and_cut import CATS, SLICES
 from fxsp.passes.special.likes import is_constant, write_like

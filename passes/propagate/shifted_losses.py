@@ -35,11 +35,11 @@ from torch.fx import Node
 
 from fxsp.passes.base import Program
 from fxsp.passes.calls import Writer, erase_unused
-from fxsp.passes.graph import facts, mark, type_of
+from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_value, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import decide, hint
 from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
-from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of, tensor_value
+from fxsp.passes.rules.rule import overloads, rule_of
 from fxsp.passes.rules.views import EXPANDS, RESHAPES
 from fxsp.passes.special.cat_and_cut import SLICES, cut_bounds
 from fxsp.passes.special.losses import CLASS_LOSSES

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.graph import Call
+from fxsp.passes.rules.rule import Dims, OpRule, overloads, rule
 from fxsp.types import Length, same_length
 
 __all__ = ["CHEAP", "ELEMENTWISE", "aligned", "broadcast", "draws"]

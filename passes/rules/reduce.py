@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import string
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.elementwise import aligned, broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.rule import Dims, OpRule, overloads, rule
 from fxsp.types import Length, same_length
 
 __all__ = ["COMBINED", "MEANS", "SUMS", "reduced_dims"]

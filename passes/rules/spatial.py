@@ -5,8 +5,9 @@ Images and their like are not split along height or width by these rules; batch 
 
 from __future__ import annotations
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.elementwise import broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.rule import Dims, OpRule, overloads, rule
 from fxsp.types import Length
 
 __all__ = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sympy
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.elementwise import CHEAP, aligned
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.rule import Dims, OpRule, overloads, rule
 from fxsp.types import Length, product, quotient, same_length
 
 __all__ = ["reshape_factors"]

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.passes.rules.rule import overloads
 from fxsp.types import Layout, Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = ["CATS", "CUTS", "SLICES", "decide_structure"]

@@ -25,9 +25,10 @@ from torch.fx import Node
 
 from fxsp.kernels.extremes import travels_as
 from fxsp.passes.builder import Builder, reduced_bytes
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.decide import Decision, locate
 from fxsp.passes.rules.reduce import COMBINED, reduced_dims
-from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of
+from fxsp.passes.rules.rule import overloads, rule_of
 from fxsp.types import Length, Replicate, Shard, Type, ceil_div, product
 
 __all__ = ["ExtremePlan", "decide_extreme", "write_extreme"]

@@ -14,8 +14,9 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder, reduced_bytes
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads
+from fxsp.passes.rules.rule import overloads
 from fxsp.types import Partial, Shard, Type, Used, product, same_length
 
 __all__ = ["LOSSES", "LossPlan", "decide_loss", "write_loss"]

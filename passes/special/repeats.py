@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from fxsp.passes.graph import facts
-from fxsp.passes.rules.rule import overloads, shape_of, tensor_nodes
+from fxsp.passes.graph import facts, shape_of, tensor_nodes
+from fxsp.passes.rules.rule import overloads
 from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
 from fxsp.types import Shard, product, quotient
 

@@ -12,8 +12,9 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.passes.rules.rule import overloads
 from fxsp.passes.special.cat_and_cut import SLICES, cut_bounds
 from fxsp.types import Length, Partial, Shard, Type, as_length, same_length
 

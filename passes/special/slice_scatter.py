@@ -12,8 +12,9 @@ from typing import Any
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads
+from fxsp.passes.rules.rule import overloads
 from fxsp.passes.special.cat_and_cut import cut_bounds, segments_between
 from fxsp.types import Length, Segment, Sequence, Shard, Type, Used, as_length, same_length
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxsp.passes.graph import Call
 from fxsp.passes.pipeline import PIPELINE  # fills the table
-from fxsp.passes.rules.rule import RULES, Call, OpRule, overloads, rule, rule_of
+from fxsp.passes.rules.rule import RULES, OpRule, overloads, rule, rule_of
 from fxsp.passes.rules.views import reshape_factors
 from fxsp.passes.rules.whole import WHOLE
 from fxsp.passes.special.losses import LOSSES
