@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp.kernels.collectives import summand_dtype
 from fxsp.passes.base import Program
 from fxsp.passes.builder import reduced_bytes, split_bytes
+from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
 from fxsp.source import module_path, node_source
@@ -41,14 +42,6 @@ from fxsp.types import Length, Sequence, Shard, as_length, product
 __all__ = ["backward_collectives"]
 
 aten = torch.ops.aten
-#: Their results are values without history.
-_CONSTANT = (aten.detach.default, aten.ones_like.default, aten.zeros_like.default, aten.empty_like.default)
-#: The gradients of their operands do not need the operands.
-_LINEAR = frozenset(
-    "add sub neg sum mean cumsum flip roll cat stack split split_with_sizes chunk unbind narrow slice select view "
-    "reshape expand unsqueeze squeeze flatten unflatten permute transpose movedim clone contiguous to alias "
-    "constant_pad_nd".split()
-)
 _ATTENTION = "gradients of tokens and heads of an attention"
 
 
@@ -86,7 +79,7 @@ def _passes_on(node: Node) -> bool:
     if not is_operator(node.target):
         return node.target is operator.getitem
     namespace, name = schema(node.target).name.split("::")
-    return name in _LINEAR or (namespace == "fxsp" and name not in ("ring_attention", "merged_attention"))
+    return name in names_of("linear") or (namespace == "fxsp" and name not in ("ring_attention", "merged_attention"))
 
 
 def _with_gradients(program: Program) -> list[Node]:
@@ -97,8 +90,8 @@ def _with_gradients(program: Program) -> list[Node]:
         if node.op == "placeholder":
             if getattr(node.meta.get("val", node.meta.get("global_val")), "requires_grad", False):
                 needs.add(node)
-        elif node.op != "output" and node.target not in _CONSTANT and not needs.isdisjoint(node.all_input_nodes):
-            if _floating(node):
+        elif node.op != "output" and not needs.isdisjoint(node.all_input_nodes):
+            if node.target not in family("detached") and _floating(node):
                 needs.add(node)
     wanted: set[Node] = set()
     for node in reversed(nodes):

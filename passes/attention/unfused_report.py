@@ -24,9 +24,9 @@ from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, written_of
 from fxsp.passes.base import Program
 from fxsp.passes.rules.decide import Decision, locate
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.reduce import SUMS
-from fxsp.passes.rules.rule import Call, rule_of, shape_of
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
+from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.repeats import repeated
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
@@ -81,7 +81,7 @@ def _linear(first: Node) -> _Found | None:
                 others = [x for x in user.all_input_nodes if x is not node]
                 if isinstance(user.meta.get("sp"), Shard) and any(isinstance(x.meta.get("sp"), Shard) for x in others):
                     ends.append(user)
-            elif (user.target in CHEAP or user.target in VIEWS) and not isinstance(user.meta.get("sp"), Shard):
+            elif user.target in family("cheap") and not isinstance(user.meta.get("sp"), Shard):
                 queue += [user] if user not in inside else []
                 inside.add(user)
     if not ends:
@@ -95,7 +95,7 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
     for node in sources:
         for view in (node, *(u for u in node.users if u.target in VIEWS)):
             for total in view.users:
-                if total.target in SUMS and isinstance(total.meta.get("sp"), Partial):
+                if total.target in family("sum") and isinstance(total.meta.get("sp"), Partial):
                     yield from (total, *total.users)
 
 

@@ -10,11 +10,13 @@ import torch
 
 from fxsp.passes.masks.terms import Affine, Term, Where, combine, equal
 from fxsp.passes.masks.values import Terms, affine_of, number_of, on, where_of
+from fxsp.passes.rules.families import family, names_of, overloads
 from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import same_length
 
 __all__: list[str] = []
 
+aten = torch.ops.aten
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "rsub": lambda a, b: b - a,
     "logical_and": lambda a, b: bool(a) and bool(b), "logical_or": lambda a, b: bool(a) or bool(b),
@@ -53,9 +55,7 @@ def _binary(call: Call, terms: Terms) -> Term | None:
     values = [t for t in found if t is not None]
     if len(values) < 2 or not all(_plain(v) for t in values for v in (t.yes, t.no)):
         return None
-    if name in ("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__") and any(
-        isinstance(v, float) for t in values for v in (t.yes, t.no)
-    ):
+    if name in names_of("bitwise") and any(isinstance(v, float) for t in values for v in (t.yes, t.no)):
         return None
     return combine(_ARITHMETIC[name], [t.aligned(len(shape_of(call.node))) for t in values])
 
@@ -64,10 +64,10 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-on(*(f"{name}.{overload}" for name in _ARITHMETIC for overload in ("Tensor", "Scalar", "default")))(_binary)
+on(*overloads(*(f"{name}.{overload}" for name in _ARITHMETIC for overload in ("Tensor", "Scalar", "default"))))(_binary)
 
 
-@on("logical_not", "bitwise_not", "neg")
+@on(*family("negation"))
 def _unary(call: Call, terms: Terms) -> Term | None:
     x = call.operands[0]
     if call.op._opname == "neg":
@@ -81,12 +81,12 @@ def _unary(call: Call, terms: Terms) -> Term | None:
     return None if term is None else combine(operator.not_, [term])
 
 
-@on("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+@on(*overloads("where.*"))
 def _choose(call: Call, terms: Terms) -> Term | None:
     return _chosen(call, terms, call["condition"], call["self"], call["other"])
 
 
-@on("masked_fill.Scalar", "masked_fill.Tensor")
+@on(*overloads("masked_fill.*"))
 def _masked_fill(call: Call, terms: Terms) -> Term | None:
     return _chosen(call, terms, call["mask"], call["value"], call["self"])
 
@@ -97,7 +97,7 @@ def _chosen(call: Call, terms: Terms, *arguments: Any) -> Term | None:
     return combine(lambda c, a, b: a if c else b, chosen) if len(chosen) == 3 else None
 
 
-@on("tril", "triu")
+@on(*family("triangle"))
 def _triangle(call: Call, terms: Terms) -> Term | None:
     """Kept where ``row + diagonal - column`` is at least 0 (``tril``), or at most 0 (``triu``); 0 elsewhere."""
     term, diagonal = where_of(call["self"], terms), number_of(call["diagonal"])
@@ -109,7 +109,7 @@ def _triangle(call: Call, terms: Terms) -> Term | None:
     return combine(lambda c, x: x if c else type(x)(0), [inside, term])
 
 
-@on("cumsum")
+@on(aten.cumsum.default)
 def _cumsum(call: Call, terms: Terms) -> Term | None:
     term = terms.get(call.operands[0])
     rank = len(shape_of(call.node))
@@ -119,7 +119,7 @@ def _cumsum(call: Call, terms: Terms) -> Term | None:
     return Affine(value, tuple(value if d == dim else 0 for d in range(rank)))
 
 
-@on("diff")
+@on(aten.diff.default)
 def _diff(call: Call, terms: Terms) -> Term | None:
     """Of consecutive positions: the step everywhere, also at the front where what is put before continues them."""
     x, before = affine_of(call["self"], terms), affine_of(call.get("prepend"), terms)

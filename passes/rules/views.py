@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import sympy
+import torch
 
-from fxsp.passes.rules.elementwise import CHEAP, aligned
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.elementwise import aligned
+from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
 from fxsp.types import Length, product, quotient, same_length
 
-__all__ = ["reshape_factors"]
-
-RESHAPES = overloads(
-    "view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int", "squeeze", "squeeze.dim", "squeeze.dims",
-    "unsqueeze", "view_copy", "view_as", "reshape_as", "ravel",
-)  # fmt: skip
-_UNSQUEEZES = overloads("unsqueeze")
-PERMUTES = overloads(
-    "transpose.int", "permute", "t", "numpy_T", "mT", "movedim", "movedim.intlist", "movedim.int", "swapaxes",
-    "swapdims",
-    "adjoint", "matrix_H", "mH", "moveaxis.int", "moveaxis.intlist",
-)  # fmt: skip
-EXPANDS = overloads("expand", "expand_as", "broadcast_to")
+__all__ = ["RULES", "reshape_factors"]
 
 
 def reshape_factors(
@@ -97,8 +86,7 @@ def _smaller(a: Length, b: Length) -> bool:
     return bool((sympy.sympify(b) - sympy.sympify(a)).is_positive)
 
 
-@rule(_UNSQUEEZES)
-def unsqueeze(call: Call) -> OpRule | None:
+def _unsqueeze(call: Call) -> OpRule | None:
     """``unsqueeze(1)``: ``([d0, d1]) -> ([d0, 1, d1])``; which 1 is the new one is known, also beside one token."""
     shape = call.operand_shapes()[0]
     dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
@@ -107,9 +95,10 @@ def unsqueeze(call: Call) -> OpRule | None:
     return OpRule((tuple(dims),), (out,), {f"d{i}": n for i, n in enumerate(shape)})
 
 
-@rule([op for op in RESHAPES if op not in _UNSQUEEZES])
 def reshape(call: Call) -> OpRule | None:
     """``flatten``: ``([f0, f1, f2]) -> ([f0 f1, f2])``."""
+    if call.op is torch.ops.aten.unsqueeze.default:
+        return _unsqueeze(call)
     before, (after,) = call.operand_shapes()[0], call.result_shapes()
     if any(same_length(n, 0) for n in before):
         return None
@@ -142,7 +131,6 @@ def _order(call: Call, rank: int) -> list[int]:
     return list(range(rank))[::-1]  # t, numpy_T
 
 
-@rule(PERMUTES)
 def permute(call: Call) -> OpRule | None:
     """``transpose(1, 2)``: ``([d0, d1, d2]) -> ([d0, d2, d1])``."""
     (shape,) = call.operand_shapes()
@@ -151,7 +139,6 @@ def permute(call: Call) -> OpRule | None:
     return OpRule((dims,), (tuple(dims[d] for d in order),), {f"d{i}": n for i, n in enumerate(shape)})
 
 
-@rule(EXPANDS)
 def expand(call: Call) -> OpRule | None:
     """``expand`` to ``[b, n, c]`` from ``[b, 1, c]``: ``([d0, 1, d2]) -> ([d0, d1, d2])``."""
     (result,) = call.result_shapes()
@@ -164,7 +151,6 @@ def expand(call: Call) -> OpRule | None:
     return OpRule((dims, *others), (out,), {f"d{i}": n for i, n in enumerate(result)})
 
 
-@rule(overloads("view_as_complex"))
 def view_as_complex(call: Call) -> OpRule | None:
     """``([d0, d1, c]) -> ([d0, d1]) whole={c}``."""
     (shape,) = call.operand_shapes()
@@ -173,7 +159,6 @@ def view_as_complex(call: Call) -> OpRule | None:
     return OpRule(((*dims, ("c",)),), (dims,), sizes, whole=frozenset("c"))
 
 
-@rule(overloads("view_as_real"))
 def view_as_real(call: Call) -> OpRule | None:
     """``([d0, d1]) -> ([d0, d1, c]) whole={c}``."""
     (shape,) = call.operand_shapes()
@@ -182,6 +167,11 @@ def view_as_real(call: Call) -> OpRule | None:
     return OpRule((dims,), ((*dims, ("c",)),), sizes, whole=frozenset("c"))
 
 
-CHEAP |= {*RESHAPES, *PERMUTES, *EXPANDS, *overloads("view_as_complex", "view_as_real")}
-# Tables of positions (rotary embeddings) are made of these.
-CHEAP |= {*overloads("outer", "stack", "repeat", "repeat_interleave.self_int", "select.int")}
+#: Family of operators -> its rule.
+RULES: dict[str, RuleFunction] = {
+    "reshape": reshape,
+    "permute": permute,
+    "expand": expand,
+    "view_as_complex": view_as_complex,
+    "view_as_real": view_as_real,
+}

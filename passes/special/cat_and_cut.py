@@ -11,22 +11,18 @@ from typing import Any
 from torch.fx import Node
 
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Layout, Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
-__all__ = ["CATS", "CUTS", "SLICES", "decide_structure"]
-
-CATS = set(overloads("cat", "concat", "concatenate"))
-SLICES = set(overloads("slice.Tensor", "narrow"))
-SPLITS = set(overloads("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections"))
-CUTS = SLICES | SPLITS
+__all__ = ["cut_bounds", "decide_structure", "segments_between"]
 
 
 def decide_structure(call: Call, types: list[Type]) -> Decision | None:
     """A decision, or None where the factor rule decides."""
-    if call.op in CATS:
+    if call.op in family("cat"):
         return _cat(call, types)
-    if call.op in CUTS:
+    if call.op in family("slice", "split"):
         return _cut(call, types)
     return None
 

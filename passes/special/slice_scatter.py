@@ -9,17 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads
+from fxsp.passes.rules.rule import Call
 from fxsp.passes.special.cat_and_cut import cut_bounds, segments_between
 from fxsp.types import Length, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = ["OverwritePlan", "decide_overwrite", "write_overwrite"]
 
-SCATTERS = set(overloads("slice_scatter"))
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class OverwritePlan:
 
 def decide_overwrite(call: Call, types: list[Type]) -> Decision | None:
     """A decision where the slice is made of whole segments; else None."""
-    if call.op not in SCATTERS:
+    if call.op is not aten.slice_scatter.default:
         return None
     shape = call.shape("self")
     dim = call.dim("dim", len(shape))
