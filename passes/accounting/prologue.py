@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxsp.passes.calls import arguments
 from fxsp.passes.rules.families import family
 from fxsp.passes.work import has_work
 from fxsp.torch_internals import is_operator, is_pointwise
@@ -94,8 +95,7 @@ def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
 
 def _steps(node: Node) -> bool:
     """Whether a slice takes, or writes, every other element."""
-    at = {"slice": 4, "slice_scatter": 5}.get(getattr(node.target, "_opname", ""), len(node.args))
-    return bool(len(node.args) > at and node.args[at] == 2)
+    return is_operator(node.target) and arguments(node).get("step") == 2
 
 
 def _of_tokens(node: Node) -> bool:

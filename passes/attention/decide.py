@@ -33,7 +33,7 @@ from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.builder import split_bytes
 from fxsp.passes.rules.decide import Decision, replicate_all
-from fxsp.passes.rules.elementwise import broadcast
+from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.rule import Call, Dims, OpRule
 from fxsp.passes.rules.table import rule
 from fxsp.source import place

@@ -25,6 +25,12 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "maximum": max, "minimum": min,
 }  # fmt: skip
+#: Of positions.
+_AFFINE: dict[str, Callable[[Affine, Affine], Affine]] = {
+    "add": lambda a, b: a.plus(b),
+    "sub": lambda a, b: a.plus(b, -1),
+    "rsub": lambda a, b: b.plus(a, -1),
+}
 #: Whether ``a OP b`` holds, as affine terms that must not be negative; of ``ne``, those of its contrary.
 _COMPARISONS: dict[str, Callable[[Affine, Affine], list[Affine]]] = {
     "ge": lambda a, b: [a.plus(b, -1)],
@@ -46,8 +52,8 @@ def _binary(call: Call, terms: Terms) -> Term | None:
     if left is not None and right is not None:
         if name in _COMPARISONS:
             return Where(frozenset(_COMPARISONS[name](left, right)), name != "ne", name == "ne")
-        if name in ("add", "sub", "rsub"):
-            return right.plus(left, -1) if name == "rsub" else left.plus(right, 1 if name == "add" else -1)
+        if name in _AFFINE:
+            return _AFFINE[name](left, right)
         for x, factor in ((left, right), (right, left)):
             if name == "mul" and all(equal(c, 0) for c in factor.coeffs):
                 return x.aligned(len(factor.coeffs)).times(factor.const)

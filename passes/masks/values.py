@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.masks.terms import Affine, Leaf, Source, Term, Where, equal, minimum, remapped, simplified
+from fxsp.passes.rules.dims import kept, order, position
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import Call, shape_of, tensor_value
 from fxsp.types import Length, as_length, same_length
@@ -150,26 +151,17 @@ def _same(call: Call, terms: Terms) -> Term | None:
 def _reshape(call: Call, terms: Terms) -> Term | None:
     """Where only dimensions of 1 come and go, the others keep their order."""
     before, after = shape_of(call.operands[0]), shape_of(call.node)
-    real = [d for d, n in enumerate(before) if not same_length(n, 1)]
-    new = [d for d, n in enumerate(after) if not same_length(n, 1)]
-    if len(real) != len(new) or not all(same_length(before[a], after[b]) for a, b in zip(real, new, strict=True)):
+    found = kept(before, after)
+    if found is None:
         return None
-    sources: list[Source | None] = [None] * len(after)
-    for a, b in zip(real, new, strict=True):
-        sources[b] = (a, 0, 1)
-    return _view(call, terms, sources, {d: 0 for d in range(len(before)) if d not in real})
+    sources: list[Source | None] = [(found[d], 0, 1) if d in found else None for d in range(len(after))]
+    return _view(call, terms, sources, {d: 0 for d in range(len(before)) if d not in found.values()})
 
 
 @on(*family("permute"))
 def _permute(call: Call, terms: Terms) -> Term | None:
-    x = call.operands[0]
-    args, kwargs = call.rebuild()
-    # The operator itself says what it does, to a tensor whose sizes are its dimensions.
-    probe = torch.empty([d + 2 for d in range(len(shape_of(x)))], device="meta")
-    if any(isinstance(a, Node) for a in (*args[1:], *kwargs.values())):
-        return None
-    order = [n - 2 for n in call.op(probe, *args[1:], **kwargs).shape]
-    return _view(call, terms, [(d, 0, 1) for d in order], {})
+    rank = len(shape_of(call.operands[0]))
+    return _view(call, terms, [(d, 0, 1) for d in order(call.op, call.arguments, rank)], {})
 
 
 @on(*family("expand"))
@@ -190,14 +182,12 @@ def _repeat(call: Call, terms: Terms) -> Term | None:
 def _slice(call: Call, terms: Terms) -> Term | None:
     shape = shape_of(call.operands[0])
     dim = call.dim("dim", len(shape))
-    start, step = (number_of(x) for x in (call.get("start") or 0, call.get("step", 1)))
-    if start is None or step is None:
+    given, step = (number_of(x) for x in (call.get("start") or 0, call.get("step", 1)))
+    if isinstance(given, int) and given < 0 and not isinstance(shape[dim], int):
+        return None  # counted from the end, and cut at the front
+    start = position(given, 0, shape[dim])
+    if given is None or start is None or step is None:
         return None
-    size = shape[dim]
-    if isinstance(start, int) and start < 0:
-        if not isinstance(size, int):
-            return None  # counted from the end, and cut at the front
-        start = max(start + size, 0)
     whole = [(d, start if d == dim else 0, step if d == dim else 1) for d in range(len(shape))]
     if start == 0 and step == 1 and not same_length(shape_of(call.node)[dim], shape[dim]):
         return _shortened(call, terms, dim, whole)

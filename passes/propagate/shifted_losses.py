@@ -37,11 +37,11 @@ from fxsp.passes.base import Program
 from fxsp.passes.calls import Writer, erase_unused
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import decide, hint
+from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.reduce import reduced_dims
 from fxsp.passes.rules.rule import Call, shape_of, tensor_value
 from fxsp.passes.rules.table import rule_of
-from fxsp.passes.special.cat_and_cut import cut_bounds
 from fxsp.torch_internals import fake_mode_of
 from fxsp.types import Length, Replicate, Sequence, Shard, Type, as_length, product, same_length
 
@@ -119,7 +119,7 @@ def _shifted(loss: Node) -> _Shifted | None:
     type_ = x.meta["sp"]
     if not isinstance(type_, Shard) or type_.dim != dim or not type_.plain or x.meta["sp_free"]:
         return None
-    bounds = cut_bounds(call, shape_of(x)[dim], len(shape_of(x)), dim)
+    bounds = cut_bounds(call, shape_of(x)[dim], dim)
     if bounds is None or isinstance(cut.meta["sp"], Shard):
         return None
     ((start, end),) = bounds

@@ -4,32 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
-from fxsp.types import Length, same_length
 
-__all__ = ["RULES", "aligned", "broadcast", "draws"]
-
-
-def aligned(size: Length, result: Length) -> bool:
-    """Whether an operand's dimension runs along the result's, not over a single element again and again.
-
-    Two lengths of which it is not known that they are equal must be: a length of one would be known.
-    """
-    return same_length(size, result) or not same_length(size, 1)
-
-
-def broadcast(
-    shapes: list[tuple[Length, ...]], result: tuple[Length, ...], prefix: str = "d"
-) -> tuple[list[Dims], Dims, dict[str, Length]]:
-    """Factors of broadcast operands: one per result dimension; an operand's 1 against a larger size has none."""
-    rank = len(result)
-    sizes = {f"{prefix}{i}": n for i, n in enumerate(result)}
-    out: Dims = tuple((f"{prefix}{i}",) for i in range(rank))
-    operands: list[Dims] = []
-    for shape in shapes:
-        offset = rank - len(shape)
-        operands.append(tuple(out[offset + i] if aligned(n, result[offset + i]) else () for i, n in enumerate(shape)))
-    return operands, out, sizes
+__all__ = ["RULES", "draws"]
 
 
 def elementwise(call: Call) -> OpRule | None:

@@ -53,20 +53,19 @@ TABLE: tuple[tuple[str, str], ...] = (
         xlogy.* lerp.* addcmul.* addcdiv.* bitwise_left_shift.* bitwise_right_shift.* logaddexp.* logaddexp2.*
         heaviside.* ldexp.* gcd.* lcm.* nextafter.* max.other min.other isclose.* maximum.* minimum.* eq.* ne.* lt.*
         le.* gt.* ge.* __and__.* __or__.* __xor__.* bitwise_and.* bitwise_or.* bitwise_xor.* logical_and.* logical_or.*
-        logical_xor.* bitwise_not.* logical_not.*
+        logical_xor.* bitwise_not.* logical_not.* rsub.*
         abs.* sign.* exp.* exp2.* expm1.* log.* log2.* log10.* log1p.* sin.* cos.* tan.* asin.* acos.* atan.* sinh.*
         cosh.* tanh.* asinh.* acosh.* atanh.* sigmoid.* silu.* gelu.* relu.* relu6.* leaky_relu.* elu.* selu.* celu.*
-        mish.* hardtanh.* hardswish.* hardsigmoid.* softplus.* softsign.* log_sigmoid.* logsigmoid.* threshold.* erf.*
+        mish.* hardtanh.* hardswish.* hardsigmoid.* softplus.* log_sigmoid.* threshold.* erf.*
         erfc.* erfinv.* reciprocal.* square.* floor.* ceil.* round.* trunc.* frac.* clamp.* clip.* clamp_min.*
         clamp_max.* isnan.* isinf.* isfinite.* nan_to_num.* sinc.* digamma.* lgamma.* polar.* complex.* real.* imag.*
         conj.* _conj.* resolve_conj.* resolve_neg.* angle.* signbit.* positive.* sgn.* deg2rad.* rad2deg.* hardshrink.*
-        softshrink.* tanhshrink.* logit.* isposinf.* isneginf.* i0.* detach_copy.* alias_copy.* lift_fresh.*
+        softshrink.* logit.* isposinf.* isneginf.* i0.* detach_copy.* alias_copy.* lift_fresh.*
         lift_fresh_copy.* zeros_like.* ones_like.* empty_like.* full_like.*
     """),
-    ("elementwise linear in_sdpa", "add.* sub.*"),
+    ("elementwise linear in_sdpa", "add.* sub.* to.*"),
     ("elementwise in_sdpa", "mul.* div.* where.* masked_fill.*"),
     ("elementwise linear keeps_zero turns_pair", "neg.*"),
-    ("elementwise", "rsub.*"),
     ("turns_pair", "sub.Tensor rsub.Scalar view_as_complex"),
     ("scale", "mul.Tensor mul.Scalar div.Scalar"),
     ("elementwise root", "sqrt rsqrt"),
@@ -80,7 +79,6 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("elementwise cast linear in_sdpa keeps_zero", "to.dtype _to_copy"),
     ("elementwise cast linear in_sdpa", "to.dtype_layout"),
     ("elementwise linear in_sdpa keeps_zero", "to.device"),
-    ("elementwise linear in_sdpa", "to.*"),
     ("type_as cast in_sdpa", "type_as"),
     ("type_as linear in_sdpa", "to.other"),
     # Made of a shape.
@@ -103,8 +101,13 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("reshape linear keeps_strides", "view"),
     ("reshape keeps_strides", "_unsafe_view"),
     ("reshape", "view_copy view_as reshape_as ravel"),
-    ("permute linear", "permute transpose.int movedim.intlist movedim.int"),
-    ("permute", "t numpy_T mT mH adjoint matrix_H swapaxes swapdims moveaxis.int moveaxis.intlist"),
+    ("permute linear", "permute transpose.int"),
+    ("permute", "swapaxes swapdims"),
+    ("permute move linear", "movedim.intlist movedim.int"),
+    ("permute move", "moveaxis.int moveaxis.intlist"),
+    ("permute reversal", "t numpy_T"),
+    ("permute matrix_transpose", "mT"),
+    ("permute matrix_transpose conjugates", "mH adjoint matrix_H"),
     ("expand linear", "expand"),
     ("expand", "expand_as broadcast_to"),
     ("view_as_complex cheap moves pairs", "view_as_complex"),
@@ -115,6 +118,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("cut split linear moves", "split.Tensor split_with_sizes chunk"),
     ("cut split linear", "split.sizes"),
     ("cut split", "tensor_split.sections"),
+    ("unsafe_split", "unsafe_chunk unsafe_split.Tensor"),
     ("cut", "tensor_split.indices"),
     ("cut cheap repeat_interleave", "repeat_interleave.self_int"),
     ("select cheap linear moves", "select.int"),

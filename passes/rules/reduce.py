@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import string
 
-from fxsp.passes.rules.elementwise import aligned, broadcast
+from fxsp.passes.rules.dims import aligned, broadcast
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
 from fxsp.types import Length, same_length

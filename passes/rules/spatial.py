@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fxsp.passes.rules.elementwise import broadcast
+from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.families import traits_of
 from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
 from fxsp.types import Length

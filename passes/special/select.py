@@ -13,9 +13,9 @@ from torch.fx import Node
 
 from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision
+from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import Call, shape_of
-from fxsp.passes.special.cat_and_cut import cut_bounds
 from fxsp.types import Length, Partial, Shard, Type, as_length, same_length
 
 __all__ = ["PickPlan", "decide_pick", "write_pick"]
@@ -48,7 +48,7 @@ def decide_pick(call: Call, types: list[Type]) -> Decision | None:
             return None
         position = as_length(shape[type_.dim] + index) if index < 0 else index
     else:
-        bounds = cut_bounds(call, shape[type_.dim], len(shape), type_.dim)
+        bounds = cut_bounds(call, shape[type_.dim], type_.dim)
         if bounds is None or not same_length(as_length(bounds[0][1] - bounds[0][0]), 1):
             return None
         position = bounds[0][0]

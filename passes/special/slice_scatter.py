@@ -14,8 +14,9 @@ from torch.fx import Node
 
 from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision
+from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.rule import Call
-from fxsp.passes.special.cat_and_cut import cut_bounds, segments_between
+from fxsp.passes.special.cat_and_cut import segments_between
 from fxsp.types import Length, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = ["OverwritePlan", "decide_overwrite", "write_overwrite"]
@@ -40,7 +41,7 @@ def decide_overwrite(call: Call, types: list[Type]) -> Decision | None:
     dim = call.dim("dim", len(shape))
     if any(isinstance(t, Shard) and not (t.plain and t.dim == dim) for t in types):
         return None
-    bounds = cut_bounds(call, shape[dim], len(shape), dim)
+    bounds = cut_bounds(call, shape[dim], dim)
     target, source = types
     if bounds is None:
         return None

@@ -9,10 +9,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsp.passes.pipeline import PIPELINE  # fills the table
+from fxsp.passes.rules.dims import reshape_factors
 from fxsp.passes.rules.families import family, overloads
 from fxsp.passes.rules.rule import Call, OpRule
 from fxsp.passes.rules.table import RULES, rule, rule_of
-from fxsp.passes.rules.views import reshape_factors
 from fxsp.passes.rules.whole import WHOLE
 from fxsp.types import quotient
 from rule_validation import Sample, T, rule_for
