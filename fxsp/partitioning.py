@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from fxsp import torch_internals
 from fxsp.capture.capture import capture
-from fxsp.config import Options, resolve_degrees
+from fxsp.config import Options
 from fxsp.errors import UnshardedWarning, UnsupportedError
 from fxsp.inner import needs_values
 from fxsp.inspection.stages import StageWriter
@@ -21,6 +21,7 @@ from fxsp.passes.annotate.annotate import annotate
 from fxsp.passes.annotate.carry import carry, is_worth_splitting
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate.propagate import is_annotate
@@ -132,23 +133,14 @@ def _partition(
         error.whole_graph = True  # type: ignore[attr-defined]
         raise
     for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+        mark(node, is_parameter=isinstance(value, torch.nn.Parameter))
     runner.text("functionalized", normal, report)
-    degrees = resolve_degrees(options, ranks.size)
     program = Program(
         normal,
         ranks,
         report,
         training=is_training(inputs),
-        strict=options.strict,
-        grad_reduce="defer" if options.deferred else options.grad_reduce,
-        rng=options.rng,
-        ulysses_degree=degrees.ulysses,
-        ring_degree=degrees.ring,
-        gather_degree=degrees.allgather,
-        latency=options.latency,
-        bandwidth=options.bandwidth,
-        gather_limit=options.gather_limit,
+        options=options,
     )
     program = partition_program(program, Runner(runner.watch, runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)
@@ -156,7 +148,7 @@ def _partition(
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
         infer_local(program)
         for node in program.graph.nodes:
-            node.meta["val"] = node.meta.get("local_val")
+            node.meta["val"] = facts(node).local
     return program
 
 
