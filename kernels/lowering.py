@@ -19,15 +19,12 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives
-from fxsp.kernels.attention.ring import RING
 from fxsp.kernels.attention.ring_blocks import chunks_of
-from fxsp.kernels.attention.split_kv import MERGED
-from fxsp.kernels.exchange import exchange, place
-from fxsp.kernels.exchange.zigzag import chunk_rows, deal, rows_from, undeal, units_of
-from fxsp.kernels.extremes import EXTREMES
+from fxsp.kernels.exchange import place
+from fxsp.kernels.exchange.zigzag import chunk_rows, rows_from, units_of
 from fxsp.types import as_length, product, same_length
 
-__all__ = ["LOWERINGS", "known_dense", "local_length"]
+__all__ = ["known_dense", "local_length"]
 
 #: An ``int`` or a ``SymInt``; torch's annotations do not know that the latter is welcome wherever the former is.
 Size = Any
@@ -65,14 +62,6 @@ def _shape_along(x: Tensor, dim: int) -> list[int]:
 
 def _cat(pieces: list[Tensor], dim: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-
-def annotate(x: Tensor, kind: str, dim: int, text_len: Size, entry: str) -> Tensor:
-    return x
-
-
-def use(x: Tensor, group: str) -> Tensor:
-    return x
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
@@ -330,34 +319,3 @@ def put(x: Tensor, dim: int, rank: int, size: int) -> Tensor:
     block = x.shape[dim]
     pads = [0, 0] * (x.dim() - 1 - dim) + [rank * block, (size - 1 - rank) * block]
     return torch.constant_pad_nd(x, pads) if size > 1 else x
-
-
-#: Name of an fxsp op -> its meaning.
-LOWERINGS: dict[str, Callable[..., Any]] = {
-    "annotate": annotate,
-    "shard": shard,
-    "gather": gather,
-    "gather_used": gather,
-    "gather_sum": gather_sum,
-    "reduce_scatter": reduce_scatter,
-    "all_reduce": all_reduce,
-    "reduce_grad": all_reduce,
-    "use": use,
-    "all_to_all": all_to_all,
-    "all_to_all_within": all_to_all_within,
-    "mask_pads": mask_pads,
-    "scale_whole": scale_whole,
-    "positions": positions,
-    "place_positions": place_positions,
-    "deal": deal,
-    "undeal": undeal,
-    "take": take,
-    "put": put,
-    "pack": exchange.pack,
-    "unpack": exchange.unpack,
-    "pack_heads": exchange.pack_heads,
-    "unpack_heads": exchange.unpack_heads,
-    **RING,
-    **MERGED,
-    **EXTREMES,
-}

@@ -43,11 +43,10 @@ from fxsp.hooks.ring import ring, ring_refusal
 from fxsp.hooks.rules import aligned, argument
 from fxsp.hooks.where import caller
 from fxsp.kernels.lowering import local_length
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.report import AttentionRecord
 
 __all__ = ["attention"]
-
-_ops = torch.ops.fxsp
 
 
 class _Call(NamedTuple):

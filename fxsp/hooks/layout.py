@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import fxsp.kernels.ops  # noqa: F401  (registers the operators)
 from fxsp.errors import ImplicitGatherWarning
 from fxsp.hooks.region import Region
 from fxsp.hooks.where import caller, refuse
 from fxsp.kernels.lowering import local_length
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.report import GatherRecord
 from fxsp.torch_internals import custom_function, plain_functions
 
@@ -61,8 +61,6 @@ __all__ = [
     "shard",
     "use",
 ]
-
-_ops = torch.ops.fxsp
 
 
 class Layout(NamedTuple):

@@ -16,10 +16,9 @@ from fxsp.hooks.layout import Layout, gather, layout_of, mark, moved, same_token
 from fxsp.hooks.region import Region
 from fxsp.kernels.attention.own_kernel import written_out
 from fxsp.kernels.lowering import local_length
+from fxsp.kernels.ops import fxsp_ops as _ops
 
 __all__ = ["ring", "ring_refusal"]
-
-_ops = torch.ops.fxsp
 
 
 def ring_refusal(q: Tensor, k: Tensor, v: Tensor, ulysses: int, gqa: bool) -> str:
