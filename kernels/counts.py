@@ -177,7 +177,7 @@ def moved_by_gather(call: Sizes) -> Iterator[Cost]:
 # --- what is computed
 
 
-def attention_flops(q: Any, k: Any, v: Any, *, causal: bool) -> int:
+def attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *, causal: bool) -> int:
     """``[..., m, d], [..., n, d], [..., n, e]``: two products over the allowed pairs of queries and keys."""
     m, n = q[-2], k[-2]
     pairs = m * n

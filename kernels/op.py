@@ -12,7 +12,7 @@ than one of them takes them together as :class:`fxsp.kernels.tokens.Tokens`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxsp.torch_internals import schema
-from fxsp.types import Length, Shard
-from fxsp.types import Sequence as TokenSequence
+from fxsp.types import Length, Sequence, Shard
 
 __all__ = [
     "Cost",
@@ -77,7 +76,7 @@ class Sent:
     kind: str
     bytes: Length
     why: str
-    tokens: TokenSequence | None = None
+    tokens: Sequence | None = None
     members: int = 0
 
 
@@ -86,8 +85,10 @@ class Gradient(Protocol):
 
     #: The number of ranks.
     size: int
-    #: What the call sends forward.
-    forward: Sequence[Any]
+
+    @property
+    def forward(self) -> Iterable[Sent]:
+        """What the call sends itself."""
 
     def argument(self, name: str) -> Any:
         """As it stands in the graph."""
