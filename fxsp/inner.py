@@ -16,13 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from fxsp.errors import OptionError
 from fxsp.inspection.profiler_names import name_collectives
-from fxsp.kernels.ops import fxsp_ops, op_of, record_of
+from fxsp.kernels.ops import as_view, op_of
 from fxsp.passes.emit.emit import drop_identities, emit, fingerprint
 from fxsp.torch_internals import (
     aot_autograd,
@@ -110,28 +108,6 @@ def _run_emitted(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[...
     return boxed(gm)
 
 
-class _Identity(torch.autograd.Function):
-    """An operator that is nothing forward, without its copy: an op may not return its argument, a Function may return a
-    view of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Callable[..., Tensor], *others: Any) -> Tensor:
-        ctx.gradient, ctx.others = gradient, others
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return ctx.gradient(grad, *ctx.others), None, *(None for _ in ctx.others)
-
-
-def _identity(name: str, x: Tensor, *others: Any) -> Tensor:
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x
-    op = record_of(getattr(fxsp_ops, name).default)
-    assert op is not None
-    return _Identity.apply(x, op.gradient, *others)  # type: ignore[no-any-return]
-
-
 def _has_values(gm: GraphModule) -> bool:
     """Whether emit finds the fakes that it needs."""
     return all("val" in x.meta for node in gm.graph.nodes if op_of(node) for x in node.all_input_nodes)
@@ -142,7 +118,7 @@ def _eager(gm: GraphModule, training: bool) -> Callable[..., Any]:
         emit(gm.graph)
     for node in gm.graph.nodes:
         if (op := op_of(node)) is not None and op.is_identity:
-            node.target, node.args = _identity, (op.name, *node.args)
+            node.target, node.args = as_view, (op.name, *node.args)
     name_collectives(gm.graph)
     gm.graph.lint()
     gm.recompile()

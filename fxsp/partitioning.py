@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from fxsp import torch_internals
 from fxsp.capture.capture import capture
-from fxsp.config import Options, resolve_degrees
+from fxsp.config import Options
 from fxsp.errors import UnshardedWarning, UnsupportedError
 from fxsp.inner import needs_values
 from fxsp.inspection.stages import StageWriter
@@ -134,21 +134,12 @@ def _partition(
     for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
     runner.text("functionalized", normal, report)
-    degrees = resolve_degrees(options, ranks.size)
     program = Program(
         normal,
         ranks,
         report,
         training=is_training(inputs),
-        strict=options.strict,
-        grad_reduce="defer" if options.deferred else options.grad_reduce,
-        rng=options.rng,
-        ulysses_degree=degrees.ulysses,
-        ring_degree=degrees.ring,
-        gather_degree=degrees.allgather,
-        latency=options.latency,
-        bandwidth=options.bandwidth,
-        gather_limit=options.gather_limit,
+        options=options,
     )
     program = partition_program(program, Runner(runner.watch, runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)

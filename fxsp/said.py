@@ -12,7 +12,6 @@ from fxsp.cost.share import LEAST, number_in, on_shards, share_of
 from fxsp.errors import DegreeWarning, ImplicitGatherWarning, OutputGatherWarning, StrictError, UnshardedWarning
 from fxsp.inspection.wire import format_bytes
 from fxsp.kernels.counts import split_bytes
-from fxsp.passes.attention.degrees import IGNORED
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.rules.rule import Call, shape_of
@@ -52,7 +51,7 @@ def say_gathers(report: Report) -> None:
 
 def say_degrees(program: Program) -> None:
     """One warning for each compile: what does not run by the degrees that were asked for."""
-    ignored = list(dict.fromkeys(program.facts.get(IGNORED, [])))
+    ignored = list(dict.fromkeys(program.ignored_degrees))
     if ignored:
         more = f"\n  and {len(ignored) - 4} more" if len(ignored) > 4 else ""
         warnings.warn(DegreeWarning("\n  ".join(ignored[:4]) + more), stacklevel=3)
@@ -141,7 +140,7 @@ def _remedies(caches: Sequence[GatherRecord], others: Sequence[GatherRecord]) ->
 def _attended(program: Program) -> set[str]:
     """Names of the values that are keys or values of an attention, or that these are views and copies of."""
     found: set[str] = set()
-    for node in program.facts["global"].graph.nodes:
+    for node in program.whole.graph.nodes:
         if node.target in ATTENTION_OPS:
             op, call = ATTENTION_OPS[node.target], Call(node)
             for name in (op.key, op.value):
@@ -156,7 +155,7 @@ def _attended(program: Program) -> set[str]:
 def _states(program: Program) -> Iterator[int]:
     """Bytes that a rank sends to gather a hidden state: queries and results of attentions, or what is multiplied."""
     number, size = number_in(program), program.ranks.size
-    nodes = [n for n in program.facts["global"].graph.nodes if on_shards(n)]
+    nodes = [n for n in program.whole.graph.nodes if on_shards(n)]
     attentions = [n for n in nodes if n.target in ATTENTION_OPS]
     values = [v for n in attentions for v in (n, Call(n)[ATTENTION_OPS[n.target].query])]
     for value in values or [v for n in nodes if has_work(n) for v in (n, *n.all_input_nodes)]:

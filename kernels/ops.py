@@ -17,6 +17,7 @@ With ``size == 1`` (or ``group == ""`` where an op has no size) no process group
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from fxsp.kernels.exchange.zigzag import deal, undeal
 from fxsp.kernels.extremes import EXTREMES
 from fxsp.kernels.op import Op, define, unchanged
 
-__all__ = ["LOCAL_OPS", "OPS", "fxsp_ops", "local_ops", "op_of", "record_of"]
+__all__ = ["LOCAL_OPS", "OPS", "as_view", "fxsp_ops", "local_ops", "op_of", "record_of"]
 
 #: Where the operators are called from: ``fxsp_ops.shard.default``.
 fxsp_ops = torch.ops.fxsp
@@ -135,3 +136,27 @@ def op_of(node: Node) -> Op | None:
     """The operator among ranks that a node calls; None of any other node."""
     op = _RECORDS.get(node.target)
     return op if op is not None and op.namespace == "fxsp" else None
+
+
+class _View(torch.autograd.Function):
+    """An operator may not return its argument; a Function may return a view of it."""
+
+    @staticmethod
+    def forward(x: Tensor, gradient: Callable[..., Tensor], *others: Any) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.gradient, *ctx.others = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return ctx.gradient(grad, *ctx.others), None, *(None for _ in ctx.others)
+
+
+def as_view(name: str, x: Tensor, *others: Any) -> Tensor:
+    """The operator ``name``, which is nothing forward, without the copy that it has to make."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    op = _RECORDS[getattr(fxsp_ops, name).default]
+    return _View.apply(x, op.gradient, *others)  # type: ignore[no-any-return]

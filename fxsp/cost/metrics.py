@@ -50,7 +50,7 @@ class Measures:
 def measure(program: Program) -> Measures:
     """Measure a partitioned program."""
     infer_local(program)
-    whole: Graph = program.facts["global"].graph
+    whole: Graph = program.whole.graph
     values = (n.meta.get("val") for n in whole.nodes if n.op == "placeholder")
     mode = next((m for v in values if (m := fake_mode_of(v)) is not None), None)
 

@@ -60,7 +60,7 @@ class Share:
 
 def share_of(program: Program) -> Share:
     """The share of a partitioned program; sizes that are symbols count as those that were traced."""
-    nodes = [n for n in program.facts["global"].graph.nodes if n.op == "call_function" and not is_annotate(n)]
+    nodes = [n for n in program.whole.graph.nodes if n.op == "call_function" and not is_annotate(n)]
     number = number_in(program)
 
     def shape_of(node: Any) -> Shape | None:
@@ -77,7 +77,7 @@ def share_of(program: Program) -> Share:
 
 def number_in(program: Program) -> Callable[[Any], int]:
     """Reads a size as the number that it was when the graph was traced."""
-    modes = (fake_mode_of(n.meta.get("val")) for n in program.facts["global"].graph.nodes)
+    modes = (fake_mode_of(n.meta.get("val")) for n in program.whole.graph.nodes)
     mode = next((m for m in modes if m is not None), None)
     return lambda size: size if type(size) is int else size_hint(as_length(size), mode)
 

@@ -35,7 +35,7 @@ def reasons(name: str, program: Program, measures: Measures) -> list[str]:
 
     A name is that of a value of either program, of a collective, of a module, or of an input or parameter.
     """
-    old = {n.name: n for n in program.facts["global"].graph.nodes if n.op != "output"}
+    old = {n.name: n for n in program.whole.graph.nodes if n.op != "output"}
     new = {n.name: n for n in program.graph.nodes if n.op != "output"}
     collective = [i for i, record in enumerate(program.report.collectives) if record.value == name]
     if collective:

@@ -76,7 +76,7 @@ def is_worth_splitting(program: Program) -> bool:
     """Whether a partitioned graph multiplies matrices on shards: anything less costs less than gathering the result."""
     return any(
         has_work(node) and any(not isinstance(t, Replicate) for t in node.meta["sp_call"].results)
-        for node in program.facts["global"].graph.nodes
+        for node in program.whole.graph.nodes
         if "sp_call" in node.meta
     )
 

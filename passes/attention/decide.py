@@ -139,7 +139,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     mask = op.mask_in(call)
     mask_shape = call.shape(op.mask) if op.mask is not None and mask is not None else ()
     outputs = program.graph.output_node().all_input_nodes
-    free = program.ulysses_degree is None and program.ring_degree is None and program.gather_degree is None
+    free = program.degrees.ulysses is None and program.degrees.ring is None and program.degrees.allgather is None
     if keys is None or (free and not per_rows and all(call[name] in outputs for name in (op.key, op.value))):
         if per_rows:
             return replicate_all(call, types, per_rows)
@@ -277,7 +277,7 @@ def _seen(call: Call) -> str:
 def _check_dropout(call: Call, op: AttentionOp, program: Program) -> None:
     """Refuses dropout that is active where nobody has said that another draw than one device's will do."""
     p = call.get(op.dropout) if op.dropout is not None else None
-    if not p or (op.op is SDPA and program.rng == "per_rank"):
+    if not p or (op.op is SDPA and program.options.rng == "per_rank"):
         return
     accept = ', or accept another draw: options={"rng": "per_rank"}' if op.op is SDPA else ""
     raise UnsupportedError(

@@ -21,7 +21,7 @@ from fxsp.passes.attention.choose import Question, choose
 from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.degrees import note_degree
-from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, written_of
+from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
 from fxsp.passes.base import Program
 from fxsp.passes.rules.decide import Decision, locate
 from fxsp.passes.rules.elementwise import CHEAP
@@ -53,10 +53,11 @@ class _Found:
 
 def mark_written(program: Program) -> None:
     """Mark the nodes of attentions that are written out, with ``meta["written_attention"]``, before partitioning."""
-    found = [_Found(one.scores[0].node, one.nodes, one) for one in written_of(program) if _is_split(one)]
+    unfused = unfused_of(program)
+    found = [_Found(one.scores[0].node, one.nodes, one) for one in unfused.attentions if _is_split(one)]
     taken = {node for one in found for node in one.nodes}
     found += [one for node in program.graph.nodes if (one := _linear(node)) is not None and node not in taken]
-    program.facts["written_found"] = found
+    unfused.reported = found
     for index, one in enumerate(found):
         for node in one.nodes:
             node.meta["written_attention"] = index
@@ -101,13 +102,13 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
 
 def report_written(program: Program) -> None:
     """Add a record for each attention that is written out, in the order of the program, once all is partitioned."""
-    found: list[_Found] = program.facts.get("written_found", [])
+    found: list[_Found] = unfused_of(program).reported
     if not found:
         return
     records = {one.first: _record(one, index, program) for index, one in enumerate(found)}
     others = iter(list(program.report.attentions))
     ordered: list[AttentionRecord] = []
-    for node in program.facts["global"].graph.nodes:
+    for node in program.whole.graph.nodes:
         decision = node.meta.get("sp_call")
         if node in records:
             ordered.append(records[node])
@@ -133,7 +134,7 @@ def _record(one: _Found, index: int, program: Program) -> AttentionRecord:
 
 def _cost(forward: list[Length], backward: list[Length], program: Program, node: Node) -> str:
     """Messages, the bytes of the backward pass, and the time: as for other attentions."""
-    link = Link.of(node.meta["val"].device.type, program.latency, program.bandwidth)
+    link = Link.of(node.meta["val"].device.type, program.options.latency, program.options.bandwidth)
     back = ""
     if program.training:
         back = f" and {as_length(sum(backward, start=0))} bytes in {len(backward)} backward"
@@ -169,7 +170,7 @@ def _instead(one: Written, program: Program) -> tuple[tuple[str, str], ...]:
     best = choose(question)[0] if question is not None else None
     if best is None or question is None:
         return ()
-    link = Link.of(question.like.device.type, program.latency, program.bandwidth)
+    link = Link.of(question.like.device.type, program.options.latency, program.options.bandwidth)
     return ((name, f"would be {best.name}: {best.text(link)}"),)
 
 

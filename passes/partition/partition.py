@@ -11,7 +11,7 @@ Input, with types, and output for two ranks::
     return flatten                              %gather = fxsp.gather(...)
 
 After this pass every tensor in the graph is local, except inputs and outputs, which are global and equal on all ranks.
-``facts["global"]`` keeps the global graph; ``meta["global_name"]`` names the value of it that a local node stands for.
+``program.whole`` is the global graph still; ``meta["global_name"]`` names the value of it that a local node stands for.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Partitioner(Converter):
         self.graph.lint()
         gm = GraphModule(old, self.graph, old.__class__.__name__)
         gm.meta.update(old.meta)
-        self.program.facts["global"] = old
+        self.program.partitioned = old
         self.program.gm = gm
         return self.program
 
@@ -113,7 +113,7 @@ class _Partitioner(Converter):
             self.copies[node] = new
             return
         kind: Type = Replicate()
-        deferred = self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training
+        deferred = self.program.options.deferred and _is_parameter(node) and self.program.training
         if deferred and is_wrapper_subclass(value):
             if value.requires_grad:
                 raise UnsupportedError(
@@ -247,7 +247,7 @@ class _Partitioner(Converter):
     def _like(self, node: Node, call: Call, type_: Type) -> None:
         """What reads a shape only: nothing is asked of its operand."""
         split = any(isinstance(n.meta["sp"], Shard) for n in call.operands)
-        if call.op in DRAWN and split and self.program.rng == "per_rank":
+        if call.op in DRAWN and split and self.program.options.rng == "per_rank":
             self._note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
         new = write_like(self.build, node, type_, self.copies)
         self.values[node] = Value(node, [(type_, self.typed(new, type_, node))])
@@ -335,7 +335,7 @@ class _Partitioner(Converter):
 
         With ``rng="per_rank"`` a rank draws for its own rows only, by their positions.
         """
-        if self.program.rng == "per_rank":
+        if self.program.options.rng == "per_rank":
             self._note_draw()
             x, p = arguments["input"], arguments["p"]
             own, dim, back = self.expose(x, shape_of(node), type_)

@@ -300,7 +300,7 @@ class Converter:
             name=self._output_name(value.node) if kind == "output" else "",
             value=value.node.name,
         )
-        if self.program.strict and kind == "implicit":
+        if self.program.options.strict and kind == "implicit":
             remedy = self.remedy or (
                 "annotate the value with a SequenceParallelOutput before this operator, or leave its tokens whole"
             )

@@ -83,6 +83,6 @@ def _is_split(node: Node) -> bool:
 
 def _record(program: Program, node: Node, reason: str) -> None:
     record = GatherRecord(str(node.target), module_path(node), node_source(node), reason, 0)
-    if program.strict:
+    if program.options.strict:
         raise StrictError(f"implicit gather: {record}. With strict=True this is an error: annotate a later value")
     program.report.implicit_gathers.append(record)

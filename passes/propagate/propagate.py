@@ -88,7 +88,7 @@ class Propagate:
         if is_annotate(node):
             source = node.args[0]
             assert isinstance(source, Node)
-            meta["sp"] = _annotated(node, source.meta["sp"], program.facts.get("head_tail", ()))
+            meta["sp"] = _annotated(node, source.meta["sp"], program.head_tail)
             meta["sp_free"] = source.meta["sp_free"]
         elif node.target is operator.getitem and isinstance(node.args[0], Node) and "sp" in node.args[0].meta:
             types = node.args[0].meta["sp"]

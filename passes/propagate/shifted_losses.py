@@ -72,8 +72,7 @@ class ShiftedLosses:
         # Also what was begun and given up is without a use, and without a type.
         erase_unused(program.graph)
         program.gm.recompile()
-        for fact in ("written", "written products"):
-            program.facts.pop(fact, None)
+        program.unfused = None  # it speaks of nodes that may be gone
         Propagate().apply(program)
         return program
 

@@ -14,7 +14,7 @@ Before and after, for a causal attention on a ring::
 It is a layout of tokens, not another program: who needs the order of tokens is given it, as before.  If more values
 would have to be gathered than with contiguous rows, contiguous they stay, and the report says so.
 
-After this pass ``facts["head_tail"]`` are the lengths of the segments that are split so.
+After this pass ``program.head_tail`` are the lengths of the segments that are split so.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Layout:
         if not lengths:
             return program
         before = _gathered(program)
-        program.facts["head_tail"] = tuple(lengths)
+        program.head_tail = tuple(lengths)
         Propagate().apply(program)
         after = _gathered(program)
         if after > before:
-            program.facts["head_tail"] = ()
+            program.head_tail = ()
             Propagate().apply(program)
             program.report.notes.append(
                 f"a causal ring over contiguous tokens: its last rank has the most to compute; with heads and tails of "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_attention import HEADS, MASKS, TOKENS, Config, assert_same, record
 
+from fxsp.config import Options
 from fxsp.inspection.report_text import bytes_sent
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
@@ -26,9 +27,11 @@ def _one_thread() -> None:
 
 def run(recorder: Recorder, size: int, ulysses: int, *, training: bool = False) -> Program:
     program = Program(
-        recorder.finish(), Ranks(0, size, "simulated"), training=training, ulysses_degree=ulysses,
-        ring_degree=size // ulysses,
-    )  # fmt: skip
+        recorder.finish(),
+        Ranks(0, size, "simulated"),
+        training=training,
+        options=Options(ulysses_degree=ulysses, ring_degree=size // ulysses),
+    )
     return partition_program(program)
 
 

@@ -119,7 +119,7 @@ def test_partitioned_programs_compute_the_same() -> None:
         assert not {*names, "three sequences", *methods} - seen.keys()
         for kind, least in {
             "split": 0.5,
-            "training": 0.3,
+            "training": 0.25,  # about 0.3 are drawn
             "several lengths": 0.1,
             "two sequences": 0.2,
             "whole text beside split tokens": 0.05,

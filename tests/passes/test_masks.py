@@ -207,7 +207,7 @@ def test_causal_beside_padding_is_right(size: int) -> None:
             (record,) = program.report.attentions
             assert "causal, one row of allowed keys" in record.detail
             assert record.method == ("gather_kv" if heads % size else "ulysses")
-            (call,) = (Call(n) for n in program.facts["global"].graph.nodes if n.target is BANDED)
+            (call,) = (Call(n) for n in program.whole.graph.nodes if n.target is BANDED)
             assert tuple(call.shape("attn_mask")) == (2, 1, 1, S)
 
 
@@ -278,7 +278,7 @@ def test_transformers(mask: bool) -> None:
         with torch.no_grad():
             (result,) = partition_offline(model, (), given, world_size=2, options={"plan": plan})
         assert result.program is not None
-        attentions = [n for n in result.program.facts["global"].graph.nodes if n.target in (SDPA, BANDED)]
+        attentions = [n for n in result.program.whole.graph.nodes if n.target in (SDPA, BANDED)]
         assert attentions
         for node in attentions:
             call = Call(node)

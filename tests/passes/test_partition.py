@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule
 
+from fxsp.config import Options
 from fxsp.errors import StrictError, VerificationError
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
@@ -463,7 +464,7 @@ def test_deferred_gradients_are_summands() -> None:
 
     gm = trace(function, *(x.detach() for x in leaves))
     parameters(gm)
-    program = Program(gm, Ranks(0, 3, "simulated"), training=True, grad_reduce="defer")
+    program = Program(gm, Ranks(0, 3, "simulated"), training=True, options=Options(grad_reduce="defer"))
     local = partition_program(program, Runner(check=True)).gm
     assert not any(n.target is torch.ops.fxsp.use.default for n in local.graph.nodes)
     _, grads = gradients(local, 3, leaves, given)

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp
 import models
+from fxsp.config import Options
 from fxsp.inspection.report_text import attention_lines
 from fxsp.kernels import collectives
 from fxsp.kernels.attention import ring
@@ -236,7 +237,8 @@ def test_what_needs_the_order(size: int, ring_degree: int) -> None:
         w = w.detach().requires_grad_()
         gm = make_fx(function, pre_dispatch=True, tracing_mode="fake")(x, w)
         ranks = Ranks(0, size, "test")
-        program = Program(gm, ranks, training=True, ulysses_degree=size // ring_degree, ring_degree=ring_degree)
+        options = Options(ulysses_degree=size // ring_degree, ring_degree=ring_degree)
+        program = Program(gm, ranks, training=True, options=options)
         program = partition_program(program)
         assert "head-tail" in _layouts(program)
         expected = function(x, w)
@@ -266,9 +268,8 @@ def test_several_segments(segments: str, size: int, ring_degree: int) -> None:
     w = torch.randn(24, 8, dtype=torch.float64).mul_(0.3).requires_grad_()
     inputs = [*tensors, w]
     gm = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*inputs)
-    program = Program(
-        gm, Ranks(0, size, "test"), training=True, ulysses_degree=size // ring_degree, ring_degree=ring_degree
-    )
+    options = Options(ulysses_degree=size // ring_degree, ring_degree=ring_degree)
+    program = Program(gm, Ranks(0, size, "test"), training=True, options=options)
     program = partition_program(program)
     assert "head-tail" in _layouts(program)
     expected = function(*inputs)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fxsp.kernels.ops  # noqa: F401
+from fxsp.config import Options
 from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.inspection.report_text import format_graph
 from fxsp.passes.base import Program
@@ -348,7 +349,7 @@ def partition(case: Case) -> Program:
 def _program(case: Case, gm: torch.fx.GraphModule) -> Program:
     ulysses, ring = case.degrees or (None, None)
     ranks = Ranks(0, case.size, "simulated")
-    return Program(gm, ranks, training=case.training, ulysses_degree=ulysses, ring_degree=ring)
+    return Program(gm, ranks, training=case.training, options=Options(ulysses_degree=ulysses, ring_degree=ring))
 
 
 def _execute(case: Case, function: Callable[..., Any], *, mark: bool = False) -> _Values:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fuzzing import Case, _annotate, _gradients_of_outputs, difference
+from fxsp.config import Options
 from fxsp.errors import UnsupportedError
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
@@ -104,7 +105,7 @@ def check_broken(case: Case, seen: Counter[str]) -> None:
             return None
         for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
             node.meta["is_parameter"] = isinstance(value, nn.Parameter)
-        program = partition_program(Program(normal, ranks, training=True, grad_reduce="defer"))
+        program = partition_program(Program(normal, ranks, training=True, options=Options(grad_reduce="defer")))
         scale_summands(program.gm, ranks.size)
         seen["split"] += 1
         return program

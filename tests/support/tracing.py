@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp.kernels.ops  # noqa: F401
+from fxsp.config import Options
 from fxsp.inspection.report_text import bytes_sent, format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
@@ -59,11 +60,12 @@ def partition(
     *inputs: Any,
     size: int = 2,
     prepare: Callable[[GraphModule], None] = lambda gm: None,
+    training: bool = False,
     **options: Any,
 ) -> Program:
     gm = trace(function, *inputs)
     prepare(gm)
-    program = Program(gm, Ranks(0, size, "simulated"), **options)
+    program = Program(gm, Ranks(0, size, "simulated"), training=training, options=Options(**options))
     return partition_program(program, Runner(check=True))
 
 
