@@ -21,6 +21,7 @@ from fxsp.passes.annotate.annotate import annotate
 from fxsp.passes.annotate.carry import carry, is_worth_splitting
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate.propagate import is_annotate
@@ -132,7 +133,7 @@ def _partition(
         error.whole_graph = True  # type: ignore[attr-defined]
         raise
     for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+        mark(node, is_parameter=isinstance(value, torch.nn.Parameter))
     runner.text("functionalized", normal, report)
     program = Program(
         normal,
@@ -147,7 +148,7 @@ def _partition(
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
         infer_local(program)
         for node in program.graph.nodes:
-            node.meta["val"] = node.meta.get("local_val")
+            node.meta["val"] = facts(node).local
     return program
 
 

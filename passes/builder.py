@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.kernels.ops import op_of
+from fxsp.passes.graph import facts, mark
 from fxsp.report import CollectiveRecord, Report
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import sympy_to_fx
@@ -19,7 +20,7 @@ from fxsp.types import Length, Ranks, Sequence, as_length
 __all__ = ["Builder"]
 
 #: What a node has from the one that it was written for.
-_LENT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr", "written_attention")
+_LENT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
 aten = torch.ops.aten
 
 
@@ -44,6 +45,8 @@ class Builder:
             for key in _LENT:
                 if key in self._origin.meta:
                     new.meta.setdefault(key, self._origin.meta[key])
+            if (index := facts(self._origin).written_attention) is not None:
+                mark(new, written_attention=index)
         return new
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -193,7 +196,7 @@ class Builder:
         """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""
         if (op := op_of(node)) is None or op.sends is None:  # gathered rows, put in order
             node = node.all_input_nodes[0]
-        node.meta["fxsp_bytes"] = sent
+        mark(node, sent=sent)
         place = module_path(node) or self.report.root, sent, reason, node_source(node)
         self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens, members))
 

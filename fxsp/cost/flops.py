@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from fxsp.kernels.counts import attention_flops
 from fxsp.kernels.op import sizes_of
 from fxsp.kernels.ops import record_of
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.rule import Call
 from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
 
@@ -91,7 +92,7 @@ def _einsum(call: Call, shape_of: ShapeOf) -> int:
 
 def _length(size: Node) -> int | None:
     """A length that a node computes counts as the hint of its value."""
-    value = size.meta.get("local_val")
+    value = facts(size).local
     return None if value is None else symint_hint(value)
 
 

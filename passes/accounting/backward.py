@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp.kernels.op import Local, Sent
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, global_value, value_of
 from fxsp.passes.rules.rule import Call
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
@@ -88,7 +89,7 @@ def _with_gradients(program: Program) -> list[Node]:
     needs: set[Node] = set()
     for node in nodes:
         if node.op == "placeholder":
-            if getattr(node.meta.get("val", node.meta.get("global_val")), "requires_grad", False):
+            if getattr(global_value(node), "requires_grad", False):
                 needs.add(node)
         elif node.op != "output" and node.target not in _CONSTANT and not needs.isdisjoint(node.all_input_nodes):
             if _floating(node):
@@ -103,15 +104,8 @@ def _with_gradients(program: Program) -> list[Node]:
 
 def _floating(node: Node) -> bool:
     """Whether a gradient of the node's value can be; a value of unknown kind may have one."""
-    values = [v for v in tree_leaves(_value(node)) if isinstance(v, torch.Tensor)]
+    values = [v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor)]
     return not values or any(v.is_floating_point() or v.is_complex() for v in values)
-
-
-def _value(node: Node) -> Any:
-    for key in ("global_val", "val", "local_val"):
-        if node.meta.get(key) is not None:
-            return node.meta[key]
-    return None
 
 
 def _adjoint(node: Node, program: Program) -> Iterator[CollectiveRecord]:
@@ -142,25 +136,26 @@ class _Gradient:
 
     def dtype(self, name: str = "") -> torch.dtype:
         node = self.argument(name) if name else self.node
-        while not isinstance(_value(node), torch.Tensor) and node.all_input_nodes:
+        while not isinstance(value_of(node), torch.Tensor) and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return self._of(node).dtype
 
     def _of(self, node: Node) -> Local:
-        value = _value(node)
+        value = value_of(node)
         if not isinstance(value, torch.Tensor):
             infer_local(self.program)
-            value = node.meta["local_val"]
+            value = facts(node).local
         return _described(value)
 
     def is_parameter(self, name: str) -> bool:
         source = self.argument(name)
-        return isinstance(source, Node) and bool(source.meta.get("is_parameter"))
+        return isinstance(source, Node) and facts(source).is_parameter
 
     def shard(self) -> tuple[Shard, Local]:
         # The shard of a dimension that holds more than tokens is reshaped afterwards, and that has the type.
-        typed = next(n for n in (self.node, *self.node.users) if isinstance(n.meta.get("sp"), Shard))
-        return typed.meta["sp"], _described(typed.meta["global_val"])
+        typed = next(facts(n) for n in (self.node, *self.node.users) if isinstance(facts(n).type, Shard))
+        assert isinstance(typed.type, Shard)
+        return typed.type, _described(typed.whole)
 
 
 def _described(value: torch.Tensor) -> Local:
