@@ -112,7 +112,7 @@ def _work(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
         shapes = [shape_of(call[name]) for name in (op.query, op.key, op.value)]
         if all(shape is not None and len(shape) == 4 for shape in shapes):
             q, k, v = (tuple(op.laid(shape)) for shape in shapes)  # type: ignore[arg-type]
-            return attention_flops(q, k, v, causal=op.causal_in(call))
+            return attention_flops(q, k, v, causal=op.causal_in(call))  # type: ignore[arg-type]
         return known
     return node_flops(node, shape_of) or (_guessed(node, shape_of) if _is_unknown(node) else 0)
 
