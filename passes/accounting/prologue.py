@@ -21,7 +21,7 @@ from fxsp.passes.calls import arguments
 from fxsp.passes.graph import facts, global_value
 from fxsp.passes.rules.families import family
 from fxsp.passes.work import has_work
-from fxsp.torch_internals import is_operator, is_pointwise
+from fxsp.torch_internals import is_operator, is_pointwise, schema
 from fxsp.types import Shard
 
 __all__ = ["producers_of"]
@@ -76,7 +76,7 @@ def _passes(node: Node) -> bool:
 def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
     """What these operators are, in the words of models."""
     targets = {node.target for node in nodes}
-    names = list(dict.fromkeys(str(node.target._opname) for node in nodes if node.target in _NORMS))
+    names = list(dict.fromkeys(schema(node.target).name.partition("::")[2] for node in nodes if node.target in _NORMS))
     if not names and targets & _MEANS and targets & _ROOTS:
         names.append("norm")
     joins = [node for node in nodes if node.target in _JOINS]

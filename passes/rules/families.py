@@ -228,7 +228,7 @@ _MAPPING = (
 
 def overloads(*paths: str) -> list[Any]:
     """The operator overloads named ``"add.Tensor"`` that this torch has (older and newer ones lack a few)."""
-    found = []
+    found: list[Any] = []
     for path in paths:
         packet, _, overload = path.partition(".")
         if overload == "*":
