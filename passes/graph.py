@@ -11,15 +11,14 @@ by key, and what is marked on a copied node afterwards says nothing about the no
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from fxsp import torch_internals
+from fxsp.torch_internals import arguments_of, parameters
 from fxsp.types import Length, Type, as_length
 
 __all__ = [
@@ -173,42 +172,14 @@ def tensor_nodes(value: Any) -> Iterator[Node]:
             yield from tensor_nodes(item)
 
 
-class _Parameter(NamedTuple):
-    """One argument of an operator's schema."""
-
-    name: str
-    default: Any
-    has_default: bool
-    kwarg_only: bool
-    is_written: bool
-
-
-@functools.cache
-def _parameters(op: Any) -> tuple[_Parameter, ...]:
-    return tuple(
-        _Parameter(
-            a.name,
-            a.default_value if a.has_default_value() else None,
-            a.has_default_value(),
-            a.kwarg_only,
-            a.alias_info is not None and a.alias_info.is_write,
-        )
-        for a in torch_internals.schema(op).arguments
-    )
-
-
 class Call:
     """One operator call with its arguments bound by the schema's names, and global shapes at hand."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.op: torch._ops.OpOverload = node.target  # type: ignore[assignment]
-        args, kwargs = node.args, node.kwargs
         #: All arguments in schema order, defaults included (None where there is no default).
-        self.arguments: dict[str, Any] = {
-            p.name: args[i] if i < len(args) else kwargs.get(p.name, p.default)
-            for i, p in enumerate(_parameters(node.target))
-        }
+        self.arguments = arguments_of(node)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -224,14 +195,14 @@ class Call:
 
     def is_default(self, name: str) -> bool:
         """Whether an argument is what it is if it is left out."""
-        parameter = next(p for p in _parameters(self.op) if p.name == name)
+        parameter = next(p for p in parameters(self.op) if p.name == name)
         return parameter.has_default and bool(self.arguments[name] == parameter.default)
 
     @property
     def written(self) -> list[Node]:
         """The arguments that the operator writes to, by its schema; lists are flattened."""
         found: list[Node] = []
-        torch.fx.map_arg([self.arguments[p.name] for p in _parameters(self.op) if p.is_written], found.append)
+        torch.fx.map_arg([self.arguments[p.name] for p in parameters(self.op) if p.is_written], found.append)
         return found
 
     @property
@@ -267,7 +238,7 @@ class Call:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         positional = len(self.node.args)
-        for i, parameter in enumerate(_parameters(self.op)):
+        for i, parameter in enumerate(parameters(self.op)):
             name = parameter.name
             given = i < positional or name in self.node.kwargs or name in changes
             if parameter.kwarg_only or len(args) < i:

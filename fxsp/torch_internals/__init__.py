@@ -67,6 +67,7 @@ from fxsp.torch_internals.groups import (
 )
 from fxsp.torch_internals.logs import trace_artifact, tracing_artifacts, unwrapped_by_dynamo
 from fxsp.torch_internals.operators import (
+    arguments_of,
     autocast_key,
     call_at,
     functional_collectives,
@@ -85,6 +86,7 @@ from fxsp.torch_internals.operators import (
     overload_name,
     overload_of,
     packet_of,
+    parameters,
     resizes_storage,
     schema,
     wrap_operator,
@@ -151,6 +153,7 @@ __all__ = [
     "add_module",
     "any_autocast",
     "aot_autograd",
+    "arguments_of",
     "autocast_key",
     "backend_layers",
     "boxed",
@@ -229,6 +232,7 @@ __all__ = [
     "overload_name",
     "overload_of",
     "packet_of",
+    "parameters",
     "plain_functions",
     "plain_tensors",
     "python_dispatch",

@@ -26,16 +26,17 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.choose import Question, choose
 from fxsp.passes.attention.methods.split_kv import choose_for_whole_queries
 from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
-from fxsp.passes.builder import split_bytes
 from fxsp.passes.graph import Call, facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
-from fxsp.passes.rules.elementwise import broadcast
-from fxsp.passes.rules.rule import Dims, OpRule, overloads, rule
+from fxsp.passes.rules.dims import broadcast
+from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.rules.table import rule
 from fxsp.source import place
 from fxsp.types import Length, Replicate, Sequence, Shard, Type, Used, as_length, same_length
 
@@ -285,6 +286,3 @@ def _check_dropout(call: Call, op: AttentionOp, program: Program) -> None:
         f"({op.dropout}={p}) on split tokens cannot draw the same mask as one device. "
         f"Set the dropout of attention to 0, or call model.eval(){accept}."
     )
-
-
-assert overloads("scaled_dot_product_attention") == [SDPA]

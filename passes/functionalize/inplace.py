@@ -13,6 +13,7 @@ from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.calls import Writer
 from fxsp.passes.graph import Call
+from fxsp.passes.rules.families import family, names_of
 from fxsp.source import describe
 from fxsp.types import as_length, same_length
 
@@ -21,19 +22,10 @@ __all__ = ["NEW_VIEW", "functional_value", "gives_memory", "written_arguments"]
 aten = torch.ops.aten
 
 #: In-place operators that change what the variable sees, not the memory.
-NEW_VIEW = frozenset({"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"})
-
-#: In-place operators that change which memory a tensor has, or how much.
-_OTHER_MEMORY = frozenset({"set_", "resize_", "resize_as_", "set_data"})
+NEW_VIEW = frozenset(f"{name}_" for name in names_of("view"))
 
 #: In-place operators for which no functional operator has the same name.
 _FUNCTIONAL = {"normal_": "normal_functional"}
-
-#: Composite operators that write to an argument, which their schema does not say: name -> the arguments.
-_HIDDEN_WRITES = {
-    "batch_norm": ("training", ("running_mean", "running_var")),
-    "instance_norm": ("use_input_stats", ("running_mean", "running_var")),
-}
 
 
 def written_arguments(node: Node) -> list[Node]:
@@ -41,14 +33,15 @@ def written_arguments(node: Node) -> list[Node]:
     if node.op != "call_function" or not torch_internals.is_operator(node.target):
         return []
     schema = torch_internals.schema(node.target)
-    name = schema.name.removeprefix("aten::")
-    if not schema.is_mutable and name not in _HIDDEN_WRITES:
+    hidden = node.target in family("writes_statistics")
+    if not schema.is_mutable and not hidden:
         return []
     call = Call(node)
-    if name not in _HIDDEN_WRITES:
+    if not hidden:
         return call.written
-    flag, names = _HIDDEN_WRITES[name]
-    return [call[n] for n in names if call[n] is not None] if call[flag] else []
+    writes = call.get("training", call.get("use_input_stats"))
+    values = [call["running_mean"], call["running_var"]] if writes else []
+    return [n for n in values if n is not None]
 
 
 def gives_memory(node: Node) -> bool:
@@ -63,7 +56,7 @@ def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node]
     """
     name = torch_internals.schema(node.target).name.removeprefix("aten::")
     found = Call(node).arguments
-    if name in _OTHER_MEMORY:
+    if name in names_of("moves_memory"):
         raise UnsupportedError(f"{describe(node)} changes the memory of a tensor")
     if name == "copy_":
         return _fitted(w, read(found["src"]), written, read)

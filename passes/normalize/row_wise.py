@@ -22,9 +22,11 @@ import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
+from fxsp.passes.rules.families import family
 from fxsp.torch_internals import is_wrapper_subclass
 from fxsp.types import Ranks, Shard
 
@@ -32,14 +34,11 @@ __all__ = ["is_row_wise"]
 
 aten = torch.ops.aten
 
-#: Of ``x [..., rows, i]`` and a weight.
-_PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default})
-
 
 def is_row_wise(node: Node) -> bool:
     """Whether an operator on ``x`` and a frozen subclass, and its gradient, treat every row of ``x`` alone."""
     x, *others = [n.meta["val"] for n in node.all_input_nodes]
-    if node.target not in _PRODUCTS or node.kwargs or node.args[0] is not node.all_input_nodes[0]:
+    if node.target not in family("row_product") or node.kwargs or node.args[0] is not node.all_input_nodes[0]:
         return False
     if (
         is_wrapper_subclass(x)
@@ -70,7 +69,7 @@ def _keeps_rows(gm: torch.fx.GraphModule, dim: int) -> bool:
     for i, node in enumerate(gm.graph.nodes):
         nodes[node] = new = graph.node_copy(node, nodes.__getitem__)
         if i < 2:
-            nodes[node] = graph.call_function(torch.ops.fxsp.annotate.default, (new, "shard", dim, -1, "rows"))
+            nodes[node] = graph.call_function(fxsp_ops.annotate.default, (new, "shard", dim, -1, "rows"))
             nodes[node].meta["val"] = node.meta["val"]
     Propagate().apply(Program(torch.fx.GraphModule(gm, graph), Ranks(0, 2, "rows")))
     for node in graph.nodes:

@@ -11,18 +11,13 @@ an :class:`OpRule`, or None when this use of the operator has no rule (then all 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch.fx import Node
 
 from fxsp.passes.graph import Call
 from fxsp.types import Length
 
-__all__ = ["RULES", "Dims", "Factors", "OpRule", "names", "overloads", "rule", "rule_of"]
+__all__ = ["Dims", "Factors", "OpRule", "RuleFunction", "names"]
 
 #: Factors of one dimension, outermost first.
 Factors = tuple[str, ...]
@@ -71,41 +66,7 @@ class OpRule:
 
 RuleFunction = Callable[[Call], "OpRule | None"]
 
-#: The table: operator overload -> rule function.
-RULES: dict[Any, RuleFunction] = {}
-
-
-def rule(ops: Iterable[Any]) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a rule function for operators; one rule per operator."""
-
-    def register(function: RuleFunction) -> RuleFunction:
-        for op in ops:
-            if op in RULES:
-                raise ValueError(f"{op} has a rule already")
-            RULES[op] = function
-        return function
-
-    return register
-
 
 def names(prefix: str, count: int) -> list[str]:
     """``count`` factor names: ``a0, a1, ...``."""
     return [f"{prefix}{i}" for i in range(count)]
-
-
-def overloads(*paths: str) -> list[Any]:
-    """The operator overloads named ``"add.Tensor"`` that this torch has (older and newer ones lack a few)."""
-    found = []
-    for path in paths:
-        packet, _, overload = path.partition(".")
-        try:
-            found.append(getattr(getattr(torch.ops.aten, packet), overload or "default"))
-        except AttributeError:
-            continue
-    return found
-
-
-def rule_of(node: Node) -> OpRule | None:
-    """The rule of this call, or None."""
-    function = RULES.get(node.target)
-    return None if function is None or node.target is operator.getitem else function(Call(node))
