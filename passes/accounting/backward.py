@@ -1,4 +1,4 @@
-"""What the backward pass of a local graph will send, read off the forward graph before anyone differentiates it.
+"""backward: what the backward pass of a local graph will send, read off the forward graph before it is differentiated.
 
 The gradient of a value in one form comes in the adjoint form (the table in :mod:`fxsp.kernels.ops`), so every operator
 that a gradient goes through says what its adjoint sends::
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from fxsp.source import module_path, node_source
 from fxsp.torch_internals import is_operator, is_recomputed, schema
 from fxsp.types import Length, Sequence, Shard, as_length, product
 
-__all__ = ["backward_collectives"]
+__all__ = ["Backward", "backward_collectives"]
 
 aten = torch.ops.aten
 #: Their results are values without history.
@@ -50,6 +50,17 @@ _LINEAR = frozenset(
     "constant_pad_nd".split()
 )
 _ATTENTION = "gradients of tokens and heads of an attention"
+
+
+@dataclass(frozen=True)
+class Backward:
+    """After this pass the report says what gradients will send."""
+
+    name: str = "backward"
+
+    def apply(self, program: Program) -> Program:
+        program.report.backward.extend(backward_collectives(program))
+        return program
 
 
 def backward_collectives(program: Program) -> list[CollectiveRecord]:

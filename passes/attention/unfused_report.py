@@ -1,4 +1,4 @@
-"""For the report: what attention that is written out sends, and linear attention.
+"""unfused_report: what attention that is written out sends, and linear attention.
 
 Linear attention is found once types are known: a product that sums over split tokens (of keys and values), whose sum
 over the ranks is multiplied with split values (the queries)::
@@ -32,7 +32,7 @@ from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
 
-__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "mark_written", "report_written"]
+__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "UnfusedReport", "mark_written"]
 
 #: Methods of attentions that are written out.
 GATHERED = "gather_kv (written out)"
@@ -100,11 +100,20 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
                     yield from (total, *total.users)
 
 
-def report_written(program: Program) -> None:
-    """Add a record for each attention that is written out, in the order of the program, once all is partitioned."""
-    found: list[_Found] = unfused_of(program).reported
-    if not found:
-        return
+@dataclass(frozen=True)
+class UnfusedReport:
+    """After this pass the report has a record for each attention that is written out, in the order of the program."""
+
+    name: str = "unfused_report"
+
+    def apply(self, program: Program) -> Program:
+        found: list[_Found] = program.unfused.reported if program.unfused is not None else []
+        if found:
+            _report(found, program)
+        return program
+
+
+def _report(found: list[_Found], program: Program) -> None:
     records = {one.first: _record(one, index, program) for index, one in enumerate(found)}
     others = iter(list(program.report.attentions))
     ordered: list[AttentionRecord] = []

@@ -29,7 +29,7 @@ LAYERS = [
     ("fxsp.passes.masks", "fxsp.passes.propagate", "fxsp.passes.work"),
     ("fxsp.passes.verify",),
     ("fxsp.passes.accounting", "fxsp.passes.normalize"),
-    ("fxsp.passes.annotate", "fxsp.passes.functionalize"),
+    ("fxsp.passes.annotate", "fxsp.passes.capture", "fxsp.passes.functionalize"),
     ("fxsp.passes.partition",),
     ("fxsp.passes.pipeline",),
     ("fxsp.inspection",),
