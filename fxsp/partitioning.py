@@ -14,6 +14,7 @@ from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.inner import needs_values
 from fxsp.inspection.stages import StageWriter
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.verify import infer_local
@@ -57,7 +58,7 @@ def compile_graph(
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
         infer_local(program)
         for node in program.graph.nodes:
-            node.meta["val"] = node.meta.get("local_val")
+            node.meta["val"] = facts(node).local
     say_gathers(report)
     say_share(program)
     say_outputs(program)

@@ -14,6 +14,7 @@ from fxsp.inspection.wire import format_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import split_bytes
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.passes.work import has_work
 from fxsp.report import GatherRecord, Report
@@ -156,6 +157,6 @@ def _states(program: Program) -> Iterator[int]:
     attentions = [n for n in nodes if n.target in ATTENTION_OPS]
     values = [v for n in attentions for v in (n, Call(n)[ATTENTION_OPS[n.target].query])]
     for value in values or [v for n in nodes if has_work(n) for v in (n, *n.all_input_nodes)]:
-        tensor, type_ = value.meta.get("val"), value.meta.get("sp")
+        tensor, type_ = value.meta.get("val"), facts(value).type
         if isinstance(tensor, Tensor) and isinstance(type_, Shard):
             yield (size - 1) * number(split_bytes(shape_of(value), type_, tensor.element_size(), size))

@@ -86,11 +86,12 @@ PIPELINE: tuple[Stage, ...] = (
     # Its collectives move local layouts that no later pass may change.
     Stage(LowerAttention(), verify_local),
     # From here on what there is gets counted, and no value changes.
-    Stage(DeviceMemory()),
     Stage(Backward()),
     # It counts collectives of both directions, and may find more attentions that do not follow the degrees.
     Stage(UnfusedReport()),
     Stage(Degrees()),
+    # Last: it says who writes what is sent, which is no part of what a graph means.
+    Stage(DeviceMemory()),
 )
 
 #: Every stage that can be printed, in order.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from fxsp.errors import RunsWhole
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.work import has_work
 from fxsp.types import Replicate
 
@@ -33,7 +34,7 @@ class Worthwhile:
 
 def _multiplies_shards(program: Program) -> bool:
     return any(
-        has_work(node) and any(not isinstance(t, Replicate) for t in node.meta["sp_call"].results)
+        has_work(node) and any(not isinstance(t, Replicate) for t in decision.results)
         for node in program.whole.graph.nodes
-        if "sp_call" in node.meta
+        if (decision := facts(node).decision) is not None
     )

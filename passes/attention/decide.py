@@ -32,6 +32,7 @@ from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.builder import split_bytes
+from fxsp.passes.graph import facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
 from fxsp.passes.rules.elementwise import broadcast
 from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
@@ -180,7 +181,7 @@ def _whole_queries(
     q, k, v = (op.laid(call.shape(name)) for name in (op.query, op.key, op.value))
     outputs = program.graph.output_node().all_input_nodes
     parts = [call[name] for name, t in zip((op.key, op.value), kv_types, strict=True) if isinstance(t, Shard)]
-    if all(x.meta["sp_free"] or x in outputs for x in parts) or not len(q) == len(k) == len(v):
+    if all(facts(x).free or x in outputs for x in parts) or not len(q) == len(k) == len(v):
         return None
     if (len(q) != 4 and not op.builtin) or (op.dropout is not None and call.get(op.dropout)):
         return None  # whole dropout draws as one device does
@@ -239,7 +240,7 @@ def _repeats(call: Call, kv_types: list[Type]) -> int:
     found = set()
     for name, type_ in zip(("key", "value"), kv_types, strict=True):
         x, times = repeated_heads(call[name])
-        if times > 1 and not x.meta["sp"].same_as(type_):
+        if times > 1 and not type_of(x).same_as(type_):
             return 1
         found.add(times)
     return found.pop() if len(found) == 1 else 1

@@ -24,6 +24,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.decide import Decision, decide, hint, locate
 from fxsp.passes.rules.elementwise import CHEAP
 from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule_of, shape_of, tensor_nodes, tensor_value
@@ -241,7 +242,7 @@ def is_computed(node: Node) -> bool:
         if first is None:
             break
         node = first
-    return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or node.meta.get("is_parameter"))
+    return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or facts(node).is_parameter)
 
 
 def _reached(ends: set[Node], among: set[Node], *, backward: bool) -> set[Node]:

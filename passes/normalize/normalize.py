@@ -15,8 +15,8 @@ Output::
     %linear : call_function[target=aten.linear.default](args = (%getitem, %weight))
 
 Afterwards every node is a placeholder, a ``get_attr``, a call of an operator overload (or ``getitem``, or arithmetic on
-sizes) or an *island* (``meta["island"]`` says why it was not opened); its value needs no context: casts are explicit,
-``no_grad`` regions depend on detached values only (and carry ``meta["no_grad"]``).  ``meta["val"]`` is the value as a
+sizes) or an *island* (the fact ``island`` says why it was not opened); its value needs no context: casts are explicit,
+``no_grad`` regions depend on detached values only (and are marked ``no_grad``).  ``meta["val"]`` is the value as a
 fake tensor of the compilation's fake mode, and that of a placeholder says whether it requires grad.
 
 In-place operators are still there: *functionalize* takes them away.
@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.passes.base import Program
+from fxsp.passes.graph import mark
 from fxsp.passes.normalize.autocast import AutocastState, ExplicitAutocast
 from fxsp.passes.normalize.fast_paths import FAST_PATHS
 from fxsp.passes.normalize.islands import enclose_functorch
@@ -61,7 +62,7 @@ class Normalize:
         except UnsupportedError as error:
             raise RunsWhole(str(error)) from error
         for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+            mark(node, is_parameter=isinstance(value, torch.nn.Parameter))
         return program
 
 

@@ -14,6 +14,7 @@ from fxsp.config import Degrees, Options, resolve_degrees
 from fxsp.errors import OptionError
 from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks
 from rule_validation import Recorder
@@ -54,7 +55,7 @@ def test_the_choice(heads: int, kv_heads: int, size: int, tokens: int, method: s
     (record,) = program.report.attentions
     assert record.method == method
     (node,) = program.whole.graph.find_nodes(op="call_function", target=SDPA)
-    choice = node.meta["sp_call"].detail
+    choice = facts(node).decision.detail
     assert (choice.ulysses, choice.ring) == degrees
     row = -(-tokens // size) * 4 * 8
     q, kv = 2 * heads * row, 2 * kv_heads * row

@@ -21,9 +21,10 @@ PACKAGES = {"fxsp": "fxsp", "passes": "fxsp.passes", "kernels": "fxsp.kernels"}
 LAYERS = [
     ("fxsp.errors", "fxsp.lengths", "fxsp.torch_internals"),
     ("fxsp.source", "fxsp.summands", "fxsp.types"),
-    ("fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report", "fxsp.passes.calls", "fxsp.passes.rules"),
-    ("fxsp.capture", "fxsp.config", "fxsp.passes.builder", "fxsp.passes.emit"),
-    ("fxsp.passes.base",),
+    ("fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report"),
+    ("fxsp.passes.graph",),
+    ("fxsp.capture", "fxsp.config", "fxsp.passes.builder", "fxsp.passes.calls", "fxsp.passes.emit"),
+    ("fxsp.passes.base", "fxsp.passes.rules"),
     ("fxsp.ranks", "fxsp.simulation.reference", "fxsp.passes.special"),
     ("fxsp.simulation", "fxsp.passes.attention"),
     ("fxsp.passes.masks", "fxsp.passes.propagate", "fxsp.passes.work"),

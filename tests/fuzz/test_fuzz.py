@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 
 from fuzzing import Case, Input, NotAProgram, Refused, Result, check, script
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.rule import RULES
 from minimizing import minimize
 from programs import cases, every_instruction
@@ -63,7 +64,7 @@ def count(seen: Counter[str], case: Case, result: Result) -> None:
         "rounding": result.rounding > 0,
         "split": any(program.report.collectives for program in result.programs),
         "whole text beside split tokens": "whole" in "".join(
-            str(node.meta.get("sp")) for program in result.programs for node in program.graph.nodes
+            str(facts(node).type) for program in result.programs for node in program.graph.nodes
         ),
     }  # fmt: skip
     seen.update(name for name, holds in kinds.items() if holds)

@@ -90,7 +90,7 @@ def test_data_and_stages() -> None:
     assert data["graphs"][0]["collectives"][-1]["formula"] == "64·⌈S/P⌉·(P-1)/P"
     assert data["communication"]["all_to_all"] == {"count": 4, "bytes": 768}
     assert e.stages[0] == "capture"
-    assert e.stages[-1] == "degrees"
+    assert e.stages[-1] == "device_memory"
     assert "▶ all_to_all" in e.graph("partitioned")
     with pytest.raises(fxsp.OptionError, match=r"no stage 'partitoin'.*\"partition\""):
         e.graph("partitoin")

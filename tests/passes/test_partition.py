@@ -13,6 +13,7 @@ from fxsp.config import Options
 from fxsp.errors import StrictError, VerificationError
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks
@@ -159,7 +160,7 @@ def test_half_precision_is_summed_in_single(dtype: torch.dtype) -> None:
     total, product = check_replicated(simulate(program.gm, 2, [x]))
     assert total.dtype == product.dtype == dtype
     for graph in (n for n in program.graph.nodes if n.target is torch.ops.fxsp.all_reduce.default):
-        assert graph.args[0].meta["local_val"].dtype == torch.float32
+        assert facts(graph.args[0]).local.dtype == torch.float32
     assert total.item() == torch.tensor(257.0).to(dtype).item()
 
 
@@ -460,7 +461,7 @@ def test_deferred_gradients_are_summands() -> None:
 
     def parameters(gm: GraphModule) -> None:
         for node in gm.graph.find_nodes(op="placeholder")[1:]:
-            node.meta["is_parameter"] = True
+            mark(node, is_parameter=True)
 
     gm = trace(function, *(x.detach() for x in leaves))
     parameters(gm)

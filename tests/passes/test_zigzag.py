@@ -22,6 +22,7 @@ from fxsp.kernels import collectives
 from fxsp.kernels.attention import ring
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.report import Report
 from fxsp.simulation.reference import table as oracle
@@ -142,7 +143,7 @@ def _compiled(model: Any, size: int, ulysses: int, reports: list[Report], plan: 
 
 def _layouts(program: Program | None) -> set[str]:
     assert program is not None
-    types = [node.meta.get("sp") for node in program.graph.nodes]
+    types = [facts(node).type for node in program.graph.nodes]
     return {segment.layout for t in types if isinstance(t, Shard) for segment in t.sequence.segments}
 
 

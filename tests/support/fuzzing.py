@@ -27,6 +27,7 @@ from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.inspection.report_text import format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts
 from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.simulation.machine import check_replicated, run, simulate_with_grads
@@ -526,7 +527,7 @@ def _serves(program: Program, case: Case) -> bool:
     values: dict[Any, int] = {}
     env = None
     for spec, node in zip(case.inputs, program.graph.find_nodes(op="placeholder"), strict=True):
-        fake = node.meta["global_val"]
+        fake = facts(node).whole
         env = fake.fake_mode.shape_env
         for size, n in zip(fake.shape, case.shape(spec), strict=True):
             if not isinstance(size, torch.SymInt):

@@ -15,6 +15,7 @@ from fxsp.config import Options
 from fxsp.inspection.report_text import bytes_sent, format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.simulation.machine import check_replicated, simulate
@@ -48,7 +49,7 @@ def types_of(function: Function, *inputs: Any, size: int = 2) -> list[str]:
     Propagate().apply(Program(gm, Ranks(0, size, "simulated")))
     lines = []
     for node in gm.graph.nodes:
-        type_ = node.meta.get("sp")
+        type_ = facts(node).type
         if type_ is not None:
             texts = [str(t) for t in type_] if isinstance(type_, tuple) else [str(type_)]
             lines.append(f"{node.name} {', '.join(texts)}")
