@@ -69,7 +69,7 @@ def sp(
     ``gm`` is Dynamo's graph, ``example_inputs`` its inputs, ``options`` those of :class:`fxsp.config.Options`.
     Raises :class:`~fxsp.errors.FxspError`: ``OptionError``, ``PlanError``, ``UnsupportedError`` or ``StrictError``.
     """
-    try:
+    with torch_internals.through_dynamo(FxspError):
         try:
             parsed = Options.parse(options, mode)
             ranks = resolve_ranks(parsed)
@@ -77,9 +77,6 @@ def sp(
             _say_refused(options, error)
             raise
         return _compile(gm, example_inputs, parsed, ranks)
-    except FxspError as error:
-        # Dynamo would wrap it in an error of its own, whose type says nothing.
-        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
 
 class Before:
@@ -105,10 +102,8 @@ class Before:
         self.options = replace(options, inner=self.compiler_fn)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
+        with torch_internals.through_dynamo(FxspError):
             return _compile(gm, example_inputs, self.options, resolve_ranks(self.options), self._root())
-        except FxspError as error:
-            raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
 
 install(lambda backend: backend is sp)
@@ -145,10 +140,8 @@ def _limit_reached(compiler: Any, code: CodeType, reason: str) -> None:
         f"has reached Dynamo's recompile limit and runs {where} uncompiled, whole on every rank; the last guard that "
         f"failed: {' '.join(reason.split())}"
     )
-    try:
+    with torch_internals.through_dynamo(FxspError):
         channel.agree("uncompiled", what, {})
-    except FxspError as error:
-        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
     warnings.warn(UnshardedWarning(f"this process {what}"), stacklevel=2)
 
 
