@@ -7,29 +7,22 @@ for each compile, an error under ``strict``.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
 from fxsp.errors import StrictError
 from fxsp.passes.base import Program
 from fxsp.source import place
 
-__all__ = ["IGNORED", "note_degree", "report_degrees"]
-
-#: ``program.facts`` of this name: a sentence for each attention that does not what was asked for.
-IGNORED = "ignored_degrees"
+__all__ = ["note_degree", "report_degrees"]
 
 
 def _asked(program: Program) -> tuple[str, str]:
     """The options as text, and the method that they ask for; empty if none does."""
-    ulysses, ring, gather = program.ulysses_degree, program.ring_degree, program.gather_degree
+    degrees = program.degrees
+    ulysses, ring, gather = degrees.ulysses, degrees.ring, degrees.allgather
     if gather is not None and gather > 1:
         return f"allgather_degree={gather}", "gather_kv"
-    if ring is None:
-        return "", ""
-    ulysses = ulysses or program.ranks.size // ring
-    if ulysses * ring == 1:
+    if ulysses is None or ring is None or ulysses * ring == 1:
         return "", ""
     if ring == 1:
         return f"ulysses_degree={ulysses}", "ulysses"
@@ -50,13 +43,13 @@ def note_degree(
         return
     why = why or next((reason for name, reason in rejected if name.startswith(wanted)), "it is not legal here")
     sentence = f"{options} cannot be followed by {node.target} in {place(node)}: {why}; it runs as {method} instead"
-    program.facts.setdefault(IGNORED, []).append(sentence)
+    program.ignored_degrees.append(sentence)
 
 
 def report_degrees(program: Program) -> None:
     """Put what was remembered into the report; an error under ``strict``."""
-    sentences: list[Any] = list(dict.fromkeys(program.facts.get(IGNORED, [])))
-    if sentences and program.strict:
+    sentences = list(dict.fromkeys(program.ignored_degrees))
+    if sentences and program.options.strict:
         raise StrictError(
             f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler chooses."
         )

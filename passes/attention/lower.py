@@ -38,6 +38,7 @@ from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.attention.repeat_kv import chain_of, repeat_heads, repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, global_value, mark, type_of
 from fxsp.torch_internals import saved_tag
 from fxsp.types import Length, Sequence, Shard, as_length, same_length
 
@@ -67,7 +68,7 @@ class LowerAttention:
         if inputs:
             with graph.inserting_after(inputs[-1]):
                 for node in inputs:
-                    build.learn(node, node.meta.get("global_val", node.meta.get("val")))
+                    build.learn(node, global_value(node))
         cache: dict[Any, Node] = {}
         for node in list(graph.nodes):
             if isinstance(node.meta.get("val"), torch.SymInt):
@@ -79,13 +80,13 @@ class LowerAttention:
             with graph.inserting_before(node):
                 new = _Lowering(build, node, cache).lower()
             for written in _between(before, node):
-                written.meta["attention_record"] = node.meta["attention_record"]
+                mark(written, attention_record=facts(node).attention_record)
                 # In an activation checkpoint, what was exchanged is saved: else it would be exchanged once more.
                 if "recompute" in node.meta and _is_saved(written):
                     written.meta.update(saved_tag())
-            new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
+            mark(new, type=type_of(node), whole=facts(node).whole)
             node.replace_all_uses_with(new)
-            op = node.meta["attention"].op
+            op = facts(node).attention.op
             repeats = [n for name in (op.key, op.value) for n in list(chain_of(_node(node.kwargs[name])))[:-1]]
             graph.erase_node(node)
             for old in dict.fromkeys(repeats):
@@ -112,14 +113,14 @@ class _Lowering:
         self.build = build
         self.size = build.ranks.size
         self.cache = cache
-        self.choice: AttentionChoice = node.meta["attention"]
+        self.choice: AttentionChoice = facts(node).attention
         self.op = self.choice.op
         self.args = dict(node.kwargs)
         self.mask = self.args.get(self.op.mask) if self.op.mask is not None else None
         self.causal = self.args.get(self.op.causal) if isinstance(self.op.causal, str) else self.op.causal
         self.window = self.args.get("window") if self.op.op is BANDED else None
         self.repeat = 1
-        value = node.meta["global_val"]
+        value = facts(node).whole
         self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
         self.device, self.itemsize = value.device, value.element_size()
         self.queries_as_they_come, self.keys_as_they_come = self._as_they_come()
@@ -168,17 +169,17 @@ class _Lowering:
 
     def _is_exact(self) -> bool:
         """Whether one device would write this attention out; blocks of it then take their gradients as that does."""
-        q, k, v = (_node(self.args[n]).meta["global_val"] for n in (self.op.query, self.op.key, self.op.value))
-        mask = self.mask.meta["global_val"] if isinstance(self.mask, Node) else None
+        q, k, v = (facts(_node(self.args[n])).whole for n in (self.op.query, self.op.key, self.op.value))
+        mask = facts(self.mask).whole if isinstance(self.mask, Node) else None
         return written_out(q, k, v, mask, bool(self.args.get("enable_gqa")))
 
     def _heads_first(self, x: Node) -> Node:
         """An operand as ``[B, H, S, D]``."""
         new = self._turned(x)
         if new is not x:
-            type_ = x.meta["sp"]
-            new.meta["sp"] = replace(type_, dim=2) if isinstance(type_, Shard) else type_
-            new.meta["global_val"] = x.meta["global_val"].transpose(1, 2)
+            type_ = type_of(x)
+            type_ = replace(type_, dim=2) if isinstance(type_, Shard) else type_
+            mark(new, type=type_, whole=facts(x).whole.transpose(1, 2))
         return new
 
     def _turned(self, x: Node) -> Node:
@@ -188,7 +189,7 @@ class _Lowering:
     def _spread(self, x: Node, times: int) -> Node:
         """Heads repeated before the exchange, so that they divide over the ranks."""
         new = repeat_heads(self.build, x, times)
-        new.meta["sp"], new.meta["global_val"] = x.meta["sp"], x.meta["global_val"].repeat_interleave(times, 1)
+        mark(new, type=type_of(x), whole=facts(x).whole.repeat_interleave(times, 1))
         return new
 
     def _sdpa(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
@@ -295,7 +296,7 @@ class _Lowering:
         parts = self.build.call(aten.split_with_sizes.default, whole, self.build.sizes(widths), -1)
         first, second = (self.build.call(operator.getitem, parts, i) for i in (0, 1))
         for new, old in ((first, k), (second, v)):
-            new.meta["global_val"] = old.meta["global_val"]
+            mark(new, whole=facts(old).whole)
         return first, second
 
     # Ulysses.
@@ -323,7 +324,7 @@ def _has_rows(mask: Any) -> bool:
     """Whether a mask may tell one query from another."""
     if not isinstance(mask, Node):
         return mask is not None
-    shape = mask.meta["global_val"].shape
+    shape = facts(mask).whole.shape
     return len(shape) >= 2 and not same_length(as_length(shape[-2]), 1)
 
 
@@ -331,7 +332,7 @@ def _is_for_all_heads(mask: Any) -> bool:
     """Whether a mask, if there is one, is the same for all heads of all batch entries."""
     if not isinstance(mask, Node):
         return mask is None
-    return all(same_length(as_length(n), 1) for n in mask.meta["global_val"].shape[:-2])
+    return all(same_length(as_length(n), 1) for n in facts(mask).whole.shape[:-2])
 
 
 def _node(argument: Any) -> Node:
@@ -340,4 +341,4 @@ def _node(argument: Any) -> Node:
 
 
 def _global(x: Node, dim: int) -> Length:
-    return as_length(x.meta["global_val"].shape[dim])
+    return as_length(facts(x).whole.shape[dim])

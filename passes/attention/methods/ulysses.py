@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts
 from fxsp.types import Length, Segment, Sequence, as_length, product
 
 __all__ = ["HeadExchange", "apart", "share"]
@@ -171,7 +172,7 @@ class HeadExchange:
 
 
 def _global(x: Node, dim: int) -> Length:
-    return as_length(x.meta["global_val"].shape[dim])
+    return as_length(facts(x).whole.shape[dim])
 
 
 def share(heads: Length, size: int) -> int:
