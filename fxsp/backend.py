@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,12 +46,17 @@ from fxsp.types import Ranks
 
 __all__ = ["Before", "keep_report", "left_to_hooks", "reports", "sp"]
 
-_reports: list[Report] = []
+#: How many reports a process keeps: one that compiles for ever (lengths that change, models that come and go) must not
+#: grow for ever.
+REPORTS_KEPT = 4096
+_reports: deque[Report] = deque(maxlen=REPORTS_KEPT)
 _lock = threading.Lock()
 
 
 def reports() -> list[Report]:
-    """The reports of all graphs that this process has compiled, or left to hooks, newest last."""
+    """The reports of the graphs that this process has compiled, or left to hooks: the last :data:`REPORTS_KEPT`, newest
+    last.
+    """
     with _lock:
         return list(_reports)
 
