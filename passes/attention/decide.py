@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.choose import Question, choose
 from fxsp.passes.attention.methods.split_kv import choose_for_whole_queries
 from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
-from fxsp.passes.builder import split_bytes
 from fxsp.passes.graph import facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
 from fxsp.passes.rules.elementwise import broadcast

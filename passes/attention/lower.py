@@ -31,6 +31,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.kernels.attention.own_kernel import written_out
+from fxsp.kernels.ops import fxsp_ops, local_ops, op_of
 from fxsp.passes.attention.decide import AttentionChoice, distributed_attention
 from fxsp.passes.attention.methods.ring import lower_ring
 from fxsp.passes.attention.methods.ulysses import HeadExchange
@@ -45,14 +46,6 @@ from fxsp.types import Length, Sequence, Shard, as_length, same_length
 __all__ = ["LowerAttention"]
 
 aten = torch.ops.aten
-_SAVED = (
-    torch.ops.fxsp.all_to_all.default,
-    torch.ops.fxsp.all_to_all_within.default,
-    torch.ops.fxsp.gather_used.default,
-    torch.ops.fxsp.ring_attention.default,
-    torch.ops.fxsp.merged_attention.default,
-    aten.randint.default,  # the seed of a dropout: another one would drop other elements
-)
 
 
 @dataclass(frozen=True)
@@ -97,8 +90,12 @@ class LowerAttention:
 
 
 def _is_saved(node: Node) -> bool:
-    # A banded attention is several operators, masks among them: those are computed again.
-    return node.target in _SAVED or (node.target in ATTENTION_OPS and node.target is not BANDED)
+    op = op_of(node)
+    if op is not None:
+        return op.saved
+    # The seed of a dropout: another one would drop other elements.  A banded attention is several operators, masks
+    # among them: those are computed again.
+    return node.target is aten.randint.default or (node.target in ATTENTION_OPS and node.target is not BANDED)
 
 
 def _between(before: Node, after: Node) -> Iterator[Node]:
@@ -240,7 +237,7 @@ class _Lowering:
             rows = self.build.positions(queries, self.device)
         k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
         return call(
-            torch.ops.fxsp_local.dropped_attention.default, q, k, v, mask, self.args["dropout_p"], bool(causal),
+            local_ops.dropped_attention.default, q, k, v, mask, self.args["dropout_p"], bool(causal),
             self.args.get("scale"), bool(self.args.get("enable_gqa")), self.build.seed(self.device), rows, every,
         )  # fmt: skip
 
@@ -250,7 +247,7 @@ class _Lowering:
         keys, ranks = self.choice.keys, self.build.ranks
         assert keys is not None
         both = self.build.call(
-            torch.ops.fxsp.merged_attention.default, q, k, v, self.mask, self.build.sizes(keys.lengths),
+            fxsp_ops.merged_attention.default, q, k, v, self.mask, self.build.sizes(keys.lengths),
             list(keys.whole), bool(self.causal), self.args.get("scale"), ranks.rank, ranks.size, ranks.group,
             *self.build.placed(keys), **({"exact": True} if self._is_exact() else {}),
         )  # fmt: skip

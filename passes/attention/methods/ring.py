@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.methods.ulysses import apart, share
 from fxsp.passes.builder import Builder
@@ -28,7 +29,6 @@ from fxsp.types import Length, Sequence, as_length, product, same_length
 __all__ = ["lower_ring"]
 
 aten = torch.ops.aten
-_ops = torch.ops.fxsp
 
 
 def lower_ring(

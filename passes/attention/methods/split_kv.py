@@ -16,9 +16,9 @@ queries that are split.
 from __future__ import annotations
 
 from fxsp.kernels.attention.split_kv import packed_width
+from fxsp.kernels.counts import reduced_bytes
 from fxsp.passes.attention.choose import Question, limited
 from fxsp.passes.attention.cost import Candidate, Link
-from fxsp.passes.builder import reduced_bytes
 from fxsp.types import as_length, product
 
 __all__ = ["choose_for_whole_queries"]
