@@ -236,17 +236,17 @@ class _Reader(ast.NodeVisitor):
         raises = any(isinstance(inner, ast.Raise) for handler in node.handlers for inner in ast.walk(handler))
         outer = self._optional
         self._optional = outer or (bool(caught & {"ImportError", "AttributeError"}) and not raises)
-        for part in node.body:
-            self.visit(part)
+        for inside in node.body:
+            self.visit(inside)
         self._optional = outer
-        for part in (*node.handlers, *node.orelse, *node.finalbody):
-            self.visit(part)
+        for after in (*node.handlers, *node.orelse, *node.finalbody):
+            self.visit(after)
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) >= 2:
             base, name = self._path(node.args[0]), node.args[1]
-            if base is not None and isinstance(name, ast.Constant):
+            if base is not None and isinstance(name, ast.Constant) and isinstance(name.value, str):
                 self._see(f"{base}.{name.value}", node, optional=len(node.args) == 3)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
