@@ -28,13 +28,6 @@ from fxsp.passes.partition.partition import Partition
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.propagate.shifted_losses import ShiftedLosses
 from fxsp.passes.propagate.zigzag import Zigzag
-from fxsp.passes.rules import (  # noqa: F401  (they fill the rule table)
-    index,
-    reduce,
-    scatter,
-    spatial,
-    views,
-)
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
 from fxsp.torch_internals import known_equalities
 from fxsp.types import equal_lengths

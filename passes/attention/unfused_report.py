@@ -25,9 +25,9 @@ from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed,
 from fxsp.passes.base import Program
 from fxsp.passes.graph import decision_of, facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, locate
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.reduce import SUMS
-from fxsp.passes.rules.rule import Call, rule_of, shape_of
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
+from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.repeats import repeated
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
@@ -83,7 +83,7 @@ def _linear(first: Node) -> _Found | None:
                 others = [x for x in user.all_input_nodes if x is not node]
                 if isinstance(facts(user).type, Shard) and any(isinstance(facts(x).type, Shard) for x in others):
                     ends.append(user)
-            elif (user.target in CHEAP or user.target in VIEWS) and not isinstance(facts(user).type, Shard):
+            elif user.target in family("cheap") and not isinstance(facts(user).type, Shard):
                 queue += [user] if user not in inside else []
                 inside.add(user)
     if not ends:
@@ -97,7 +97,7 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
     for node in sources:
         for view in (node, *(u for u in node.users if u.target in VIEWS)):
             for total in view.users:
-                if total.target in SUMS and isinstance(facts(total).type, Partial):
+                if total.target in family("sum") and isinstance(facts(total).type, Partial):
                     yield from (total, *total.users)
 
 

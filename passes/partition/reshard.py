@@ -20,10 +20,8 @@ from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, mark
 from fxsp.passes.rules.decide import hint
-from fxsp.passes.rules.elementwise import CHEAP
+from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import shape_of, tensor_nodes
-from fxsp.passes.rules.views import EXPANDS, RESHAPES
-from fxsp.passes.special.cat_and_cut import CATS, SLICES
 from fxsp.passes.special.likes import is_constant, write_like
 from fxsp.passes.special.repeats import repeats_of
 from fxsp.report import GatherRecord
@@ -167,7 +165,7 @@ class Converter:
         node = value.node
         if facts(node).free or is_constant(node):
             return True
-        if depth == 0 or not (node.target in CHEAP or node.target in CATS or node.target in SLICES):
+        if depth == 0 or node.target not in family("cheap", "cat", "slice"):
             return False
         operands = [self.values[n] for n in node.all_input_nodes if n in self.values]
         return all(v.find(Replicate()) is not None or self._whole_for_free(v, depth - 1) for v in operands)
@@ -225,8 +223,8 @@ class Converter:
             if found is not None:
                 new = found
                 continue
-            if old.target in RESHAPES or old.target in EXPANDS:
-                op = aten.reshape.default if old.target in RESHAPES else aten.expand.default
+            if old.target in family("reshape", "expand"):
+                op = aten.reshape.default if old.target in family("reshape") else aten.expand.default
                 new = self.build.call(op, new, self.build.sizes(shape_of(old)))
             else:
                 mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, list(old.kwargs.values()))), new)}
