@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxsp.kernels.collectives import summand_dtype
+from fxsp.lengths import hint
 from fxsp.passes.attention.cost import Candidate, Link, exchange_bytes, factorizations
 from fxsp.passes.base import Program
-from fxsp.passes.rules.decide import hint
 from fxsp.types import Length, Sequence, as_length, product, same_length
 
 __all__ = ["GATHER_LIMIT", "Question", "choose", "limited"]

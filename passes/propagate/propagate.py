@@ -24,11 +24,12 @@ from torch.fx import Node
 
 from fxsp.errors import PlanError, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
+from fxsp.lengths import hint
 from fxsp.passes.attention.decide import decide_attention
 from fxsp.passes.attention.unfused import decide_written
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
-from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
+from fxsp.passes.rules.decide import Decision, decide, replicate_all
 from fxsp.passes.rules.elementwise import draws
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.table import rule_of

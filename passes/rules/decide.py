@@ -12,7 +12,7 @@ from fxsp.passes.graph import Call, Decision
 from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 
-__all__ = ["Decision", "decide", "hint", "locate", "replicate_all"]
+__all__ = ["Decision", "decide", "locate", "replicate_all"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,6 @@ class _Placement:
             and self.sequence.same_as(other.sequence)
             and same_length(self.outer, other.outer)
         )
-
-
-def hint(length: Length) -> int:
-    """A number for a length, for comparing costs only: symbols count as a typical 1024 tokens."""
-    if isinstance(length, int):
-        return length
-    return int(length.subs(dict.fromkeys(length.free_symbols, 1024)))
 
 
 def locate(shard: Shard, dims: Dims | None, sizes: dict[str, Length]) -> _Placement | None:

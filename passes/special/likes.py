@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.lengths import hint
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.rules.decide import Decision, hint
+from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.families import family
 from fxsp.types import Replicate, Shard, Type, as_length
 
