@@ -12,30 +12,19 @@ from typing import Any
 from torch.fx import Node
 
 from fxsp.errors import StrictError
+from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.base import Program
 from fxsp.source import place
 
-__all__ = ["IGNORED", "note_degree", "report_degrees"]
+__all__ = ["IGNORED", "asked_of", "note_degree", "report_degrees"]
 
 #: ``program.facts`` of this name: a sentence for each attention that does not what was asked for.
 IGNORED = "ignored_degrees"
 
 
-def _asked(program: Program) -> tuple[str, str]:
+def asked_of(program: Program) -> tuple[str, str]:
     """The options as text, and the method that they ask for; empty if none does."""
-    ulysses, ring, gather = program.ulysses_degree, program.ring_degree, program.gather_degree
-    if gather is not None and gather > 1:
-        return f"allgather_degree={gather}", "gather_kv"
-    if ring is None:
-        return "", ""
-    ulysses = ulysses or program.ranks.size // ring
-    if ulysses * ring == 1:
-        return "", ""
-    if ring == 1:
-        return f"ulysses_degree={ulysses}", "ulysses"
-    if ulysses == 1:
-        return f"ring_degree={ring}", "ring"
-    return f"ulysses_degree={ulysses} and ring_degree={ring}", "hybrid"
+    return next(((text, method.name) for method in METHODS.values() if (text := method.asked(program))), ("", ""))
 
 
 def note_degree(
@@ -45,8 +34,8 @@ def note_degree(
 
     Nothing is asked of one that is local (its keys are whole already), nor of whole queries.
     """
-    options, wanted = _asked(program)
-    if not options or method.startswith(wanted) or method in ("local", "merged"):
+    options, wanted = asked_of(program)
+    if not options or method.startswith(wanted) or (method in METHODS and METHODS[method].beyond_degrees):
         return
     why = why or next((reason for name, reason in rejected if name.startswith(wanted)), "it is not legal here")
     sentence = f"{options} cannot be followed by {node.target} in {place(node)}: {why}; it runs as {method} instead"
@@ -61,6 +50,6 @@ def report_degrees(program: Program) -> None:
             f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler chooses."
         )
     program.report.notes.extend(sentences)
-    options, _ = _asked(program)
+    options, _ = asked_of(program)
     if options and not program.report.attentions:
         program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")

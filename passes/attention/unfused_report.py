@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from fxsp.passes.attention.choose import Question, choose
+from fxsp.passes.attention.choose import choose
 from fxsp.passes.attention.cost import Link
-from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.degrees import note_degree
+from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, written_of
 from fxsp.passes.base import Program
 from fxsp.passes.rules.decide import Decision, locate

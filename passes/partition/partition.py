@@ -25,15 +25,16 @@ from torch.fx import GraphModule, Node
 
 from fxsp.capture.graph_breaks import Split
 from fxsp.errors import UnsupportedError
-from fxsp.passes.attention.decide import AttentionChoice, distributed_attention
+from fxsp.passes.attention.decide import distributed_attention
 from fxsp.passes.attention.degrees import note_degree
+from fxsp.passes.attention.methods import METHODS
+from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.attention.unfused_report import mark_written
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.inplace import written_arguments
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
-from fxsp.passes.propagate.zigzag import ring_work
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
 from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
@@ -364,9 +365,9 @@ class _Partitioner(Converter):
         if choice.op.dropout is not None and arguments.get(choice.op.dropout):
             self._note_draw()
         note_degree(self.program, node, choice.method, choice.rejected)
-        detail = "; ".join(filter(None, [choice.detail, ring_work(Call(node), choice)]))
+        detail = "; ".join(filter(None, [choice.detail, METHODS[choice.method].work(Call(node), choice)]))
         self.program.report.attentions.append(
-            AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
+            AttentionRecord(*place, choice.method, choice.way.sent, choice.rejected, detail)
         )
         new = self.build.call(distributed_attention, **arguments)
         new.meta["attention"] = choice
