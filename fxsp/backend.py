@@ -229,7 +229,7 @@ def _run(
         scale_summands(program.gm, ranks.size)
     decided = decisions(report, program.gm)
     run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
-    for graph in (program.gm, program.facts["global"]):
+    for graph in (program.gm, program.whole):
         torch_internals.forget_examples(graph)
     if trial is not None:
         run = trial.wrap(run)

@@ -12,23 +12,23 @@ import torch
 from torch.fx import GraphModule
 
 from fxsp import torch_internals
-from fxsp.capture.capture import Capture, capture
-from fxsp.config import Options, resolve_degrees
-from fxsp.errors import DegreeWarning, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
+from fxsp.capture.capture import capture
+from fxsp.config import Options
+from fxsp.errors import UnshardedWarning, UnsupportedError
 from fxsp.inner import needs_values
 from fxsp.inspection.stages import StageWriter
 from fxsp.passes.annotate.annotate import annotate
 from fxsp.passes.annotate.carry import carry, is_worth_splitting
-from fxsp.passes.attention.degrees import IGNORED
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import STAGES, Runner, partition_program
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.verify import infer_local
 from fxsp.process_groups import missing_group
 from fxsp.report import Report
-from fxsp.said import EMPTY_PLAN, say_outputs, say_share
+from fxsp.said import EMPTY_PLAN, say_degrees, say_gathers, say_outputs, say_share, say_unsharded
 from fxsp.source import input_name
 from fxsp.types import Ranks
 
@@ -78,7 +78,7 @@ def compile_graph(
             report.unsharded = f"there is nothing to split: of {single.entry}, {single.detail}"
             return report, None
         report.unsharded = "no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN
-        _say_unsharded(report, captured)
+        say_unsharded(report)
         return report, None
     try:
         strict = options.strict and not carried
@@ -88,7 +88,7 @@ def compile_graph(
         if not getattr(error, "whole_graph", False) and not carried and root is None:
             raise
         report.unsharded = str(error)
-        _say_unsharded(report, captured)
+        say_unsharded(report)
         _remove_annotations(gm)
         return report, None
     if carried and not is_worth_splitting(program):
@@ -97,13 +97,13 @@ def compile_graph(
         report.collectives.clear()
         report.backward.clear()
         report.implicit_gathers.clear()
-        _say_unsharded(report, captured)
+        say_unsharded(report)
         _remove_annotations(gm)
         return report, None
-    _say_gathers(report)
+    say_gathers(report)
     say_share(program, options.strict and not carried)
     say_outputs(program, options.strict and not carried)
-    _say_degrees(program)
+    say_degrees(program)
     return report, program
 
 
@@ -133,23 +133,14 @@ def _partition(
         error.whole_graph = True  # type: ignore[attr-defined]
         raise
     for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+        mark(node, is_parameter=isinstance(value, torch.nn.Parameter))
     runner.text("functionalized", normal, report)
-    degrees = resolve_degrees(options, ranks.size)
     program = Program(
         normal,
         ranks,
         report,
         training=is_training(inputs),
-        strict=options.strict,
-        grad_reduce="defer" if options.deferred else options.grad_reduce,
-        rng=options.rng,
-        ulysses_degree=degrees.ulysses,
-        ring_degree=degrees.ring,
-        gather_degree=degrees.allgather,
-        latency=options.latency,
-        bandwidth=options.bandwidth,
-        gather_limit=options.gather_limit,
+        options=options,
     )
     program = partition_program(program, Runner(runner.watch, runner.program))
     torch_internals.carry_dynamo_facts(gm, program.gm)
@@ -157,7 +148,7 @@ def _partition(
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
         infer_local(program)
         for node in program.graph.nodes:
-            node.meta["val"] = node.meta.get("local_val")
+            node.meta["val"] = facts(node).local
     return program
 
 
@@ -171,34 +162,6 @@ def _check_stages(options: Options) -> None:
                 f"option 'print' names a stage {stage!r} that does not exist.{did_you_mean(stage, STAGES)}\n"
                 f"  Stages: {listing(STAGES)}"
             )
-
-
-def _say_unsharded(report: Report, captured: Capture) -> None:
-    name = type(captured.root).__name__ if captured.root is not None else "a function"
-    remedy = "fxsp.explain shows what the plan reaches; rewrite that line, or keep it out with torch.compiler.disable"
-    text = f"a graph of {name} runs whole on every rank (right, and not split): {report.unsharded}.\n  {remedy}"
-    warnings.warn(UnshardedWarning(text), stacklevel=2)
-
-
-def _say_gathers(report: Report) -> None:
-    """One warning for each compile, not one for each gather."""
-    gathers = [g for g in report.implicit_gathers if g.kind == "implicit"]
-    if not gathers:
-        return
-    shown = "\n  ".join(str(g) for g in gathers[:8])
-    more = f"\n  and {len(gathers) - 8} more" if len(gathers) > 8 else ""
-    more += "\n  A SequenceParallelOutput before such an operator asks for the gather; strict=True refuses it"
-    warnings.warn(
-        ImplicitGatherWarning(f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"), stacklevel=2
-    )
-
-
-def _say_degrees(program: Program) -> None:
-    """One warning for each compile: what does not run by the degrees that were asked for."""
-    ignored = list(dict.fromkeys(program.facts.get(IGNORED, [])))
-    if ignored:
-        more = f"\n  and {len(ignored) - 4} more" if len(ignored) > 4 else ""
-        warnings.warn(DegreeWarning("\n  ".join(ignored[:4]) + more), stacklevel=2)
 
 
 def _remove_annotations(gm: GraphModule) -> None:

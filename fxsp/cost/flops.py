@@ -18,6 +18,7 @@ from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
 from fxsp.kernels.attention.ring_blocks import pairs_of
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.rule import Call
 from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
 
@@ -120,7 +121,7 @@ def ring_flops(node: Node, shape_of: ShapeOf, rank: int) -> int:
 
 def _length(size: Any) -> int:
     """A length among the arguments; one that a node computes counts as the hint of its value."""
-    return symint_hint(size.meta["local_val"]) if isinstance(size, Node) else int(size)
+    return symint_hint(facts(size).local) if isinstance(size, Node) else int(size)
 
 
 def _merged(call: Call, shape_of: ShapeOf) -> int:

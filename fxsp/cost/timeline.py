@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import Shape, node_flops
 from fxsp.inspection.wire import fxsp_name
+from fxsp.passes.graph import facts
 from fxsp.torch_internals import is_operator, is_pointwise, storage_key
 
 __all__ = ["H100", "Device", "Span", "timeline"]
@@ -90,7 +91,7 @@ def timeline(
 
 def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
     def shape_of(n: Any) -> Shape | None:
-        value = n.meta.get("local_val") if isinstance(n, Node) else None
+        value = facts(n).local if isinstance(n, Node) else None
         return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
 
     own = _bytes(node, number)
@@ -105,7 +106,7 @@ def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
 
 def _bytes(node: Node, number: Callable[[Any], int]) -> int:
     total = 0
-    for value in tree_leaves(node.meta.get("local_val")):
+    for value in tree_leaves(facts(node).local):
         if isinstance(value, torch.Tensor):
             elements = value.element_size()
             for n in value.shape:
@@ -120,7 +121,7 @@ def _pointwise(node: Node) -> bool:
 
 def _is_view(node: Node) -> bool:
     """Whether the node's memory is that of an operand."""
-    values = [v for v in tree_leaves(node.meta.get("local_val")) if isinstance(v, torch.Tensor)]
-    operands = [v for n in node.all_input_nodes for v in tree_leaves(n.meta.get("local_val"))]
+    values = [v for v in tree_leaves(facts(node).local) if isinstance(v, torch.Tensor)]
+    operands = [v for n in node.all_input_nodes for v in tree_leaves(facts(n).local)]
     keys = {storage_key(v) for v in operands if isinstance(v, torch.Tensor)}
     return bool(values) and all(storage_key(v) in keys for v in values)

@@ -27,8 +27,8 @@ from fxsp.inspection.wire import (
     fxsp_name,
     length_of,
     shape_on_rank,
-    value_of,
 )
+from fxsp.passes.graph import facts, value_of
 from fxsp.source import module_path
 from fxsp.types import Length, Ranks, as_length
 
@@ -73,12 +73,12 @@ def rows(gm: torch.fx.GraphModule, ranks: Ranks) -> list[Row]:
     return [
         Row(
             name="" if node.op == "output" else node.name,
-            type=_type_text(node.meta.get("sp")),
+            type=_type_text(facts(node).type),
             value=_value_text(node, ranks),
             op=op_text(node),
             module=module_path(node),
             sent=bytes_sent(node, ranks),
-            stands_for=node.meta.get("global_name", ""),
+            stands_for=facts(node).stands_for,
         )
         for node in gm.graph.nodes
     ]
@@ -145,7 +145,7 @@ def _value_text(node: torch.fx.Node, ranks: Ranks) -> str:
     if node.op == "output":
         return ""
     val = value_of(node)
-    types = None if "local_val" in node.meta else node.meta.get("sp")
+    types = None if facts(node).local is not None else facts(node).type
     if isinstance(val, list | tuple):
         each = types if isinstance(types, list | tuple) else [types] * len(val)
         return ", ".join(_tensor_text(v, t, ranks) for v, t in zip(val, each, strict=False))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fxsp import torch_internals
+from fxsp.passes.graph import facts, value_of
 from fxsp.types import Length, Ranks, Shard, as_length, ceil_div, product, quotient
 
 __all__ = [
@@ -18,7 +19,6 @@ __all__ = [
     "length_of",
     "local_shape",
     "shape_on_rank",
-    "value_of",
 ]
 
 #: The fxsp operators that communicate.
@@ -43,20 +43,12 @@ COLLECTIVES = frozenset(
 def local_shape(node: torch.fx.Node, ranks: Ranks) -> tuple[Length, ...] | None:
     """The shape of the node's tensor on each rank; None if it is no tensor.
 
-    From ``meta["local_val"]`` where there is one, else from the global value and the type.
+    From the ``local`` value where it is known, else from the global value and the type.
     """
     val = value_of(node)
     if not isinstance(val, torch.Tensor):
         return None
-    return shape_on_rank(val, None if "local_val" in node.meta else node.meta.get("sp"), ranks)
-
-
-def value_of(node: torch.fx.Node) -> Any:
-    """The fake value of a node, if it has one."""
-    for key in ("local_val", "val", "global_val", "example_value"):
-        if node.meta.get(key) is not None:
-            return node.meta[key]
-    return None
+    return shape_on_rank(val, None if facts(node).local is not None else facts(node).type, ranks)
 
 
 def shape_on_rank(val: torch.Tensor, type_: Any, ranks: Ranks) -> tuple[Length, ...]:
@@ -91,8 +83,8 @@ def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:
     name = fxsp_name(node)
     if name not in COLLECTIVES:
         return None
-    if "fxsp_bytes" in node.meta:  # the pass that made it has counted
-        return as_length(node.meta["fxsp_bytes"])
+    if facts(node).sent is not None:  # the pass that made it has counted
+        return as_length(facts(node).sent)
     operand = node.args[0]
     shape = local_shape(operand, ranks) if isinstance(operand, torch.fx.Node) else None
     val = value_of(operand) if isinstance(operand, torch.fx.Node) else None

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp.kernels.collectives import summand_dtype
 from fxsp.passes.base import Program
 from fxsp.passes.builder import reduced_bytes, split_bytes
+from fxsp.passes.graph import facts, global_value, type_of, value_of
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
 from fxsp.source import module_path, node_source
@@ -95,7 +96,7 @@ def _with_gradients(program: Program) -> list[Node]:
     needs: set[Node] = set()
     for node in nodes:
         if node.op == "placeholder":
-            if getattr(node.meta.get("val", node.meta.get("global_val")), "requires_grad", False):
+            if getattr(global_value(node), "requires_grad", False):
                 needs.add(node)
         elif node.op != "output" and node.target not in _CONSTANT and not needs.isdisjoint(node.all_input_nodes):
             if _floating(node):
@@ -110,15 +111,8 @@ def _with_gradients(program: Program) -> list[Node]:
 
 def _floating(node: Node) -> bool:
     """Whether a gradient of the node's value can be; a value of unknown kind may have one."""
-    values = [v for v in tree_leaves(_value(node)) if isinstance(v, torch.Tensor)]
+    values = [v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor)]
     return not values or any(v.is_floating_point() or v.is_complex() for v in values)
-
-
-def _value(node: Node) -> Any:
-    for key in ("global_val", "val", "local_val"):
-        if node.meta.get(key) is not None:
-            return node.meta[key]
-    return None
 
 
 def _adjoint(node: Node, program: Program) -> Iterator[CollectiveRecord]:
@@ -135,7 +129,7 @@ def _adjoint(node: Node, program: Program) -> Iterator[CollectiveRecord]:
     if name == "use" and node.args[1]:
         source = node.args[0]
         value = _whole_value(node, program)
-        parameter = isinstance(source, Node) and bool(source.meta.get("is_parameter"))
+        parameter = isinstance(source, Node) and facts(source).is_parameter
         what = "gradients of parameters" if parameter else "the gradient of a whole value that is used with shards"
         yield record("all_reduce", reduced_bytes(product(map(as_length, value.shape)), value.dtype, size), what)
     elif name == "shard":
@@ -163,17 +157,17 @@ def _adjoint(node: Node, program: Program) -> Iterator[CollectiveRecord]:
 
 def _whole_value(node: Node, program: Program) -> torch.Tensor:
     """The value of an operator that neither splits nor gathers, which is the same on every rank."""
-    value = _value(node)
+    value = value_of(node)
     if not isinstance(value, torch.Tensor):
         infer_local(program)
-        value = node.meta["local_val"]
+        value = facts(node).local
     assert isinstance(value, torch.Tensor)
     return value
 
 
 def _dtype(node: Any, program: Program) -> torch.dtype:
     """Of data that is moved: that of the first operand that has a value."""
-    while not isinstance(_value(node), torch.Tensor) and node.all_input_nodes:
+    while not isinstance(value_of(node), torch.Tensor) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return _whole_value(node, program).dtype
 
@@ -182,9 +176,9 @@ def _gathered_rows(node: Node, program: Program, record: Any) -> Iterator[Collec
     """The adjoint of a shard: rows of split segments are gathered, those of whole ones are summed."""
     size = program.ranks.size
     # The shard of a dimension that holds more than tokens is reshaped afterwards, and that has the type.
-    typed = next(n for n in (node, *node.users) if isinstance(n.meta.get("sp"), Shard))
-    type_: Shard = typed.meta["sp"]
-    value: torch.Tensor = typed.meta["global_val"]
+    typed = next(n for n in (node, *node.users) if isinstance(facts(n).type, Shard))
+    type_: Shard = type_of(typed)
+    value: torch.Tensor = facts(typed).whole
     shape = [as_length(n) for n in value.shape]
     why = "the gradient of a whole value, of which each rank uses its rows"
     rows = split_bytes(shape, type_, value.element_size(), size)

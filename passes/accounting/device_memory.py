@@ -23,6 +23,7 @@ from torch.fx import Node
 from fxsp.passes.accounting.memory_traffic import attended, attention_output, costs, is_attention
 from fxsp.passes.accounting.prologue import producers_of
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, global_value
 from fxsp.report import Memory, Move
 from fxsp.torch_internals import fake_mode_of, is_operator, schema, size_hint
 from fxsp.types import Sequence, Shard, as_length
@@ -42,7 +43,7 @@ class DeviceMemory:
     def apply(self, program: Program) -> Program:
         groups: dict[int, list[Node]] = {}
         for node in program.graph.nodes:
-            index = node.meta.get("attention_record")
+            index = facts(node).attention_record
             if index is not None:
                 groups.setdefault(index, []).append(node)
         number = _reader(program)
@@ -74,7 +75,7 @@ def _reader(program: Program) -> Callable[[Any], int]:
 
 
 def _global(node: Node) -> Any:
-    return node.meta.get("global_val", node.meta.get("val"))
+    return global_value(node)
 
 
 def _is_size(node: Node) -> bool:
@@ -149,7 +150,7 @@ class _Attention:
         return Memory(tuple(moves))
 
     def _sequence(self, node: Node) -> Sequence | None:
-        type_ = node.meta.get("sp")
+        type_ = facts(node).type
         return type_.sequence if isinstance(type_, Shard) else None
 
     def _grows_with(self, node: Node, tensors: str, rows: str) -> tuple[Sequence | None, str]:
@@ -169,7 +170,7 @@ class _Attention:
     def _per_token(self, name: str) -> int:
         """Elements of one token, of all heads."""
         node = self.operands["q" if name == "o" else name]
-        x, type_ = self._value(node), node.meta.get("sp")
+        x, type_ = self._value(node), facts(node).type
         elements = x.numel() // x.shape[type_.dim if isinstance(type_, Shard) else -2]
         return (
             int(elements // x.shape[-1] * self._value(self.operands["v"]).shape[-1]) if name == "o" else int(elements)
@@ -191,7 +192,7 @@ class _Attention:
 
     def _given(self, node: Node) -> Any:
         """An input, or a local operand, without data; a size as a number."""
-        value, type_ = _global(node), node.meta.get("sp")
+        value, type_ = _global(node), facts(node).type
         if not isinstance(value, Tensor):
             return self.number(value)
         shape = [as_length(n) for n in value.shape]

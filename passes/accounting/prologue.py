@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.fx import Node
 
+from fxsp.passes.graph import facts, global_value
 from fxsp.passes.rules.rule import overloads
 from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
 from fxsp.passes.work import has_work
@@ -72,9 +73,7 @@ def _between(node: Node) -> list[Node]:
         if x in seen or not _passes(x):
             continue
         seen[x] = None
-        left += [
-            n for n in x.all_input_nodes if isinstance(n.meta.get("sp"), (Shard, tuple)) or n.meta.get("sp") is None
-        ]
+        left += [n for n in x.all_input_nodes if isinstance(facts(n).type, (Shard, tuple)) or facts(n).type is None]
     # What no product leads to (a rotary table) is read by a producer, and is none.
     data: dict[Node, None] = {}
     for x in sorted(seen):
@@ -119,8 +118,8 @@ def _steps(node: Node) -> bool:
 
 def _of_tokens(node: Node) -> bool:
     """Whether a ``cat`` puts tokens of segments side by side."""
-    type_ = node.meta.get("sp")
-    value, dim = node.meta.get("global_val"), node.args[1] if len(node.args) > 1 else 0
+    type_ = facts(node).type
+    value, dim = facts(node).whole, node.args[1] if len(node.args) > 1 else 0
     if not isinstance(type_, Shard) or not isinstance(value, Tensor) or not isinstance(dim, int):
         return False
     return bool(dim % value.dim() == type_.dim)
@@ -129,6 +128,6 @@ def _of_tokens(node: Node) -> bool:
 def _computes(node: Node) -> bool:
     """Whether a node makes other numbers; a cast to what a value is does not."""
     if node.target in _CASTS:
-        values = [n.meta.get("global_val", n.meta.get("val")) for n in (node, *node.all_input_nodes[:1])]
+        values = [global_value(n) for n in (node, *node.all_input_nodes[:1])]
         return len({getattr(value, "dtype", None) for value in values}) > 1
     return is_operator(node.target) and is_pointwise(node.target)

@@ -29,6 +29,7 @@ from fxsp.capture.module_calls import Capture
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
 from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.passes.work import has_work
 from fxsp.plan import PlanEntry, SequenceParallelInput
@@ -75,9 +76,9 @@ def carry(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry]) ->
 def is_worth_splitting(program: Program) -> bool:
     """Whether a partitioned graph multiplies matrices on shards: anything less costs less than gathering the result."""
     return any(
-        has_work(node) and any(not isinstance(t, Replicate) for t in node.meta["sp_call"].results)
-        for node in program.facts["global"].graph.nodes
-        if "sp_call" in node.meta
+        has_work(node) and any(not isinstance(t, Replicate) for t in decision.results)
+        for node in program.whole.graph.nodes
+        if (decision := facts(node).decision) is not None
     )
 
 

@@ -14,6 +14,7 @@ from fxsp.passes.attention.operators import BANDED, SDPA
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.attention.repeat_kv import repeat_heads, repeated_heads
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, mark, type_of
 from fxsp.types import Length, Sequence, Shard, as_length
 
 __all__ = ["Attend", "global_shape"]
@@ -28,13 +29,13 @@ class Attend:
         self.build = build
         #: Masks of causal rows, which attentions share.
         self.cache = cache
-        self.choice: AttentionChoice = node.meta["attention"]
+        self.choice: AttentionChoice = facts(node).attention
         self.op = self.choice.op
         self.args = dict(node.kwargs)
         self.mask = self.args.get(self.op.mask) if self.op.mask is not None else None
         self.causal = self.args.get(self.op.causal) if isinstance(self.op.causal, str) else self.op.causal
         self.window = self.args.get("window") if self.op.op is BANDED else None
-        value = node.meta["global_val"]
+        value = facts(node).whole
         #: Of the output, global and heads first.
         self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
         self.device, self.itemsize = value.device, value.element_size()
@@ -52,8 +53,8 @@ class Attend:
     @property
     def exact(self) -> dict[str, bool]:
         """Whether one device would write this attention out; blocks of it then take their gradients as that does."""
-        q, k, v = (x.meta["global_val"] for x in self.given)
-        mask = self.mask.meta["global_val"] if isinstance(self.mask, Node) else None
+        q, k, v = (facts(x).whole for x in self.given)
+        mask = facts(self.mask).whole if isinstance(self.mask, Node) else None
         return {"exact": True} if written_out(q, k, v, mask, bool(self.args.get("enable_gqa"))) else {}
 
     def turned(self, x: Node) -> Node:
@@ -63,16 +64,16 @@ class Attend:
     def _heads_first(self, x: Node) -> Node:
         new = self.turned(x)
         if new is not x:
-            type_ = x.meta["sp"]
-            new.meta["sp"] = replace(type_, dim=2) if isinstance(type_, Shard) else type_
-            new.meta["global_val"] = x.meta["global_val"].transpose(1, 2)
+            type_ = type_of(x)
+            type_ = replace(type_, dim=2) if isinstance(type_, Shard) else type_
+            mark(new, type=type_, whole=facts(x).whole.transpose(1, 2))
         return new
 
     def _spread(self, x: Node, times: int) -> Node:
         """Heads repeated before the exchange, so that they divide over the ranks."""
         new = repeat_heads(self.build, x, times)
         if new is not x:
-            new.meta["sp"], new.meta["global_val"] = x.meta["sp"], x.meta["global_val"].repeat_interleave(times, 1)
+            mark(new, type=type_of(x), whole=facts(x).whole.repeat_interleave(times, 1))
         return new
 
     # The operator, on this rank.
@@ -161,4 +162,4 @@ def _node(argument: Any) -> Node:
 
 def global_shape(x: Node) -> tuple[Length, ...]:
     """The global shape of what a local node stands for."""
-    return tuple(as_length(n) for n in x.meta["global_val"].shape)
+    return tuple(as_length(n) for n in facts(x).whole.shape)

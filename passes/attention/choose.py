@@ -33,10 +33,10 @@ def choose(question: Question) -> tuple[Way | None, tuple[tuple[str, str], ...],
     None if no way is legal.
     """
     program = question.program
-    link = Link.of(question.like.device.type, program.latency, program.bandwidth)
+    link = Link.of(question.like.device.type, program.options.latency, program.options.bandwidth)
     ways = [way for method in METHODS.values() for way in method.ways(question)]
-    _, wanted = asked_of(program)
-    at = next((i for i, w in enumerate(ways) if w.method == wanted and w.ring == (program.ring_degree or 1)), None)
+    _, wanted = asked_of(program.degrees)
+    at = next((i for i, w in enumerate(ways) if w.method == wanted and w.ring == program.degrees.ring), None)
     ways = [way if i == at else _limited(question, way, ways) for i, way in enumerate(ways)]
     asked = None if at is None else ways[at]
     legal = [way for way in ways if not way.refusal]
@@ -57,7 +57,8 @@ def choose(question: Question) -> tuple[Way | None, tuple[tuple[str, str], ...],
 
 def _limited(question: Question, way: Way, ways: list[Way]) -> Way:
     """Gathered keys and values are refused where they are too many, and there is another way."""
-    limit = GATHER_LIMIT if question.program.gather_limit is None else question.program.gather_limit
+    given = question.program.options.gather_limit
+    limit = GATHER_LIMIT if given is None else given
     if way.refusal or hint(way.held) <= limit or all(other.refusal for other in ways if other is not way):
         return way
     held = f"{way.held} bytes of keys and values would be on every rank, more than gather_limit={limit}"

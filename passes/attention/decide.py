@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from fxsp.config import Degrees
 from fxsp.errors import UnsupportedError
 from fxsp.passes.attention.choose import choose
 from fxsp.passes.attention.methods import METHODS
@@ -31,6 +32,7 @@ from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.builder import split_bytes
+from fxsp.passes.graph import facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
 from fxsp.passes.rules.elementwise import broadcast
 from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
@@ -104,8 +106,13 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
             why = f"{op.op} on queries of {len(q)} dimensions"
         if why:
             return replicate_all(call, types, why)
-        free = program.ulysses_degree is None and program.ring_degree is None and program.gather_degree is None
-        if keys is not None and free and not per_rows and call[op.key] in kept and call[op.value] in kept:
+        if (
+            keys is not None
+            and program.degrees == Degrees()
+            and not per_rows
+            and call[op.key] in kept
+            and call[op.value] in kept
+        ):
             outputs, keys = _of_outputs(call, op, kv_types, program), None
     elif keys is None or not _may_stay_whole(call, op, kv_types, kept):
         return None
@@ -142,7 +149,7 @@ def _results(call: Call, choice: AttentionChoice, tokens: int) -> tuple[Type, ..
 def _may_stay_whole(call: Call, op: AttentionOp, kv_types: list[Type], outputs: list[Node]) -> bool:
     """Whether whole queries may look at split keys; not where the keys are had whole without communication."""
     parts = [call[name] for name, t in zip((op.key, op.value), kv_types, strict=True) if isinstance(t, Shard)]
-    if all(x.meta["sp_free"] or x in outputs for x in parts) or (len(call.shape(op.query)) != 4 and not op.builtin):
+    if all(facts(x).free or x in outputs for x in parts) or (len(call.shape(op.query)) != 4 and not op.builtin):
         return False
     return op.dropout is None or not call.get(op.dropout)  # whole dropout draws as one device does
 
@@ -163,7 +170,7 @@ def _repeats(call: Call, kv_types: list[Type]) -> int:
     found = set()
     for name, type_ in zip(("key", "value"), kv_types, strict=True):
         x, times = repeated_heads(call[name])
-        if times > 1 and not x.meta["sp"].same_as(type_):
+        if times > 1 and not type_of(x).same_as(type_):
             return 1
         found.add(times)
     return found.pop() if len(found) == 1 else 1
@@ -189,7 +196,7 @@ def _seen(call: Call) -> str:
 def _check_dropout(call: Call, op: AttentionOp, program: Program) -> None:
     """Refuses dropout that is active where nobody has said that another draw than one device's will do."""
     p = call.get(op.dropout) if op.dropout is not None else None
-    if not p or (op.op is SDPA and program.rng == "per_rank"):
+    if not p or (op.op is SDPA and program.options.rng == "per_rank"):
         return
     accept = ', or accept another draw: options={"rng": "per_rank"}' if op.op is SDPA else ""
     raise UnsupportedError(

@@ -7,24 +7,20 @@ for each compile, an error under ``strict``.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
+from fxsp.config import Degrees
 from fxsp.errors import StrictError
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.base import Program
 from fxsp.source import place
 
-__all__ = ["IGNORED", "asked_of", "note_degree", "report_degrees"]
-
-#: ``program.facts`` of this name: a sentence for each attention that does not what was asked for.
-IGNORED = "ignored_degrees"
+__all__ = ["asked_of", "note_degree", "report_degrees"]
 
 
-def asked_of(program: Program) -> tuple[str, str]:
+def asked_of(degrees: Degrees) -> tuple[str, str]:
     """The options as text, and the method that they ask for; empty if none does."""
-    return next(((text, method.name) for method in METHODS.values() if (text := method.asked(program))), ("", ""))
+    return next(((text, method.name) for method in METHODS.values() if (text := method.asked(degrees))), ("", ""))
 
 
 def note_degree(
@@ -34,22 +30,22 @@ def note_degree(
 
     Nothing is asked of one that is local (its keys are whole already), nor of whole queries.
     """
-    options, wanted = asked_of(program)
+    options, wanted = asked_of(program.degrees)
     if not options or method.startswith(wanted) or (method in METHODS and METHODS[method].beyond_degrees):
         return
     why = why or next((reason for name, reason in rejected if name.startswith(wanted)), "it is not legal here")
     sentence = f"{options} cannot be followed by {node.target} in {place(node)}: {why}; it runs as {method} instead"
-    program.facts.setdefault(IGNORED, []).append(sentence)
+    program.ignored_degrees.append(sentence)
 
 
 def report_degrees(program: Program) -> None:
     """Put what was remembered into the report; an error under ``strict``."""
-    sentences: list[Any] = list(dict.fromkeys(program.facts.get(IGNORED, [])))
-    if sentences and program.strict:
+    sentences = list(dict.fromkeys(program.ignored_degrees))
+    if sentences and program.options.strict:
         raise StrictError(
             f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler chooses."
         )
     program.report.notes.extend(sentences)
-    options, _ = asked_of(program)
+    options, _ = asked_of(program.degrees)
     if options and not program.report.attentions:
         program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")

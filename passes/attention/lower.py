@@ -25,6 +25,7 @@ from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED
 from fxsp.passes.attention.repeat_kv import chain_of
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, global_value, mark, type_of
 from fxsp.torch_internals import saved_tag
 
 __all__ = ["LowerAttention"]
@@ -46,7 +47,7 @@ class LowerAttention:
         if inputs:
             with graph.inserting_after(inputs[-1]):
                 for node in inputs:
-                    build.learn(node, node.meta.get("global_val", node.meta.get("val")))
+                    build.learn(node, global_value(node))
         cache: dict[Any, Node] = {}
         for node in list(graph.nodes):
             if isinstance(node.meta.get("val"), torch.SymInt):
@@ -60,11 +61,11 @@ class LowerAttention:
                 method = METHODS[x.choice.method]
                 new = x.turned(method.lower(x))
             for written in _between(before, node):
-                written.meta["attention_record"] = node.meta["attention_record"]
+                mark(written, attention_record=facts(node).attention_record)
                 # In an activation checkpoint, what was exchanged is saved: else it would be exchanged once more.
                 if "recompute" in node.meta and _is_saved(written, method):
                     written.meta.update(saved_tag())
-            new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
+            mark(new, type=type_of(node), whole=facts(node).whole)
             node.replace_all_uses_with(new)
             repeats = [old for given in x.given[1:] for old in list(chain_of(given))[:-1]]
             graph.erase_node(node)

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch.fx import Node
 
+from fxsp.config import Degrees
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.base import Program
 from fxsp.passes.rules.rule import Call
 from fxsp.types import Sequence, Shard, Type, Used, same_length
 
-__all__ = ["Method", "degrees", "own_heads"]
+__all__ = ["Method", "beside_whole_queries", "own_heads"]
 
 
 class Method:
@@ -34,7 +34,7 @@ class Method:
         """What it costs, for all degrees that it may have, or why it is not legal; nothing where it is out of place."""
         raise NotImplementedError
 
-    def asked(self, program: Program) -> str:
+    def asked(self, degrees: Degrees) -> str:
         """The options that ask for it, as text; empty if none does."""
         return ""
 
@@ -85,11 +85,3 @@ def beside_whole_queries(call: Call, choice: AttentionChoice, tokens: int, whole
     assert choice.keys is not None
     keys = Shard(tokens, choice.keys)
     return {name: keys if name in (choice.op.key, choice.op.value) else whole for name in given}
-
-
-def degrees(program: Program) -> tuple[int, int]:
-    """Ranks that are asked to exchange heads, and to be in a ring; ``(1, 1)`` if nothing like that is asked for."""
-    ulysses, ring, gather = program.ulysses_degree, program.ring_degree, program.gather_degree
-    if ring is None or (gather is not None and gather > 1):
-        return 1, 1
-    return ulysses or program.ranks.size // ring, ring

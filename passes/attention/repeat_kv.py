@@ -19,6 +19,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import global_value
 from fxsp.passes.rules.rule import overloads
 from fxsp.passes.rules.views import EXPANDS, RESHAPES
 from fxsp.types import Length, as_length, same_length
@@ -104,5 +105,5 @@ def _argument(node: Node) -> Node:
 
 def _shape(node: Node) -> tuple[Length, ...]:
     """The global shape; of a node without one (an input of the local graph), nothing."""
-    value = node.meta.get("global_val", node.meta.get("val"))
+    value = global_value(node)
     return tuple(as_length(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.decide import Decision, decide, hint, locate
 from fxsp.passes.rules.elementwise import CHEAP
 from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule_of, shape_of, tensor_nodes, tensor_value
@@ -41,7 +43,7 @@ __all__ = [
     "find_written",
     "is_computed",
     "source_of",
-    "written_of",
+    "unfused_of",
 ]
 
 PRODUCTS = frozenset(overloads("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linalg_matmul"))
@@ -91,11 +93,23 @@ class Written:
         return f" at {source}" if source else ""
 
 
-def written_of(program: Program) -> list[Written]:
+class Unfused:
+    """The attentions of a program that are written out."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.attentions = find_written(graph)
+        #: A product -> what is known of it, and the attention that it is part of, the first of several.
+        products = ((one, p) for one in reversed(self.attentions) for p in reversed((*one.scores, *one.results)))
+        self.products = {p.node: (one, p) for one, p in products}
+        #: Those that have something split, and linear ones, for the report (*unfused_report* finds them).
+        self.reported: list[Any] = []
+
+
+def unfused_of(program: Program) -> Unfused:
     """The attentions of a program that are written out; found once."""
-    if "written" not in program.facts:
-        program.facts["written"] = find_written(program.graph)
-    found: list[Written] = program.facts["written"]
+    if program.unfused is None:
+        program.unfused = Unfused(program.graph)
+    found: Unfused = program.unfused
     return found
 
 
@@ -228,7 +242,7 @@ def is_computed(node: Node) -> bool:
         if first is None:
             break
         node = first
-    return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or node.meta.get("is_parameter"))
+    return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or facts(node).is_parameter)
 
 
 def _reached(ends: set[Node], among: set[Node], *, backward: bool) -> set[Node]:
@@ -246,7 +260,7 @@ def decide_written(
 ) -> Decision | None:
     """How a product of an attention that is written out is split; None for anything else, and where rules will do."""
     rule = rule_of(call.node) if call.op in PRODUCTS else None
-    found = _product_at(call.node, program) if rule is not None else None
+    found = unfused_of(program).products.get(call.node) if rule is not None else None
     if rule is None or found is None:
         return None
     one, it = found
@@ -272,14 +286,6 @@ def decide_written(
     return replace(decision, reason=reason, remedy="" if one.strange else _REMEDY)
 
 
-def _product_at(node: Node, program: Program) -> tuple[Written, Product] | None:
-    if "written products" not in program.facts:
-        products = ((one, p) for one in reversed(written_of(program)) for p in reversed((*one.scores, *one.results)))
-        program.facts["written products"] = {p.node: (one, p) for one, p in products}
-    found: tuple[Written, Product] | None = program.facts["written products"].get(node)
-    return found
-
-
 def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -> Sequence | None:
     """How whole queries are split beside split keys; None if their scores are few, so that these may be gathered."""
     assert isinstance(keys, Shard)
@@ -288,7 +294,7 @@ def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -
         return keys.sequence
     # Queries may come in chunks: what counts are the scores of all of them, and keys and values once.
     source = source_of(it.operands[1])
-    chunks = [one for one in written_of(program) if source_of(one.scores[0].operands[1]) is source]
+    chunks = [one for one in unfused_of(program).attentions if source_of(one.scores[0].operands[1]) is source]
     scores = sum(hint(product(shape_of(one.scores[0].node))) for one in chunks)
     values = {source_of(p.operands[1]): p.operands[1] for one in chunks for p in one.results}
     moved = sum(hint(product(shape_of(x))) for x in (it.operands[1], *values.values()))

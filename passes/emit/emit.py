@@ -48,7 +48,7 @@ from fxsp.kernels.exchange.head_ops import HEAD_OPS
 from fxsp.torch_internals import fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
-__all__ = ["BUCKET_BYTES", "drop_identities", "emit", "fingerprint"]
+__all__ = ["BUCKET_BYTES", "FOLDERS", "drop_identities", "emit", "fingerprint"]
 
 #: Gradients are reduced together up to this size.
 BUCKET_BYTES = 25 * 2**20
@@ -66,12 +66,21 @@ _INHERITED = (
 )
 
 
+#: Where the files of this version are: fxsp, its passes and its kernels, with all folders in them.
+FOLDERS = (Path(fxsp.errors.__file__).parent, Path(__file__).parents[1], Path(lowering.__file__).parent)
+
+
 @functools.cache
-def fingerprint() -> str:
-    """Hash of this version of fxsp, which decides what :func:`emit` writes: part of the keys of compiler caches."""
-    folders = [Path(file).parent for file in (fxsp.errors.__file__, __file__, lowering.__file__)]
-    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
-    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+def fingerprint(folders: tuple[Path, ...] = FOLDERS) -> str:
+    """Hash of this version of fxsp, which decides what :func:`emit` writes: part of the keys of compiler caches.
+
+    Covers names (from their folder on) and contents of all Python files below ``folders``.
+    """
+    files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*.py"))]
+    found = hashlib.sha256()
+    for folder, file in files:
+        found.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def op_name(node: Node) -> str | None:

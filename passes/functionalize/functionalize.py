@@ -43,6 +43,7 @@ from fxsp.passes.calls import Writer, erase_unused
 from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.functionalize.views import View, cover, view_of
+from fxsp.passes.graph import facts
 from fxsp.source import describe
 
 __all__ = ["functionalize"]
@@ -345,7 +346,7 @@ class _Functionalizer:
     def _propagate(self, new: dict[Node, Node]) -> None:
         """Compute all values anew, since some strides have changed; those of the outputs may not."""
         for node in self.gm.graph.nodes:
-            if node.op == "call_function" and not written_arguments(node) and "island" not in node.meta:
+            if node.op == "call_function" and not written_arguments(node) and not facts(node).island:
                 self.w.refresh(node)
         for before, now in new.items():
             if isinstance(before.meta["val"], torch.Tensor) and not same_strides(before, now):

@@ -15,8 +15,8 @@ Output::
     %linear : call_function[target=aten.linear.default](args = (%getitem, %weight))
 
 Afterwards every node is a placeholder, a ``get_attr``, a call of an operator overload (or ``getitem``, or arithmetic on
-sizes) or an *island* (``meta["island"]`` says why it was not opened); its value needs no context: casts are explicit,
-``no_grad`` regions depend on detached values only (and carry ``meta["no_grad"]``).  ``meta["val"]`` is the value as a
+sizes) or an *island* (the fact ``island`` says why it was not opened); its value needs no context: casts are explicit,
+``no_grad`` regions depend on detached values only (and are marked ``no_grad``).  ``meta["val"]`` is the value as a
 fake tensor of the compilation's fake mode, and that of a placeholder says whether it requires grad.
 
 In-place operators are still there: *functionalize* takes them away.

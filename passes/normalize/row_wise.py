@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from fxsp import torch_internals
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.rule import Call
 from fxsp.torch_internals import is_wrapper_subclass
@@ -74,12 +75,12 @@ def _keeps_rows(gm: torch.fx.GraphModule, dim: int) -> bool:
             nodes[node].meta["val"] = node.meta["val"]
     Propagate().apply(Program(torch.fx.GraphModule(gm, graph), Ranks(0, 2, "rows")))
     for node in graph.nodes:
-        decision = node.meta.get("sp_call")
+        decision = facts(node).decision
         if decision is not None:
             for operand, needed in zip(Call(node).operands, decision.operands, strict=True):
-                if isinstance(operand.meta["sp"], Shard) and not isinstance(needed, Shard):
+                if isinstance(type_of(operand), Shard) and not isinstance(needed, Shard):
                     return False
-    return all(_is_rows(n.meta.get("sp"), dim) for n in graph.output_node().all_input_nodes)
+    return all(_is_rows(facts(n).type, dim) for n in graph.output_node().all_input_nodes)
 
 
 def _is_rows(type_: Any, dim: int) -> bool:

@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 import fxsp.kernels.ops  # noqa: F401  (defines fxsp::scale_grad)
 from fxsp.passes.functionalize.inplace import written_arguments
+from fxsp.passes.graph import facts, global_value, mark
 
 __all__ = ["scale_summands"]
 
@@ -30,8 +31,7 @@ def scale_summands(gm: GraphModule, size: int) -> None:
     """Multiply the gradients of parameters by ``size``, in place."""
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
-        value = node.meta.get("val", node.meta.get("global_val"))
-        if not node.meta.get("is_parameter") or not getattr(value, "requires_grad", False):
+        if not facts(node).is_parameter or not getattr(global_value(node), "requires_grad", False):
             continue
         # What the graph returns, or writes to, is the parameter itself.
         users = [user for user in node.users if user.op != "output" and node not in written_arguments(user)]
@@ -39,7 +39,8 @@ def scale_summands(gm: GraphModule, size: int) -> None:
             continue
         with gm.graph.inserting_after(inputs[-1]):
             new = gm.graph.call_function(torch.ops.fxsp.scale_grad.default, (node, size))
-        new.meta.update({key: value for key, value in node.meta.items() if key != "is_parameter"})
+        new.meta.update(node.meta)
+        mark(new, is_parameter=False)
         for user in users:
             user.replace_input_with(node, new)
     gm.graph.lint()

@@ -11,7 +11,7 @@ Input, with types, and output for two ranks::
     return flatten                              %gather = fxsp.gather(...)
 
 After this pass every tensor in the graph is local, except inputs and outputs, which are global and equal on all ranks.
-``facts["global"]`` keeps the global graph; ``meta["global_name"]`` names the value of it that a local node stands for.
+``program.whole`` is the global graph still; a local node ``stands_for`` a value of it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.attention.unfused_report import mark_written
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.inplace import written_arguments
+from fxsp.passes.graph import facts, mark, type_of
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
@@ -100,7 +101,7 @@ class _Partitioner(Converter):
         self.graph.lint()
         gm = GraphModule(old, self.graph, old.__class__.__name__)
         gm.meta.update(old.meta)
-        self.program.facts["global"] = old
+        self.program.partitioned = old
         self.program.gm = gm
         return self.program
 
@@ -113,7 +114,7 @@ class _Partitioner(Converter):
             self.copies[node] = new
             return
         kind: Type = Replicate()
-        deferred = self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training
+        deferred = self.program.options.deferred and _is_parameter(node) and self.program.training
         if deferred and is_wrapper_subclass(value):
             if value.requires_grad:
                 raise UnsupportedError(
@@ -133,9 +134,9 @@ class _Partitioner(Converter):
             self._output(node)
         elif is_annotate(node):
             self._annotate(node)
-        elif "sp_call" in node.meta:
-            self._call(node, node.meta["sp_call"])
-        elif "sp" in node.meta and node.target is operator.getitem:
+        elif (decision := facts(node).decision) is not None:
+            self._call(node, decision)
+        elif facts(node).type is not None and node.target is operator.getitem:
             self._getitem(node)
         elif isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self._scalar(node)
@@ -175,7 +176,7 @@ class _Partitioner(Converter):
         source = node.args[0]
         assert isinstance(source, Node)
         value = self.values[source]
-        if isinstance(node.meta["sp"], Replicate) and not value.wanted:
+        if isinstance(type_of(node), Replicate) and not value.wanted:
             value.wanted = str(node.args[4])
         # Another name of the same value: its forms are shared, so that a gather followed by a shard is nothing.
         self.values[node] = value
@@ -188,7 +189,7 @@ class _Partitioner(Converter):
         if isinstance(made, list) and made[index] is None:
             return  # nobody uses it
         new = made[index] if isinstance(made, list) else self.build.call(operator.getitem, made, index)
-        self.values[node] = Value(node, [(node.meta["sp"], self.typed(new, node.meta["sp"], node))])
+        self.values[node] = Value(node, [(type_of(node), self.typed(new, type_of(node), node))])
 
     def _scalar(self, node: Node) -> None:
         """Sizes keep their global meaning: they are computed again from the sizes of the inputs."""
@@ -204,7 +205,7 @@ class _Partitioner(Converter):
 
     def _whole(self, node: Node) -> None:
         """A node that runs on whole operands: the same on every rank."""
-        island = node.meta.get("island")
+        island = facts(node).island
         self.reason = f"{island}: not opened, it runs whole" if island else f"{node.target} runs on whole operands"
         new = self.graph.node_copy(node, self.argument)
         self._copied(node, new)
@@ -246,8 +247,8 @@ class _Partitioner(Converter):
 
     def _like(self, node: Node, call: Call, type_: Type) -> None:
         """What reads a shape only: nothing is asked of its operand."""
-        split = any(isinstance(n.meta["sp"], Shard) for n in call.operands)
-        if call.op in DRAWN and split and self.program.rng == "per_rank":
+        split = any(isinstance(type_of(n), Shard) for n in call.operands)
+        if call.op in DRAWN and split and self.program.options.rng == "per_rank":
             self._note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
         new = write_like(self.build, node, type_, self.copies)
         self.values[node] = Value(node, [(type_, self.typed(new, type_, node))])
@@ -335,7 +336,7 @@ class _Partitioner(Converter):
 
         With ``rng="per_rank"`` a rank draws for its own rows only, by their positions.
         """
-        if self.program.rng == "per_rank":
+        if self.program.options.rng == "per_rank":
             self._note_draw()
             x, p = arguments["input"], arguments["p"]
             own, dim, back = self.expose(x, shape_of(node), type_)
@@ -370,15 +371,14 @@ class _Partitioner(Converter):
             AttentionRecord(*place, choice.method, choice.way.sent, choice.rejected, detail)
         )
         new = self.build.call(distributed_attention, **arguments)
-        new.meta["attention"] = choice
-        new.meta["attention_record"] = len(self.program.report.attentions) - 1
+        mark(new, attention=choice, attention_record=len(self.program.report.attentions) - 1)
         if isinstance(node.meta["val"], (tuple, list)):
             return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
         return new
 
 
 def _is_parameter(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+    return isinstance(node.meta.get("val"), torch.nn.Parameter) or facts(node).is_parameter
 
 
 def _is_impure(node: Node) -> bool:
@@ -389,7 +389,7 @@ def _splits_of(outputs: Any) -> list[tuple[int, Split]]:
     """Positions of outputs that are split before they are gathered for the end of the graph, and how."""
     found = []
     for position, old in enumerate(outputs if isinstance(outputs, (list, tuple)) else []):
-        type_ = old.meta.get("sp") if isinstance(old, Node) else None
+        type_ = facts(old).type if isinstance(old, Node) else None
         if isinstance(type_, Shard) and type_.plain:
             first, *rest = type_.sequence.segments
             text = first.length if rest and not first.sharded and isinstance(first.length, int) else -1

@@ -17,6 +17,7 @@ from fxsp.errors import StrictError, UnsupportedError
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.elementwise import CHEAP
 from fxsp.passes.rules.rule import shape_of, tensor_nodes
@@ -79,9 +80,7 @@ class Converter:
         return self.get(self.values[old], Replicate(), kind) if old in self.values else self.copies[old]
 
     def typed(self, new: Node, type_: Type, old: Node) -> Node:
-        new.meta["sp"] = type_
-        new.meta["global_val"] = old.meta["val"]
-        new.meta["global_name"] = old.name
+        mark(new, type=type_, whole=old.meta["val"], stands_for=old.name)
         if isinstance(type_, Shard):
             new.meta.pop("val", None)
         return new
@@ -165,7 +164,7 @@ class Converter:
     def _whole_for_free(self, value: Value, depth: int = 4) -> bool:
         """Whether cheap operators compute the whole value from what is whole already: inputs, or gathered values."""
         node = value.node
-        if node.meta.get("sp_free") or is_constant(node):
+        if facts(node).free or is_constant(node):
             return True
         if depth == 0 or not (node.target in CHEAP or node.target in CATS or node.target in SLICES):
             return False
@@ -213,7 +212,7 @@ class Converter:
     def _is_held(self, old: Node) -> bool:
         """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""
         have, user = self.values[old], self.build._origin
-        if old in self.outputs or (user is not None and "written_attention" in user.meta):
+        if old in self.outputs or (user is not None and facts(user).written_attention is not None):
             return True
         return have.find(Replicate()) is not None or have.find(Used()) is not None
 
@@ -299,7 +298,7 @@ class Converter:
             name=self._output_name(value.node) if kind == "output" else "",
             value=value.node.name,
         )
-        if self.program.strict and kind == "implicit":
+        if self.program.options.strict and kind == "implicit":
             remedy = self.remedy or (
                 "annotate the value with a SequenceParallelOutput before this operator, or leave its tokens whole"
             )
@@ -319,7 +318,7 @@ def _reads_shards(node: Node) -> bool:
     """Whether anything that ``node`` is computed from is split."""
     seen, queue = {node}, [node]
     for one in queue:
-        type_ = one.meta.get("sp")
+        type_ = facts(one).type
         if isinstance(type_, Shard) or (isinstance(type_, tuple) and any(isinstance(t, Shard) for t in type_)):
             return True
         queue += [n for n in one.all_input_nodes if n not in seen]

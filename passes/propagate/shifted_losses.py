@@ -35,6 +35,7 @@ from torch.fx import Node
 
 from fxsp.passes.base import Program
 from fxsp.passes.calls import Writer, erase_unused
+from fxsp.passes.graph import facts, mark, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import decide, hint
 from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
@@ -72,8 +73,7 @@ class ShiftedLosses:
         # Also what was begun and given up is without a use, and without a type.
         erase_unused(program.graph)
         program.gm.recompile()
-        for fact in ("written", "written products"):
-            program.facts.pop(fact, None)
+        program.unfused = None  # it speaks of nodes that may be gone
         Propagate().apply(program)
         return program
 
@@ -83,8 +83,7 @@ class _Writer(Writer):
 
     def write(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = super().write(target, *args, **kwargs)
-        for key in ("sp", "sp_call", "sp_free"):
-            node.meta.pop(key, None)
+        mark(node, type=None, decision=None, free=False)
         return node
 
 
@@ -117,11 +116,11 @@ def _shifted(loss: Node) -> _Shifted | None:
     cut, *others = chain
     call, (x,) = Call(cut), Call(cut).operands
     dim = call.dim("dim", len(shape_of(x)))
-    type_ = x.meta["sp"]
-    if not isinstance(type_, Shard) or type_.dim != dim or not type_.plain or x.meta["sp_free"]:
+    type_ = type_of(x)
+    if not isinstance(type_, Shard) or type_.dim != dim or not type_.plain or facts(x).free:
         return None
     bounds = cut_bounds(call, shape_of(x)[dim], len(shape_of(x)), dim)
-    if bounds is None or isinstance(cut.meta["sp"], Shard):
+    if bounds is None or isinstance(type_of(cut), Shard):
         return None
     ((start, end),) = bounds
     total, count = shape_of(x)[dim], as_length(end - start)
@@ -143,7 +142,7 @@ def _to_cut(node: Node, depth: int) -> list[Node] | None:
     """The steps from a cut to ``node``, by operators that have a rule; the cut is one that a gather would be for."""
     if node.target in SLICES:
         (x,) = Call(node).operands
-        if isinstance(x.meta.get("sp"), Shard) and not isinstance(node.meta["sp"], Shard):
+        if isinstance(facts(x).type, Shard) and not isinstance(type_of(node), Shard):
             return [node]
     if depth == 0 or tensor_value(node) is None or node.op != "call_function" or rule_of(node) is None:
         return None

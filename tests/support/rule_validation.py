@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import FxspError
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.partition.reshard import Converter
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.propagate import propagate
@@ -322,7 +323,7 @@ class _Placed:
         """How the decision differs from what the rule promises."""
         if not self.case.passes:
             return ""
-        decision, rule = self.call.meta["sp_call"], self.case.rule
+        decision, rule = facts(self.call).decision, self.case.rule
         for i, (want, got) in enumerate(zip(self.wanted, decision.operands, strict=True)):
             if rule.operands[i] is not None and not _same(want, got):
                 return f"operand {i} is wanted as {got}, not {want}: {decision.reason or 'no reason given'}"

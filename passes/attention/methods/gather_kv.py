@@ -16,11 +16,12 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from fxsp.config import Degrees
 from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method, beside_whole_queries
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.rules.rule import Call
 from fxsp.types import Replicate, Type, as_length
 
@@ -44,9 +45,8 @@ class GatherKV(Method):
         backward = back if question.program.training else None
         yield Way(self.name, sent, backward, refusal=question.per_rows, held=question.gathered_bytes)
 
-    def asked(self, program: Program) -> str:
-        degree = program.gather_degree
-        return f"allgather_degree={degree}" if degree is not None and degree > 1 else ""
+    def asked(self, degrees: Degrees) -> str:
+        return f"allgather_degree={degrees.allgather}" if (degrees.allgather or 1) > 1 else ""
 
     def needs(self, call: Call, choice: AttentionChoice, queries: Type, tokens: int) -> dict[str, Type]:
         if choice.queries is None:
@@ -62,5 +62,6 @@ class GatherKV(Method):
         build.record("all_gather", whole, x.choice.way.sent, "keys and values of an attention", keys)
         parts = build.call(aten.split_with_sizes.default, whole, build.sizes(widths), -1)
         k, v = (build.call(operator.getitem, parts, i) for i in (0, 1))
-        k.meta["global_val"], v.meta["global_val"] = x.k.meta["global_val"], x.v.meta["global_val"]
+        for new, old in ((k, x.k), (v, x.v)):
+            mark(new, whole=facts(old).whole)
         return x.rows(k, v)

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.config import Degrees
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
-from fxsp.passes.attention.method import Method, degrees
+from fxsp.passes.attention.method import Method
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.base import Program
+from fxsp.passes.graph import mark
 from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.rule import Call
 from fxsp.types import Type, Used, as_length, product, same_length
@@ -51,9 +52,8 @@ class Ring(Method):
         """Between how many ranks heads may be exchanged, the most first."""
         yield from (1,) if size > 1 else ()
 
-    def asked(self, program: Program) -> str:
-        ulysses, ring = degrees(program)
-        return f"ring_degree={ring}" if ring > 1 and ulysses == 1 else ""
+    def asked(self, degrees: Degrees) -> str:
+        return f"ring_degree={degrees.ring}" if (degrees.ring or 1) > 1 and degrees.ulysses == 1 else ""
 
     def work(self, call: Call, choice: AttentionChoice) -> str:
         """The layout of a causal ring, and how many pairs of a query and a key the ranks compute."""
@@ -83,7 +83,7 @@ class Ring(Method):
         sent = product((batch, heads, rows, as_length(width + value[3]), x.itemsize))
         for _ in range(choice.ring - 1):
             build.record("rotation", both, sent, "keys and values of an attention, one place on", choice.keys)
-        both.meta["fxsp_bytes"] = as_length(sent * (choice.ring - 1))
+        mark(both, sent=as_length(sent * (choice.ring - 1)))
         return out
 
 
@@ -96,8 +96,8 @@ class Hybrid(Ring):
     def _heads_among(self, size: int) -> Iterator[int]:
         yield from (u for u in range(size // 2, 1, -1) if size % u == 0)
 
-    def asked(self, program: Program) -> str:
-        ulysses, ring = degrees(program)
+    def asked(self, degrees: Degrees) -> str:
+        ulysses, ring = degrees.ulysses or 1, degrees.ring or 1
         return f"ulysses_degree={ulysses} and ring_degree={ring}" if ring > 1 and ulysses > 1 else ""
 
     def mask(self, call: Call, choice: AttentionChoice) -> Type:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.config import Degrees
 from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
-from fxsp.passes.attention.method import Method, degrees, own_heads
+from fxsp.passes.attention.method import Method, own_heads
 from fxsp.passes.attention.operators import SDPA
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.base import Program
 from fxsp.passes.rules.rule import Call
 from fxsp.types import Type, Used, as_length, same_length
 
@@ -45,9 +45,8 @@ class Ulysses(Method):
         margin = (0.0 if question.causal else _WORTH) if to_themselves else None
         yield exchanging(self.name, question, question.size, margin=margin)
 
-    def asked(self, program: Program) -> str:
-        ulysses, ring = degrees(program)
-        return f"ulysses_degree={ulysses}" if ring == 1 and ulysses > 1 else ""
+    def asked(self, degrees: Degrees) -> str:
+        return f"ulysses_degree={degrees.ulysses}" if (degrees.ulysses or 1) > 1 and degrees.ring == 1 else ""
 
     def per_head(self, call: Call, name: str, dim: int) -> Type:
         return own_heads(call, name, dim)
