@@ -11,9 +11,9 @@ from torch.fx import Node
 from fxsp.cost.share import LEAST, number_in, on_shards, share_of
 from fxsp.errors import DegreeWarning, ImplicitGatherWarning, OutputGatherWarning, StrictError, UnshardedWarning
 from fxsp.inspection.wire import format_bytes
+from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.builder import split_bytes
 from fxsp.passes.graph import facts
 from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.passes.work import has_work

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxsp.cost.flops import Shape, node_flops, ring_flops
+from fxsp.cost.flops import Shape, node_flops
 from fxsp.cost.formula import Formula, Names, formula_of, memory_formulas
 from fxsp.cost.memory import peak_bytes
-from fxsp.inspection.wire import fxsp_name
+from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value, local_value
 from fxsp.passes.verify import infer_local
@@ -85,9 +85,9 @@ def measure(program: Program) -> Measures:
 def _flops_of_ranks(program: Program, number: Callable[[Any], int]) -> list[int]:
     """All ranks do the same but for rings, in which each place meets other blocks."""
     shape_of, size = _shapes(local_value, number), program.ranks.size
-    rings = [node for node in program.graph.nodes if fxsp_name(node) == "ring_attention"]
-    alike = _flops(program.graph, local_value, number) - sum(node_flops(node, shape_of) for node in rings)
-    return [alike + sum(ring_flops(node, shape_of, rank) for node in rings) for rank in range(size)]
+    ours = [node for node in program.graph.nodes if op_of(node) is not None]
+    alike = _flops(program.graph, local_value, number) - sum(node_flops(node, shape_of) for node in ours)
+    return [alike + sum(node_flops(node, shape_of, rank) for node in ours) for rank in range(size)]
 
 
 def _shapes(value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:

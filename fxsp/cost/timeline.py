@@ -26,7 +26,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import Shape, node_flops
-from fxsp.inspection.wire import fxsp_name
+from fxsp.kernels.ops import op_of
 from fxsp.passes.graph import facts
 from fxsp.torch_internals import is_operator, is_pointwise, storage_key
 
@@ -73,7 +73,8 @@ def timeline(
             start = max(begin, wire)
             wire = ready[node] = start + device.latency + sent[node.name] / device.link
             spans.append(Span(node, start, wire, True))
-            if fxsp_name(node) in ("ring_attention", "merged_attention"):  # blocks are computed while others travel
+            op = op_of(node)
+            if op is not None and op.flops is not None:  # blocks are computed while others travel
                 start = max(begin, compute)
                 compute = start + _seconds(node, number, device)
                 ready[node] = max(wire, compute)
@@ -95,7 +96,8 @@ def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
         return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
 
     own = _bytes(node, number)
-    if own == 0 or _is_view(node) or fxsp_name(node) == "use":
+    op = op_of(node)
+    if own == 0 or _is_view(node) or (op is not None and op.is_identity):
         return 0.0
     fused = _pointwise(node)
     if fused and node.users and all(_pointwise(user) for user in node.users):

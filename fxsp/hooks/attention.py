@@ -32,12 +32,11 @@ from fxsp.hooks.region import Region
 from fxsp.hooks.ring import ring, ring_refusal
 from fxsp.hooks.rules import aligned, argument
 from fxsp.hooks.where import caller, refuse
-from fxsp.kernels.lowering import local_length
+from fxsp.kernels.ops import fxsp_ops as _ops
+from fxsp.kernels.tokens import local_length
 from fxsp.report import AttentionRecord
 
 __all__ = ["attention"]
-
-_ops = torch.ops.fxsp
 
 
 class _Call(NamedTuple):

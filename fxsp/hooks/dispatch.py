@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import fxsp.kernels.ops  # noqa: F401  (registers the operators)
 from fxsp.errors import ImplicitGatherWarning
 from fxsp.hooks.gradients import check_histories, check_history
 from fxsp.hooks.layout import Layout, global_size, layout_of, local_size
 from fxsp.hooks.spelling import is_in_place, name_of
 from fxsp.hooks.where import caller, refuse
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.report import GatherRecord
 from fxsp.torch_internals import plain_functions
 
@@ -50,8 +50,6 @@ __all__ = [
     "rule",
     "shard",
 ]
-
-_ops = torch.ops.fxsp
 
 
 def mark(x: Tensor, layout: Layout) -> Tensor:

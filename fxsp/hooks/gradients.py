@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fxsp.kernels.ops  # noqa: F401  (registers the operators)
 from fxsp.hooks.layout import Layout, layout_of
 from fxsp.hooks.region import Region
 from fxsp.hooks.where import refuse
+from fxsp.kernels.ops import as_view
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.torch_internals import custom_function
 
 __all__ = ["check_histories", "check_history", "leave", "use"]
-
-_ops = torch.ops.fxsp
 
 
 def check_history(x: Tensor) -> None:
@@ -46,26 +45,10 @@ def leave(x: Tensor, layout: Layout) -> Tensor:
     return y
 
 
-class _Use(torch.autograd.Function):
-    """Identity; the gradient is summed over the ranks.  (The operator ``fxsp.use`` has to copy.)"""
-
-    @staticmethod
-    def forward(x: Tensor, group: str) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _ops.reduce_grad.default(grad, ctx.group), None
-
-
 def use(x: Any, region: Region) -> Any:
     """A whole value as an operand of split ones."""
     if not isinstance(x, Tensor) or not torch.is_grad_enabled() or not x.requires_grad:
         return x
     if torch.compiler.is_compiling():
         return _ops.use.default(x, region.group)
-    return _Use.apply(x, region.group)
+    return as_view("use", x, region.group)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxsp.hooks.region import Region
-from fxsp.kernels.lowering import local_length
+from fxsp.kernels.tokens import local_length
 
 __all__ = ["Layout", "global_size", "layout_of", "local_size", "means_local", "moved", "same_tokens"]
 

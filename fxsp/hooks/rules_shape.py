@@ -15,7 +15,7 @@ from fxsp.hooks.layout import Layout, global_size, layout_of, local_size, means_
 from fxsp.hooks.region import Region
 from fxsp.hooks.rules import aligned, argument, fit, marked, tensors_in
 from fxsp.hooks.where import refuse
-from fxsp.kernels.lowering import local_length
+from fxsp.kernels.tokens import local_length
 
 __all__ = ["meant_size", "one_token", "only_layout", "part", "segments_between"]
 

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.errors import VerificationError
-from fxsp.kernels.ops import same_memory
+from fxsp.kernels.op import same_memory
 from fxsp.passes.base import Program
 from fxsp.ranks.checks import TOLERANCE, relative_error, same_random_numbers
 from fxsp.simulation.divergence import first_difference, place

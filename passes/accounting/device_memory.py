@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.accounting.memory_traffic import attended, attention_output, costs, is_attention
 from fxsp.passes.accounting.prologue import producers_of
 from fxsp.passes.base import Program
@@ -31,7 +32,7 @@ from fxsp.types import Sequence, Shard, as_length
 __all__ = ["DeviceMemory"]
 
 aten = torch.ops.aten
-_PACK = torch.ops.fxsp.pack_heads.default
+_PACK = fxsp_ops.pack_heads.default
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import fx
 
-import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
 from fxsp import torch_internals
 from fxsp.capture.module_calls import Capture, ModuleCall
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.annotate.dynamo_graph import (
     all_described,
     copy_origin,
@@ -306,7 +306,7 @@ class _Writer:
 
     def _annotation(self, row: ResolvedEntry, value: fx.Node, dim: int, text_len: Any, origin: fx.Node) -> fx.Node:
         args = (value, row.entry.kind, dim, text_len, str(row))
-        new = value.graph.call_function(torch.ops.fxsp.annotate.default, args)
+        new = value.graph.call_function(fxsp_ops.annotate.default, args)
         new.meta["example_value"] = example_of(value)
         copy_origin(origin, new)
         self.inserted[new] = None

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import fx
 
-import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
 from fxsp import torch_internals
 from fxsp.capture.graph_breaks import Split, same_view
 from fxsp.capture.module_calls import Capture
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
@@ -62,7 +62,7 @@ def carry(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry]) ->
         entry = f"{split.name}: split before this graph began"
         with gm.graph.inserting_after(inputs[-1]):
             args = (node, "shard", split.dim, split.text, entry)
-            new = gm.graph.call_function(torch.ops.fxsp.annotate.default, args)
+            new = gm.graph.call_function(fxsp_ops.annotate.default, args)
         new.meta["example_value"] = node.meta["example_value"]
         for user in users:
             user.replace_input_with(node, new)
@@ -87,7 +87,7 @@ def _nodes(module: torch.nn.Module) -> list[fx.Node]:
 
 
 def _splits(node: fx.Node) -> bool:
-    return node.target is torch.ops.fxsp.annotate.default and node.args[1] == "shard"
+    return node.target is fxsp_ops.annotate.default and node.args[1] == "shard"
 
 
 def _argument(capture: Capture, rows: list[ResolvedEntry], example: torch.Tensor) -> Split | None:

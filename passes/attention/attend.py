@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.kernels.attention.own_kernel import written_out
+from fxsp.kernels.ops import local_ops
 from fxsp.passes.attention.operators import BANDED, SDPA
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.attention.repeat_kv import repeat_heads, repeated_heads
@@ -131,7 +132,7 @@ class Attend:
             rows = call(aten.arange.default, self.build.size(own_heads_of), device=self.device)
         k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
         return call(
-            torch.ops.fxsp_local.dropped_attention.default, q, k, v, mask, self.args["dropout_p"], bool(causal),
+            local_ops.dropped_attention.default, q, k, v, mask, self.args["dropout_p"], bool(causal),
             self.args.get("scale"), bool(self.args.get("enable_gqa")), self.build.seed(self.device), rows, every,
         )  # fmt: skip
 

@@ -25,13 +25,13 @@ from torch.fx import Node
 
 from fxsp.config import Degrees
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.choose import choose
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
-from fxsp.passes.builder import split_bytes
 from fxsp.passes.graph import facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
 from fxsp.passes.rules.elementwise import broadcast

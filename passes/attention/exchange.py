@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import Question
@@ -35,7 +36,6 @@ from fxsp.types import Length, Segment, Sequence, as_length, product, same_lengt
 __all__ = ["HeadExchange", "exchanging"]
 
 aten = torch.ops.aten
-_ops = torch.ops.fxsp
 
 
 def exchanging(method: str, question: Question, u: int, r: int = 1, margin: float | None = None) -> Way:

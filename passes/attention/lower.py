@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.kernels.ops import op_of
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.decide import distributed_attention
-from fxsp.passes.attention.method import Method
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED
 from fxsp.passes.attention.repeat_kv import chain_of
@@ -30,8 +30,7 @@ from fxsp.torch_internals import saved_tag
 
 __all__ = ["LowerAttention"]
 
-#: The seed of a dropout: another one would drop other elements.
-_SEED = torch.ops.aten.randint.default
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,11 @@ class LowerAttention:
             before = node.prev
             with graph.inserting_before(node):
                 x = Attend(build, node, cache)
-                method = METHODS[x.choice.method]
-                new = x.turned(method.lower(x))
+                new = x.turned(METHODS[x.choice.method].lower(x))
             for written in _between(before, node):
                 mark(written, attention_record=facts(node).attention_record)
                 # In an activation checkpoint, what was exchanged is saved: else it would be exchanged once more.
-                if "recompute" in node.meta and _is_saved(written, method):
+                if "recompute" in node.meta and _is_saved(written):
                     written.meta.update(saved_tag())
             mark(new, type=type_of(node), whole=facts(node).whole)
             node.replace_all_uses_with(new)
@@ -76,10 +74,13 @@ class LowerAttention:
         return program
 
 
-def _is_saved(node: Node, method: Method) -> bool:
-    # A banded attention is several operators, masks among them: those are computed again.
-    attends = node.target in ATTENTION_OPS and node.target is not BANDED
-    return attends or node.target in method.saved or node.target is _SEED
+def _is_saved(node: Node) -> bool:
+    op = op_of(node)
+    if op is not None:
+        return op.saved
+    # The seed of a dropout: another one would drop other elements.  A banded attention is several operators, masks
+    # among them: those are computed again.
+    return node.target is aten.randint.default or (node.target in ATTENTION_OPS and node.target is not BANDED)
 
 
 def _between(before: Node, after: Node) -> Iterator[Node]:

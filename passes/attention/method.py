@@ -7,7 +7,6 @@ A new method is a file in ``methods`` and a line in its list; its operator, if i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch.fx import Node
 
@@ -27,8 +26,6 @@ class Method:
     name: str
     #: Whether an attention that runs so is none that degrees speak of.
     beyond_degrees: bool = False
-    #: Its operators whose results an activation checkpoint keeps: else they would be communicated once more.
-    saved: tuple[Any, ...] = ()
 
     def ways(self, question: Question) -> Iterator[Way]:
         """What it costs, for all degrees that it may have, or why it is not legal; nothing where it is out of place."""

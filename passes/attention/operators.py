@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-import fxsp.kernels.attention.banded  # noqa: F401  (registers the operator)
 from fxsp.errors import OptionError
+from fxsp.kernels.ops import local_ops
 from fxsp.passes.rules.rule import RULES, Call, Dims, OpRule, overloads, tensor_nodes
 from fxsp.plan import did_you_mean, listing
 from fxsp.torch_internals import overload_of
@@ -27,7 +27,7 @@ __all__ = ["ATTENTION_OPS", "BANDED", "SDPA", "AttentionOp", "attention_op", "re
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 #: What *masks* makes of an attention whose mask it has seen through.
-BANDED = torch.ops.fxsp_local.banded_attention.default
+BANDED = local_ops.banded_attention.default
 
 
 @dataclass(frozen=True)

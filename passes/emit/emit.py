@@ -41,10 +41,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import fxsp.kernels.ops  # registers the ops
+import fxsp.errors
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
-from fxsp.kernels.exchange.head_ops import HEAD_OPS
+from fxsp.kernels.ops import fxsp_ops, op_of
 from fxsp.torch_internals import fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
@@ -83,24 +83,16 @@ def fingerprint(folders: tuple[Path, ...] = FOLDERS) -> str:
     return found.hexdigest()
 
 
-def op_name(node: Node) -> str | None:
-    """``"gather"`` for a call of ``torch.ops.fxsp.gather.default``, None for a node that calls no fxsp op."""
-    if node.op != "call_function" or not is_operator(node.target):
-        return None
-    namespace, _, name = schema(node.target).name.partition("::")
-    return name if namespace == "fxsp" else None
-
-
 def is_kernel(target: Any) -> bool:
     """Whether a call is one of the operators around our Triton kernels, which stay in a graph."""
     return is_operator(target) and schema(target).name.startswith("fxsp_kernels::")
 
 
 def drop_identities(graph: Graph) -> None:
-    """Remove ``use``, ``annotate`` and ``scale_grad``, in place."""
+    """Remove the operators that are nothing forward (``use``, say), in place."""
     with _Outputs(graph):
         for node in list(graph.nodes):
-            if op_name(node) in ("use", "annotate", "scale_grad"):
+            if (op := op_of(node)) is not None and op.is_identity:
                 _replace(node, node.args[0])
 
 
@@ -119,15 +111,15 @@ def emit(
         _reduce_together(splicer, bucket)
     with _Outputs(graph):
         for node in list(graph.nodes):
-            name = op_name(node)
-            if name == "scale_grad":  # of a graph that nobody differentiates
+            op = op_of(node)
+            if op is not None and op.is_identity:
                 _replace(node, node.args[0])
-            elif name is not None:
+            elif op is not None:
                 arguments = _arguments(node)
-                if name in HEAD_OPS and decompositions is None:
+                if decompositions is None and schema(node.target).arguments[-1].name == "fuse":
                     arguments = (*arguments[:-1], False)  # nobody comes after us who would fuse
-                _replace(node, splicer.call(lowering.LOWERINGS[name], arguments, node, node))
-    left = [node.name for node in graph.nodes if op_name(node) is not None]
+                _replace(node, splicer.call(op.lowering, arguments, node, node))
+    left = [node.name for node in graph.nodes if op_of(node) is not None]
     if left:
         raise VerificationError(f"emit left fxsp ops in the graph: {', '.join(left)}")
 
@@ -269,7 +261,8 @@ def _buckets(graph: Graph, limit: int) -> list[list[Node]]:
     """The all-reduces of gradients that are results of the graph, in groups to be reduced together."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     output = graph.output_node()
-    members = [node for node in graph.nodes if op_name(node) == "reduce_grad" and set(node.users) == {output}]
+    gradients = graph.find_nodes(op="call_function", target=fxsp_ops.reduce_grad.default)
+    members = [node for node in gradients if set(node.users) == {output}]
     buckets: list[list[Node]] = []
     open_buckets: dict[Any, tuple[list[Node], int]] = {}
     # In the order in which the gradients are ready.  The node itself may come much later: autograd runs it last.

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.graph import mark
 from fxsp.passes.normalize.autocast import AutocastState
 from fxsp.passes.normalize.checkpoint import tag_checkpoint
@@ -39,7 +40,7 @@ __all__ = ["Retracer", "describe", "is_annotation"]
 
 def is_annotation(target: Any) -> bool:
     """Whether a node's target is ``fxsp.annotate``: an identity, the plan's marker."""
-    return torch_internals.is_operator(target) and torch_internals.schema(target).name == "fxsp::annotate"
+    return target is fxsp_ops.annotate.default
 
 
 class _State:

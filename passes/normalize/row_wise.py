@@ -22,6 +22,7 @@ import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
@@ -71,7 +72,7 @@ def _keeps_rows(gm: torch.fx.GraphModule, dim: int) -> bool:
     for i, node in enumerate(gm.graph.nodes):
         nodes[node] = new = graph.node_copy(node, nodes.__getitem__)
         if i < 2:
-            nodes[node] = graph.call_function(torch.ops.fxsp.annotate.default, (new, "shard", dim, -1, "rows"))
+            nodes[node] = graph.call_function(fxsp_ops.annotate.default, (new, "shard", dim, -1, "rows"))
             nodes[node].meta["val"] = node.meta["val"]
     Propagate().apply(Program(torch.fx.GraphModule(gm, graph), Ranks(0, 2, "rows")))
     for node in graph.nodes:

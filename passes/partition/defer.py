@@ -17,10 +17,9 @@ every rank.  It is the last thing that is done to a graph, after the pipeline.
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule
 
-import fxsp.kernels.ops  # noqa: F401  (defines fxsp::scale_grad)
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.functionalize.inplace import written_arguments
 from fxsp.passes.graph import facts, global_value, mark
 
@@ -38,7 +37,7 @@ def scale_summands(gm: GraphModule, size: int) -> None:
         if not users:
             continue
         with gm.graph.inserting_after(inputs[-1]):
-            new = gm.graph.call_function(torch.ops.fxsp.scale_grad.default, (node, size))
+            new = gm.graph.call_function(fxsp_ops.scale_grad.default, (node, size))
         new.meta.update(node.meta)
         mark(new, is_parameter=False)
         for user in users:

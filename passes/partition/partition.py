@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 
 from fxsp.capture.graph_breaks import Split
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.ops import local_ops
 from fxsp.passes.attention.decide import distributed_attention
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.methods import METHODS
@@ -342,9 +343,7 @@ class _Partitioner(Converter):
             own, dim, back = self.expose(x, shape_of(node), type_)
             device = node.meta["val"].device
             rows = self.build.positions(type_.sequence, device)
-            return back(
-                self.build.call(torch.ops.fxsp_local.dropout.default, own, self.build.seed(device), rows, dim, p)
-            )
+            return back(self.build.call(local_ops.dropout.default, own, self.build.seed(device), rows, dim, p))
         like = node.meta["val"]
         sizes = self.build.sizes(shape_of(node))
         ones = self.build.call(aten.ones.default, sizes, dtype=like.dtype, device=like.device)

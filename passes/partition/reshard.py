@@ -14,9 +14,10 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.errors import StrictError, UnsupportedError
+from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
+from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, mark
 from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.elementwise import CHEAP

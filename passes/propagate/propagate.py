@@ -23,6 +23,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.errors import PlanError, UnsupportedError
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.decide import decide_attention
 from fxsp.passes.attention.unfused import decide_written
 from fxsp.passes.base import Program
@@ -58,7 +59,7 @@ _DROPOUTS = set(overloads("dropout"))
 
 def is_annotate(node: Node) -> bool:
     """Whether a node is a plan entry waiting to be carried out."""
-    return node.op == "call_function" and node.target is torch.ops.fxsp.annotate.default
+    return node.op == "call_function" and node.target is fxsp_ops.annotate.default
 
 
 def is_random(op: Any) -> bool:

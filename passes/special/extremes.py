@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.kernels.counts import reduced_bytes
 from fxsp.kernels.extremes import travels_as
-from fxsp.passes.builder import Builder, reduced_bytes
+from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision, locate
 from fxsp.passes.rules.reduce import COMBINED, reduced_dims
 from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of

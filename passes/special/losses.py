@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.passes.builder import Builder, reduced_bytes
+from fxsp.kernels.counts import reduced_bytes
+from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.rule import Call, overloads
 from fxsp.types import Partial, Shard, Type, Used, product, same_length

@@ -34,7 +34,6 @@ class GatherKV(Method):
     """Legal where the operator runs on some of the queries."""
 
     name = "gather_kv"
-    saved = (torch.ops.fxsp.gather_used.default,)
 
     def ways(self, question: Question) -> Iterator[Way]:
         if question.keys is None:

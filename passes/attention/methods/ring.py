@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from fxsp.config import Degrees
 from fxsp.kernels.attention.ring_blocks import pairs_of
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
@@ -34,14 +35,12 @@ from fxsp.types import Type, Used, as_length, product, same_length
 __all__ = ["Hybrid", "Ring", "is_causal_ring", "pairs"]
 
 aten = torch.ops.aten
-_ops = torch.ops.fxsp
 
 
 class Ring(Method):
     """Legal where blocks of the attention can be merged."""
 
     name = "ring"
-    saved = (_ops.ring_attention.default,)
 
     def ways(self, question: Question) -> Iterator[Way]:
         if question.queries is not None and question.keys is not None:
@@ -91,7 +90,6 @@ class Hybrid(Ring):
     """Legal where besides heads divide over some of the ranks."""
 
     name = "hybrid"
-    saved = (*Ring.saved, _ops.all_to_all_within.default)
 
     def _heads_among(self, size: int) -> Iterator[int]:
         yield from (u for u in range(size // 2, 1, -1) if size % u == 0)

@@ -18,15 +18,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 
-import torch
 from torch.fx import Node
 
 from fxsp.kernels.attention.split_kv import packed_width
+from fxsp.kernels.counts import reduced_bytes
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method, beside_whole_queries
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.builder import reduced_bytes
 from fxsp.passes.rules.rule import Call
 from fxsp.types import Type, Used, as_length, product
 
@@ -38,7 +38,6 @@ class Merged(Method):
 
     name = "merged"
     beyond_degrees = True
-    saved = (torch.ops.fxsp.merged_attention.default,)
 
     def ways(self, question: Question) -> Iterator[Way]:
         if question.queries is not None or question.keys is None:
@@ -56,7 +55,7 @@ class Merged(Method):
         build, keys, ranks = x.build, x.choice.keys, x.build.ranks
         assert keys is not None
         both = build.call(
-            torch.ops.fxsp.merged_attention.default, x.q, x.k, x.v, x.mask, build.sizes(keys.lengths),
+            fxsp_ops.merged_attention.default, x.q, x.k, x.v, x.mask, build.sizes(keys.lengths),
             list(keys.whole), bool(x.causal), x.args.get("scale"), ranks.rank, ranks.size, ranks.group,
             *build.placed(keys), **x.exact,
         )  # fmt: skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from fxsp.config import Degrees
@@ -35,7 +34,6 @@ class Ulysses(Method):
     """Legal where heads divide over the ranks."""
 
     name = "ulysses"
-    saved = (torch.ops.fxsp.all_to_all.default,)
 
     def ways(self, question: Question) -> Iterator[Way]:
         if question.queries is None or question.keys is None:
