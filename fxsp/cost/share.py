@@ -22,10 +22,10 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.rule import RULES, Call, tensor_nodes
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, tensor_nodes
+from fxsp.passes.rules.table import RULES
 from fxsp.passes.rules.whole import WHOLE
-from fxsp.passes.special.cat_and_cut import CATS, CUTS, SLICES
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import fake_mode_of, is_operator, is_pointwise, schema, size_hint
 from fxsp.types import Partial, Shard, as_length
@@ -125,7 +125,7 @@ def _is_unknown(node: Node) -> bool:
     name = schema(node.target).name
     if node.target in RULES or is_pointwise(node.target) or name.startswith(("fxsp::", "fxsp_local::")):
         return False
-    if node.target in CATS or node.target in CUTS or node.target in SLICES:
+    if node.target in family("cat", "slice", "split"):
         return False
     views = any(result.alias_info is not None for result in schema(node.target).returns)
     return not views and not {name, f"{name}.{schema(node.target).overload_name}"} & WHOLE.keys()
@@ -142,7 +142,7 @@ def _operands(node: Node) -> list[Node]:
 
 def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
     """Elements of the result of what computes something from tensors; views, and what is cheap, count nothing."""
-    if facts(node).decision is None or not _operands(node) or node.target in CHEAP:
+    if facts(node).decision is None or not _operands(node) or node.target in family("cheap"):
         return 0
     if any(result.alias_info is not None for result in schema(node.target).returns):
         return 0

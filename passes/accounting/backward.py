@@ -1,4 +1,4 @@
-"""What the backward pass of a local graph will send, read off the forward graph before anyone differentiates it.
+"""backward: what the backward pass of a local graph will send, read off the forward graph before it is differentiated.
 
 The gradient of a value in one form comes in the adjoint form, so every operator of ours that a gradient goes through
 says in its record what its adjoint sends (``Op.returns`` in :mod:`fxsp.kernels.op`).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fxsp.kernels.op import Local, Sent
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value, value_of
+from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.rules.rule import Call
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
@@ -32,17 +33,20 @@ from fxsp.source import module_path, node_source
 from fxsp.torch_internals import is_operator, is_recomputed, schema
 from fxsp.types import Shard, as_length
 
-__all__ = ["backward_collectives"]
+__all__ = ["Backward", "backward_collectives"]
 
 aten = torch.ops.aten
-#: Their results are values without history.
-_CONSTANT = (aten.detach.default, aten.ones_like.default, aten.zeros_like.default, aten.empty_like.default)
-#: The gradients of their operands do not need the operands.
-_LINEAR = frozenset(
-    "add sub neg sum mean cumsum flip roll cat stack split split_with_sizes chunk unbind narrow slice select view "
-    "reshape expand unsqueeze squeeze flatten unflatten permute transpose movedim clone contiguous to alias "
-    "constant_pad_nd".split()
-)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """After this pass the report says what gradients will send."""
+
+    name: str = "backward"
+
+    def apply(self, program: Program) -> Program:
+        program.report.backward.extend(backward_collectives(program))
+        return program
 
 
 def backward_collectives(program: Program) -> list[CollectiveRecord]:
@@ -80,7 +84,7 @@ def _passes_on(node: Node) -> bool:
         return node.target is operator.getitem
     if (op := op_of(node)) is not None:
         return op.flops is None
-    return schema(node.target).name.partition("::")[2] in _LINEAR
+    return schema(node.target).name.partition("::")[2] in names_of("linear")
 
 
 def _with_gradients(program: Program) -> list[Node]:
@@ -91,8 +95,8 @@ def _with_gradients(program: Program) -> list[Node]:
         if node.op == "placeholder":
             if getattr(global_value(node), "requires_grad", False):
                 needs.add(node)
-        elif node.op != "output" and node.target not in _CONSTANT and not needs.isdisjoint(node.all_input_nodes):
-            if _floating(node):
+        elif node.op != "output" and not needs.isdisjoint(node.all_input_nodes):
+            if node.target not in family("detached") and _floating(node):
                 needs.add(node)
     wanted: set[Node] = set()
     for node in reversed(nodes):

@@ -13,45 +13,27 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxsp.passes.calls import arguments
 from fxsp.passes.graph import facts, global_value
-from fxsp.passes.rules.rule import overloads
-from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.passes.rules.families import family
 from fxsp.passes.work import has_work
-from fxsp.torch_internals import is_operator, is_pointwise
+from fxsp.torch_internals import is_operator, is_pointwise, schema
 from fxsp.types import Shard
 
 __all__ = ["producers_of"]
 
-_NORMS = {
-    op: name
-    for name in ("rms_norm", "layer_norm", "native_layer_norm", "group_norm", "_fused_rms_norm")
-    for op in overloads(name)
-}
-#: A norm that is spelled out has one of each.
-_MEANS = frozenset(overloads("mean.dim", "sum.dim_IntList", "var.correction", "linalg_vector_norm"))
-_ROOTS = frozenset(overloads("rsqrt", "sqrt"))
-_CASTS = frozenset(overloads("to.dtype", "to.dtype_layout", "_to_copy", "type_as"))
-_JOINS = frozenset(overloads("cat", "stack", "concat"))
-_MOVES = frozenset(
-    [
-        *RESHAPES,
-        *PERMUTES,
-        *EXPANDS,
-        *overloads(
-            "slice.Tensor", "select.int", "narrow", "split.Tensor", "split_with_sizes", "chunk", "unbind.int", "alias",
-            "view_as_real", "view_as_complex", "contiguous", "clone", "detach", "dropout", "slice_scatter",
-            "select_scatter",
-        ),
-        operator.getitem,
-    ]
-)  # fmt: skip
+aten = torch.ops.aten
+
+#: A norm that is spelled out has one statistic and one root.
+_NORMS, _MEANS, _ROOTS = family("normalizes"), family("statistic"), family("root")
+_CASTS, _JOINS = family("cast"), family("join")
+_MOVES = family("view", "moves") | {operator.getitem}
 #: What turns pairs of neighbours, beside slices with a step; halves are turned by ``cat``.
-_PAIRS = frozenset(overloads("view_as_complex", "stack"))
-_TURNS = frozenset([*overloads("neg", "sub.Tensor", "rsub.Scalar", "view_as_complex")])
-_PRODUCT_BY = frozenset(overloads("mul.Tensor"))
+_PAIRS, _TURNS = family("pairs"), family("turns_pair")
 
 
 def producers_of(operands: Mapping[str, Node]) -> tuple[str, ...]:
@@ -94,16 +76,16 @@ def _passes(node: Node) -> bool:
 def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
     """What these operators are, in the words of models."""
     targets = {node.target for node in nodes}
-    names = list(dict.fromkeys(_NORMS[node.target] for node in nodes if node.target in _NORMS))
+    names = list(dict.fromkeys(schema(node.target).name.partition("::")[2] for node in nodes if node.target in _NORMS))
     if not names and targets & _MEANS and targets & _ROOTS:
         names.append("norm")
     joins = [node for node in nodes if node.target in _JOINS]
     pairs = bool(targets & _PAIRS) or any(map(_steps, nodes))
-    if targets & _TURNS and targets & _PRODUCT_BY and (joins or pairs):
+    if targets & _TURNS and aten.mul.Tensor in targets and (joins or pairs):
         names.append("rotary (interleaved)" if pairs else "rotary (half-split)")
     elif joins:
         names.append("cat")
-    if any(node.target in overloads("cat") and _of_tokens(node) for node in joins) and "cat" not in names:
+    if any(node.target is aten.cat.default and _of_tokens(node) for node in joins) and "cat" not in names:
         names.append("cat")
     if not names and any(_computes(node) for node in nodes):
         names.append("elementwise")
@@ -112,8 +94,7 @@ def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
 
 def _steps(node: Node) -> bool:
     """Whether a slice takes, or writes, every other element."""
-    at = {"slice": 4, "slice_scatter": 5}.get(getattr(node.target, "_opname", ""), len(node.args))
-    return bool(len(node.args) > at and node.args[at] == 2)
+    return is_operator(node.target) and arguments(node).get("step") == 2
 
 
 def _of_tokens(node: Node) -> bool:

@@ -34,8 +34,9 @@ from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
-from fxsp.passes.rules.elementwise import broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.dims import broadcast
+from fxsp.passes.rules.rule import Call, Dims, OpRule
+from fxsp.passes.rules.table import rule
 from fxsp.source import place
 from fxsp.types import Length, Replicate, Shard, Type, as_length, same_length
 
@@ -204,6 +205,3 @@ def _check_dropout(call: Call, op: AttentionOp, program: Program) -> None:
         f"({op.dropout}={p}) on split tokens cannot draw the same mask as one device. "
         f"Set the dropout of attention to 0, or call model.eval(){accept}."
     )
-
-
-assert overloads("scaled_dot_product_attention") == [SDPA]

@@ -26,10 +26,9 @@ from torch.fx import Graph, Node
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.rules.decide import Decision, decide, hint, locate
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule_of, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
-from fxsp.passes.special.cat_and_cut import CATS, CUTS
+from fxsp.passes.rules.families import family, names_of
+from fxsp.passes.rules.rule import Call, Dims, OpRule, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.table import rule_of
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length
 
@@ -46,13 +45,10 @@ __all__ = [
     "unfused_of",
 ]
 
-PRODUCTS = frozenset(overloads("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linalg_matmul"))
-VIEWS = frozenset([*RESHAPES, *EXPANDS, *PERMUTES])
+PRODUCTS = family("product")
+VIEWS = family("view")
 #: What may stand between a product and a softmax: rows stay rows, columns stay columns.
-PASSED = frozenset([*CHEAP, *VIEWS, *CATS, *CUTS, *overloads("dropout")])
-_SOFTMAXES = frozenset(overloads("softmax.int", "_softmax"))
-#: The effect of these ``scaled_dot_product_attention`` has, too: scaling, masks, casts.
-_KNOWN = frozenset("mul div add sub to _to_copy where masked_fill type_as contiguous clone alias dropout".split())
+PASSED = family("cheap", "cat", "slice", "split") | {torch.ops.aten.dropout.default}
 _REMEDY = 'use scaled_dot_product_attention (attn_implementation="sdpa" in transformers), whose cheapest way is chosen'
 
 
@@ -116,7 +112,7 @@ def unfused_of(program: Program) -> Unfused:
 def find_written(graph: Graph) -> list[Written]:
     """Every softmax over keys, with the products before and after it, in the order of the graph."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    found = (_around(node, order) for node in graph.nodes if node.target in _SOFTMAXES)
+    found = (_around(node, order) for node in graph.nodes if node.target in family("softmax"))
     return [one for one in found if one is not None]
 
 
@@ -160,7 +156,7 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
         [scores[n] for n in sorted(scores, key=order.__getitem__)],
         list(results.values()),
         frozenset(inside | {softmax, *results}),
-        tuple(dict.fromkeys(name for name in names if name not in _KNOWN)),
+        tuple(dict.fromkeys(name for name in names if name not in names_of("in_sdpa"))),
     )
 
 
@@ -168,7 +164,7 @@ def _operands(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     """The operands that have the dimension ``dim`` of a result, and where."""
     rule = rule_of(node)
     for i, operand in enumerate(Call(node).operands):
-        if node.target in CATS or node.target in CUTS:
+        if node.target in family("cat", "slice", "split"):
             yield operand, dim
         elif rule is not None and (at := _where(rule.operands[i], rule.results[0][dim])) is not None:
             yield operand, at
@@ -179,7 +175,7 @@ def _users(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     for user in node.users:
         if user.target not in PASSED or tensor_value(user) is None:
             continue
-        if user.target in CATS or user.target in CUTS:
+        if user.target in family("cat", "slice", "split"):
             yield user, dim
             continue
         rule = rule_of(user)
@@ -198,7 +194,7 @@ def _factors(node: Node) -> tuple[OpRule, int, list[set[str]]] | None:
     rule = rule_of(node) if node.target in PRODUCTS else None
     if rule is None:
         return None
-    first = 1 if node.target in overloads("baddbmm", "addmm") else 0
+    first = 1 if node.target in family("addmm") else 0
     sides = [{f for d in dims or () for f in d} for dims in rule.operands[first:]]
     return (rule, first, sides) if len(sides) == 2 else None
 
@@ -237,7 +233,7 @@ def _makes_result(node: Node, weights: Node, dim: int) -> Product | None:
 
 def is_computed(node: Node) -> bool:
     """Whether a value is more than a parameter, seen in another way."""
-    while node.target in VIEWS or node.target in CHEAP:
+    while node.target in family("cheap"):
         first = next(tensor_nodes(node.args), None)
         if first is None:
             break

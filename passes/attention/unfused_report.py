@@ -1,4 +1,4 @@
-"""For the report: what attention that is written out sends, and linear attention.
+"""unfused_report: what attention that is written out sends, and linear attention.
 
 Linear attention is found once types are known: a product that sums over split tokens (of keys and values), whose sum
 over the ranks is multiplied with split values (the queries)::
@@ -25,15 +25,15 @@ from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed,
 from fxsp.passes.base import Program
 from fxsp.passes.graph import decision_of, facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, locate
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.reduce import SUMS
-from fxsp.passes.rules.rule import Call, rule_of, shape_of
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
+from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.repeats import repeated
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
 
-__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "mark_written", "report_written"]
+__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "UnfusedReport", "mark_written"]
 
 #: Methods of attentions that are written out.
 GATHERED = "gather_kv (written out)"
@@ -59,9 +59,9 @@ def mark_written(program: Program) -> None:
     taken = {node for one in found for node in one.nodes}
     found += [one for node in program.graph.nodes if (one := _linear(node)) is not None and node not in taken]
     unfused.reported = found
-    for index, one in enumerate(found):
+    for one in found:
         for node in one.nodes:
-            mark(node, written_attention=index)
+            mark(node, written_attention=one)
 
 
 def _is_split(one: Written) -> bool:
@@ -83,7 +83,7 @@ def _linear(first: Node) -> _Found | None:
                 others = [x for x in user.all_input_nodes if x is not node]
                 if isinstance(facts(user).type, Shard) and any(isinstance(facts(x).type, Shard) for x in others):
                     ends.append(user)
-            elif (user.target in CHEAP or user.target in VIEWS) and not isinstance(facts(user).type, Shard):
+            elif user.target in family("cheap") and not isinstance(facts(user).type, Shard):
                 queue += [user] if user not in inside else []
                 inside.add(user)
     if not ends:
@@ -97,16 +97,25 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
     for node in sources:
         for view in (node, *(u for u in node.users if u.target in VIEWS)):
             for total in view.users:
-                if total.target in SUMS and isinstance(facts(total).type, Partial):
+                if total.target in family("sum") and isinstance(facts(total).type, Partial):
                     yield from (total, *total.users)
 
 
-def report_written(program: Program) -> None:
-    """Add a record for each attention that is written out, in the order of the program, once all is partitioned."""
-    found: list[_Found] = unfused_of(program).reported
-    if not found:
-        return
-    records = {one.first: _record(one, index, program) for index, one in enumerate(found)}
+@dataclass(frozen=True)
+class UnfusedReport:
+    """After this pass the report has a record for each attention that is written out, in the order of the program."""
+
+    name: str = "unfused_report"
+
+    def apply(self, program: Program) -> Program:
+        found: list[_Found] = program.unfused.reported if program.unfused is not None else []
+        if found:
+            _report(found, program)
+        return program
+
+
+def _report(found: list[_Found], program: Program) -> None:
+    records = {one.first: _record(one, program) for one in found}
     others = iter(list(program.report.attentions))
     ordered: list[AttentionRecord] = []
     for node in program.whole.graph.nodes:
@@ -118,8 +127,8 @@ def report_written(program: Program) -> None:
     program.report.attentions[:] = [*ordered, *others]
 
 
-def _record(one: _Found, index: int, program: Program) -> AttentionRecord:
-    own = {n.name for n in program.graph.nodes if facts(n).written_attention == index}
+def _record(one: _Found, program: Program) -> AttentionRecord:
+    own = {n.name for n in program.graph.nodes if facts(n).written_attention is one}
     forward = [r.bytes for r in program.report.collectives if r.value in own]
     backward = [r.bytes for r in program.report.backward if r.value in own]
     method = LINEAR if one.written is None else _method(one.written)

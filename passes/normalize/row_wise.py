@@ -26,6 +26,7 @@ from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
+from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import Call
 from fxsp.torch_internals import is_wrapper_subclass
 from fxsp.types import Ranks, Shard
@@ -34,14 +35,11 @@ __all__ = ["is_row_wise"]
 
 aten = torch.ops.aten
 
-#: Of ``x [..., rows, i]`` and a weight.
-_PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default})
-
 
 def is_row_wise(node: Node) -> bool:
     """Whether an operator on ``x`` and a frozen subclass, and its gradient, treat every row of ``x`` alone."""
     x, *others = [n.meta["val"] for n in node.all_input_nodes]
-    if node.target not in _PRODUCTS or node.kwargs or node.args[0] is not node.all_input_nodes[0]:
+    if node.target not in family("row_product") or node.kwargs or node.args[0] is not node.all_input_nodes[0]:
         return False
     if (
         is_wrapper_subclass(x)

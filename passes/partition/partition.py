@@ -38,12 +38,11 @@ from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Valu
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.reduce import reduced_dims
 from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.rules.views import EXPANDS, RESHAPES
-from fxsp.passes.special.cat_and_cut import CUTS
 from fxsp.passes.special.extremes import ExtremePlan, write_extreme
-from fxsp.passes.special.likes import DRAWN, LikePlan, write_like
+from fxsp.passes.special.likes import LikePlan, write_like
 from fxsp.passes.special.losses import LossPlan, write_loss
 from fxsp.passes.special.select import PickPlan, write_pick
 from fxsp.passes.special.slice_scatter import OverwritePlan, write_overwrite
@@ -58,10 +57,6 @@ aten = torch.ops.aten
 
 #: Why whole values are needed at the end.
 _WRITTEN = "an input that is written to has its global shape"
-
-
-#: They read memory, not values: their operand must lie in memory as the program's own does.
-_BY_STRIDES = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
 
 
 @dataclass(frozen=True)
@@ -249,13 +244,13 @@ class _Partitioner(Converter):
     def _like(self, node: Node, call: Call, type_: Type) -> None:
         """What reads a shape only: nothing is asked of its operand."""
         split = any(isinstance(type_of(n), Shard) for n in call.operands)
-        if call.op in DRAWN and split and self.program.options.rng == "per_rank":
+        if call.op in family("drawn") and split and self.program.options.rng == "per_rank":
             self._note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
         new = write_like(self.build, node, type_, self.copies)
         self.values[node] = Value(node, [(type_, self.typed(new, type_, node))])
 
     def _whole_call(self, node: Node, kind: str = "implicit") -> None:
-        by_strides = node.args[0] if node.target in _BY_STRIDES else None
+        by_strides = node.args[0] if node.target in family("by_strides") else None
 
         def argument(old: Node) -> Any:
             new = self.argument(old, kind)
@@ -279,13 +274,14 @@ class _Partitioner(Converter):
             return write_extreme(self.build, call, first, decision.detail)
         if isinstance(result, Shard) and decision.detail == "dropout":
             return self._dropout(node, call, arguments, result)
-        if call.op in CUTS and decision.detail is not None:
+        if call.op in family("slice", "split") and decision.detail is not None:
             return self._cut(node, call, decision, first)
-        if isinstance(result, Partial) and call.op in (*SUMS, *MEANS):
+        if isinstance(result, Partial) and call.op in family("total"):
             return self._sum(call, arguments)
         # Always where a second operand (of expand_as, view_as) lends a shape, because that may be local.
-        if call.op in EXPANDS or (call.op in RESHAPES and (isinstance(result, Shard) or len(call.operands) > 1)):
-            op = aten.expand.default if call.op in EXPANDS else aten.reshape.default
+        expands = call.op in family("expand")
+        if expands or (call.op in family("reshape") and (isinstance(result, Shard) or len(call.operands) > 1)):
+            op = aten.expand.default if expands else aten.reshape.default
             return self.build.call(op, first, self._local_sizes(node, result))
         args, kwargs = call.bound_to(arguments).rebuild()
         new = self.build.call(call.op, *args, **kwargs)
@@ -327,7 +323,7 @@ class _Partitioner(Converter):
         new = self.build.call(
             aten.sum.dim_IntList, arguments["self"], dims, bool(call.get("keepdim", False)), dtype=wide
         )
-        if call.op in MEANS:
+        if call.op in family("mean"):
             count = product(shape[d] for d in dims)
             new = self.build.call(aten.div.Tensor, new, self.build.size(count))
         return new
@@ -366,11 +362,10 @@ class _Partitioner(Converter):
             self._note_draw()
         note_degree(self.program, node, choice.method, choice.rejected)
         detail = "; ".join(filter(None, [choice.detail, METHODS[choice.method].work(Call(node), choice)]))
-        self.program.report.attentions.append(
-            AttentionRecord(*place, choice.method, choice.way.sent, choice.rejected, detail)
-        )
+        record = AttentionRecord(*place, choice.method, choice.way.sent, choice.rejected, detail)
+        self.program.report.attentions.append(record)
         new = self.build.call(distributed_attention, **arguments)
-        mark(new, attention=choice, attention_record=len(self.program.report.attentions) - 1)
+        mark(new, attention=choice, attention_record=record)
         if isinstance(node.meta["val"], (tuple, list)):
             return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
         return new

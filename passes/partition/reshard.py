@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxsp.errors import StrictError, UnsupportedError
+from fxsp.errors import RunsWhole, StrictError, UnsupportedError
 from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, mark
 from fxsp.passes.rules.decide import hint
-from fxsp.passes.rules.elementwise import CHEAP
+from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import shape_of, tensor_nodes
-from fxsp.passes.rules.views import EXPANDS, RESHAPES
-from fxsp.passes.special.cat_and_cut import CATS, SLICES
 from fxsp.passes.special.likes import is_constant, write_like
 from fxsp.passes.special.repeats import repeats_of
 from fxsp.report import GatherRecord
@@ -167,7 +165,7 @@ class Converter:
         node = value.node
         if facts(node).free or is_constant(node):
             return True
-        if depth == 0 or not (node.target in CHEAP or node.target in CATS or node.target in SLICES):
+        if depth == 0 or node.target not in family("cheap", "cat", "slice"):
             return False
         operands = [self.values[n] for n in node.all_input_nodes if n in self.values]
         return all(v.find(Replicate()) is not None or self._whole_for_free(v, depth - 1) for v in operands)
@@ -225,8 +223,8 @@ class Converter:
             if found is not None:
                 new = found
                 continue
-            if old.target in RESHAPES or old.target in EXPANDS:
-                op = aten.reshape.default if old.target in RESHAPES else aten.expand.default
+            if old.target in family("reshape", "expand"):
+                op = aten.reshape.default if old.target in family("reshape") else aten.expand.default
                 new = self.build.call(op, new, self.build.sizes(shape_of(old)))
             else:
                 mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, list(old.kwargs.values()))), new)}
@@ -276,12 +274,10 @@ class Converter:
             new = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
             return self.build.call(aten.permute.default, new, [order.index(d) for d in range(len(shape))])
         if _reads_shards(old):
-            error = UnsupportedError(
+            raise RunsWhole(
                 f"as_strided in {place(old)} "
                 "reads memory around a value that is split: use a slice, an expand or an unfold instead"
             )
-            error.whole_graph = True  # type: ignore[attr-defined]
-            raise error
         return x
 
     def _report_gather(self, value: Value, kind: str, reason: str, sent: Length) -> None:

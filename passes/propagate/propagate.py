@@ -29,9 +29,11 @@ from fxsp.passes.attention.unfused import decide_written
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
-from fxsp.passes.rules.elementwise import CHEAP, draws
-from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.special.cat_and_cut import CATS, CUTS, decide_structure
+from fxsp.passes.rules.elementwise import draws
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.table import rule_of
+from fxsp.passes.special.cat_and_cut import decide_structure
 from fxsp.passes.special.extremes import decide_extreme
 from fxsp.passes.special.likes import decide_like, is_constant
 from fxsp.passes.special.losses import decide_loss
@@ -53,8 +55,6 @@ from fxsp.types import (
 )
 
 __all__ = ["Propagate", "is_annotate", "is_random"]
-
-_DROPOUTS = set(overloads("dropout"))
 
 
 def is_annotate(node: Node) -> bool:
@@ -124,7 +124,7 @@ class Propagate:
             structural = decide_pick(call, types) or decide_extreme(call, types)
         if structural is not None:
             return structural
-        if call.op in _DROPOUTS and draws(call) and isinstance(types[0], Shard):
+        if call.op is torch.ops.aten.dropout.default and draws(call) and isinstance(types[0], Shard):
             return Decision((types[0],), (types[0],), detail="dropout")
         free = [facts(n).free for n in operands]
         bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
@@ -169,7 +169,7 @@ def _is_free(node: Node, type_: Any) -> bool:
         return False
     if is_constant(node):
         return True
-    cheap = node.target in CHEAP or node.target in CATS or node.target in CUTS
+    cheap = node.target in family("cheap", "cat", "slice", "split")
     return cheap and all(facts(n).free for n in tensor_nodes((node.args, list(node.kwargs.values()))))
 
 

@@ -16,16 +16,14 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from fxsp.passes.graph import facts
-from fxsp.passes.rules.rule import overloads, shape_of, tensor_nodes
-from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import shape_of, tensor_nodes
 from fxsp.types import Shard, product, quotient
 
 __all__ = ["repeated", "repeats_of"]
 
 #: Of one operand; the same elements, some of them several times.
-_VIEWS = frozenset(
-    [*RESHAPES, *EXPANDS, *PERMUTES, *overloads("clone", "contiguous", "alias", "repeat_interleave.self_int")]
-)
+_VIEWS = family("view", "copy", "repeat_interleave")
 
 
 def repeats_of(node: Node, held: Callable[[Node], bool] = lambda node: False) -> list[Node]:

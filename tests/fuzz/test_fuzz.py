@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 
 from fuzzing import Case, Input, NotAProgram, Refused, Result, check, script
 from fxsp.passes.graph import facts
-from fxsp.passes.rules.rule import RULES
+from fxsp.passes.rules.table import RULES
 from minimizing import minimize
 from programs import cases, every_instruction
 
@@ -162,7 +162,8 @@ def test_a_failing_program_becomes_minimal_and_a_script_that_fails(tmp_path: Pat
     wrong = """
 import torch
 from fxsp.passes import pipeline
-from fxsp.passes.rules.rule import RULES, OpRule
+from fxsp.passes.rules.rule import OpRule
+from fxsp.passes.rules.table import RULES
 right = RULES[torch.ops.aten.softmax.int]
 def rule(call):
     found = right(call)

@@ -27,7 +27,8 @@ from fxsp.passes.graph import facts
 from fxsp.passes.partition.reshard import Converter
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.propagate import propagate
-from fxsp.passes.rules.rule import Dims, OpRule, rule_of, tensor_nodes
+from fxsp.passes.rules.rule import Dims, OpRule, tensor_nodes
+from fxsp.passes.rules.table import rule_of
 from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Length, Partial, Ranks, Replicate, Segment, Sequence, Shard, Type, Used, product
 from lockstep import gradients

@@ -1,4 +1,4 @@
-"""attention: every marked attention becomes local attention and collectives, as its method writes it.
+"""lower_attention: every marked attention becomes local attention and collectives, as its method writes it.
 
 ::
 
@@ -37,7 +37,7 @@ aten = torch.ops.aten
 class LowerAttention:
     """After this pass attention is local, and its collectives are nodes of the graph."""
 
-    name: str = "attention"
+    name: str = "lower_attention"
 
     def apply(self, program: Program) -> Program:
         graph = program.graph
