@@ -32,10 +32,10 @@ from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention
 from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, type_of
+from fxsp.passes.graph import Call, facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
 from fxsp.passes.rules.dims import broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule
+from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule
 from fxsp.source import place
 from fxsp.types import Length, Replicate, Shard, Type, as_length, same_length
@@ -135,7 +135,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
         detail = "; ".join(filter(None, (detail, whole, _seen(call))))
     choice = AttentionChoice(best, op, question.queries, question.keys, repeat, rejected, detail)
     needed = METHODS[best.method].needs(call, choice, q_type, tokens)
-    operands = tuple(needed[a.name] for a in call.op._schema.arguments if isinstance(call.get(a.name), Node))
+    operands = tuple(needed[name] for name, value in call.arguments.items() if isinstance(value, Node))
     return Decision(operands, _results(call, choice, tokens), _reason(types, operands), detail=choice)
 
 

@@ -14,7 +14,7 @@ from fxsp.config import Degrees
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call
 from fxsp.types import Sequence, Shard, Type, Used, same_length
 
 __all__ = ["Method", "beside_whole_queries", "own_heads"]
@@ -78,7 +78,7 @@ def own_heads(call: Call, name: str, dim: int) -> Type:
 
 def beside_whole_queries(call: Call, choice: AttentionChoice, tokens: int, whole: Type) -> dict[str, Type]:
     """What each of the tensor arguments must be: keys and values split, all others ``whole``."""
-    given = [a.name for a in call.op._schema.arguments if isinstance(call.get(a.name), Node)]
     assert choice.keys is not None
+    given = [name for name, value in call.arguments.items() if isinstance(value, Node)]
     keys = Shard(tokens, choice.keys)
     return {name: keys if name in (choice.op.key, choice.op.value) else whole for name in given}

@@ -21,8 +21,7 @@ from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method, beside_whole_queries
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import facts, mark
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call, facts, mark
 from fxsp.types import Replicate, Type, as_length
 
 __all__ = ["GatherKV"]

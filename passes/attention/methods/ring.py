@@ -27,9 +27,8 @@ from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
 from fxsp.passes.attention.method import Method
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import mark
+from fxsp.passes.graph import Call, mark
 from fxsp.passes.rules.decide import hint
-from fxsp.passes.rules.rule import Call
 from fxsp.types import Type, Used, as_length, product, same_length
 
 __all__ = ["Hybrid", "Ring", "is_causal_ring", "pairs"]

@@ -27,7 +27,7 @@ from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method, beside_whole_queries
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call
 from fxsp.types import Type, Used, as_length, product
 
 __all__ = ["Merged"]

@@ -21,7 +21,7 @@ from fxsp.passes.attention.exchange import HeadExchange, exchanging
 from fxsp.passes.attention.method import Method, own_heads
 from fxsp.passes.attention.operators import SDPA
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call
 from fxsp.types import Type, Used, as_length, same_length
 
 __all__ = ["Ulysses"]
