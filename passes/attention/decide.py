@@ -27,22 +27,26 @@ from fxsp.config import Degrees
 from fxsp.errors import UnsupportedError
 from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.choose import choose
+from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.methods import METHODS
-from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention_op
+from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED, SDPA, AttentionOp
 from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
-from fxsp.passes.graph import Call, facts, type_of
+from fxsp.passes.graph import Call, facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
 from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule
-from fxsp.source import place
+from fxsp.passes.special.dropout import BY_POSITION
+from fxsp.passes.special.special import Local, Special
+from fxsp.report import AttentionRecord
+from fxsp.source import module_path, node_source, place
 from fxsp.types import Length, Replicate, Shard, Type, as_length, same_length
 
 __all__ = [
     "SDPA",
-    "decide_attention",
+    "Attention",
     "distributed_attention",
 ]
 
@@ -77,66 +81,80 @@ def sdpa(call: Call) -> OpRule | None:
     return OpRule(tuple(operands), ((*batch, ("m",), ("e",)),), sizes, whole=frozenset(whole))
 
 
-def decide_attention(call: Call, types: list[Type], program: Program) -> Decision | None:
-    """A decision where queries or keys are split by tokens; None where the factor rule decides.
+class Attention(Special):
+    """Every attention of split tokens, by the method that is chosen for it."""
 
-    Degrees among the program's options ask for a method.
-    """
-    op = attention_op(call)
-    if op is None or not any(isinstance(t, Shard) for t in types):
-        return None
-    names = (op.query, op.key, op.value)
-    q, k, v = (op.laid(call.shape(name)) for name in names)
-    given = dict(zip(call.operands, types, strict=True))
-    q_type, *kv_types = (given[call[name]] for name in names)
-    tokens = len(q) - 2 if op.heads_first else 1
-    keys = next((t for t in kv_types if isinstance(t, Shard)), None)
-    if not isinstance(q_type, Shard) and keys is not None and same_length(q[-2], k[-2]):
-        # Whole queries (a part of them was rotated, say) beside split keys or values: a slice of them costs nothing.
-        q_type = keys
-    if any(isinstance(t, Shard) and not (t.dim == tokens and t.plain) for t in (q_type, *kv_types)):
-        return None
-    if not len(q) == len(k) == len(v) or not all(same_length(a, b) for a, b in zip(k[:-1], v[:-1], strict=True)):
-        return None  # broadcast in ways that no exchange knows
-    window, per_rows, outputs = "", "", None
-    kept = program.graph.output_node().all_input_nodes
-    if isinstance(q_type, Shard):
-        _check_dropout(call, op, program)
-        per_rows, why = op.rows_refusal(call, q, k), op.refusal(call)
-        if len(q) != 4 and not op.builtin:
-            why = f"{op.op} on queries of {len(q)} dimensions"
-        if why:
-            return replicate_all(call, types, why)
-        if (
-            keys is not None
-            and program.degrees == Degrees()
-            and not per_rows
-            and call[op.key] in kept
-            and call[op.value] in kept
-        ):
-            outputs, keys = _of_outputs(call, op, kv_types, program), None
-    elif keys is None or not _may_stay_whole(call, op, kv_types, kept):
-        return None
-    elif op.window_in(call) is not None:
-        window = "a window of whole queries is not computed by blocks of keys"
-    repeat = _repeats(call, kv_types) if keys is not None and op.builtin else 1
-    if repeat > 1:
-        k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
-    question = Question(
-        q, k, v, q_type.sequence if isinstance(q_type, Shard) else None, keys.sequence if keys is not None else None,
-        call[op.query].meta["val"], repeat, program, op.causal_in(call), per_rows,
-        window if op.blocks else f"blocks of {op.op} do not merge", outputs,
-    )  # fmt: skip
-    best, rejected, detail = choose(question)
-    if best is None:
-        return replicate_all(call, types, "; ".join(why for _, why in rejected))
-    if keys is not None:
-        whole = "" if isinstance(q_type, Shard) else "the queries are whole on every rank"
-        detail = "; ".join(filter(None, (detail, whole, _seen(call))))
-    choice = AttentionChoice(best, op, question.queries, question.keys, repeat, rejected, detail)
-    needed = METHODS[best.method].needs(call, choice, q_type, tokens)
-    operands = tuple(needed[name] for name, value in call.arguments.items() if isinstance(value, Node))
-    return Decision(operands, _results(call, choice, tokens), _reason(types, operands), detail=choice)
+    ops = ATTENTION_OPS
+
+    def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
+        """A decision where queries or keys are split by tokens; None where the factor rule decides.
+
+        Degrees among the program's options ask for a method.
+        """
+        op = ATTENTION_OPS[call.op]
+        given = dict(zip(call.operands, types, strict=True))
+        q_type, *kv_types = (given[call[name]] for name in (op.query, op.key, op.value))
+        q, k, v = (op.laid(call.shape(name)) for name in (op.query, op.key, op.value))
+        tokens = len(q) - 2 if op.heads_first else 1
+        keys = next((t for t in kv_types if isinstance(t, Shard)), None)
+        if not isinstance(q_type, Shard) and keys is not None and same_length(q[-2], k[-2]):
+            # Whole queries (a part of them was rotated, say) beside split keys or values: a slice costs nothing.
+            q_type = keys
+        if any(isinstance(t, Shard) and not (t.dim == tokens and t.plain) for t in (q_type, *kv_types)):
+            return None
+        if not len(q) == len(k) == len(v) or not all(same_length(a, b) for a, b in zip(k[:-1], v[:-1], strict=True)):
+            return None  # broadcast in ways that no exchange knows
+        blocks, per_rows, outputs = "" if op.blocks else f"blocks of {op.op} do not merge", "", None
+        kept = program.graph.output_node().all_input_nodes
+        if isinstance(q_type, Shard):
+            _check_dropout(call, op, program)
+            per_rows, why = op.rows_refusal(call, q, k), op.refusal(call)
+            if len(q) != 4 and not op.builtin:
+                why = f"{op.op} on queries of {len(q)} dimensions"
+            if why:
+                return replicate_all(call, types, why)
+            free = program.degrees == Degrees() and not per_rows
+            if keys is not None and free and call[op.key] in kept and call[op.value] in kept:
+                outputs, keys = _of_outputs(call, op, kv_types, program), None
+        elif keys is None or not _may_stay_whole(call, op, kv_types, kept):
+            return None
+        elif op.window_in(call) is not None:
+            blocks = blocks or "a window of whole queries is not computed by blocks of keys"
+        repeat = _repeats(call, kv_types) if keys is not None and op.builtin else 1
+        if repeat > 1:
+            k, v = ((s[0], as_length(s[1] // repeat), *s[2:]) for s in (k, v))
+        queries = q_type.sequence if isinstance(q_type, Shard) else None
+        question = Question(
+            q, k, v, queries, keys.sequence if keys is not None else None, call[op.query].meta["val"], repeat, program,
+            op.causal_in(call), per_rows, blocks, outputs,
+        )  # fmt: skip
+        best, rejected, detail = choose(question)
+        if best is None:
+            return replicate_all(call, types, "; ".join(why for _, why in rejected))
+        if keys is not None:
+            whole = "the queries are whole on every rank" if queries is None else ""
+            detail = "; ".join(filter(None, (detail, whole, _seen(call))))
+        choice = AttentionChoice(best, op, queries, question.keys, repeat, rejected, detail)
+        needed = METHODS[best.method].needs(call, choice, q_type, tokens)
+        operands = tuple(needed[name] for name, value in call.arguments.items() if isinstance(value, Node))
+        results = _results(call, choice, tokens)
+        return Decision(operands, results, _reason(types, operands), detail=choice, special=self)
+
+    def write(self, local: Local, call: Call, decision: Decision) -> Node | list[Node | None]:
+        choice, report, node = decision.detail, local.program.report, call.node
+        arguments = local.arguments(call, decision)
+        if choice.op.dropout is not None and arguments.get(choice.op.dropout):
+            local.note(BY_POSITION)
+        note_degree(local.program, node, choice.method, choice.rejected)
+        detail = "; ".join(filter(None, [choice.detail, METHODS[choice.method].work(call, choice)]))
+        place = module_path(node) or report.root, node_source(node)
+        record = AttentionRecord(*place, choice.method, choice.way.sent, choice.rejected, detail)
+        report.attentions.append(record)
+        new = local.build.call(distributed_attention, **arguments)
+        mark(new, attention=choice, attention_record=record)
+        if isinstance(node.meta["val"], (tuple, list)):
+            return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
+        return new
 
 
 def _results(call: Call, choice: AttentionChoice, tokens: int) -> tuple[Type, ...]:
