@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+import rank_server
 from distributed import Pool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes of pytest share the servers of ranks, which are loaded while tests are collected."""
+    if config.getoption("numprocesses", None) and not config.option.collectonly:
+        rank_server.start()
 
 
 @pytest.fixture(scope="session")
