@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from fxsp.errors import OptionError
 from fxsp.inspection.profiler_names import name_collectives
-from fxsp.passes.emit.emit import drop_identities, emit, fingerprint, op_name
+from fxsp.kernels.ops import as_view, op_of
+from fxsp.passes.emit.emit import drop_identities, emit, fingerprint
 from fxsp.torch_internals import (
     aot_autograd,
     boxed,
@@ -109,54 +108,17 @@ def _run_emitted(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[...
     return boxed(gm)
 
 
-class _Use(torch.autograd.Function):
-    """``fxsp.use`` without its copy: an op may not return its argument, a Function may return a view of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (torch.ops.fxsp.reduce_grad(grad, ctx.group) if ctx.group else grad), None
-
-
-def _use(x: Tensor, group: str) -> Tensor:
-    return _Use.apply(x, group) if torch.is_grad_enabled() and x.requires_grad else x
-
-
-class _Scale(torch.autograd.Function):
-    """``fxsp.scale_grad`` without its copy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-def _scale_grad(x: Tensor, factor: int) -> Tensor:
-    return _Scale.apply(x, factor) if torch.is_grad_enabled() and x.requires_grad else x
-
-
-#: Operators that are nothing forward, and what they are without AOTAutograd.
-_IDENTITIES = {"use": _use, "scale_grad": _scale_grad}
-
-
 def _has_values(gm: GraphModule) -> bool:
     """Whether emit finds the fakes that it needs."""
-    return all("val" in x.meta for node in gm.graph.nodes if op_name(node) for x in node.all_input_nodes)
+    return all("val" in x.meta for node in gm.graph.nodes if op_of(node) for x in node.all_input_nodes)
 
 
 def _eager(gm: GraphModule, training: bool) -> Callable[..., Any]:
     if not training and _has_values(gm):
         emit(gm.graph)
     for node in gm.graph.nodes:
-        node.target = _IDENTITIES.get(op_name(node) or "", node.target)
+        if (op := op_of(node)) is not None and op.is_identity:
+            node.target, node.args = as_view, (op.name, *node.args)
     name_collectives(gm.graph)
     gm.graph.lint()
     gm.recompile()

@@ -1,35 +1,25 @@
-"""Dynamo's graph as the program of one rank: all between capture and the inner compiler, and what is said of it."""
+"""Dynamo's graph as the program of one rank, or as it was; and what is said of it.  All who compile enter here."""
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from fxsp import torch_internals
-from fxsp.capture.capture import Capture, capture
-from fxsp.config import Options, resolve_degrees
-from fxsp.errors import DegreeWarning, ImplicitGatherWarning, UnshardedWarning, UnsupportedError
+from fxsp.config import Options
+from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.inner import needs_values
 from fxsp.inspection.stages import StageWriter
-from fxsp.passes.annotate.annotate import annotate
-from fxsp.passes.annotate.carry import carry, is_worth_splitting
-from fxsp.passes.attention.degrees import IGNORED
 from fxsp.passes.base import Program
-from fxsp.passes.functionalize.functionalize import functionalize
-from fxsp.passes.normalize.normalize import normalize
-from fxsp.passes.pipeline import STAGES, Runner, partition_program
+from fxsp.passes.graph import facts
+from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.verify import infer_local
-from fxsp.process_groups import missing_group
 from fxsp.report import Report
-from fxsp.said import EMPTY_PLAN, say_outputs, say_share
-from fxsp.source import input_name
+from fxsp.said import say_degrees, say_gathers, say_outputs, say_share, say_unsharded
 from fxsp.types import Ranks
 
 __all__ = ["compile_graph", "is_training"]
@@ -48,62 +38,31 @@ def compile_graph(
     ``root`` is the module that the plan is for, where that is known; what is unsupported in it stays whole, too.
     Where it stays whole, ``gm`` computes what it did before, and the report says why.
     """
-    _check_stages(options)
-    report = Report()
-    captured = capture(gm, options.plan, root)
-    report.notes.extend(captured.notes)
-    if captured.root is not None:
-        report.root = type(captured.root).__name__
-    translation = torch_internals.Translation.current()
-    report.notes.extend(translation.said() if translation is not None else [])
-    report.outputs.extend(map(input_name, translation.output_names(gm)) if translation is not None else [])
-    runner = stages or StageWriter(options.print, ranks)
-    runner.text("captured", gm, report)
-    if captured.entries is None:
-        report.unsharded = "no plan: give options={'plan': ...}, or the model a _sp_plan or _cp_plan"
-        if ranks.size > 1:
-            warnings.warn(UnshardedWarning(f"this graph is not split. {report.unsharded}"), stacklevel=2)
-        return report, None
-    report.plan.extend(annotate(gm, captured, captured.entries, ranks))
-    carried = carry(gm, captured, captured.entries) if ranks.size > 1 else []
-    report.plan.extend(carried)
-    runner.text("annotated", gm, report)
-    if ranks.size == 1:
-        missing = "" if ranks.group else missing_group()
-        report.unsharded = f"one rank. {missing}" if missing else "one rank" if captured.entries else EMPTY_PLAN
-        return report, None
-    if not any(record.applied for record in report.plan):
-        single = next((record for record in report.plan if record.single), None)
-        if single is not None:  # a step of decoding: as right as can be, so no warning
-            report.unsharded = f"there is nothing to split: of {single.entry}, {single.detail}"
-            return report, None
-        report.unsharded = "no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN
-        _say_unsharded(report, captured)
-        return report, None
+    writer = stages or StageWriter(options.print, ranks)
+    program = Program(gm, ranks, training=is_training(inputs), options=options, inputs=inputs, root=root)
+    report = program.report
     try:
-        strict = options.strict and not carried
-        program = _partition(gm, inputs, replace(options, strict=strict), ranks, report, runner)
+        compile_program(program, Runner(writer.stage))
     except UnsupportedError as error:
         # A split that the plan did not ask for here is no reason to refuse anything.
-        if not getattr(error, "whole_graph", False) and not carried and root is None:
+        if not isinstance(error, RunsWhole) and not program.carried and root is None:
             raise
-        report.unsharded = str(error)
-        _say_unsharded(report, captured)
+        whole = error if isinstance(error, RunsWhole) else RunsWhole(str(error))
+        report.runs_whole(str(whole))
+        if whole.remedy is not None:
+            say_unsharded(report, whole.remedy)
         _remove_annotations(gm)
         return report, None
-    if carried and not is_worth_splitting(program):
-        report.unsharded = "the plan says nothing about it, and it has too little to do for splitting it again"
-        report.plan[-len(carried) :] = [replace(record, applied=False) for record in carried]
-        report.collectives.clear()
-        report.backward.clear()
-        report.implicit_gathers.clear()
-        _say_unsharded(report, captured)
-        _remove_annotations(gm)
-        return report, None
-    _say_gathers(report)
-    say_share(program, options.strict and not carried)
-    say_outputs(program, options.strict and not carried)
-    _say_degrees(program)
+    torch_internals.carry_dynamo_facts(gm, program.gm)
+    if needs_values(options.inner):
+        # AOTAutograd traces the local graph again; without it the local values have to be known here.
+        infer_local(program)
+        for node in program.graph.nodes:
+            node.meta["val"] = facts(node).local
+    say_gathers(report)
+    say_share(program)
+    say_outputs(program)
+    say_degrees(program)
     return report, program
 
 
@@ -112,101 +71,13 @@ def is_training(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
-def _partition(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    ranks: Ranks,
-    report: Report,
-    runner: StageWriter,
-) -> Program:
-    start = time.perf_counter()
-    try:
-        normal = normalize(gm, inputs)
-        report.timings["normalized"] = time.perf_counter() - start
-        runner.text("normalized", normal, report)
-        start = time.perf_counter()
-        normal = functionalize(normal)
-        report.timings["functionalized"] = time.perf_counter() - start
-    except UnsupportedError as error:
-        # Nothing is known about the types of such a graph: it can still run whole.
-        error.whole_graph = True  # type: ignore[attr-defined]
-        raise
-    for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
-    runner.text("functionalized", normal, report)
-    degrees = resolve_degrees(options, ranks.size)
-    program = Program(
-        normal,
-        ranks,
-        report,
-        training=is_training(inputs),
-        strict=options.strict,
-        grad_reduce="defer" if options.deferred else options.grad_reduce,
-        rng=options.rng,
-        ulysses_degree=degrees.ulysses,
-        ring_degree=degrees.ring,
-        gather_degree=degrees.allgather,
-        latency=options.latency,
-        bandwidth=options.bandwidth,
-        gather_limit=options.gather_limit,
-    )
-    program = partition_program(program, Runner(runner.watch, runner.program))
-    torch_internals.carry_dynamo_facts(gm, program.gm)
-    if needs_values(options.inner):
-        # AOTAutograd traces the local graph again; without it the local values have to be known here.
-        infer_local(program)
-        for node in program.graph.nodes:
-            node.meta["val"] = node.meta.get("local_val")
-    return program
-
-
-def _check_stages(options: Options) -> None:
-    from fxsp.errors import OptionError
-    from fxsp.plan import did_you_mean, listing
-
-    for stage in options.print:
-        if stage not in STAGES:
-            raise OptionError(
-                f"option 'print' names a stage {stage!r} that does not exist.{did_you_mean(stage, STAGES)}\n"
-                f"  Stages: {listing(STAGES)}"
-            )
-
-
-def _say_unsharded(report: Report, captured: Capture) -> None:
-    name = type(captured.root).__name__ if captured.root is not None else "a function"
-    remedy = "fxsp.explain shows what the plan reaches; rewrite that line, or keep it out with torch.compiler.disable"
-    text = f"a graph of {name} runs whole on every rank (right, and not split): {report.unsharded}.\n  {remedy}"
-    warnings.warn(UnshardedWarning(text), stacklevel=2)
-
-
-def _say_gathers(report: Report) -> None:
-    """One warning for each compile, not one for each gather."""
-    gathers = [g for g in report.implicit_gathers if g.kind == "implicit"]
-    if not gathers:
-        return
-    shown = "\n  ".join(str(g) for g in gathers[:8])
-    more = f"\n  and {len(gathers) - 8} more" if len(gathers) > 8 else ""
-    more += "\n  A SequenceParallelOutput before such an operator asks for the gather; strict=True refuses it"
-    warnings.warn(
-        ImplicitGatherWarning(f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"), stacklevel=2
-    )
-
-
-def _say_degrees(program: Program) -> None:
-    """One warning for each compile: what does not run by the degrees that were asked for."""
-    ignored = list(dict.fromkeys(program.facts.get(IGNORED, [])))
-    if ignored:
-        more = f"\n  and {len(ignored) - 4} more" if len(ignored) > 4 else ""
-        warnings.warn(DegreeWarning("\n  ".join(ignored[:4]) + more), stacklevel=2)
-
-
 def _remove_annotations(gm: GraphModule) -> None:
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue
-        for node in list(module.graph.nodes):
-            if is_annotate(node):
-                node.replace_all_uses_with(node.args[0])
-                module.graph.erase_node(node)
-        module.recompile()
+        found = [node for node in module.graph.nodes if is_annotate(node)]
+        for node in found:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        if found:
+            module.recompile()

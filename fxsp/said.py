@@ -1,4 +1,4 @@
-"""What a person is told once a graph is partitioned: that a plan split next to nothing, and what outputs cost."""
+"""What a person is told of a graph: that it runs whole, what is gathered, what a plan missed, what outputs cost."""
 
 from __future__ import annotations
 
@@ -9,29 +9,56 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxsp.cost.share import LEAST, number_in, on_shards, share_of
-from fxsp.errors import OutputGatherWarning, StrictError, UnshardedWarning
+from fxsp.errors import DegreeWarning, ImplicitGatherWarning, OutputGatherWarning, StrictError, UnshardedWarning
 from fxsp.inspection.wire import format_bytes
+from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.builder import split_bytes
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.passes.work import has_work
-from fxsp.report import GatherRecord
+from fxsp.report import GatherRecord, Report
 from fxsp.types import Shard
 
-__all__ = ["EMPTY_PLAN", "say_outputs", "say_share"]
+__all__ = ["say_degrees", "say_gathers", "say_outputs", "say_share", "say_unsharded"]
 
-EMPTY_PLAN = "the plan is empty: it names no module and no value"
 #: Outputs that are gathered may be this part of what a graph sends.
 _MOST = 0.25
 #: One hidden state, and as much again: what a model returns at its end, whatever else it returns.
 _STATES = 2
 
 
-def say_share(program: Program, strict: bool) -> None:
+def say_unsharded(report: Report, remedy: str) -> None:
+    """Warn that a graph runs whole, and why."""
+    text = f"a graph of {report.root} runs whole on every rank (right, and not split): {report.unsharded}.\n  {remedy}"
+    warnings.warn(UnshardedWarning(text.rstrip()), stacklevel=3)
+
+
+def say_gathers(report: Report) -> None:
+    """One warning for each compile, not one for each gather."""
+    gathers = [g for g in report.implicit_gathers if g.kind == "implicit"]
+    if not gathers:
+        return
+    shown = "\n  ".join(str(g) for g in gathers[:8])
+    more = f"\n  and {len(gathers) - 8} more" if len(gathers) > 8 else ""
+    more += "\n  A SequenceParallelOutput before such an operator asks for the gather; strict=True refuses it"
+    warnings.warn(
+        ImplicitGatherWarning(f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"), stacklevel=3
+    )
+
+
+def say_degrees(program: Program) -> None:
+    """One warning for each compile: what does not run by the degrees that were asked for."""
+    ignored = list(dict.fromkeys(program.ignored_degrees))
+    if ignored:
+        more = f"\n  and {len(ignored) - 4} more" if len(ignored) > 4 else ""
+        warnings.warn(DegreeWarning("\n  ".join(ignored[:4]) + more), stacklevel=3)
+
+
+def say_share(program: Program) -> None:
     """Put the share of the work that runs on shards into the report; if it is next to nothing, say so.
 
-    Where implicit gathers name the operators that hold the work, that has been said.  Raises ``StrictError`` if
+    Where implicit gathers name the operators that hold the work, that has been said.  Raises ``StrictError`` under
     ``strict``.
     """
     report = program.report
@@ -54,18 +81,18 @@ def say_share(program: Program, strict: bool) -> None:
         "annotate a value that is split where this work begins; an operator that the compiler does not know can be "
         "replaced by the operators that it consists of, an attention be named with fxsp.register_attention"
     )
-    if strict:
+    if program.options.strict:
         raise StrictError(f"{text}.\n  With strict=True this is an error: {remedy}.")
     warnings.warn(UnshardedWarning(f"{text}.\n  {remedy}; strict=True refuses it"), stacklevel=3)
 
 
-def say_outputs(program: Program, strict: bool) -> None:
+def say_outputs(program: Program) -> None:
     """Say which outputs are more than a quarter of what the graph sends (forward), and what avoids it.
 
     Meant are outputs that need not be: keys and values of attentions, what is wider than a hidden state (logits), and
     what is, together, more than two of them (the states of all layers).  A hidden state has to be returned once by most
     models, and is often all that a small one sends.  A graph that ends in a graph break returns what the code after it
-    needs: that is said elsewhere.  Raises ``StrictError`` if ``strict``.
+    needs: that is said elsewhere.  Raises ``StrictError`` under ``strict``.
     """
     report, number = program.report, number_in(program)
     named = [gather for gather in report.implicit_gathers if gather.kind == "output" and gather.name]
@@ -89,7 +116,7 @@ def say_outputs(program: Program, strict: bool) -> None:
     lines += [f"  {gather.name}, of {gather.module}: {format_bytes(gather.bytes)}" for gather in largest[:6]]
     lines += [f"  and {len(largest) - 6} more"] if len(largest) > 6 else []
     remedy = "; ".join(_remedies(caches, others))
-    if strict:
+    if program.options.strict:
         raise StrictError("\n  ".join([*lines, f"With strict=True this is an error: {remedy}."]))
     lines.append(f"To avoid it: {remedy}; strict=True refuses it")
     report.notes.append(lines[0].replace(" (", f", {', '.join(g.name for g in largest[:3])} (").rstrip(":"))
@@ -111,7 +138,7 @@ def _remedies(caches: Sequence[GatherRecord], others: Sequence[GatherRecord]) ->
 def _attended(program: Program) -> set[str]:
     """Names of the values that are keys or values of an attention, or that these are views and copies of."""
     found: set[str] = set()
-    for node in program.facts["global"].graph.nodes:
+    for node in program.whole.graph.nodes:
         if node.target in ATTENTION_OPS:
             op, call = ATTENTION_OPS[node.target], Call(node)
             for name in (op.key, op.value):
@@ -126,10 +153,10 @@ def _attended(program: Program) -> set[str]:
 def _states(program: Program) -> Iterator[int]:
     """Bytes that a rank sends to gather a hidden state: queries and results of attentions, or what is multiplied."""
     number, size = number_in(program), program.ranks.size
-    nodes = [n for n in program.facts["global"].graph.nodes if on_shards(n)]
+    nodes = [n for n in program.whole.graph.nodes if on_shards(n)]
     attentions = [n for n in nodes if n.target in ATTENTION_OPS]
     values = [v for n in attentions for v in (n, Call(n)[ATTENTION_OPS[n.target].query])]
     for value in values or [v for n in nodes if has_work(n) for v in (n, *n.all_input_nodes)]:
-        tensor, type_ = value.meta.get("val"), value.meta.get("sp")
+        tensor, type_ = value.meta.get("val"), facts(value).type
         if isinstance(tensor, Tensor) and isinstance(type_, Shard):
             yield (size - 1) * number(split_bytes(shape_of(value), type_, tensor.element_size(), size))

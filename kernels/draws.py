@@ -16,17 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LOCAL_OPS", "kept"]
+from fxsp.kernels.counts import local_attention_flops
+from fxsp.kernels.op import Op
+
+__all__ = ["DRAWS", "kept"]
 
 _BITS = 0xFFFFFFFF
-#: Name of an op -> its schema.
-LOCAL_OPS = {
-    "dropout": "(Tensor x, Tensor seed, Tensor rows, int dim, float p) -> Tensor",
-    "dropped_attention": (
-        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, "
-        "bool enable_gqa, Tensor seed, Tensor rows, Tensor heads) -> Tensor"
-    ),
-}
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -103,7 +98,12 @@ def dropped_attention(
     return _scaled(p, kept(seed, places, dropout_p), dropout_p) @ value
 
 
-_library = torch.library.Library("fxsp_local", "DEF")
-for _name, _run in (("dropout", dropout), ("dropped_attention", dropped_attention)):
-    _library.define(_name + LOCAL_OPS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _run, "CompositeImplicitAutograd")
+DRAWS = (
+    Op("dropout", "(Tensor x, Tensor seed, Tensor rows, int dim, float p) -> Tensor", dropout, namespace="fxsp_local"),
+    Op(
+        "dropped_attention",
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, "
+        "bool enable_gqa, Tensor seed, Tensor rows, Tensor heads) -> Tensor",
+        dropped_attention, flops=local_attention_flops, namespace="fxsp_local",
+    ),
+)  # fmt: skip

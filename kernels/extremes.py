@@ -6,35 +6,24 @@ travel as integers in the same order, where a NaN is the last (or first) of all.
 
 ``fxsp.at_extreme`` is a reduced value that is whole on every rank (``value``), as a function of the shards ``x`` that
 it was found in: the identity of ``value`` forward, and backward the gradient goes to the elements of ``hit``, in equal
-parts where there may be several (``ties``, as ``amax`` has it; their number is summed over the ranks).
-
-====================== =========== ====================================================================================
-op                     types       backward
-====================== =========== ====================================================================================
-all_reduce_extreme     R' -> R     none: its operand (one value for each rank) is detached
-at_extreme             S, R -> R   at_extreme_backward of ``x``, nothing of the others
-at_extreme_backward    R -> S+     none
-====================== =========== ====================================================================================
+parts where there may be several (``ties``, as ``amax`` has it; their number is summed over the ranks). Nothing goes to
+``value`` and ``hit``, nor through ``all_reduce_extreme``, whose operand (one value for each rank) is detached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives
+from fxsp.kernels.counts import reduced_bytes
+from fxsp.kernels.op import Gradient, Local, Op, Saved, Sent, Sizes
+from fxsp.types import Length, ceil_div, product
 
-__all__ = ["EXTREMES", "EXTREME_OPS", "register", "travels_as"]
-
-#: Name of an op -> its schema.
-EXTREME_OPS: dict[str, str] = {
-    "all_reduce_extreme": "(Tensor x, str op, str group) -> Tensor",
-    "at_extreme": "(Tensor x, Tensor value, Tensor hit, int[] dims, bool keepdim, bool ties, str group) -> Tensor",
-    "at_extreme_backward": "(Tensor grad, Tensor hit, int[] dims, bool keepdim, bool ties, str group) -> Tensor",
-}
+__all__ = ["EXTREMES", "travels_as"]
 
 #: Integers as wide as the floating values whose order they keep.
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -99,37 +88,6 @@ def at_extreme_backward(
     return grad / (collectives.all_reduce(count, group) if group else count)
 
 
-EXTREMES: dict[str, Callable[..., Any]] = {
-    "all_reduce_extreme": all_reduce_extreme,
-    "at_extreme": at_extreme,
-    "at_extreme_backward": at_extreme_backward,
-}
-
-
-def _fresh(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operator may not return its operand."""
-
-    def eager(*args: Any) -> Tensor:
-        result = run(*args)
-        given = [a for a in args if isinstance(a, Tensor)]
-        aliases = any(a.untyped_storage().data_ptr() == result.untyped_storage().data_ptr() for a in given)
-        return result.clone() if aliases else result
-
-    return eager
-
-
-def _contiguous_fake(x: Tensor, op: str, group: str) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _value_fake(x: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(value)
-
-
-def _grad_fake(grad: Tensor, hit: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(hit, dtype=grad.dtype)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, hit, *ctx.rest = inputs
     ctx.save_for_backward(hit)
@@ -140,15 +98,30 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.fxsp.at_extreme_backward(grad, hit, *ctx.rest), None, None, *(None for _ in ctx.rest)
 
 
-def register(library: torch.library.Library) -> None:
-    """Define the operators."""
-    fakes: dict[str, Callable[..., Tensor]] = {
-        "all_reduce_extreme": _contiguous_fake,
-        "at_extreme": _value_fake,
-        "at_extreme_backward": _grad_fake,
-    }
-    for name, schema in EXTREME_OPS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, _fresh(EXTREMES[name]), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fxsp::{name}", fakes[name], lib=library)
-    torch.library.register_autograd("fxsp::at_extreme", _backward, setup_context=_setup, lib=library)
+def _sent(call: Sizes) -> Length:
+    x: Local = call["x"]
+    return ceil_div(product((*x.shape, travels_as(x.dtype).itemsize, 2 * (call.size - 1))), call.size)
+
+
+def _counts_sent(call: Sizes) -> Length:
+    return reduced_bytes(product(call["grad"].shape), torch.int32, call.size) if call["ties"] else 0
+
+
+def _counts_returned(call: Gradient) -> Iterator[Sent]:
+    if call.argument("ties"):
+        sent = reduced_bytes(product(call.value().shape), torch.int32, call.size)
+        yield Sent("all_reduce", sent, "how many elements on all ranks share a gradient")
+
+
+_HOW = "int[] dims, bool keepdim, bool ties, str group"
+EXTREMES = (
+    Op("all_reduce_extreme", "(Tensor x, str op, str group) -> Tensor", all_reduce_extreme, "R -> R", sends=_sent),
+    Op(
+        "at_extreme", f"(Tensor x, Tensor value, Tensor hit, {_HOW}) -> Tensor", at_extreme, "S, R -> R",
+        Saved(_setup, _backward), returns=_counts_returned,
+    ),
+    Op(
+        "at_extreme_backward", f"(Tensor grad, Tensor hit, {_HOW}) -> Tensor", at_extreme_backward, "R -> S+",
+        sends=_counts_sent,
+    ),
+)  # fmt: skip

@@ -19,23 +19,12 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels import collectives
-from fxsp.kernels.attention.ring import RING
 from fxsp.kernels.attention.ring_blocks import chunks_of
-from fxsp.kernels.attention.split_kv import MERGED
-from fxsp.kernels.exchange import exchange, place
-from fxsp.kernels.exchange.zigzag import chunk_rows, deal, rows_from, undeal, units_of
-from fxsp.kernels.extremes import EXTREMES
+from fxsp.kernels.exchange import place
+from fxsp.kernels.tokens import Part, Size, placed
 from fxsp.types import as_length, product, same_length
 
-__all__ = ["LOWERINGS", "known_dense", "local_length"]
-
-#: An ``int`` or a ``SymInt``; torch's annotations do not know that the latter is welcome wherever the former is.
-Size = Any
-
-
-def local_length(length: Size, whole: bool, size: int) -> Size:
-    """Rows of one segment on each rank, pads included."""
-    return length if whole else (length + (size - 1)) // size
+__all__ = ["known_dense"]
 
 
 def known_dense(x: Tensor) -> bool:
@@ -67,14 +56,6 @@ def _cat(pieces: list[Tensor], dim: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
-def annotate(x: Tensor, kind: str, dim: int, text_len: Size, entry: str) -> Tensor:
-    return x
-
-
-def use(x: Tensor, group: str) -> Tensor:
-    return x
-
-
 def all_reduce(x: Tensor, group: str) -> Tensor:
     return collectives.all_reduce(x, group) if group else x
 
@@ -89,31 +70,27 @@ def all_to_all_within(x: Tensor, rank: int, size: int, group: str) -> Tensor:
     return collectives.all_to_all_within(x, rank, size, group) if members != 1 else x
 
 
-def _own_rows(x: Tensor, dim: int, start: Size, length: Size, zero_pads: bool, rank: int, size: int) -> Tensor:
-    """This rank's rows of the segment ``start .. start + length`` along ``dim``, pads at the tail."""
+def _own_rows(x: Tensor, dim: int, part: Part, zero_pads: bool, rank: int) -> Tensor:
+    """This rank's rows of a split segment along ``dim``, pads at the tail."""
+    length = part.length
     if isinstance(length, int):
-        rows = local_length(length, False, size)
-        real = min(max(length - rank * rows, 0), rows)
-        mine = x.narrow(dim, start + min(rank * rows, length), real)
-        if real == rows:
+        first = min(rank * part.rows, length)
+        real = min(part.rows, length - first)
+        mine = x.narrow(dim, part.start + first, real)
+        if real == part.rows:
             return mine
         shape = list(x.shape)
-        shape[dim] = rows - real
-        pads = x.new_zeros(shape) if zero_pads else x.narrow(dim, start + length - 1, 1).expand(shape)
+        shape[dim] = part.rows - real
+        pads = x.new_zeros(shape) if zero_pads else x.narrow(dim, part.start + length - 1, 1).expand(shape)
         return torch.cat([mine, pads], dim) if real else pads
-    index = rows_from(length, rank, size, False, x.device)
-    mine = x.index_select(dim, index.clamp(max=length - 1) + start)
+    index = part.index(rank, x.device)
+    mine = x.index_select(dim, index.clamp(max=length - 1) + part.start)
     return mine.masked_fill((index >= length).view(_shape_along(x, dim)), 0) if zero_pads else mine
 
 
 def _rows_kernels(x: Tensor, dim: int) -> Any:
     """The kernels that move rows along ``dim`` of tensors like ``x``, or None."""
     return place.kernels(x, [n for i, n in enumerate(x.shape) if i != dim])
-
-
-def _has_own_pads(length: Size, rank: int, size: int) -> bool:
-    """Whether this rank may have pads of a split segment."""
-    return not (isinstance(length, int) and (rank + 1) * local_length(length, False, size) <= length)
 
 
 def shard(
@@ -126,18 +103,16 @@ def shard(
     size: int,
     group: str,
 ) -> Tensor:
-    pads = any(_has_own_pads(n, rank, size) for n, entire in zip(lengths, whole, strict=True) if not entire)
+    parts = placed(lengths, whole, size)
+    pads = any(part.may_have_pads(rank) for part in parts)
     movers = _rows_kernels(x, dim) if size > 1 and (pads or len(lengths) > 1) else None
     if movers is not None:
         own = movers.pack_rows(x.movedim(dim, 0), lengths, whole, size, zero_pads, rank, 1, dim)
         return own.select(0, 0)  # type: ignore[no-any-return]
-    pieces, start = [], 0
-    for length, entire in zip(lengths, whole, strict=True):
-        if entire or size == 1:
-            pieces.append(x.narrow(dim, start, length))
-        else:
-            pieces.append(_own_rows(x, dim, start, length, zero_pads, rank, size))
-        start = start + length
+    pieces = [
+        x.narrow(dim, part.start, part.length) if part.whole or size == 1 else _own_rows(x, dim, part, zero_pads, rank)
+        for part in parts
+    ]
     return dense(_cat(pieces, dim))
 
 
@@ -158,40 +133,32 @@ def _gathered(
     if size == 1 and not any(whole):
         return dense(x)
     local = x.movedim(dim, 0)
-    counts = [local_length(length, entire, size) for length, entire in zip(lengths, whole, strict=True)]
-    own, start = [], 0
-    for count in counts:
-        own.append(local if len(counts) == 1 else local.narrow(0, start, count))
-        start = start + count
-    split = [piece for piece, entire in zip(own, whole, strict=True) if not entire]
+    parts = placed(lengths, whole, size)
+    own = [local if len(parts) == 1 else local.narrow(0, part.row, part.rows) for part in parts]
+    split = [piece for piece, part in zip(own, parts, strict=True) if not part.whole]
     send = local if len(split) == len(own) else (_cat(split, 0) if split else None)
     blocks = None
     if send is not None:
         blocks = collectives.all_gather(send, size, group) if size > 1 else send.contiguous()
         if len(split) > 1:
-            blocks = blocks.view([size, sum(counts_of(counts, whole)), *send.shape[1:]])
+            blocks = blocks.view([size, sum(part.rows for part in parts if not part.whole), *send.shape[1:]])
             movers = _rows_kernels(x, dim) if len(split) == len(own) else None
             if movers is not None:
                 return movers.unpack_rows(blocks, lengths, whole, size, 0, dim)  # type: ignore[no-any-return]
     pieces, start = [], 0
-    for piece, length, count, entire in zip(own, lengths, counts, whole, strict=True):
-        if entire:
+    for piece, part in zip(own, parts, strict=True):
+        if part.whole:
             pieces.append(whole_rows(piece))
             continue
         assert blocks is not None
         rows = blocks
         if len(split) > 1:
-            rows = blocks.narrow(1, start, count).reshape([size * count, *local.shape[1:]])
-            start = start + count
-        if not (isinstance(length, int) and size * count == length):
-            rows = rows.narrow(0, 0, length)
+            rows = blocks.narrow(1, start, part.rows).reshape([size * part.rows, *local.shape[1:]])
+            start = start + part.rows
+        if not (isinstance(part.length, int) and size * part.rows == part.length):
+            rows = rows.narrow(0, 0, part.length)
         pieces.append(rows)
     return dense(_cat(pieces, 0)).movedim(0, dim)
-
-
-def counts_of(counts: Sequence[Size], whole: Sequence[bool]) -> list[Size]:
-    """The counts of the split segments."""
-    return [count for count, entire in zip(counts, whole, strict=True) if not entire]
 
 
 def gather(
@@ -217,34 +184,30 @@ def reduce_scatter(
     if movers is not None:
         send = movers.pack_rows(rows, lengths, whole, size, True, 0, size, 0).flatten(0, 1)
         return collectives.reduce_scatter(send, size, group).movedim(0, dim)
-    own, blocks, counts, start = [], [], [], 0
-    for length, entire in zip(lengths, whole, strict=True):
-        piece = rows if len(lengths) == 1 else rows.narrow(0, start, length)
-        start = start + length
-        own.append(piece)
-        if entire:
+    parts = placed(lengths, whole, size)
+    own = [rows if len(parts) == 1 else rows.narrow(0, part.start, part.length) for part in parts]
+    blocks = []
+    for piece, part in zip(own, parts, strict=True):
+        if part.whole:
             continue
-        count = local_length(length, False, size)
-        counts.append(count)
-        if not (isinstance(length, int) and size * count == length):
-            piece = torch.constant_pad_nd(piece, [0, 0] * (x.dim() - 1) + [0, size * count - length])
+        if not (isinstance(part.length, int) and size * part.rows == part.length):
+            piece = torch.constant_pad_nd(piece, [0, 0] * (x.dim() - 1) + [0, size * part.rows - part.length])
         blocks.append(piece)
     if not blocks:
         return dense(x)
+    split = [part.rows for part in parts if not part.whole]
     if len(blocks) == 1:
         send = blocks[0]
     else:
-        parts = [b.unflatten(0, [size, c]) for b, c in zip(blocks, counts, strict=True)]
-        send = torch.cat(parts, 1).flatten(0, 1)
+        send = torch.cat([b.unflatten(0, [size, n]) for b, n in zip(blocks, split, strict=True)], 1).flatten(0, 1)
     summed = collectives.reduce_scatter(send, size, group)
-    pieces, start, counts = [], 0, counts[::-1]
-    for piece, entire in zip(own, whole, strict=True):
-        if entire:
+    pieces, start = [], 0
+    for piece, part in zip(own, parts, strict=True):
+        if part.whole:
             pieces.append(piece)
             continue
-        count = counts.pop()
-        pieces.append(summed if len(blocks) == 1 else summed.narrow(0, start, count))
-        start = start + count
+        pieces.append(summed if len(blocks) == 1 else summed.narrow(0, start, part.rows))
+        start = start + part.rows
     return dense(_cat(pieces, 0)).movedim(0, dim)
 
 
@@ -259,29 +222,23 @@ def mask_pads(
     units: Sequence[Size] = (),
 ) -> Tensor:
     keep, all_kept = [], True
-    kinds = head_tail or [False] * len(whole), units_of(units, whole)
-    for length, entire, dealt, unit in zip(lengths, whole, *kinds, strict=True):
-        if entire:
-            keep.append(torch.full([length], rank == 0, dtype=torch.bool, device=x.device))
+    for part in placed(lengths, whole, size, head_tail, units):
+        if part.whole:
+            keep.append(torch.full([part.length], rank == 0, dtype=torch.bool, device=x.device))
             all_kept = all_kept and rank == 0
         else:
-            keep.append(rows_from(length, rank, size, dealt, x.device, unit) < length)
-            # The end of a rank's last row: that of its tail, if it has one.
-            parts, last = (2 * size, 2 * size - rank) if dealt else (size, rank + 1)
-            known = isinstance(length, int) and isinstance(unit, int)
-            all_kept = all_kept and known and last * chunk_rows(length, parts, unit) <= length
+            keep.append(part.index(rank, x.device) < part.length)
+            all_kept = all_kept and not part.may_have_pads(rank)
     if all_kept or (size == 1 and not any(head_tail)):
         return dense(x)
     return x.masked_fill(~_cat(keep, 0).view(_shape_along(x, dim)), 0)
 
 
 def scale_whole(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], size: int) -> Tensor:
-    pieces, start = [], 0
-    for length, entire in zip(lengths, whole, strict=True):
-        count = local_length(length, entire, size)
-        piece = x.narrow(dim, start, count)
-        pieces.append(piece / size if entire else piece)
-        start = start + count
+    pieces = []
+    for part in placed(lengths, whole, size):
+        piece = x.narrow(dim, part.row, part.rows)
+        pieces.append(piece / size if part.whole else piece)
     return dense(_cat(pieces, dim))
 
 
@@ -294,15 +251,10 @@ def positions(
     head_tail: Sequence[bool] = (),
     units: Sequence[Size] = (),
 ) -> Tensor:
-    pieces, start = [], 0
-    kinds = head_tail or [False] * len(whole), units_of(units, whole)
-    for length, entire, dealt, unit in zip(lengths, whole, *kinds, strict=True):
-        if entire:
-            rows = torch.arange(length, device=device)
-        else:
-            rows = rows_from(length, rank, size, dealt, device, unit).clamp(max=length - 1)
-        pieces.append(rows + start)
-        start = start + length
+    pieces = []
+    for part in placed(lengths, whole, size, head_tail, units):
+        index = part.index(rank, device)
+        pieces.append((index if part.whole else index.clamp(max=part.length - 1)) + part.start)
     return _cat(pieces, 0)
 
 
@@ -330,34 +282,3 @@ def put(x: Tensor, dim: int, rank: int, size: int) -> Tensor:
     block = x.shape[dim]
     pads = [0, 0] * (x.dim() - 1 - dim) + [rank * block, (size - 1 - rank) * block]
     return torch.constant_pad_nd(x, pads) if size > 1 else x
-
-
-#: Name of an fxsp op -> its meaning.
-LOWERINGS: dict[str, Callable[..., Any]] = {
-    "annotate": annotate,
-    "shard": shard,
-    "gather": gather,
-    "gather_used": gather,
-    "gather_sum": gather_sum,
-    "reduce_scatter": reduce_scatter,
-    "all_reduce": all_reduce,
-    "reduce_grad": all_reduce,
-    "use": use,
-    "all_to_all": all_to_all,
-    "all_to_all_within": all_to_all_within,
-    "mask_pads": mask_pads,
-    "scale_whole": scale_whole,
-    "positions": positions,
-    "place_positions": place_positions,
-    "deal": deal,
-    "undeal": undeal,
-    "take": take,
-    "put": put,
-    "pack": exchange.pack,
-    "unpack": exchange.unpack,
-    "pack_heads": exchange.pack_heads,
-    "unpack_heads": exchange.unpack_heads,
-    **RING,
-    **MERGED,
-    **EXTREMES,
-}

@@ -9,34 +9,8 @@ Segments split into heads and tails (see :mod:`fxsp.kernels.exchange.zigzag`) ar
 gathered before they are undealt, and so are segments of units (frames, say, whose tokens stay together);
 ``head_tail`` says which are the former, ``units`` the tokens of a unit, where the place of a row matters (empty: none).
 
-Adjoints, in the notation of ``fxsp.types`` (``S+`` is a shard whose pads are zero and whose whole segments hold
-summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P``, and the other way round::
-
-    op              forward    backward
-    shard           R -> S     gather_sum
-    gather          S -> R     shard(zero_pads=True), whole segments divided by size (scale_whole)
-    gather_used     S -> U     reduce_scatter
-    reduce_scatter  P -> S+    gather_used
-    gather_sum      S+ -> R    shard(zero_pads=True)
-    all_reduce      P -> R     use
-    use             R -> U     reduce_grad
-    reduce_grad     P -> R     use          (all_reduce of a gradient: emit may put several into one bucket)
-    all_to_all      S -> S     all_to_all
-    mask_pads       S -> S+    mask_pads
-    scale_whole     S -> S+    scale_whole
-    deal            R -> R     undeal       (of U and P too: the rows of each rank, one rank after the other)
-    undeal          R -> R     deal(zero_pads=True)
-    take            U -> S     put
-    put             S -> P     take
-    pack            U -> S     unpack       (see fxsp.kernels.exchange.exchange)
-    unpack          S -> U     pack(zero_pads=True)
-    pack_heads      S -> S     unpack_heads (see fxsp.kernels.exchange.head_ops)
-    unpack_heads    S -> S     pack_heads(zero_pads=True)
-    ring_attention  S -> S     ring_attention_backward (see fxsp.kernels.attention.ring_ops)
-    merged_attention  U, S -> R  merged_attention_backward (see fxsp.kernels.attention.split_kv)
-    all_reduce_extreme, at_extreme            (see fxsp.kernels.extremes)
-    all_to_all_within          all_to_all_within       (of the first dimension's size of consecutive ranks)
-    scale_grad      U -> U     a product    (see fxsp.kernels.deferred_ops)
+Types and adjoints are in the notation of ``fxsp.types`` (``S+`` is a shard whose pads are zero and whose whole segments
+hold summands).  The gradient of ``R`` is ``R``, of ``S`` is ``S+``, of ``U`` is ``P``, and the other way round.
 
 With ``size == 1`` (or ``group == ""`` where an op has no size) no process group is needed.
 """
@@ -48,153 +22,141 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from fxsp.kernels import deferred_ops, extremes
-from fxsp.kernels.attention import ring_ops
-from fxsp.kernels.attention import split_kv_ops as merged_ops
-from fxsp.kernels.exchange import exchange, head_ops
-from fxsp.kernels.lowering import LOWERINGS
+from fxsp.kernels import counts, lowering
+from fxsp.kernels.attention.banded import BANDED
+from fxsp.kernels.attention.ops import ATTENTIONS
+from fxsp.kernels.draws import DRAWS
+from fxsp.kernels.exchange import exchange
+from fxsp.kernels.exchange.head_ops import HEADS
+from fxsp.kernels.exchange.zigzag import deal, undeal
+from fxsp.kernels.extremes import EXTREMES
+from fxsp.kernels.op import Op, define, unchanged
 
-__all__ = ["INTERNAL", "OPS", "same_memory"]
+__all__ = ["LOCAL_OPS", "OPS", "as_view", "fxsp_ops", "local_ops", "op_of", "record_of"]
+
+#: Where the operators are called from: ``fxsp_ops.shard.default``.
+fxsp_ops = torch.ops.fxsp
+local_ops = torch.ops.fxsp_local
+
+
+def _contiguous(x: Tensor, *group: Any) -> Tensor:
+    """The shape of what went through a collective, said directly: graphs are full of it."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if group[0] else _as_it_lies(x)
+
+
+def _as_it_lies(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _shared_out(grad: Tensor, dim: int, lengths: Any, whole: Any, rank: int, size: int, group: str) -> Tensor:
+    """Rows of the whole segments are divided by the number of ranks: each has the same gradient."""
+    grad = fxsp_ops.shard(grad, dim, lengths, whole, True, rank, size, group)
+    return fxsp_ops.scale_whole(grad, dim, lengths, whole, size) if size > 1 and any(whole) else grad
+
 
 _SEQ = "int dim, SymInt[] lengths, bool[] whole"
+_PLACED = "bool[] head_tail=[], SymInt[] units=[]"
+_RANKS = "int rank, int size, str group"
 
-#: Name of an op -> its arguments.
-OPS: dict[str, str] = {
-    "annotate": "Tensor x, str kind, int dim, SymInt text_len, str entry",
-    "shard": f"Tensor x, {_SEQ}, bool zero_pads, int rank, int size, str group",
-    "gather": f"Tensor x, {_SEQ}, int rank, int size, str group",
-    "gather_used": f"Tensor x, {_SEQ}, int rank, int size, str group",
-    "reduce_scatter": f"Tensor x, {_SEQ}, int rank, int size, str group",
-    "all_reduce": "Tensor x, str group",
-    "use": "Tensor x, str group",
-    "all_to_all": "Tensor x, str group",
-    "all_to_all_within": "Tensor x, int rank, int size, str group",
-    "mask_pads": f"Tensor x, {_SEQ}, int rank, int size, bool[] head_tail=[], SymInt[] units=[]",
-    "positions": "SymInt[] lengths, bool[] whole, int rank, int size, Device device, "
-    "bool[] head_tail=[], SymInt[] units=[]",
-    "place_positions": "SymInt[] lengths, bool[] whole, int ulysses, int rank, int size, Device device, "
-    "bool[] head_tail=[], SymInt[] units=[]",
-    "deal": "Tensor x, int dim, SymInt[] lengths, bool[] head_tail, bool zero_pads, int size, SymInt[] units=[]",
-    "undeal": "Tensor x, int dim, SymInt[] lengths, bool[] head_tail, int size, SymInt[] units=[]",
-    "take": "Tensor x, int dim, int rank, int size",
-    "pack": "Tensor x, SymInt[] lengths, int size, bool zero_pads",
-    "unpack": "Tensor x, SymInt[] lengths, int size",
-}
+#: The operators of ours, all of them.
+OPS: tuple[Op, ...] = (
+    Op("annotate", "(Tensor x, str kind, int dim, SymInt text_len, str entry) -> Tensor", unchanged, "R -> R",
+       lambda g, *_: g, fake=_as_it_lies),
+    Op("shard", f"(Tensor x, {_SEQ}, bool zero_pads, {_RANKS}) -> Tensor", lowering.shard, "R -> S",
+       lambda g, dim, lengths, whole, zero_pads, *at: fxsp_ops.gather_sum(g, dim, lengths, whole, *at),
+       returns=counts.returned_rows),
+    Op("gather", f"(Tensor x, {_SEQ}, {_RANKS}) -> Tensor", lowering.gather, "S -> R", _shared_out,
+       sends=counts.rows_sent),
+    Op("gather_used", f"(Tensor x, {_SEQ}, {_RANKS}) -> Tensor", lowering.gather, "S -> U", "reduce_scatter",
+       sends=counts.rows_sent, returns=counts.scattered, moves=counts.moved_by_gather, saved=True),
+    Op("reduce_scatter", f"(Tensor x, {_SEQ}, {_RANKS}) -> Tensor", lowering.reduce_scatter, "P -> S+", "gather_used",
+       sends=counts.rows_scattered),
+    Op("gather_sum", f"(Tensor x, {_SEQ}, {_RANKS}) -> Tensor", lowering.gather_sum, "S+ -> R",
+       lambda g, dim, lengths, whole, *at: fxsp_ops.shard(g, dim, lengths, whole, True, *at),
+       sends=counts.rows_summed),
+    Op("all_reduce", "(Tensor x, str group) -> Tensor", lowering.all_reduce, "P -> R", "use", fake=_contiguous,
+       sends=counts.reduced),
+    Op("use", "(Tensor x, str group) -> Tensor", unchanged, "R -> U",
+       lambda g, group: fxsp_ops.reduce_grad(g, group) if group else g, fake=_as_it_lies,
+       returns=counts.returned_use),
+    # An all_reduce of a gradient: emit may put several into one bucket.
+    Op("reduce_grad", "(Tensor x, str group) -> Tensor", lowering.all_reduce, "P -> R", "use", fake=_contiguous,
+       sends=counts.reduced),
+    # A whole value whose gradient is multiplied, where an outer reducer takes the mean (see fxsp.summands).
+    Op("scale_grad", "(Tensor x, int factor) -> Tensor", unchanged, "U -> U", lambda g, factor: g * factor,
+       fake=_as_it_lies),
+    Op("all_to_all", "(Tensor x, str group) -> Tensor", lowering.all_to_all, "S -> S", "all_to_all",
+       fake=_contiguous, sends=counts.exchanged, returns=counts.once_more, moves=counts.moved, saved=True),
+    # Of as many consecutive ranks as the first dimension has blocks.
+    Op("all_to_all_within", f"(Tensor x, {_RANKS}) -> Tensor", lowering.all_to_all_within, "S -> S",
+       "all_to_all_within", sends=counts.exchanged_within, returns=counts.once_more, moves=counts.moved, saved=True),
+    Op("mask_pads", f"(Tensor x, {_SEQ}, int rank, int size, {_PLACED}) -> Tensor", lowering.mask_pads, "S -> S+",
+       "mask_pads"),
+    Op("scale_whole", f"(Tensor x, {_SEQ}, int size) -> Tensor", lowering.scale_whole, "S -> S+", "scale_whole"),
+    Op("positions", f"(SymInt[] lengths, bool[] whole, int rank, int size, Device device, {_PLACED}) -> Tensor",
+       lowering.positions),
+    Op("place_positions", "(SymInt[] lengths, bool[] whole, int ulysses, int rank, int size, Device device, "
+       f"{_PLACED}) -> Tensor", lowering.place_positions),
+    # Of U and P too: the rows of each rank, one rank after the other.
+    Op("deal", "(Tensor x, int dim, SymInt[] lengths, bool[] head_tail, bool zero_pads, int size, SymInt[] units=[])"
+       " -> Tensor", deal, "R -> R",
+       lambda g, dim, lengths, dealt, _, size, units: fxsp_ops.undeal(g, dim, lengths, dealt, size, units)),
+    Op("undeal", "(Tensor x, int dim, SymInt[] lengths, bool[] head_tail, int size, SymInt[] units=[]) -> Tensor",
+       undeal, "R -> R",
+       lambda g, dim, lengths, dealt, size, units: fxsp_ops.deal(g, dim, lengths, dealt, True, size, units)),
+    Op("take", "(Tensor x, int dim, int rank, int size) -> Tensor", lowering.take, "U -> S", "put",
+       moves=counts.moved_by_take),
+    Op("put", "(Tensor x, int dim, int rank, int size) -> Tensor", lowering.put, "S -> P", "take"),
+    Op("pack", "(Tensor x, SymInt[] lengths, int size, bool zero_pads) -> Tensor", exchange.pack, "U -> S",
+       lambda g, lengths, size, zero_pads: fxsp_ops.unpack(g, lengths, size), exchange.pack_eager, moves=counts.moved),
+    Op("unpack", "(Tensor x, SymInt[] lengths, int size) -> Tensor", exchange.unpack, "S -> U",
+       lambda g, lengths, size: fxsp_ops.pack(g, lengths, size, True), exchange.unpack_eager, moves=counts.moved),
+    *HEADS,
+    *ATTENTIONS,
+    *EXTREMES,
+)  # fmt: skip
 
-#: Ops that only backward graphs contain.
-INTERNAL: dict[str, str] = {
-    "gather_sum": f"Tensor x, {_SEQ}, int rank, int size, str group",
-    "scale_whole": f"Tensor x, {_SEQ}, int size",
-    "reduce_grad": "Tensor x, str group",
-    "put": "Tensor x, int dim, int rank, int size",
-}
+#: Operators that every rank runs on what it has: made of ATen operators, so that compilers see through them.
+LOCAL_OPS: tuple[Op, ...] = (*DRAWS, BANDED)
 
-_library = torch.library.Library("fxsp", "DEF")
-_fxsp = torch.ops.fxsp
-
-
-def same_memory(x: Tensor) -> Tensor:
-    """A copy that lies in memory as ``x`` does, gaps and expanded dimensions included."""
-    if x.numel() == 0:
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((span,), (1,)).clone().as_strided(x.size(), x.stride(), 0)
-
-
-def _real(name: str) -> Callable[..., Tensor]:
-    lowering = LOWERINGS[name]
-    if name in ("positions", "place_positions"):
-        return lowering
-    if name in _EAGER:
-        return _EAGER[name]
-
-    def run(x: Tensor, *args: Any) -> Tensor:
-        y = lowering(x, *args)
-        aliases = y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        return same_memory(y) if aliases else y
-
-    return run
-
-
-def _fake(name: str) -> Callable[..., Tensor]:
-    lowering = LOWERINGS[name]
-
-    def run(*args: Any) -> Tensor:
-        y = lowering(*args)
-        # Not the lowering's result itself: it may be a view of the argument.
-        return torch.empty_strided(y.size(), y.stride(), dtype=y.dtype, device=y.device)
-
-    def like(x: Tensor, *args: Any) -> Tensor:
-        """The same, said directly, for the ops that graphs are full of."""
-        if name in ("all_reduce", "reduce_grad", "all_to_all") and args[0]:
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
-
-    return like if name in ("annotate", "use", "all_reduce", "reduce_grad", "all_to_all") else run
+_libraries = [torch.library.Library("fxsp", "DEF"), torch.library.Library("fxsp_local", "FRAGMENT")]
+for _library, _ops in zip(_libraries, (OPS, LOCAL_OPS), strict=True):
+    define(_library, _ops)
+_RECORDS: dict[Any, Op] = {op.target: op for op in (*OPS, *LOCAL_OPS)}
 
 
-def _args_of(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.args = inputs[1:]
+def record_of(target: Any) -> Op | None:
+    """The record of an operator overload of ours, local ones included; None of anything else."""
+    return _RECORDS.get(target)
 
 
-def _grad_gather(g: Tensor, dim: int, lengths: Any, whole: Any, rank: int, size: int, group: str) -> Tensor:
-    g = _fxsp.shard(g, dim, lengths, whole, True, rank, size, group)
-    return _fxsp.scale_whole(g, dim, lengths, whole, size) if size > 1 and any(whole) else g
+def op_of(node: Node) -> Op | None:
+    """The operator among ranks that a node calls; None of any other node."""
+    op = _RECORDS.get(node.target)
+    return op if op is not None and op.namespace == "fxsp" else None
 
 
-#: Name of an op -> the op, with the same other arguments, that takes the gradient of its result to that of ``x``.
-_ADJOINT = {
-    "gather_used": "reduce_scatter",
-    "reduce_scatter": "gather_used",
-    "all_reduce": "use",
-    "reduce_grad": "use",
-    "all_to_all": "all_to_all",
-    "all_to_all_within": "all_to_all_within",
-    "mask_pads": "mask_pads",
-    "scale_whole": "scale_whole",
-    "take": "put",
-    "put": "take",
-}
+class _View(torch.autograd.Function):
+    """An operator may not return its argument; a Function may return a view of it."""
 
-#: The adjoints that take other arguments.
-_FORMULA: dict[str, Callable[..., Tensor]] = {
-    "annotate": lambda g, *_: g,
-    "shard": lambda g, dim, lengths, whole, zero_pads, *at: _fxsp.gather_sum(g, dim, lengths, whole, *at),
-    "gather": _grad_gather,
-    "gather_sum": lambda g, dim, lengths, whole, *at: _fxsp.shard(g, dim, lengths, whole, True, *at),
-    "use": lambda g, group: _fxsp.reduce_grad(g, group) if group else g,
-    "deal": lambda g, dim, lengths, dealt, _, size, units: _fxsp.undeal(g, dim, lengths, dealt, size, units),
-    "undeal": lambda g, dim, lengths, dealt, size, units: _fxsp.deal(g, dim, lengths, dealt, True, size, units),
-    "pack": lambda g, lengths, size, zero_pads: _fxsp.unpack(g, lengths, size),
-    "unpack": lambda g, lengths, size: _fxsp.pack(g, lengths, size, True),
-}
+    @staticmethod
+    def forward(x: Tensor, gradient: Callable[..., Tensor], *others: Any) -> Tensor:
+        return x.view_as(x)
 
-#: Ops whose eager form is not their lowering.
-_EAGER: dict[str, Callable[..., Tensor]] = {"pack": exchange.pack_eager, "unpack": exchange.unpack_eager}
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.gradient, *ctx.others = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return ctx.gradient(grad, *ctx.others), None, *(None for _ in ctx.others)
 
 
-def _backward(name: str) -> Callable[..., tuple[Any, ...]]:
-    formula = _FORMULA[name] if name in _FORMULA else getattr(_fxsp, _ADJOINT[name]).default
-
-    def run(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (formula(grad, *ctx.args), *(None for _ in ctx.args))
-
-    return run
-
-
-def _register(name: str, arguments: str) -> None:
-    _library.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _real(name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxsp::{name}", _fake(name), lib=_library)
-
-
-for _name, _arguments in {**OPS, **INTERNAL}.items():
-    _register(_name, _arguments)
-for _name in {**_ADJOINT, **_FORMULA}:
-    torch.library.register_autograd(f"fxsp::{_name}", _backward(_name), setup_context=_args_of, lib=_library)
-deferred_ops.register(_library)
-head_ops.register(_library)
-ring_ops.register(_library)
-merged_ops.register(_library)
-extremes.register(_library)
+def as_view(name: str, x: Tensor, *others: Any) -> Tensor:
+    """The operator ``name``, which is nothing forward, without the copy that it has to make."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    op = _RECORDS[getattr(fxsp_ops, name).default]
+    return _View.apply(x, op.gradient, *others)  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from torch.library import triton_op, wrap_triton
 from fxsp.kernels.exchange.place import TENSORS
 from fxsp.kernels.exchange.triton_heads import pack_heads_kernel, unpack_heads_kernel
 from fxsp.kernels.exchange.triton_rows import pack_rows_kernel, unpack_rows_kernel
+from fxsp.kernels.tokens import Part, placed
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["pack_heads", "pack_rows", "tile", "unit", "unpack_heads", "unpack_rows"]
@@ -130,16 +131,13 @@ def merged(sizes: list[Any], *strides: list[Any]) -> tuple[list[Any], list[list[
     return [n for n, _ in left], [[at[i] for _, at in left] for i in range(len(strides))]
 
 
-def _groups(lengths: list[Any], whole: list[bool], size: int) -> Any:
+def _groups(parts: list[Part]) -> Any:
     """``(start, start in a block, rows in a block, lengths of four, bits of whole)`` of each launch."""
-    start: Any = 0
-    local: Any = 0
-    for i in range(0, len(lengths), SEGMENTS):
-        part = lengths[i : i + SEGMENTS]
-        rows = sum(n if w else _tiles(n, size) for n, w in zip(part, whole[i : i + SEGMENTS], strict=True))
-        bits = sum(1 << j for j, w in enumerate(whole[i : i + SEGMENTS]) if w)
-        yield start, local, rows, [*part, 0, 0, 0][:SEGMENTS], bits
-        start, local = start + sum(part), local + rows
+    for i in range(0, len(parts), SEGMENTS):
+        some = parts[i : i + SEGMENTS]
+        bits = sum(1 << j for j, part in enumerate(some) if part.whole)
+        lengths = [*(part.length for part in some), 0, 0, 0][:SEGMENTS]
+        yield some[0].start, some[0].row, sum(part.rows for part in some), lengths, bits
 
 
 def _row_shape(inner: list[Any], dim: int, rows: Any) -> list[Any]:
@@ -152,7 +150,8 @@ def pack_rows(
 ) -> Tensor:
     """See :func:`fxsp.kernels.twins.pack_rows`."""
     inner = list(x.shape[1:])
-    total: Any = sum(n if w else _tiles(n, size) for n, w in zip(lengths, whole, strict=True))
+    parts = placed(lengths, whole, int(size))
+    total: Any = sum(part.rows for part in parts)
     out = x.new_empty([blocks, *_row_shape(inner, dim, total)])
     rows_out = out.movedim(dim + 1, 1)
     (a, h, d), (xi, oi) = merged(inner, list(x.stride()[1:]), list(rows_out.stride()[2:]))
@@ -160,7 +159,7 @@ def pack_rows(
     itemsize = out.element_size()
     per = unit(itemsize, d, at_x, at_out)
     across, row = _across(a, h, d, itemsize)
-    for start, local, rows, four, bits in _groups(list(lengths), list(whole), size):
+    for start, local, rows, four, bits in _groups(parts):
         wrap_triton(pack_rows_kernel)[(_tiles(rows, row), _tiles(a * h * d, across), blocks)](
             x, out, *_in_units(at_x, per), *_in_units(at_out, per), a, size, rank, rows, start, local, *four,
             H=h, D=d, UNIT=per, WHOLE=bits, ZERO=zero_pads, BLOCK_L=row, BLOCK_E=across,
@@ -179,7 +178,7 @@ def unpack_rows(x: Tensor, lengths: list[int], whole: list[bool], size: int, ran
     itemsize = out.element_size()
     per = unit(itemsize, d, at_x, at_out)
     across, row = _across(a, h, d, itemsize)
-    for start, local, _, four, bits in _groups(list(lengths), list(whole), size):
+    for start, local, _, four, bits in _groups(placed(lengths, whole, int(size))):
         wrap_triton(unpack_rows_kernel)[(_tiles(sum(four), row), _tiles(a * h * d, across))](
             x, out, *_in_units(at_x, per), *_in_units(at_out, per), a, size, rank, start, local, *four,
             H=h, D=d, UNIT=per, WHOLE=bits, BLOCK_L=row, BLOCK_E=across,

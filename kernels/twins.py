@@ -9,9 +9,11 @@ has ``ceil(n / P)`` rows in each block, the last ones pads; one that is ``whole`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
+
+from fxsp.kernels.tokens import placed
 
 __all__ = ["pack_heads", "pack_rows", "unpack_heads", "unpack_rows"]
 
@@ -45,15 +47,6 @@ def unpack_heads(x: Tensor, heads: Sequence[int], length: int) -> Tensor:
     return out
 
 
-def _segments(lengths: Sequence[int], whole: Sequence[bool], size: int) -> Iterator[tuple[int, int, int, int, bool]]:
-    """``(start, length, start in a block, rows in a block, whole)`` of each."""
-    start = local = 0
-    for n, entire in zip(lengths, whole, strict=True):
-        rows = n if entire else -(-n // size)
-        yield start, n, local, rows, entire
-        start, local = start + n, local + rows
-
-
 def _with_rows(x: Tensor, dim: int, rows: int) -> list[int]:
     """The sizes of ``x [S, *inner]`` with ``rows`` as dimension ``dim`` of a row."""
     inner = list(x.shape[1:])
@@ -74,17 +67,18 @@ def pack_rows(
 
     Pad rows are copies of the last row of their segment, or zero.
     """
-    total = sum(rows for *_, rows, _ in _segments(lengths, whole, size))
+    parts = placed(lengths, whole, size)
+    total = sum(p.rows for p in parts)
     result = x.new_empty([blocks, *_with_rows(x, dim, total)])
     out = result.movedim(dim + 1, 1)
     for block in range(blocks):
-        for start, n, local, rows, entire in _segments(lengths, whole, size):
-            first = 0 if entire else min((rank + block) * rows, n)
-            real = min(rows, n - first)
-            part = out[block, local : local + rows]
-            part[:real].copy_(x[start + first : start + first + real])
-            if real < rows:
-                part[real:] = 0.0 if zero_pads else x[start + n - 1]
+        for p in parts:
+            first = 0 if p.whole else min((rank + block) * p.rows, p.length)
+            real = min(p.rows, p.length - first)
+            own = out[block, p.row : p.row + p.rows]
+            own[:real].copy_(x[p.start + first : p.start + first + real])
+            if real < p.rows:
+                own[real:] = 0.0 if zero_pads else x[p.start + p.length - 1]
     return result
 
 
@@ -95,8 +89,9 @@ def unpack_rows(x: Tensor, lengths: Sequence[int], whole: Sequence[bool], size: 
     """
     result = x.new_empty(_with_rows(x[0], dim, sum(lengths)))
     out = result.movedim(dim, 0)
-    for start, n, local, rows, entire in _segments(lengths, whole, size):
-        if entire:
+    for p in placed(lengths, whole, size):
+        start, n, local, rows = p.start, p.length, p.row, p.rows
+        if p.whole:
             out[start : start + n].copy_(x[rank, local : local + n])
             continue
         full = n // rows if rows else 0

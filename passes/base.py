@@ -1,9 +1,12 @@
 """The contract of all passes, stated once.
 
 A pass takes a :class:`Program` whose graph is valid FX and returns one whose graph is valid FX and which means the
-same.  It is a frozen dataclass with a ``name``; its fields are its options.  It transforms and appends to the report;
-it never times, verifies, prints or logs: the runner does.  A pass that finds the program outside what it can carry
-raises :class:`~fxsp.errors.FxspError`; it never returns a program with another meaning.
+same.  It is a frozen dataclass with a ``name``.  It transforms and appends to the report; it never times, verifies,
+prints or logs: the runner does.  A pass that finds the program outside what it can carry raises
+:class:`~fxsp.errors.FxspError`; it never returns a program with another meaning.
+
+What a user chose is ``program.options``, and no field of a pass: how an attention runs depends on five options, and is
+asked by every pass that finds types (anew) or tells what was chosen, so that each of them would have to hold them.
 
 Metadata that passes agree on, per node:
 
@@ -17,13 +20,18 @@ Metadata that passes agree on, per node:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
-import torch
+from torch.fx import Graph, GraphModule
+from torch.nn import Module
 
-from fxsp.report import Report
-from fxsp.types import Ranks
+from fxsp.capture.module_calls import Captured
+from fxsp.config import Degrees, Options, resolve_degrees
+from fxsp.report import PlanRecord, Report
+from fxsp.types import Length, Ranks
 
 __all__ = ["Pass", "Program"]
 
@@ -32,32 +40,43 @@ __all__ = ["Pass", "Program"]
 class Program:
     """A graph on its way through the pipeline."""
 
-    gm: torch.fx.GraphModule
+    gm: GraphModule
     ranks: Ranks
     report: Report = field(default_factory=Report)
     #: Whether gradients may be asked for: grad mode is on and an input (or parameter) requires grad.
     training: bool = False
-    #: Refuse implicit gathers.
-    strict: bool = False
-    #: ``"all_reduce"``, or ``"defer"``: leave parameter gradients partial (see :mod:`fxsp.passes.partition.defer`).
-    grad_reduce: str = "all_reduce"
-    #: ``"global"``, or ``"per_rank"``: dropout draws by position, each rank for itself.
-    rng: str = "global"
-    #: Degrees that the user fixed, or None.
-    ulysses_degree: int | None = None
-    ring_degree: int | None = None
-    gather_degree: int | None = None
-    #: Seconds per message, and bytes per second that a rank sends; None: the defaults of the device.
-    latency: float | None = None
-    bandwidth: float | None = None
-    #: Bytes of gathered keys and values that a rank may hold for one attention where there is another way.
-    gather_limit: int | None = None
-    #: Free for passes to hand facts on (documented by the pass that writes them).
-    facts: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    #: What Dynamo gave with its graph, real tensors and symbolic sizes, until it is traced (*normalize*).
+    inputs: Sequence[Any] = ()
+    #: The module that the plan is for, where that is known.
+    root: Module | None = None
+    #: The module calls of Dynamo's graph, and the plan (*capture* to *carry*).
+    captured: Captured | None = None
+    #: What is split only because the graphs before it were (*carry*).
+    carried: list[PlanRecord] = field(default_factory=list)
+    #: Lengths of the segments whose tokens are split into heads and tails (*zigzag*).
+    head_tail: tuple[Length, ...] = ()
+    #: What is known of attentions that are written out: a :class:`~fxsp.passes.attention.unfused.Unfused`, once one was
+    #: asked for.
+    unfused: Any = None
+    #: A sentence for each attention that does not what the degrees ask for.
+    ignored_degrees: list[str] = field(default_factory=list)
+    #: The graph of all ranks, once ``gm`` is that of one (*partition*).
+    partitioned: GraphModule | None = None
 
     @property
-    def graph(self) -> torch.fx.Graph:
+    def graph(self) -> Graph:
         return self.gm.graph
+
+    @property
+    def whole(self) -> GraphModule:
+        """The graph of all ranks: ``gm``, or what it was partitioned from."""
+        return self.partitioned or self.gm
+
+    @cached_property
+    def degrees(self) -> Degrees:
+        """The degrees that the user fixed."""
+        return resolve_degrees(self.options, self.ranks.size)
 
 
 @runtime_checkable

@@ -9,31 +9,19 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-import fxsp.kernels.draws
-import fxsp.kernels.ops  # noqa: F401  (registers the operators)
-from fxsp.kernels.collectives import summand_dtype
+from fxsp.kernels.ops import fxsp_ops as _ops
+from fxsp.kernels.ops import op_of
+from fxsp.passes.graph import facts, mark
 from fxsp.report import CollectiveRecord, Report
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import sympy_to_fx
-from fxsp.types import Length, Ranks, Sequence, Shard, as_length, ceil_div, product
+from fxsp.types import Length, Ranks, Sequence, as_length
 
-__all__ = ["Builder", "reduced_bytes", "split_bytes"]
+__all__ = ["Builder"]
 
 #: What a node has from the one that it was written for.
-_LENT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr", "written_attention")
-_ops = torch.ops.fxsp
+_LENT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
 aten = torch.ops.aten
-
-
-def split_bytes(shape: Seq[Length], shard: Shard, itemsize: int, size: int) -> Length:
-    """Bytes of a rank's rows of split segments: what it sends to each other rank in a gather."""
-    rows = product((shard.outer, shard.sequence.split_length(size)))
-    return product((*(rows if i == shard.dim else n for i, n in enumerate(shape)), itemsize))
-
-
-def reduced_bytes(elements: Length, dtype: torch.dtype, size: int) -> Length:
-    """Bytes that each of ``size`` ranks sends in an all-reduce; halves travel as fp32."""
-    return ceil_div(as_length(elements * summand_dtype(dtype).itemsize * 2 * (size - 1)), size)
 
 
 class Builder:
@@ -57,6 +45,8 @@ class Builder:
             for key in _LENT:
                 if key in self._origin.meta:
                     new.meta.setdefault(key, self._origin.meta[key])
+            if (attention := facts(self._origin).written_attention) is not None:
+                mark(new, written_attention=attention)
         return new
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -204,9 +194,9 @@ class Builder:
         self, kind: str, node: Node, sent: Length, reason: str, tokens: Sequence | None = None, members: int = 0
     ) -> None:
         """Count a collective; ``sent`` is in bytes per rank, forward, and grows with the local length of ``tokens``."""
-        if node.target in (_ops.undeal.default, aten.narrow.default):  # gathered rows, put in order
+        if (op := op_of(node)) is None or op.sends is None:  # gathered rows, put in order
             node = node.all_input_nodes[0]
-        node.meta["fxsp_bytes"] = sent
+        mark(node, sent=sent)
         place = module_path(node) or self.report.root, sent, reason, node_source(node)
         self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens, members))
 

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
+from fxsp.passes.graph import facts
 from fxsp.source import describe
 
 __all__ = ["Writer", "arguments", "erase_unused"]
@@ -97,5 +98,5 @@ def erase_unused(graph: torch.fx.Graph) -> None:
     a functorch level say, is needed all the same.
     """
     for node in reversed(graph.nodes):
-        if not node.users and not node.is_impure() and "island" not in node.meta:
+        if not node.users and not node.is_impure() and not facts(node).island:
             graph.erase_node(node)

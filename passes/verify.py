@@ -12,6 +12,7 @@ from torch.fx import Node
 from fxsp.errors import VerificationError
 from fxsp.passes.attention.decide import distributed_attention
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, global_value, mark
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.rule import Call
 from fxsp.source import module_path, node_source
@@ -34,42 +35,42 @@ def verify_types(program: Program) -> None:
     """After *propagate*: every tensor has a type that fits its dimensions, every decision fits its call."""
     program.graph.lint()
     for node in program.graph.nodes:
-        value, type_ = node.meta.get("val"), node.meta.get("sp")
+        value, type_ = node.meta.get("val"), facts(node).type
         if isinstance(value, torch.Tensor) and type_ is None:
             raise VerificationError(f"no type: {_where(node)}")
         if isinstance(type_, Shard) and isinstance(value, torch.Tensor):
             size = as_length(value.shape[type_.dim]) if type_.dim < value.dim() else None
             if size is None or not same_length(size, type_.global_size()):
                 raise VerificationError(f"type {type_} does not fit shape {list(value.shape)}: {_where(node)}")
-        decision = node.meta.get("sp_call")
+        decision = facts(node).decision
         if isinstance(decision, Decision) and len(decision.operands) != len(Call(node).operands):
             raise VerificationError(f"{len(decision.operands)} operand types for {_where(node)}")
 
 
 def infer_local(program: Program) -> None:
-    """Give every node of a local graph its local fake value, ``meta["local_val"]``; adds no guard."""
-    fakes = [n.meta.get("global_val", n.meta.get("val")) for n in program.graph.nodes if n.op == "placeholder"]
+    """Give every node of a local graph its ``local`` fake value; adds no guard."""
+    fakes = [global_value(n) for n in program.graph.nodes if n.op == "placeholder"]
     mode = next((m for m in map(fake_mode_of, fakes) if m is not None), None)
     if mode is None:
         return
     quiet = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
     with mode, quiet:
         for node in program.graph.nodes:
-            if "local_val" in node.meta:
+            if facts(node).local is not None:
                 continue
             if node.op == "placeholder":
-                node.meta["local_val"] = node.meta.get("global_val", node.meta.get("val"))
+                mark(node, local=global_value(node))
             elif node.op == "get_attr":
                 value = node.meta.get("val")
-                node.meta["local_val"] = mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                mark(node, local=mode.from_tensor(value) if isinstance(value, torch.Tensor) else value)
             elif node.op == "call_function":
-                node.meta["local_val"] = _run(node)
+                mark(node, local=_run(node))
 
 
 def _run(node: Node) -> Any:
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["local_val"])
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: facts(n).local)
     if node.target is distributed_attention:
-        op = node.meta["attention"].op
+        op = facts(node).attention.op
         q: Any = kwargs[op.query]
         v: Any = kwargs[op.value]
         return q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -90,7 +91,8 @@ def verify_local(program: Program) -> None:
     infer_local(program)
     size = program.ranks.size
     for node in program.graph.nodes:
-        value, whole, type_ = (node.meta.get(k) for k in ("local_val", "global_val", "sp"))
+        known = facts(node)
+        value, whole, type_ = known.local, known.whole, known.type
         if not isinstance(value, torch.Tensor) or not isinstance(whole, torch.Tensor):
             continue
         expected = [as_length(n) for n in whole.shape]

@@ -17,25 +17,18 @@ import torch
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
-from fxsp.kernels.attention.ring_blocks import pairs_of
+from fxsp.kernels.counts import attention_flops
+from fxsp.kernels.op import sizes_of
+from fxsp.kernels.ops import record_of
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.rule import Call
 from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
 
-__all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops", "ring_flops"]
+__all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops"]
 
 Shape = tuple[int, ...]
 #: The shape of a tensor node, as numbers; None for anything else.
 ShapeOf = Callable[[Any], Shape | None]
-
-
-def attention_flops(q: Shape, k: Shape, v: Shape, *, causal: bool) -> int:
-    """``[..., m, d], [..., n, d], [..., n, e]``: two products over the allowed pairs of queries and keys."""
-    m, n = q[-2], k[-2]
-    pairs = m * n
-    if causal:  # the flag means the upper left corner: query i sees keys 0..i
-        full = min(m, n)
-        pairs = full * (full + 1) // 2 + (m - full) * n
-    return 2 * _numel(q[:-2]) * pairs * (q[-1] + v[-1])
 
 
 def _numel(shape: Shape) -> int:
@@ -97,43 +90,10 @@ def _einsum(call: Call, shape_of: ShapeOf) -> int:
     return 2 * _numel(tuple(letters.values())) if len(operands) > 1 else 0
 
 
-def ring_flops(node: Node, shape_of: ShapeOf, rank: int) -> int:
-    """The blocks that ``rank`` computes in an ``fxsp.ring_attention``; a causal ring gives each rank others."""
-    call = Call(node)
-    q, v = shape_of(call["q"]), shape_of(call["v"])
-    assert q is not None
-    assert v is not None
-    queries, keys = (
-        (
-            tuple(map(_length, call[f"{x}_lengths"])),
-            tuple(call[f"{x}_whole"]),
-            tuple(call[f"{x}_head_tail"]),
-            tuple(map(_length, call[f"{x}_units"])),
-        )
-        for x in "qk"
-    )
-    ulysses, size = call["ulysses"], call["size"]
-    window = None if call["window"] is None else _length(call["window"])
-    pairs = pairs_of(queries, keys, bool(call["causal"]), ulysses, size // ulysses, rank // ulysses, window)
-    return 2 * q[0] * q[1] * pairs * (q[-1] + v[-1])
-
-
-def _length(size: Any) -> int:
-    """A length among the arguments; one that a node computes counts as the hint of its value."""
-    return symint_hint(size.meta["local_val"]) if isinstance(size, Node) else int(size)
-
-
-def _merged(call: Call, shape_of: ShapeOf) -> int:
-    """Whole queries, and the keys of a rank, pads too."""
-    q, k, v = (shape_of(call[name]) for name in "qkv")
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    return attention_flops(q, k, v, causal=False)
-
-
-def _busiest_of_a_ring(call: Call, shape_of: ShapeOf) -> int:
-    return ring_flops(call.node, shape_of, call["size"] - 1)
+def _length(size: Node) -> int | None:
+    """A length that a node computes counts as the hint of its value."""
+    value = facts(size).local
+    return None if value is None else symint_hint(value)
 
 
 #: Name of an operator -> its count; entries may be added for operators of one's own.
@@ -142,19 +102,26 @@ FORMULAS: dict[str, Callable[[Call, ShapeOf], int]] = {
     "aten::matmul": _matmul,
     "aten::einsum": _einsum,
     "aten::scaled_dot_product_attention": _attention,
-    "fxsp_local::dropped_attention": _attention,
-    "fxsp_local::banded_attention": _attention,
-    "fxsp::merged_attention": _merged,
-    "fxsp::ring_attention": _busiest_of_a_ring,
     **{f"aten::conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"aten::conv_transpose{n}d": _transposed_convolution for n in (1, 2, 3)},
 }
 
 
-def node_flops(node: Node, shape_of: ShapeOf) -> int:
-    """Floating-point operations of one node; 0 for what moves or maps elements."""
+def node_flops(node: Node, shape_of: ShapeOf, rank: int | None = None) -> int:
+    """Floating-point operations of one node, on ``rank`` (None: the busiest one); 0 for what moves or maps elements."""
     if node.op != "call_function" or not is_operator(node.target):
         return 0
+
+    def stand_in(n: Node) -> Any:
+        return None if (shape := shape_of(n)) is None else torch.empty(shape, device="meta")
+
+    op = record_of(node.target)
+    if op is not None:
+        return (
+            0
+            if op.flops is None
+            else op.flops(sizes_of(node, 0, lambda n: _length(n) if (x := stand_in(n)) is None else x), rank)
+        )
     formula = FORMULAS.get(schema(node.target).name)
     if formula is not None:
         return formula(Call(node), shape_of)
@@ -162,8 +129,5 @@ def node_flops(node: Node, shape_of: ShapeOf) -> int:
     count = known.get(packet_of(node.target))
     if count is None:
         return 0
-    stand_ins = {
-        n: torch.empty(shape, device="meta") for n in node.all_input_nodes if (shape := shape_of(n)) is not None
-    }
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: stand_ins.get(n, n))
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n if (x := stand_in(n)) is None else x)
     return int(count(*args, **kwargs, out_val=torch.empty(shape_of(node) or (), device="meta")))

@@ -19,8 +19,8 @@ from fxsp.torch_internals import storage_key
 __all__ = ["peak_bytes"]
 
 
-def peak_bytes(graph: Graph, key: str, number: Callable[[Any], int], *, training: bool) -> int:
-    """The largest sum of bytes that live at once; ``meta[key]`` is a node's fake value, ``number`` reads a size."""
+def peak_bytes(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int], *, training: bool) -> int:
+    """The largest sum of bytes that live at once; ``value_of`` has a node's fake value, ``number`` reads a size."""
     nodes: list[Node] = list(graph.nodes)
     index = {node: i for i, node in enumerate(nodes)}
     inputs: set[int] = set()
@@ -29,7 +29,7 @@ def peak_bytes(graph: Graph, key: str, number: Callable[[Any], int], *, training
     keys: list[list[int]] = []
     for i, node in enumerate(nodes):
         own = []
-        for value in tree_leaves(node.meta.get(key)) if node.op != "output" else ():
+        for value in tree_leaves(value_of(node)) if node.op != "output" else ():
             if isinstance(value, torch.Tensor):
                 storage = storage_key(value)
                 own.append(storage)

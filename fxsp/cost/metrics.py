@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxsp.cost.flops import Shape, node_flops, ring_flops
+from fxsp.cost.flops import Shape, node_flops
 from fxsp.cost.formula import Formula, Names, formula_of, memory_formulas
 from fxsp.cost.memory import peak_bytes
-from fxsp.inspection.wire import fxsp_name
+from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, global_value, local_value
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
 from fxsp.torch_internals import fake_mode_of, size_hint
@@ -50,7 +51,7 @@ class Measures:
 def measure(program: Program) -> Measures:
     """Measure a partitioned program."""
     infer_local(program)
-    whole: Graph = program.facts["global"].graph
+    whole: Graph = program.whole.graph
     values = (n.meta.get("val") for n in whole.nodes if n.op == "placeholder")
     mode = next((m for v in values if (m := fake_mode_of(v)) is not None), None)
 
@@ -58,10 +59,10 @@ def measure(program: Program) -> Measures:
         return size if type(size) is int else size_hint(as_length(size), mode)
 
     found = Measures(number=number)
-    found.flops_total = _flops(whole, "val", number)
+    found.flops_total = _flops(whole, global_value, number)
     found.flops_per_rank = _flops_of_ranks(program, number)
-    found.memory_one = peak_bytes(whole, "val", number, training=program.training)
-    found.memory_rank = peak_bytes(program.graph, "local_val", number, training=program.training)
+    found.memory_one = peak_bytes(whole, global_value, number, training=program.training)
+    found.memory_rank = peak_bytes(program.graph, local_value, number, training=program.training)
     found.padding = _padding(program, number)
     for records, sent, formulas in (
         (program.report.collectives, found.sent, found.formulas),
@@ -83,22 +84,22 @@ def measure(program: Program) -> Measures:
 
 def _flops_of_ranks(program: Program, number: Callable[[Any], int]) -> list[int]:
     """All ranks do the same but for rings, in which each place meets other blocks."""
-    shape_of, size = _shapes("local_val", number), program.ranks.size
-    rings = [node for node in program.graph.nodes if fxsp_name(node) == "ring_attention"]
-    alike = _flops(program.graph, "local_val", number) - sum(node_flops(node, shape_of) for node in rings)
-    return [alike + sum(ring_flops(node, shape_of, rank) for node in rings) for rank in range(size)]
+    shape_of, size = _shapes(local_value, number), program.ranks.size
+    ours = [node for node in program.graph.nodes if op_of(node) is not None]
+    alike = _flops(program.graph, local_value, number) - sum(node_flops(node, shape_of) for node in ours)
+    return [alike + sum(node_flops(node, shape_of, rank) for node in ours) for rank in range(size)]
 
 
-def _shapes(key: str, number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:
+def _shapes(value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:
     def shape_of(node: Any) -> Shape | None:
-        value = node.meta.get(key) if isinstance(node, Node) else None
+        value = value_of(node) if isinstance(node, Node) else None
         return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
 
     return shape_of
 
 
-def _flops(graph: Graph, key: str, number: Callable[[Any], int]) -> int:
-    shape_of = _shapes(key, number)
+def _flops(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> int:
+    shape_of = _shapes(value_of, number)
     return sum(node_flops(node, shape_of) for node in graph.nodes)
 
 
@@ -106,7 +107,7 @@ def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[
     found = {}
     size = program.ranks.size
     for node in program.graph.nodes:
-        type_ = node.meta.get("sp")
+        type_ = facts(node).type
         for segment in type_.sequence.segments if isinstance(type_, Shard) else ():
             if segment.sharded and segment.name:
                 tokens = number(segment.length)

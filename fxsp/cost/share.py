@@ -19,12 +19,13 @@ from torch.fx import Node
 from fxsp.cost.flops import Shape, attention_flops, node_flops
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.rule import RULES, Call, tensor_nodes
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, tensor_nodes
+from fxsp.passes.rules.table import RULES
 from fxsp.passes.rules.whole import WHOLE
-from fxsp.passes.special.cat_and_cut import CATS, CUTS, SLICES
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import fake_mode_of, is_operator, is_pointwise, schema, size_hint
 from fxsp.types import Partial, Shard, as_length
@@ -60,7 +61,7 @@ class Share:
 
 def share_of(program: Program) -> Share:
     """The share of a partitioned program; sizes that are symbols count as those that were traced."""
-    nodes = [n for n in program.facts["global"].graph.nodes if n.op == "call_function" and not is_annotate(n)]
+    nodes = [n for n in program.whole.graph.nodes if n.op == "call_function" and not is_annotate(n)]
     number = number_in(program)
 
     def shape_of(node: Any) -> Shape | None:
@@ -71,13 +72,13 @@ def share_of(program: Program) -> Share:
     if known.total:
         return known
     # What is cheap is computed whole where that saves a gather, whatever its type says.
-    names = {n.meta.get("global_name") for n in program.graph.nodes if isinstance(n.meta.get("sp"), (Shard, Partial))}
+    names = {facts(n).stands_for for n in program.graph.nodes if isinstance(facts(n).type, (Shard, Partial))}
     return _sum(nodes, lambda n: _written(n, shape_of), lambda n: n.name in names)
 
 
 def number_in(program: Program) -> Callable[[Any], int]:
     """Reads a size as the number that it was when the graph was traced."""
-    modes = (fake_mode_of(n.meta.get("val")) for n in program.facts["global"].graph.nodes)
+    modes = (fake_mode_of(n.meta.get("val")) for n in program.whole.graph.nodes)
     mode = next((m for m in modes if m is not None), None)
     return lambda size: size if type(size) is int else size_hint(as_length(size), mode)
 
@@ -98,7 +99,7 @@ def _sum(nodes: list[Node], work: Callable[[Node], int], on_shards: Callable[[No
 
 def on_shards(node: Node) -> bool:
     """Whether a call of the global graph runs on each rank's part of something."""
-    decision = node.meta.get("sp_call")
+    decision = facts(node).decision
     return isinstance(decision, Decision) and any(
         isinstance(t, (Shard, Partial)) for t in (*decision.operands, *decision.results)
     )
@@ -120,11 +121,11 @@ def _is_unknown(node: Node) -> bool:
     if node.target is operator.getitem or "val" not in node.meta:
         return False
     if not is_operator(node.target):
-        return "island" in node.meta
+        return bool(facts(node).island)
     name = schema(node.target).name
     if node.target in RULES or is_pointwise(node.target) or name.startswith(("fxsp::", "fxsp_local::")):
         return False
-    if node.target in CATS or node.target in CUTS or node.target in SLICES:
+    if node.target in family("cat", "slice", "split"):
         return False
     views = any(result.alias_info is not None for result in schema(node.target).returns)
     return not views and not {name, f"{name}.{schema(node.target).overload_name}"} & WHOLE.keys()
@@ -141,7 +142,7 @@ def _operands(node: Node) -> list[Node]:
 
 def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
     """Elements of the result of what computes something from tensors; views, and what is cheap, count nothing."""
-    if "sp_call" not in node.meta or not _operands(node) or node.target in CHEAP:
+    if facts(node).decision is None or not _operands(node) or node.target in family("cheap"):
         return 0
     if any(result.alias_info is not None for result in schema(node.target).returns):
         return 0

@@ -26,7 +26,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import Shape, node_flops
-from fxsp.inspection.wire import fxsp_name
+from fxsp.kernels.ops import op_of
+from fxsp.passes.graph import facts
 from fxsp.torch_internals import is_operator, is_pointwise, storage_key
 
 __all__ = ["H100", "Device", "Span", "timeline"]
@@ -72,7 +73,8 @@ def timeline(
             start = max(begin, wire)
             wire = ready[node] = start + device.latency + sent[node.name] / device.link
             spans.append(Span(node, start, wire, True))
-            if fxsp_name(node) in ("ring_attention", "merged_attention"):  # blocks are computed while others travel
+            op = op_of(node)
+            if op is not None and op.flops is not None:  # blocks are computed while others travel
                 start = max(begin, compute)
                 compute = start + _seconds(node, number, device)
                 ready[node] = max(wire, compute)
@@ -90,11 +92,12 @@ def timeline(
 
 def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
     def shape_of(n: Any) -> Shape | None:
-        value = n.meta.get("local_val") if isinstance(n, Node) else None
+        value = facts(n).local if isinstance(n, Node) else None
         return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
 
     own = _bytes(node, number)
-    if own == 0 or _is_view(node) or fxsp_name(node) == "use":
+    op = op_of(node)
+    if own == 0 or _is_view(node) or (op is not None and op.is_identity):
         return 0.0
     fused = _pointwise(node)
     if fused and node.users and all(_pointwise(user) for user in node.users):
@@ -105,7 +108,7 @@ def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
 
 def _bytes(node: Node, number: Callable[[Any], int]) -> int:
     total = 0
-    for value in tree_leaves(node.meta.get("local_val")):
+    for value in tree_leaves(facts(node).local):
         if isinstance(value, torch.Tensor):
             elements = value.element_size()
             for n in value.shape:
@@ -120,7 +123,7 @@ def _pointwise(node: Node) -> bool:
 
 def _is_view(node: Node) -> bool:
     """Whether the node's memory is that of an operand."""
-    values = [v for v in tree_leaves(node.meta.get("local_val")) if isinstance(v, torch.Tensor)]
-    operands = [v for n in node.all_input_nodes for v in tree_leaves(n.meta.get("local_val"))]
+    values = [v for v in tree_leaves(facts(node).local) if isinstance(v, torch.Tensor)]
+    operands = [v for n in node.all_input_nodes for v in tree_leaves(facts(n).local)]
     keys = {storage_key(v) for v in operands if isinstance(v, torch.Tensor)}
     return bool(values) and all(storage_key(v) in keys for v in values)

@@ -25,29 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsp.hooks.layout import (
-    Layout,
-    gather,
-    layout_of,
-    local_size,
-    mark,
-    moved,
-    refuse,
-    rule,
-    same_tokens,
-    shard,
-    use,
-)
+from fxsp.hooks.dispatch import gather, mark, rule, shard
+from fxsp.hooks.gradients import use
+from fxsp.hooks.layout import Layout, layout_of, local_size, moved, same_tokens
 from fxsp.hooks.region import Region
 from fxsp.hooks.ring import ring, ring_refusal
 from fxsp.hooks.rules import aligned, argument
-from fxsp.hooks.where import caller
-from fxsp.kernels.lowering import local_length
+from fxsp.hooks.where import caller, refuse
+from fxsp.kernels.ops import fxsp_ops as _ops
+from fxsp.kernels.tokens import local_length
 from fxsp.report import AttentionRecord
 
 __all__ = ["attention"]
-
-_ops = torch.ops.fxsp
 
 
 class _Call(NamedTuple):

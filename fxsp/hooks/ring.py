@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import Layout, gather, layout_of, mark, moved, same_tokens, shard, use
+from fxsp.hooks.dispatch import gather, mark, shard
+from fxsp.hooks.gradients import use
+from fxsp.hooks.layout import Layout, layout_of, moved, same_tokens
 from fxsp.hooks.region import Region
 from fxsp.kernels.attention.own_kernel import written_out
-from fxsp.kernels.lowering import local_length
+from fxsp.kernels.ops import fxsp_ops as _ops
+from fxsp.kernels.tokens import local_length
 
 __all__ = ["ring", "ring_refusal"]
-
-_ops = torch.ops.fxsp
 
 
 def ring_refusal(q: Tensor, k: Tensor, v: Tensor, ulysses: int, gqa: bool) -> str:

@@ -14,26 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsp.hooks.layout import (
-    Layout,
-    gather,
-    global_size,
-    is_constant,
-    is_in_place,
-    layout_of,
-    local_size,
-    mark,
-    means_local,
-    moved,
-    needs_whole,
-    note_gather,
-    refuse,
-    rule,
-    same_tokens,
-    shard,
-    use,
-)
+from fxsp.hooks.dispatch import gather, is_constant, mark, needs_whole, note_gather, rule, shard
+from fxsp.hooks.gradients import use
+from fxsp.hooks.layout import Layout, global_size, layout_of, local_size, means_local, moved, same_tokens
 from fxsp.hooks.sizes import meaning, split_size
+from fxsp.hooks.spelling import is_in_place
+from fxsp.hooks.where import refuse
 from fxsp.torch_internals import checkpoint_looks, in_backward
 
 __all__ = ["aligned", "argument", "fit", "marked", "separate", "tensors_in"]

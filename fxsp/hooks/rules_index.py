@@ -8,19 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import (
-    Layout,
-    layout_of,
-    mark,
-    means_local,
-    moved,
-    needs_whole,
-    refuse,
-    rule,
-    use,
-)
+from fxsp.hooks.dispatch import mark, needs_whole, rule
+from fxsp.hooks.gradients import use
+from fxsp.hooks.layout import Layout, layout_of, means_local, moved
 from fxsp.hooks.rules import aligned, fit
 from fxsp.hooks.rules_shape import meant_size, one_token, only_layout, part, segments_between
+from fxsp.hooks.where import refuse
 
 __all__ = ["Place", "place_of"]
 

@@ -12,20 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import (
-    gather,
-    is_reflected,
-    layout_of,
-    mark,
-    moved,
-    note_gather,
-    on_whole,
-    refuse,
-    rule,
-    use,
-)
+from fxsp.hooks.dispatch import gather, mark, note_gather, on_whole, rule
+from fxsp.hooks.gradients import use
+from fxsp.hooks.layout import layout_of, moved
 from fxsp.hooks.rules import argument, elementwise, fit, marked
 from fxsp.hooks.rules_shape import only_layout
+from fxsp.hooks.spelling import is_reflected
+from fxsp.hooks.where import refuse
 from fxsp.torch_internals import in_backward
 
 __all__: list[str] = []

@@ -9,26 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import (
-    Layout,
-    gather,
-    global_size,
-    is_constant,
-    layout_of,
-    leave,
-    local_size,
-    mark,
-    means_local,
-    moved,
-    needs_whole,
-    note_gather,
-    refuse,
-    rule,
-    use,
-)
+from fxsp.hooks.dispatch import gather, is_constant, mark, needs_whole, note_gather, rule
+from fxsp.hooks.gradients import leave, use
+from fxsp.hooks.layout import Layout, global_size, layout_of, local_size, means_local, moved
 from fxsp.hooks.region import Region
 from fxsp.hooks.rules import aligned, argument, fit, marked, tensors_in
-from fxsp.kernels.lowering import local_length
+from fxsp.hooks.where import refuse
+from fxsp.kernels.tokens import local_length
 
 __all__ = ["meant_size", "one_token", "only_layout", "part", "segments_between"]
 

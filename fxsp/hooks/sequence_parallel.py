@@ -6,7 +6,7 @@ The same plan drives ``torch.compile(model, backend="sp")``: while that backend 
     enable_sequence_parallel_for_model(model)         # eager; reads model._sp_plan
     fast = torch.compile(model, backend="sp")         # the same model, the same plan, compiled
 
-Attention, gradients and what the hooks refuse: see ``fxsp.hooks.layout``, ``rules`` and ``attention``.
+Attention, gradients and what the hooks refuse: see ``fxsp.hooks.dispatch``, ``rules`` and ``attention``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fxsp.errors import PlanError
 from fxsp.hooks.base import HookRegistry
 from fxsp.hooks.region import Region
 from fxsp.hooks.split import (
-    ModuleForwardMetadata,
     SequenceParallelGatherHook,
     SequenceParallelRootHook,
     SequenceParallelSplitHook,
     needs_lengths,
 )
 from fxsp.hooks.tracing import ROOT, attached_names, hook_name
+from fxsp.hooks.values import ModuleForwardMetadata
 from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, find_plan, parse_plan
 from fxsp.report import Report
 

@@ -2,88 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxsp.capture.resolve import unwrap
 from fxsp.hooks.base import ModelHook
-from fxsp.hooks.layout import Layout, SplitMode, gather, layout_of, local_size, shard
+from fxsp.hooks.dispatch import SplitMode, gather, shard
+from fxsp.hooks.layout import Layout, layout_of, local_size
 from fxsp.hooks.region import Call, Region
 from fxsp.hooks.tracing import sp_is_tracing
+from fxsp.hooks.values import ModuleForwardMetadata, Outputs, made_whole, token_count
 from fxsp.plan import (
     PlanEntry,
     SequenceParallelConfig,
     SequenceParallelOutput,
     SequenceParallelPartialInput,
-    did_you_mean,
-    listing,
     refuse,
 )
 from fxsp.torch_internals import in_backward
 
 __all__ = [
-    "ModuleForwardMetadata",
     "SequenceParallelGatherHook",
     "SequenceParallelRootHook",
     "SequenceParallelSplitHook",
-    "token_count",
 ]
-
-
-@dataclass
-class ModuleForwardMetadata:
-    """Where the arguments of a class's ``forward`` stand, by name; looked up once."""
-
-    cached_parameter_indices: dict[str, int] | None = None
-    _cls: type | None = None
-    _takes_any: bool = False
-
-    def _get_parameter_from_args_kwargs(
-        self, identifier: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> tuple[Any, bool, int | None]:
-        """``(value, is it in kwargs, place in args)``; the value of an argument that was left out is None.
-
-        Raises ``ValueError`` for a name that forward does not have.
-        """
-        if kwargs and identifier in kwargs:
-            return kwargs[identifier], True, None
-        if self.cached_parameter_indices is None:
-            self._look_up()
-        known = self.cached_parameter_indices or {}
-        index = known.get(identifier)
-        if index is None:
-            if self._takes_any:
-                return None, False, None
-            raise ValueError(
-                f'forward has no argument "{identifier}".\n  It has: {listing(known)}.{did_you_mean(identifier, known)}'
-            )
-        return (args[index] if index < len(args) else None), False, index
-
-    def _look_up(self) -> None:
-        if self._cls is None:
-            raise ValueError("the class whose forward is meant is not set")
-        parameters = list(inspect.signature(self._cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.cached_parameter_indices = {
-            p.name: i for i, p in enumerate(parameters) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
-
-
-def token_count(value: Any) -> Any:
-    """What the argument that ``text_len_source`` names tells: a number, or the tokens of a tensor; None: nothing."""
-    if isinstance(value, Tensor) and value.dim():
-        dim = 0 if value.dim() <= 2 else 1
-        layout = layout_of(value)
-        return sum(layout.lengths) if layout is not None and layout.dim == dim else value.shape[dim]
-    return value if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else None
 
 
 class _RegionHook(ModelHook):
@@ -189,7 +135,7 @@ class SequenceParallelSplitHook(_RegionHook):
         if not specs or not self._acts(module):
             return output
         lengths = self.region.recall(self)
-        outputs = _Outputs(output)
+        outputs = Outputs(output)
         for index, spec in specs.items():
             label = f"output {index} of {type(module).__name__}: {spec!r}"
             if index >= len(outputs.values):
@@ -281,7 +227,7 @@ class SequenceParallelGatherHook(_RegionHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not self._acts(module):
             return output
-        outputs = _Outputs(output)
+        outputs = Outputs(output)
         label = f"{type(module).__name__}: {self.metadata!r}"
         present = [i for i, value in enumerate(outputs.values) if value is not None]
         if self._only and len(present) != 1:
@@ -352,7 +298,7 @@ class SequenceParallelRootHook(_RegionHook):
             return output
         if torch.compiler.is_compiling():
             self.region.trace(None)
-        return _made_whole(output)
+        return made_whole(output)
 
 
 @contextmanager
@@ -376,43 +322,6 @@ def _eager_call(region: Region, given_up: bool) -> Iterator[None]:
             yield
     finally:
         region.leave()
-
-
-def _made_whole(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        layout = layout_of(output)
-        return output if layout is None else gather(output, layout, used=False)
-    if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
-        for field in dataclasses.fields(output):
-            setattr(output, field.name, _made_whole(getattr(output, field.name)))
-        return output
-    leaves, structure = pytree.tree_flatten(output)
-    if all(layout_of(leaf) is None for leaf in leaves):
-        return output
-    return pytree.tree_unflatten(
-        [_made_whole(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
-    )
-
-
-class _Outputs:
-    """The values of a module's output, and the way back to what it was."""
-
-    def __init__(self, output: Any) -> None:
-        self._output = output
-        if isinstance(output, Mapping):
-            self.values = list(output.values())
-        else:
-            self.values = list(output) if isinstance(output, (list, tuple)) else [output]
-
-    def packed(self) -> Any:
-        output = self._output
-        if isinstance(output, Mapping):
-            for key, value in zip(list(output), self.values, strict=True):
-                output[key] = value  # type: ignore[index]
-            return output
-        if not isinstance(output, (list, tuple)):
-            return self.values[0]
-        return type(output)(*self.values) if hasattr(output, "_fields") else type(output)(self.values)
 
 
 def needs_lengths(specs: Sequence[Any]) -> list[str]:

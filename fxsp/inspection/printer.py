@@ -24,11 +24,11 @@ from fxsp.inspection.wire import (
     arguments_of,
     bytes_sent,
     format_bytes,
-    fxsp_name,
     length_of,
     shape_on_rank,
-    value_of,
 )
+from fxsp.kernels.ops import op_of
+from fxsp.passes.graph import facts, value_of
 from fxsp.source import module_path
 from fxsp.types import Length, Ranks, as_length
 
@@ -73,12 +73,12 @@ def rows(gm: torch.fx.GraphModule, ranks: Ranks) -> list[Row]:
     return [
         Row(
             name="" if node.op == "output" else node.name,
-            type=_type_text(node.meta.get("sp")),
+            type=_type_text(facts(node).type),
             value=_value_text(node, ranks),
             op=op_text(node),
             module=module_path(node),
             sent=bytes_sent(node, ranks),
-            stands_for=node.meta.get("global_name", ""),
+            stands_for=facts(node).stands_for,
         )
         for node in gm.graph.nodes
     ]
@@ -145,7 +145,7 @@ def _value_text(node: torch.fx.Node, ranks: Ranks) -> str:
     if node.op == "output":
         return ""
     val = value_of(node)
-    types = None if "local_val" in node.meta else node.meta.get("sp")
+    types = None if facts(node).local is not None else facts(node).type
     if isinstance(val, list | tuple):
         each = types if isinstance(types, list | tuple) else [types] * len(val)
         return ", ".join(_tensor_text(v, t, ranks) for v, t in zip(val, each, strict=False))
@@ -173,14 +173,14 @@ def op_text(node: torch.fx.Node) -> str:
         return f"constant {node.target}"
     if node.target is operator.getitem:
         return f"{_operand(node.args[0])}[{_operand(node.args[1])}]"
-    if fxsp_name(node) is not None:
-        return _fxsp_text(node)
+    if (op := op_of(node)) is not None:
+        return _fxsp_text(op.name, node)
     operands = [_operand(arg) for arg in node.args]
     operands += [f"{key}={_operand(arg)}" for key, arg in node.kwargs.items()]
     return f"{_name(node.target)}({', '.join(operands)})"
 
 
-def _fxsp_text(node: torch.fx.Node) -> str:
+def _fxsp_text(op: str, node: torch.fx.Node) -> str:
     """Segments in the notation of the types; no group, no size, and the rank is a word."""
     arguments = arguments_of(node)
     operands = []
@@ -194,7 +194,7 @@ def _fxsp_text(node: torch.fx.Node) -> str:
             operands += ["zero_pads"] if value else []
         elif name not in ("whole", "head_tail", "units", "size", "group"):
             operands.append(_operand(value))
-    return f"{fxsp_name(node)}({', '.join(operands)})"
+    return f"{op}({', '.join(operands)})"
 
 
 def _segments(lengths: Any, whole: Any, head_tail: Any, units: Any) -> str:

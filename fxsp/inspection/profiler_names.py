@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from fxsp.inspection.wire import COLLECTIVES
+from fxsp.kernels.ops import op_of
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import is_operator, schema
 
@@ -32,13 +32,11 @@ def name_collectives(graph: Graph) -> None:
         if node.op != "call_function" or not is_operator(node.target):
             continue
         namespace, _, name = schema(node.target).name.partition("::")
-        if name == "wait_tensor" or not (namespace == "_c10d_functional" or (namespace, name) in _OURS):
+        ours = (op := op_of(node)) is not None and op.sends is not None
+        if name == "wait_tensor" or not (namespace == "_c10d_functional" or ours):
             continue
         place = module_path(node) or "root"
         line = f" ({node_source(node)})" if node_source(node) else ""
         backward = " backward" if node.meta.get("autograd_backward") else ""
         node.args = (f"{name} {place}{line}{backward}", namespace, name, *node.args)
         node.target = named_collective
-
-
-_OURS = {("fxsp", name) for name in COLLECTIVES}

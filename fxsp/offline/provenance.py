@@ -15,6 +15,7 @@ from fxsp.cost.metrics import Measures
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.render.text import legend_text
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.plan import did_you_mean, listing
 from fxsp.report import CollectiveRecord
 from fxsp.source import module_path, node_source
@@ -35,7 +36,7 @@ def reasons(name: str, program: Program, measures: Measures) -> list[str]:
 
     A name is that of a value of either program, of a collective, of a module, or of an input or parameter.
     """
-    old = {n.name: n for n in program.facts["global"].graph.nodes if n.op != "output"}
+    old = {n.name: n for n in program.whole.graph.nodes if n.op != "output"}
     new = {n.name: n for n in program.graph.nodes if n.op != "output"}
     collective = [i for i, record in enumerate(program.report.collectives) if record.value == name]
     if collective:
@@ -44,8 +45,8 @@ def reasons(name: str, program: Program, measures: Measures) -> list[str]:
         return _value(old[name])
     if name in new:
         node = new[name]
-        stands_for = node.meta.get("global_name", "")
-        head = f"{name}: {node.meta.get('sp', 'a step of a conversion')} {_place(node, program)}".rstrip()
+        stands_for = facts(node).stands_for
+        head = f"{name}: {facts(node).type or 'a step of a conversion'} {_place(node, program)}".rstrip()
         source = old.get(stands_for) or _ancestor(node, old)
         return [head, *(f"  {line}" for line in (_value(source) if source is not None else ()))]
     found = [n for n in old.values() if n.op == "placeholder" and _plain(n.name) == _plain(name)]
@@ -85,9 +86,9 @@ def _ancestor(node: Node, old: dict[str, Node]) -> Node | None:
     queue, seen = [node], {node}
     first = None
     for current in queue:
-        found = old.get(current.meta.get("global_name", ""))
+        found = old.get(facts(current).stands_for)
         if found is not None and current is not node:
-            if isinstance(found.meta.get("sp"), Shard):
+            if isinstance(facts(found).type, Shard):
                 return found
             first = first or found
             continue
@@ -103,7 +104,7 @@ def _value(node: Node) -> list[str]:
     current: Node | None = node
     while current is not None and current not in seen and len(lines) < 40:
         seen.add(current)
-        type_ = current.meta.get("sp")
+        type_ = facts(current).type
         shown = ", ".join(map(str, type_)) if isinstance(type_, tuple) else str(type_ if type_ is not None else "")
         lines.append(f"{current.name}: {shown} {_place(current)}".rstrip())
         origin = getattr(type_[0] if isinstance(type_, tuple) and type_ else type_, "origin", "")
@@ -112,11 +113,11 @@ def _value(node: Node) -> list[str]:
         if "fxsp.annotate" in str(current.target):
             lines[-1] = f"  by the plan: {current.args[4]}"
             break
-        decision = current.meta.get("sp_call")
+        decision = facts(current).decision
         if decision is not None and decision.reason:
             lines.append(f"  gathers: {decision.reason}")
-        split = [n for n in current.all_input_nodes if isinstance(n.meta.get("sp"), Shard)]
-        several = [n for n in current.all_input_nodes if isinstance(n.meta.get("sp"), tuple)]
+        split = [n for n in current.all_input_nodes if isinstance(facts(n).type, Shard)]
+        several = [n for n in current.all_input_nodes if isinstance(facts(n).type, tuple)]
         current = next(iter([*split, *several]), None)
     return lines
 
@@ -147,7 +148,7 @@ def _collective(
     for (kind, reason), sizes in gradients.items():
         times = f"{len(sizes)} x " if len(sizes) > 1 else ""
         lines.append(f"  backward: {times}{kind}, {format_bytes(sum(sizes))} per rank: {reason}")
-    source = old.get(node.meta.get("global_name", "")) or _ancestor(node, old)
+    source = old.get(facts(node).stands_for) or _ancestor(node, old)
     if source is not None:
         lines += ["  it comes from:", *(f"    {line}" for line in _value(source))]
     return lines
@@ -202,7 +203,7 @@ def _module(
     for gather in program.report.implicit_gathers:
         if whole or _within(gather.module, name):
             lines.append(f"  implicit gather: {gather}")
-    split = next((n for n in inside if isinstance(n.meta.get("sp"), Shard)), None)
+    split = next((n for n in inside if isinstance(facts(n).type, Shard)), None)
     if split is not None:
         lines += ["  its first split value:", *(f"    {line}" for line in _value(split))]
     else:

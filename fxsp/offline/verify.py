@@ -176,7 +176,7 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
         with same_random_numbers():
             both = simulate(joint, size, [*leaves, *seeds])
         outputs, found = [rank[: len(flat)] for rank in both], [rank[len(flat) :] for rank in both]
-        if program.grad_reduce == "defer":  # those of parameters are left as summands
+        if program.options.deferred:  # those of parameters are left as summands
             for i, x in enumerate(x for x in inputs if isinstance(x, Tensor) and x.requires_grad):
                 if isinstance(x, torch.nn.Parameter):
                     total = torch.stack([rank[i] for rank in found]).sum(0)
@@ -197,7 +197,7 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
         evidence.written = [max(relative_error(rank[i], values[i]) for rank in left) for i in written]
         evidence.names += [f"{result.names[i]} after the call" for i in written]
     if not evidence.ok:
-        deferred = program.grad_reduce == "defer"
-        difference = first_difference(program.gm, program.facts["global"], size, leaves, seeds, tolerance, deferred)
+        deferred = program.options.deferred
+        difference = first_difference(program.gm, program.whole, size, leaves, seeds, tolerance, deferred)
         evidence.first_difference = difference or "no value inside differs, and no gradient of one"
     return evidence

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
+from fxsp.passes.graph import facts, type_of
 from fxsp.ranks.checks import relative_error, same_random_numbers
 from fxsp.simulation.machine import assemble, simulate
 from fxsp.source import module_path, node_source
@@ -43,7 +44,7 @@ def first_difference(
 ) -> str:
     """The first value that differs, else the first gradient, in words; nothing if all agree.
 
-    ``local`` is a partitioned graph (whose nodes say in ``meta["global_name"]`` which value they stand for), ``whole``
+    ``local`` is a partitioned graph (whose nodes say which value they stand for), ``whole``
     the typed graph that it was made from; ``seeds`` are the gradients of its outputs (None: values only);
     ``deferred``: gradients of parameters are left as summands.
     """
@@ -81,15 +82,15 @@ def _value(
     found: list[str] = []
 
     def look(node: Node, lanes: Sequence[Any]) -> None:
-        expected = keeper.kept.get(node.meta.get("global_name", ""))
+        expected = keeper.kept.get(facts(node).stands_for)
         if node.op == "placeholder" or expected is None:
             return  # an input, which may have been written to since
-        if found or "sp" not in node.meta or not all(isinstance(x, Tensor) for x in lanes):
+        if found or facts(node).type is None or not all(isinstance(x, Tensor) for x in lanes):
             return
-        error = relative_error(assemble(_concrete(node.meta["sp"], numbers), lanes), expected)
+        error = relative_error(assemble(_concrete(type_of(node), numbers), lanes), expected)
         if not error <= tolerance:
-            name = node.meta["global_name"]
-            found.append(f"{node.name}: {node.meta['sp']} of {name} ({place(node)}), error {error:.1e}")
+            name = facts(node).stands_for
+            found.append(f"{node.name}: {type_of(node)} of {name} ({place(node)}), error {error:.1e}")
 
     with same_random_numbers():
         simulate(local, size, inputs, observe=look)
@@ -134,8 +135,8 @@ def _gradient(
     # One form of each value, the first: the others are made of it, and their gradients arrive in it.
     first: dict[str, str] = {}
     for node in local.graph.nodes:
-        name = node.meta.get("global_name")
-        if name in expected and isinstance(node.meta.get("sp"), (Replicate, Used, Partial, Shard)):
+        name = facts(node).stands_for
+        if name in expected and isinstance(facts(node).type, (Replicate, Used, Partial, Shard)):
             first.setdefault(name, node.name)
 
     def joint(*args: Any) -> tuple[Tensor, ...]:
@@ -151,14 +152,14 @@ def _gradient(
     for i in reversed(range(len(kept))):
         node = nodes[kept[i]]
         lanes = [rank[i] for rank in results]
-        type_ = _concrete(node.meta["sp"], numbers)
-        if node.op == "placeholder" and not (deferred and node.meta.get("is_parameter")):
+        type_ = _concrete(type_of(node), numbers)
+        if node.op == "placeholder" and not (deferred and facts(node).is_parameter):
             type_ = Replicate()
         value = _assembled_gradient(type_, lanes)
-        error = relative_error(value, expected[node.meta["global_name"]], usual)
+        error = relative_error(value, expected[facts(node).stands_for], usual)
         if not error <= tolerance:
-            name = node.meta["global_name"]
-            return f"the gradient of {node.name}: {node.meta['sp']} of {name} ({place(node)}), error {error:.1e}"
+            name = facts(node).stands_for
+            return f"the gradient of {node.name}: {type_of(node)} of {name} ({place(node)}), error {error:.1e}"
     return ""
 
 

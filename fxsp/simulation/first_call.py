@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.errors import VerificationError
-from fxsp.kernels.ops import same_memory
+from fxsp.kernels.op import same_memory
 from fxsp.passes.base import Program
 from fxsp.ranks.checks import TOLERANCE, relative_error, same_random_numbers
 from fxsp.simulation.divergence import first_difference, place
@@ -63,9 +63,9 @@ class Trial:
     def __init__(self, program: Program, whole: Callable[..., Any], names: Sequence[str], group: Any) -> None:
         # What compiles the graph may edit it.
         self.local = GraphModule(program.gm, copy.deepcopy(program.gm.graph))
-        self.typed: GraphModule = program.facts["global"]
+        self.typed: GraphModule = program.whole
         self.whole, self.names, self.group = whole, names, group
-        self.ranks, self.training, self.defer = program.ranks, program.training, program.grad_reduce == "defer"
+        self.ranks, self.training, self.defer = program.ranks, program.training, program.options.deferred
 
     def wrap(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """``run``, but its first call is tried out before; raises :class:`VerificationError` where that fails."""

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
+from fxsp.passes.rules.families import family
 from fxsp.simulation.joint import joint_graph
 from fxsp.simulation.placement import assemble, check_replicated
 from fxsp.simulation.reference import table as oracle
@@ -44,7 +45,7 @@ Observer = Callable[[torch.fx.Node, Lanes], None]
 _FOREIGN = frozenset({"c10d", "_c10d_functional", "c10d_functional", "symm_mem"})
 
 #: The oracle promises values, not strides: these may be legal on the real operators' results only.
-_VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default})
+_VIEWS = family("keeps_strides")
 
 
 @dataclass

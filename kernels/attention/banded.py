@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["allowed", "banded_attention"]
+from fxsp.kernels.counts import local_attention_flops
+from fxsp.kernels.op import Op
+
+__all__ = ["BANDED", "allowed", "banded_attention"]
 
 #: Rows of a block at least, and blocks at most: a graph must not grow with the number of tokens.
 _ROWS, _BLOCKS = 1024, 8
@@ -58,10 +61,9 @@ def banded_attention(
     return outs[0] if len(outs) == 1 else torch.cat(outs, -2)
 
 
-_library = torch.library.Library("fxsp_local", "FRAGMENT")
-_library.define(
-    "banded_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, int? window, "
-    "float? scale, bool enable_gqa) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.impl("banded_attention", banded_attention, "CompositeImplicitAutograd")
+BANDED = Op(
+    "banded_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, int? window, float? scale, "
+    "bool enable_gqa) -> Tensor",
+    banded_attention, flops=local_attention_flops, namespace="fxsp_local",
+)  # fmt: skip

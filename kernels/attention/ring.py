@@ -11,7 +11,7 @@ and arrive home after the last step.  A rank holds two blocks at a time: O(S/P) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -243,9 +243,3 @@ def _with_split(ring: _Ring, own: Tensor, arrived: Tensor) -> Tensor:
             row = row + k.rows
         pieces.append(piece)
     return torch.cat(pieces, 2)
-
-
-RING: dict[str, Callable[..., Any]] = {
-    "ring_attention": ring_attention,
-    "ring_attention_backward": ring_attention_backward,
-}

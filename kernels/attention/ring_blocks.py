@@ -25,13 +25,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fxsp.kernels.exchange.zigzag import chunk_rows, units_of
+from fxsp.kernels.tokens import Size, placed
 from fxsp.types import as_length, same_length
 
-__all__ = ["Chunk", "Meeting", "chunks_of", "in_pieces", "meetings", "pairs_of", "rows_of"]
+__all__ = ["Chunk", "Meeting", "chunks_of", "in_pieces", "meetings", "pairs_of"]
 
-#: An ``int`` or a ``SymInt``.
-Size = Any
 #: Under a window: rows of a piece at least, and pieces of a chunk at most (each takes calls of its own).
 _ROWS, _PIECES = 1024, 8
 #: Lengths of segments, which are whole, which are heads and tails (empty: none), and their units (left out: one).
@@ -81,31 +79,19 @@ class Meeting:
     pads: bool = False
 
 
-def rows_of(length: Size, ulysses: int, ring: int, unit: Size = 1) -> Size:
-    """Rows of a split segment in each place of the ring, pads included."""
-    return ulysses * chunk_rows(length, ulysses * ring, unit)
-
-
 def chunks_of(
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
-    ulysses: int,
-    ring: int,
-    place: int,
-    head_tail: Sequence[bool] = (),
+    lengths: Sequence[Size], whole: Sequence[bool], ulysses: int, ring: int, place: int, head_tail: Sequence[bool] = (),
     units: Sequence[Size] = (),
-) -> list[Chunk]:
+) -> list[Chunk]:  # fmt: skip
     """The chunks of one place of the ring, in the order of its rows."""
     result: list[Chunk] = []
     row: Size = 0
-    start: Size = 0
-    for i, (length, entire) in enumerate(zip(lengths, whole, strict=True)):
-        dealt = any(head_tail[i : i + 1])
-        rows = length if entire else rows_of(length, ulysses, 2 * ring if dealt else ring, units[i] if units else 1)
-        for chunk in (0,) if entire else (place, 2 * ring - 1 - place) if dealt else (place,):
-            result.append(Chunk(i, chunk, row, rows, start + chunk * rows, start + length, bool(entire)))
+    for i, part in enumerate(placed(lengths, whole, ulysses * ring, head_tail, units)):
+        rows = part.length if part.whole else ulysses * part.chunk
+        for chunk in (0,) if part.whole else (place, 2 * ring - 1 - place) if part.head_tail else (place,):
+            limit = part.start + part.length
+            result.append(Chunk(i, chunk, row, rows, part.start + chunk * rows, limit, part.whole))
             row = row + rows
-        start = start + length
     return result
 
 
@@ -255,7 +241,7 @@ def same_sequence(
     b_units: Sequence[Size] = (),
 ) -> bool:
     """Whether both describe one sequence; adds no guard."""
-    pairs = [*zip(a, b, strict=False), *zip(units_of(a_units, a), units_of(b_units, b), strict=False)]
+    pairs = [*zip(a, b, strict=False), *zip(a_units or [1] * len(a), b_units or [1] * len(b), strict=False)]
     return (
         len(a) == len(b)
         and list(a_whole) == list(b_whole)

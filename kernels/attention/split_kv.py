@@ -15,7 +15,6 @@ Keys of a segment that is whole on every rank are seen by the last rank only, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from fxsp.kernels.attention.ring_blocks import Chunk, Meeting, chunks_of
 from fxsp.kernels.attention.ring_kernels import block_backward, block_forward
 from fxsp.types import as_length, same_length
 
-__all__ = ["MERGED", "merged_attention", "merged_attention_backward", "packed_width"]
+__all__ = ["merged_attention", "merged_attention_backward", "packed_width"]
 
 _INFINITY = float("inf")
 
@@ -146,9 +145,3 @@ def merged_attention_backward(
         dbias = mask_gradient(start, dbias, block.queries, block.chunks, block.call)
         none = dbias.to(mask.dtype).view(mask.shape)
     return results[0], results[1], results[2], none
-
-
-MERGED: dict[str, Callable[..., Any]] = {
-    "merged_attention": merged_attention,
-    "merged_attention_backward": merged_attention_backward,
-}

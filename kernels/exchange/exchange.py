@@ -25,14 +25,11 @@ from torch import Tensor
 
 from fxsp.kernels import twins
 from fxsp.kernels.exchange import place
+from fxsp.kernels.tokens import placed
 from fxsp.types import as_length, same_length
 
 __all__ = ["pack", "pack_eager", "pack_heads", "pack_heads_eager", "unpack", "unpack_eager", "unpack_heads"]
 __all__ += ["unpack_heads_eager"]
-
-
-def _ceil(n: Any, size: int) -> Any:
-    return (n + size - 1) // size
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -49,12 +46,9 @@ def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
     if movers is not None:
         return movers.unpack_rows(x, lengths, [False] * len(lengths), size, 0, 0)  # type: ignore[no-any-return]
     parts = []
-    start: Any = 0
-    for n in lengths:
-        rows = _ceil(n, size)
-        part = x.narrow(1, start, rows).reshape(size * rows, *x.shape[2:])
-        parts.append(part.narrow(0, 0, n))
-        start = start + rows
+    for p in placed(lengths, [False] * len(lengths), size):
+        rows = x.narrow(1, p.row, p.rows).reshape(size * p.rows, *x.shape[2:])
+        parts.append(rows.narrow(0, 0, p.length))
     return _cat(parts, 0)
 
 
@@ -66,12 +60,9 @@ def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
         whole = [False] * len(lengths)
         return movers.pack_rows(x, lengths, whole, size, zero_pads, 0, size, 0)  # type: ignore[no-any-return]
     parts = []
-    start: Any = 0
-    for n in lengths:
-        rows = _ceil(n, size)
-        part = _padded(x.narrow(0, start, n), 0, size * rows, zero_pads)
-        parts.append(part.reshape(size, rows, *x.shape[1:]))
-        start = start + n
+    for p in placed(lengths, [False] * len(lengths), size):
+        rows = _padded(x.narrow(0, p.start, p.length), 0, size * p.rows, zero_pads)
+        parts.append(rows.reshape(size, p.rows, *x.shape[1:]))
     return _cat(parts, 1)
 
 

@@ -11,15 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.kernels.counts import moved
 from fxsp.kernels.exchange import exchange
+from fxsp.kernels.op import Op, Saved
 
-__all__ = ["HEAD_OPS", "register"]
-
-#: Name of an op -> its schema.
-HEAD_OPS: dict[str, str] = {
-    "pack_heads": "(Tensor[] xs, SymInt rows, bool zero_pads, int size, bool fuse) -> Tensor",
-    "unpack_heads": "(Tensor x, int[] heads, SymInt length, bool fuse) -> Tensor",
-}
+__all__ = ["HEADS"]
 
 
 def _pack_fake(xs: list[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool) -> Tensor:
@@ -62,15 +58,13 @@ def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.fxsp.pack_heads(parts, ctx.rows, True, ctx.size, ctx.fuse), None, None, None
 
 
-def register(library: torch.library.Library) -> None:
-    """Define the operators."""
-    of: dict[str, tuple[Any, ...]] = {
-        "pack_heads": (exchange.pack_heads_eager, _pack_fake, _pack_backward, _pack_setup),
-        "unpack_heads": (exchange.unpack_heads_eager, _unpack_fake, _unpack_backward, _unpack_setup),
-    }
-    for name, schema in HEAD_OPS.items():
-        run, fake, backward, setup = of[name]
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fxsp::{name}", fake, lib=library)
-        torch.library.register_autograd(f"fxsp::{name}", backward, setup_context=setup, lib=library)
+HEADS = (
+    Op(
+        "pack_heads", "(Tensor[] xs, SymInt rows, bool zero_pads, int size, bool fuse) -> Tensor", exchange.pack_heads,
+        "S -> S", Saved(_pack_setup, _pack_backward), exchange.pack_heads_eager, _pack_fake, moves=moved,
+    ),
+    Op(
+        "unpack_heads", "(Tensor x, int[] heads, SymInt length, bool fuse) -> Tensor", exchange.unpack_heads,
+        "S -> S", Saved(_unpack_setup, _unpack_backward), exchange.unpack_heads_eager, _unpack_fake, moves=moved,
+    ),
+)  # fmt: skip

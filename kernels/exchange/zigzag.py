@@ -20,56 +20,25 @@ Each is the adjoint of the other: rows are moved, and no gradient is index-added
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["chunk_rows", "deal", "rows_from", "undeal", "units_of"]
+from fxsp.kernels.tokens import Part, Size, placed
 
-#: An ``int`` or a ``SymInt``.
-Size = Any
-
-
-def chunk_rows(length: Size, parts: int, unit: Size = 1) -> Size:
-    """Rows of each of ``parts`` chunks of a segment, pads included."""
-    if isinstance(unit, int) and unit == 1:
-        return (length + (parts - 1)) // parts
-    return unit * ((length // unit + (parts - 1)) // parts)
-
-
-def units_of(units: Sequence[Size], segments: Sequence[Any]) -> Sequence[Size]:
-    """The unit of each segment; one where none is given."""
-    return units or [1] * len(segments)
-
-
-def rows_from(length: Size, rank: int, size: int, head_tail: bool, device: torch.device, unit: Size = 1) -> Tensor:
-    """Index in its segment of each of a rank's rows; that of a pad is not below ``length``."""
-    if head_tail:
-        rows = chunk_rows(length, 2 * size, unit)
-        index = torch.arange(rows, device=device)
-        return torch.cat([index + rank * rows, index + (2 * size - 1 - rank) * rows])
-    rows = chunk_rows(length, size, unit)
-    own: Tensor = torch.arange(rows, device=device) + rank * rows
-    return own
-
+__all__ = ["deal", "undeal"]
 
 # Element by element, without broadcasting: a guard on the length of a chunk would be a graph of its own.
 
 
-def _is_dealt(head_tail: bool, unit: Size) -> bool:
-    return head_tail or not (isinstance(unit, int) and unit == 1)
-
-
-def _tokens(length: Size, size: int, device: torch.device, head_tail: bool, unit: Size) -> Tensor:
+def _tokens(part: Part, device: torch.device) -> Tensor:
     """``[2 P C]``: the token of each dealt row; that of a pad is not below ``length``."""
-    if not head_tail:
-        return torch.arange(size * chunk_rows(length, size, unit), device=device)
-    rows = chunk_rows(length, 2 * size, unit)
-    row = torch.arange(2 * size * rows, device=device)
-    at = row // rows
+    if not part.head_tail:
+        return torch.arange(part.size * part.chunk if part.dealt else part.length, device=device)
+    row = torch.arange(part.chunks * part.chunk, device=device)
+    at = row // part.chunk
     head = at // 2
-    tokens: Tensor = torch.where(at % 2 == 0, head, 2 * size - 1 - head) * rows + row % rows
+    tokens: Tensor = torch.where(at % 2 == 0, head, part.chunks - 1 - head) * part.chunk + row % part.chunk
     return tokens
 
 
@@ -80,37 +49,31 @@ def _copied(tokens: Tensor, length: Size, unit: Size) -> Tensor:
     return torch.where(tokens >= length, tokens % unit + (length - unit), tokens)
 
 
-def _places(length: Size, size: int, device: torch.device, head_tail: bool, unit: Size) -> Tensor:
+def _places(part: Part, device: torch.device) -> Tensor:
     """``[n]``: the dealt row of each token."""
-    token = torch.arange(length, device=device)
-    if not head_tail:
+    token = torch.arange(part.length, device=device)
+    if not part.head_tail:
         return token
-    rows = chunk_rows(length, 2 * size, unit)
-    chunk = token // rows
-    places: Tensor = torch.where(chunk < size, 2 * chunk, 4 * size - 1 - 2 * chunk) * rows + token % rows
+    chunk = token // part.chunk
+    at = torch.where(chunk < part.size, 2 * chunk, 2 * part.chunks - 1 - 2 * chunk)
+    places: Tensor = at * part.chunk + token % part.chunk
     return places
 
 
+def _parts(lengths: Sequence[Size], head_tail: Sequence[bool], size: int, units: Sequence[Size]) -> list[Part]:
+    return placed(lengths, [False] * len(lengths), size, head_tail, units)
+
+
 def deal(
-    x: Tensor,
-    dim: int,
-    lengths: Sequence[Size],
-    head_tail: Sequence[bool],
-    zero_pads: bool,
-    size: int,
+    x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool], zero_pads: bool, size: int,
     units: Sequence[Size] = (),
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Rows in global order -> the rows of rank 0, of rank 1, ..., segment by segment."""
     index, pads = [], []
-    start: Size = 0
-    for length, dealt, unit in zip(lengths, head_tail, units_of(units, lengths), strict=True):
-        if _is_dealt(dealt, unit):
-            tokens = _tokens(length, size, x.device, dealt, unit)
-        else:
-            tokens = torch.arange(length, device=x.device)
-        index.append(_copied(tokens, length, unit) + start)
-        pads.append(tokens >= length)
-        start = start + length
+    for part in _parts(lengths, head_tail, size, units):
+        tokens = _tokens(part, x.device)
+        index.append(_copied(tokens, part.length, part.unit) + part.start)
+        pads.append(tokens >= part.length)
     rows = x.index_select(dim, torch.cat(index))
     if not zero_pads:
         return rows
@@ -118,18 +81,12 @@ def deal(
 
 
 def undeal(
-    x: Tensor,
-    dim: int,
-    lengths: Sequence[Size],
-    head_tail: Sequence[bool],
-    size: int,
-    units: Sequence[Size] = (),
+    x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool], size: int, units: Sequence[Size] = ()
 ) -> Tensor:
     """The way back; the tokens are outermost in memory, as those of a gathered value are."""
     index = []
     start: Size = 0
-    for length, dealt, unit in zip(lengths, head_tail, units_of(units, lengths), strict=True):
-        index.append(_places(length, size, x.device, dealt, unit) + start)
-        parts = 2 * size if dealt else size
-        start = start + (parts * chunk_rows(length, parts, unit) if _is_dealt(dealt, unit) else length)
+    for part in _parts(lengths, head_tail, size, units):
+        index.append(_places(part, x.device) + start)
+        start = start + (part.chunks * part.chunk if part.dealt else part.length)
     return x.movedim(dim, 0).index_select(0, torch.cat(index)).movedim(0, dim)

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.accounting.memory_traffic import attended, attention_output, costs, is_attention
 from fxsp.passes.accounting.prologue import producers_of
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, global_value
 from fxsp.report import Memory, Move
 from fxsp.torch_internals import fake_mode_of, is_operator, schema, size_hint
 from fxsp.types import Sequence, Shard, as_length
@@ -30,7 +32,7 @@ from fxsp.types import Sequence, Shard, as_length
 __all__ = ["DeviceMemory"]
 
 aten = torch.ops.aten
-_PACK = torch.ops.fxsp.pack_heads.default
+_PACK = fxsp_ops.pack_heads.default
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,15 @@ class DeviceMemory:
     name: str = "device_memory"
 
     def apply(self, program: Program) -> Program:
+        records = program.report.attentions
+        positions = {id(record): i for i, record in enumerate(records)}
         groups: dict[int, list[Node]] = {}
         for node in program.graph.nodes:
-            index = node.meta.get("attention_record")
-            if index is not None:
-                groups.setdefault(index, []).append(node)
+            record = facts(node).attention_record
+            if record is not None:
+                groups.setdefault(positions[id(record)], []).append(node)
         number = _reader(program)
         known: dict[Any, Memory] = {}
-        records = program.report.attentions
         for index, nodes in groups.items():
             attention = next(filter(is_attention, nodes), None)
             if attention is None:
@@ -74,7 +77,7 @@ def _reader(program: Program) -> Callable[[Any], int]:
 
 
 def _global(node: Node) -> Any:
-    return node.meta.get("global_val", node.meta.get("val"))
+    return global_value(node)
 
 
 def _is_size(node: Node) -> bool:
@@ -149,7 +152,7 @@ class _Attention:
         return Memory(tuple(moves))
 
     def _sequence(self, node: Node) -> Sequence | None:
-        type_ = node.meta.get("sp")
+        type_ = facts(node).type
         return type_.sequence if isinstance(type_, Shard) else None
 
     def _grows_with(self, node: Node, tensors: str, rows: str) -> tuple[Sequence | None, str]:
@@ -169,7 +172,7 @@ class _Attention:
     def _per_token(self, name: str) -> int:
         """Elements of one token, of all heads."""
         node = self.operands["q" if name == "o" else name]
-        x, type_ = self._value(node), node.meta.get("sp")
+        x, type_ = self._value(node), facts(node).type
         elements = x.numel() // x.shape[type_.dim if isinstance(type_, Shard) else -2]
         return (
             int(elements // x.shape[-1] * self._value(self.operands["v"]).shape[-1]) if name == "o" else int(elements)
@@ -191,7 +194,7 @@ class _Attention:
 
     def _given(self, node: Node) -> Any:
         """An input, or a local operand, without data; a size as a number."""
-        value, type_ = _global(node), node.meta.get("sp")
+        value, type_ = _global(node), facts(node).type
         if not isinstance(value, Tensor):
             return self.number(value)
         shape = [as_length(n) for n in value.shape]

@@ -13,44 +13,27 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxsp.passes.rules.rule import overloads
-from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.passes.calls import arguments
+from fxsp.passes.graph import facts, global_value
+from fxsp.passes.rules.families import family
 from fxsp.passes.work import has_work
-from fxsp.torch_internals import is_operator, is_pointwise
+from fxsp.torch_internals import is_operator, is_pointwise, schema
 from fxsp.types import Shard
 
 __all__ = ["producers_of"]
 
-_NORMS = {
-    op: name
-    for name in ("rms_norm", "layer_norm", "native_layer_norm", "group_norm", "_fused_rms_norm")
-    for op in overloads(name)
-}
-#: A norm that is spelled out has one of each.
-_MEANS = frozenset(overloads("mean.dim", "sum.dim_IntList", "var.correction", "linalg_vector_norm"))
-_ROOTS = frozenset(overloads("rsqrt", "sqrt"))
-_CASTS = frozenset(overloads("to.dtype", "to.dtype_layout", "_to_copy", "type_as"))
-_JOINS = frozenset(overloads("cat", "stack", "concat"))
-_MOVES = frozenset(
-    [
-        *RESHAPES,
-        *PERMUTES,
-        *EXPANDS,
-        *overloads(
-            "slice.Tensor", "select.int", "narrow", "split.Tensor", "split_with_sizes", "chunk", "unbind.int", "alias",
-            "view_as_real", "view_as_complex", "contiguous", "clone", "detach", "dropout", "slice_scatter",
-            "select_scatter",
-        ),
-        operator.getitem,
-    ]
-)  # fmt: skip
+aten = torch.ops.aten
+
+#: A norm that is spelled out has one statistic and one root.
+_NORMS, _MEANS, _ROOTS = family("normalizes"), family("statistic"), family("root")
+_CASTS, _JOINS = family("cast"), family("join")
+_MOVES = family("view", "moves") | {operator.getitem}
 #: What turns pairs of neighbours, beside slices with a step; halves are turned by ``cat``.
-_PAIRS = frozenset(overloads("view_as_complex", "stack"))
-_TURNS = frozenset([*overloads("neg", "sub.Tensor", "rsub.Scalar", "view_as_complex")])
-_PRODUCT_BY = frozenset(overloads("mul.Tensor"))
+_PAIRS, _TURNS = family("pairs"), family("turns_pair")
 
 
 def producers_of(operands: Mapping[str, Node]) -> tuple[str, ...]:
@@ -72,9 +55,7 @@ def _between(node: Node) -> list[Node]:
         if x in seen or not _passes(x):
             continue
         seen[x] = None
-        left += [
-            n for n in x.all_input_nodes if isinstance(n.meta.get("sp"), (Shard, tuple)) or n.meta.get("sp") is None
-        ]
+        left += [n for n in x.all_input_nodes if isinstance(facts(n).type, (Shard, tuple)) or facts(n).type is None]
     # What no product leads to (a rotary table) is read by a producer, and is none.
     data: dict[Node, None] = {}
     for x in sorted(seen):
@@ -95,16 +76,16 @@ def _passes(node: Node) -> bool:
 def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
     """What these operators are, in the words of models."""
     targets = {node.target for node in nodes}
-    names = list(dict.fromkeys(_NORMS[node.target] for node in nodes if node.target in _NORMS))
+    names = list(dict.fromkeys(schema(node.target).name.partition("::")[2] for node in nodes if node.target in _NORMS))
     if not names and targets & _MEANS and targets & _ROOTS:
         names.append("norm")
     joins = [node for node in nodes if node.target in _JOINS]
     pairs = bool(targets & _PAIRS) or any(map(_steps, nodes))
-    if targets & _TURNS and targets & _PRODUCT_BY and (joins or pairs):
+    if targets & _TURNS and aten.mul.Tensor in targets and (joins or pairs):
         names.append("rotary (interleaved)" if pairs else "rotary (half-split)")
     elif joins:
         names.append("cat")
-    if any(node.target in overloads("cat") and _of_tokens(node) for node in joins) and "cat" not in names:
+    if any(node.target is aten.cat.default and _of_tokens(node) for node in joins) and "cat" not in names:
         names.append("cat")
     if not names and any(_computes(node) for node in nodes):
         names.append("elementwise")
@@ -113,14 +94,13 @@ def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
 
 def _steps(node: Node) -> bool:
     """Whether a slice takes, or writes, every other element."""
-    at = {"slice": 4, "slice_scatter": 5}.get(getattr(node.target, "_opname", ""), len(node.args))
-    return bool(len(node.args) > at and node.args[at] == 2)
+    return is_operator(node.target) and arguments(node).get("step") == 2
 
 
 def _of_tokens(node: Node) -> bool:
     """Whether a ``cat`` puts tokens of segments side by side."""
-    type_ = node.meta.get("sp")
-    value, dim = node.meta.get("global_val"), node.args[1] if len(node.args) > 1 else 0
+    type_ = facts(node).type
+    value, dim = facts(node).whole, node.args[1] if len(node.args) > 1 else 0
     if not isinstance(type_, Shard) or not isinstance(value, Tensor) or not isinstance(dim, int):
         return False
     return bool(dim % value.dim() == type_.dim)
@@ -129,6 +109,6 @@ def _of_tokens(node: Node) -> bool:
 def _computes(node: Node) -> bool:
     """Whether a node makes other numbers; a cast to what a value is does not."""
     if node.target in _CASTS:
-        values = [n.meta.get("global_val", n.meta.get("val")) for n in (node, *node.all_input_nodes[:1])]
+        values = [global_value(n) for n in (node, *node.all_input_nodes[:1])]
         return len({getattr(value, "dtype", None) for value in values}) > 1
     return is_operator(node.target) and is_pointwise(node.target)

@@ -103,7 +103,7 @@ def choose(question: Question) -> tuple[Candidate | None, tuple[tuple[str, str],
     None if no way is legal.
     """
     program = question.program
-    link = Link.of(question.like.device.type, program.latency, program.bandwidth)
+    link = Link.of(question.like.device.type, program.options.latency, program.options.bandwidth)
     whole, *rings = (question.exchange(*way) for way in factorizations(program.ranks.size))
     gather = question.gather()
     asked = _asked(question, gather, [whole, *rings])
@@ -129,14 +129,14 @@ def choose(question: Question) -> tuple[Candidate | None, tuple[tuple[str, str],
 def _asked(question: Question, gather: Candidate, exchanges: list[Candidate]) -> Candidate | None:
     """What the degrees that are given ask for."""
     program = question.program
-    if program.gather_degree is not None and program.gather_degree > 1:
+    if program.degrees.allgather is not None and program.degrees.allgather > 1:
         return gather
-    return next((c for c in exchanges if c.ring == program.ring_degree), None)
+    return next((c for c in exchanges if c.ring == program.degrees.ring), None)
 
 
 def limited(question: Question, gather: Candidate, others: list[Candidate]) -> Candidate:
     """Gathered keys and values are refused where they are too many, and there is another way."""
-    limit = GATHER_LIMIT if question.program.gather_limit is None else question.program.gather_limit
+    limit = GATHER_LIMIT if question.program.options.gather_limit is None else question.program.options.gather_limit
     if gather.refusal or hint(question.gathered_bytes) <= limit or all(c.refusal for c in others):
         return gather
     held = f"{question.gathered_bytes} bytes of keys and values would be on every rank, more than gather_limit={limit}"

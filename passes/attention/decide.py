@@ -26,15 +26,17 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.choose import Question, choose
 from fxsp.passes.attention.methods.split_kv import choose_for_whole_queries
 from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
-from fxsp.passes.builder import split_bytes
+from fxsp.passes.graph import facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
-from fxsp.passes.rules.elementwise import broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.dims import broadcast
+from fxsp.passes.rules.rule import Call, Dims, OpRule
+from fxsp.passes.rules.table import rule
 from fxsp.source import place
 from fxsp.types import Length, Replicate, Sequence, Shard, Type, Used, as_length, same_length
 
@@ -139,7 +141,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
     mask = op.mask_in(call)
     mask_shape = call.shape(op.mask) if op.mask is not None and mask is not None else ()
     outputs = program.graph.output_node().all_input_nodes
-    free = program.ulysses_degree is None and program.ring_degree is None and program.gather_degree is None
+    free = program.degrees.ulysses is None and program.degrees.ring is None and program.degrees.allgather is None
     if keys is None or (free and not per_rows and all(call[name] in outputs for name in (op.key, op.value))):
         if per_rows:
             return replicate_all(call, types, per_rows)
@@ -180,7 +182,7 @@ def _whole_queries(
     q, k, v = (op.laid(call.shape(name)) for name in (op.query, op.key, op.value))
     outputs = program.graph.output_node().all_input_nodes
     parts = [call[name] for name, t in zip((op.key, op.value), kv_types, strict=True) if isinstance(t, Shard)]
-    if all(x.meta["sp_free"] or x in outputs for x in parts) or not len(q) == len(k) == len(v):
+    if all(facts(x).free or x in outputs for x in parts) or not len(q) == len(k) == len(v):
         return None
     if (len(q) != 4 and not op.builtin) or (op.dropout is not None and call.get(op.dropout)):
         return None  # whole dropout draws as one device does
@@ -239,7 +241,7 @@ def _repeats(call: Call, kv_types: list[Type]) -> int:
     found = set()
     for name, type_ in zip(("key", "value"), kv_types, strict=True):
         x, times = repeated_heads(call[name])
-        if times > 1 and not x.meta["sp"].same_as(type_):
+        if times > 1 and not type_of(x).same_as(type_):
             return 1
         found.add(times)
     return found.pop() if len(found) == 1 else 1
@@ -277,7 +279,7 @@ def _seen(call: Call) -> str:
 def _check_dropout(call: Call, op: AttentionOp, program: Program) -> None:
     """Refuses dropout that is active where nobody has said that another draw than one device's will do."""
     p = call.get(op.dropout) if op.dropout is not None else None
-    if not p or (op.op is SDPA and program.rng == "per_rank"):
+    if not p or (op.op is SDPA and program.options.rng == "per_rank"):
         return
     accept = ', or accept another draw: options={"rng": "per_rank"}' if op.op is SDPA else ""
     raise UnsupportedError(
@@ -285,6 +287,3 @@ def _check_dropout(call: Call, op: AttentionOp, program: Program) -> None:
         f"({op.dropout}={p}) on split tokens cannot draw the same mask as one device. "
         f"Set the dropout of attention to 0, or call model.eval(){accept}."
     )
-
-
-assert overloads("scaled_dot_product_attention") == [SDPA]

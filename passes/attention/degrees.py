@@ -1,4 +1,4 @@
-"""Degrees that were asked for and cannot be followed: each such attention is named, with what it does instead.
+"""degrees: those that were asked for and cannot be followed: each such attention is named, with what it does instead.
 
 ``ring_degree=2`` asks every attention of split tokens for a ring; an operator whose blocks do not merge, or heads that
 do not divide, cannot have it, and something else is done, which is right.  It is said: a note in the report, a warning
@@ -7,7 +7,7 @@ for each compile, an error under ``strict``.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch.fx import Node
 
@@ -15,21 +15,16 @@ from fxsp.errors import StrictError
 from fxsp.passes.base import Program
 from fxsp.source import place
 
-__all__ = ["IGNORED", "note_degree", "report_degrees"]
-
-#: ``program.facts`` of this name: a sentence for each attention that does not what was asked for.
-IGNORED = "ignored_degrees"
+__all__ = ["Degrees", "note_degree"]
 
 
 def _asked(program: Program) -> tuple[str, str]:
     """The options as text, and the method that they ask for; empty if none does."""
-    ulysses, ring, gather = program.ulysses_degree, program.ring_degree, program.gather_degree
+    degrees = program.degrees
+    ulysses, ring, gather = degrees.ulysses, degrees.ring, degrees.allgather
     if gather is not None and gather > 1:
         return f"allgather_degree={gather}", "gather_kv"
-    if ring is None:
-        return "", ""
-    ulysses = ulysses or program.ranks.size // ring
-    if ulysses * ring == 1:
+    if ulysses is None or ring is None or ulysses * ring == 1:
         return "", ""
     if ring == 1:
         return f"ulysses_degree={ulysses}", "ulysses"
@@ -50,17 +45,24 @@ def note_degree(
         return
     why = why or next((reason for name, reason in rejected if name.startswith(wanted)), "it is not legal here")
     sentence = f"{options} cannot be followed by {node.target} in {place(node)}: {why}; it runs as {method} instead"
-    program.facts.setdefault(IGNORED, []).append(sentence)
+    program.ignored_degrees.append(sentence)
 
 
-def report_degrees(program: Program) -> None:
-    """Put what was remembered into the report; an error under ``strict``."""
-    sentences: list[Any] = list(dict.fromkeys(program.facts.get(IGNORED, [])))
-    if sentences and program.strict:
-        raise StrictError(
-            f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler chooses."
-        )
-    program.report.notes.extend(sentences)
-    options, _ = _asked(program)
-    if options and not program.report.attentions:
-        program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")
+@dataclass(frozen=True)
+class Degrees:
+    """After this pass the report names every attention that does not follow the degrees; an error under ``strict``."""
+
+    name: str = "degrees"
+
+    def apply(self, program: Program) -> Program:
+        sentences = list(dict.fromkeys(program.ignored_degrees))
+        if sentences and program.options.strict:
+            raise StrictError(
+                f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler "
+                "chooses."
+            )
+        program.report.notes.extend(sentences)
+        options, _ = _asked(program)
+        if options and not program.report.attentions:
+            program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")
+        return program

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-import fxsp.kernels.attention.banded  # noqa: F401  (registers the operator)
 from fxsp.errors import OptionError
-from fxsp.passes.rules.rule import RULES, Call, Dims, OpRule, overloads, tensor_nodes
+from fxsp.kernels.ops import local_ops
+from fxsp.passes.rules.families import overloads
+from fxsp.passes.rules.rule import Call, Dims, OpRule, tensor_nodes
+from fxsp.passes.rules.table import RULES
 from fxsp.plan import did_you_mean, listing
 from fxsp.torch_internals import overload_of
 from fxsp.types import Length
@@ -27,7 +29,7 @@ __all__ = ["ATTENTION_OPS", "BANDED", "SDPA", "AttentionOp", "attention_op", "re
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 #: What *masks* makes of an attention whose mask it has seen through.
-BANDED = torch.ops.fxsp_local.banded_attention.default
+BANDED = local_ops.banded_attention.default
 
 
 @dataclass(frozen=True)
@@ -251,26 +253,23 @@ def _batch_rule(call: Call) -> OpRule | None:
     return OpRule(tuple(dims), (result,), sizes, whole=frozenset(sizes) - {"b"})
 
 
-#: Kernels of ATen that a program may call by name: the names of their masks, and further arguments that change nothing.
-_KERNELS: dict[str, dict[str, Any]] = {
-    "_scaled_dot_product_attention_math": {"mask": "attn_mask", "constants": ("enable_gqa",)},
-    "_scaled_dot_product_flash_attention_for_cpu": {"mask": "attn_mask", "boolean": False},
-    "_scaled_dot_product_flash_attention": {},
-    "_scaled_dot_product_efficient_attention": {
-        "mask": "attn_bias", "boolean": False, "constants": ("compute_log_sumexp",),
-    },
-    "_scaled_dot_product_cudnn_attention": {
-        "mask": "attn_bias", "boolean": False, "constants": ("compute_log_sumexp",),
-    },
-    "_scaled_dot_product_fused_attention_overrideable": {"mask": "attn_bias", "boolean": False},
-    "_flash_attention_forward": {
-        "layout": "BSHD", "constants": ("cum_seq_q", "cum_seq_k", "return_debug_mask"),
-        "positional": ("max_q", "max_k", "window_size_left", "window_size_right"),
-    },
-}  # fmt: skip
-for _name, _facts in _KERNELS.items():
-    for _op in overloads(_name):  # of those that this version of torch has
+def _kernel(name: str, **facts: Any) -> None:
+    """A kernel of ATen that a program may call by name, if this version of torch has it."""
+    for op in overloads(name):
         register_attention(
-            _op, query="query", key="key", value="value", scale="scale", causal="is_causal", dropout="dropout_p",
-            strided=True, **_facts,
+            op, query="query", key="key", value="value", scale="scale", causal="is_causal", dropout="dropout_p",
+            strided=True, **facts,
         )  # fmt: skip
+
+
+# The names of their masks, and further arguments that change nothing.
+_kernel("_scaled_dot_product_attention_math", mask="attn_mask", constants=("enable_gqa",))
+_kernel("_scaled_dot_product_flash_attention_for_cpu", mask="attn_mask", boolean=False)
+_kernel("_scaled_dot_product_flash_attention")
+_kernel("_scaled_dot_product_efficient_attention", mask="attn_bias", boolean=False, constants=("compute_log_sumexp",))
+_kernel("_scaled_dot_product_cudnn_attention", mask="attn_bias", boolean=False, constants=("compute_log_sumexp",))
+_kernel("_scaled_dot_product_fused_attention_overrideable", mask="attn_bias", boolean=False)
+_kernel(
+    "_flash_attention_forward", layout="BSHD", constants=("cum_seq_q", "cum_seq_k", "return_debug_mask"),
+    positional=("max_q", "max_k", "window_size_left", "window_size_right"),
+)  # fmt: skip

@@ -19,15 +19,13 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
-from fxsp.passes.rules.rule import overloads
-from fxsp.passes.rules.views import EXPANDS, RESHAPES
+from fxsp.passes.graph import global_value
+from fxsp.passes.rules.families import family
 from fxsp.types import Length, as_length, same_length
 
 __all__ = ["chain_of", "repeat_heads", "repeated_heads"]
 
 aten = torch.ops.aten
-_COPIES = set(overloads("clone", "contiguous", "alias"))
-_REPEATS = set(overloads("repeat_interleave.self_int"))
 
 
 def repeated_heads(node: Node) -> tuple[Node, int]:
@@ -45,17 +43,17 @@ def chain_of(node: Node) -> Iterator[Node]:
     """``node``, the views between, and the tensor whose heads it repeats; ``node`` alone if it repeats none."""
     yield node
     end = _skip_copies(node)
-    if end.target in _REPEATS and _is_repeat_interleave(end):
+    if end.target in family("repeat_interleave") and _is_repeat_interleave(end):
         yield from (end,) if end is not node else ()
         yield _argument(end)
         return
-    if end.target not in RESHAPES:
+    if end.target not in family("reshape"):
         return
     expanded = _skip_copies(_argument(end))
-    if expanded.target not in EXPANDS:
+    if expanded.target not in family("expand"):
         return
     grouped = _argument(expanded)
-    if grouped.target not in RESHAPES:
+    if grouped.target not in family("reshape"):
         return
     x = _argument(grouped)
     shapes = [_shape(n) for n in (x, grouped, expanded, node)]
@@ -91,7 +89,7 @@ def _is_repeat_interleave(node: Node) -> bool:
 
 
 def _skip_copies(node: Node) -> Node:
-    while node.target in _COPIES:
+    while node.target in family("copy"):
         node = _argument(node)
     return node
 
@@ -104,5 +102,5 @@ def _argument(node: Node) -> Node:
 
 def _shape(node: Node) -> tuple[Length, ...]:
     """The global shape; of a node without one (an input of the local graph), nothing."""
-    value = node.meta.get("global_val", node.meta.get("val"))
+    value = global_value(node)
     return tuple(as_length(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()

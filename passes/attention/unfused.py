@@ -18,16 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.rules.decide import Decision, decide, hint, locate
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule_of, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
-from fxsp.passes.special.cat_and_cut import CATS, CUTS
+from fxsp.passes.rules.families import family, names_of
+from fxsp.passes.rules.rule import Call, Dims, OpRule, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.table import rule_of
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length
 
@@ -41,16 +42,13 @@ __all__ = [
     "find_written",
     "is_computed",
     "source_of",
-    "written_of",
+    "unfused_of",
 ]
 
-PRODUCTS = frozenset(overloads("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linalg_matmul"))
-VIEWS = frozenset([*RESHAPES, *EXPANDS, *PERMUTES])
+PRODUCTS = family("product")
+VIEWS = family("view")
 #: What may stand between a product and a softmax: rows stay rows, columns stay columns.
-PASSED = frozenset([*CHEAP, *VIEWS, *CATS, *CUTS, *overloads("dropout")])
-_SOFTMAXES = frozenset(overloads("softmax.int", "_softmax"))
-#: The effect of these ``scaled_dot_product_attention`` has, too: scaling, masks, casts.
-_KNOWN = frozenset("mul div add sub to _to_copy where masked_fill type_as contiguous clone alias dropout".split())
+PASSED = family("cheap", "cat", "slice", "split") | {torch.ops.aten.dropout.default}
 _REMEDY = 'use scaled_dot_product_attention (attn_implementation="sdpa" in transformers), whose cheapest way is chosen'
 
 
@@ -91,18 +89,30 @@ class Written:
         return f" at {source}" if source else ""
 
 
-def written_of(program: Program) -> list[Written]:
+class Unfused:
+    """The attentions of a program that are written out."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.attentions = find_written(graph)
+        #: A product -> what is known of it, and the attention that it is part of, the first of several.
+        products = ((one, p) for one in reversed(self.attentions) for p in reversed((*one.scores, *one.results)))
+        self.products = {p.node: (one, p) for one, p in products}
+        #: Those that have something split, and linear ones, for the report (*unfused_report* finds them).
+        self.reported: list[Any] = []
+
+
+def unfused_of(program: Program) -> Unfused:
     """The attentions of a program that are written out; found once."""
-    if "written" not in program.facts:
-        program.facts["written"] = find_written(program.graph)
-    found: list[Written] = program.facts["written"]
+    if program.unfused is None:
+        program.unfused = Unfused(program.graph)
+    found: Unfused = program.unfused
     return found
 
 
 def find_written(graph: Graph) -> list[Written]:
     """Every softmax over keys, with the products before and after it, in the order of the graph."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    found = (_around(node, order) for node in graph.nodes if node.target in _SOFTMAXES)
+    found = (_around(node, order) for node in graph.nodes if node.target in family("softmax"))
     return [one for one in found if one is not None]
 
 
@@ -146,7 +156,7 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
         [scores[n] for n in sorted(scores, key=order.__getitem__)],
         list(results.values()),
         frozenset(inside | {softmax, *results}),
-        tuple(dict.fromkeys(name for name in names if name not in _KNOWN)),
+        tuple(dict.fromkeys(name for name in names if name not in names_of("in_sdpa"))),
     )
 
 
@@ -154,7 +164,7 @@ def _operands(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     """The operands that have the dimension ``dim`` of a result, and where."""
     rule = rule_of(node)
     for i, operand in enumerate(Call(node).operands):
-        if node.target in CATS or node.target in CUTS:
+        if node.target in family("cat", "slice", "split"):
             yield operand, dim
         elif rule is not None and (at := _where(rule.operands[i], rule.results[0][dim])) is not None:
             yield operand, at
@@ -165,7 +175,7 @@ def _users(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     for user in node.users:
         if user.target not in PASSED or tensor_value(user) is None:
             continue
-        if user.target in CATS or user.target in CUTS:
+        if user.target in family("cat", "slice", "split"):
             yield user, dim
             continue
         rule = rule_of(user)
@@ -184,7 +194,7 @@ def _factors(node: Node) -> tuple[OpRule, int, list[set[str]]] | None:
     rule = rule_of(node) if node.target in PRODUCTS else None
     if rule is None:
         return None
-    first = 1 if node.target in overloads("baddbmm", "addmm") else 0
+    first = 1 if node.target in family("addmm") else 0
     sides = [{f for d in dims or () for f in d} for dims in rule.operands[first:]]
     return (rule, first, sides) if len(sides) == 2 else None
 
@@ -223,12 +233,12 @@ def _makes_result(node: Node, weights: Node, dim: int) -> Product | None:
 
 def is_computed(node: Node) -> bool:
     """Whether a value is more than a parameter, seen in another way."""
-    while node.target in VIEWS or node.target in CHEAP:
+    while node.target in family("cheap"):
         first = next(tensor_nodes(node.args), None)
         if first is None:
             break
         node = first
-    return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or node.meta.get("is_parameter"))
+    return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or facts(node).is_parameter)
 
 
 def _reached(ends: set[Node], among: set[Node], *, backward: bool) -> set[Node]:
@@ -246,7 +256,7 @@ def decide_written(
 ) -> Decision | None:
     """How a product of an attention that is written out is split; None for anything else, and where rules will do."""
     rule = rule_of(call.node) if call.op in PRODUCTS else None
-    found = _product_at(call.node, program) if rule is not None else None
+    found = unfused_of(program).products.get(call.node) if rule is not None else None
     if rule is None or found is None:
         return None
     one, it = found
@@ -272,14 +282,6 @@ def decide_written(
     return replace(decision, reason=reason, remedy="" if one.strange else _REMEDY)
 
 
-def _product_at(node: Node, program: Program) -> tuple[Written, Product] | None:
-    if "written products" not in program.facts:
-        products = ((one, p) for one in reversed(written_of(program)) for p in reversed((*one.scores, *one.results)))
-        program.facts["written products"] = {p.node: (one, p) for one, p in products}
-    found: tuple[Written, Product] | None = program.facts["written products"].get(node)
-    return found
-
-
 def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -> Sequence | None:
     """How whole queries are split beside split keys; None if their scores are few, so that these may be gathered."""
     assert isinstance(keys, Shard)
@@ -288,7 +290,7 @@ def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -
         return keys.sequence
     # Queries may come in chunks: what counts are the scores of all of them, and keys and values once.
     source = source_of(it.operands[1])
-    chunks = [one for one in written_of(program) if source_of(one.scores[0].operands[1]) is source]
+    chunks = [one for one in unfused_of(program).attentions if source_of(one.scores[0].operands[1]) is source]
     scores = sum(hint(product(shape_of(one.scores[0].node))) for one in chunks)
     values = {source_of(p.operands[1]): p.operands[1] for one in chunks for p in one.results}
     moved = sum(hint(product(shape_of(x))) for x in (it.operands[1], *values.values()))

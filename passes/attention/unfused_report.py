@@ -1,4 +1,4 @@
-"""For the report: what attention that is written out sends, and linear attention.
+"""unfused_report: what attention that is written out sends, and linear attention.
 
 Linear attention is found once types are known: a product that sums over split tokens (of keys and values), whose sum
 over the ranks is multiplied with split values (the queries)::
@@ -21,18 +21,19 @@ from fxsp.passes.attention.choose import Question, choose
 from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.degrees import note_degree
-from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, written_of
+from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
 from fxsp.passes.base import Program
+from fxsp.passes.graph import decision_of, facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, locate
-from fxsp.passes.rules.elementwise import CHEAP
-from fxsp.passes.rules.reduce import SUMS
-from fxsp.passes.rules.rule import Call, rule_of, shape_of
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
+from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.repeats import repeated
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
 
-__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "mark_written", "report_written"]
+__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "UnfusedReport", "mark_written"]
 
 #: Methods of attentions that are written out.
 GATHERED = "gather_kv (written out)"
@@ -52,24 +53,25 @@ class _Found:
 
 
 def mark_written(program: Program) -> None:
-    """Mark the nodes of attentions that are written out, with ``meta["written_attention"]``, before partitioning."""
-    found = [_Found(one.scores[0].node, one.nodes, one) for one in written_of(program) if _is_split(one)]
+    """Mark the nodes of attentions that are written out, before partitioning."""
+    unfused = unfused_of(program)
+    found = [_Found(one.scores[0].node, one.nodes, one) for one in unfused.attentions if _is_split(one)]
     taken = {node for one in found for node in one.nodes}
     found += [one for node in program.graph.nodes if (one := _linear(node)) is not None and node not in taken]
-    program.facts["written_found"] = found
-    for index, one in enumerate(found):
+    unfused.reported = found
+    for one in found:
         for node in one.nodes:
-            node.meta["written_attention"] = index
+            mark(node, written_attention=one)
 
 
 def _is_split(one: Written) -> bool:
     products = (*one.scores, *one.results)
-    return any(isinstance(x.meta.get("sp"), Shard) for p in products for x in (p.node, *p.operands))
+    return any(isinstance(facts(x).type, Shard) for p in products for x in (p.node, *p.operands))
 
 
 def _linear(first: Node) -> _Found | None:
     """The linear attention whose sums of keys and values are made by ``first``."""
-    if first.target not in PRODUCTS or not isinstance(first.meta.get("sp"), Partial):
+    if first.target not in PRODUCTS or not isinstance(facts(first).type, Partial):
         return None
     operands = Call(first).operands
     if len(operands) != 2 or not all(is_computed(x) for x in operands):
@@ -79,9 +81,9 @@ def _linear(first: Node) -> _Found | None:
         for user in node.users:
             if user.target in PRODUCTS:
                 others = [x for x in user.all_input_nodes if x is not node]
-                if isinstance(user.meta.get("sp"), Shard) and any(isinstance(x.meta.get("sp"), Shard) for x in others):
+                if isinstance(facts(user).type, Shard) and any(isinstance(facts(x).type, Shard) for x in others):
                     ends.append(user)
-            elif (user.target in CHEAP or user.target in VIEWS) and not isinstance(user.meta.get("sp"), Shard):
+            elif user.target in family("cheap") and not isinstance(facts(user).type, Shard):
                 queue += [user] if user not in inside else []
                 inside.add(user)
     if not ends:
@@ -95,20 +97,29 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
     for node in sources:
         for view in (node, *(u for u in node.users if u.target in VIEWS)):
             for total in view.users:
-                if total.target in SUMS and isinstance(total.meta.get("sp"), Partial):
+                if total.target in family("sum") and isinstance(facts(total).type, Partial):
                     yield from (total, *total.users)
 
 
-def report_written(program: Program) -> None:
-    """Add a record for each attention that is written out, in the order of the program, once all is partitioned."""
-    found: list[_Found] = program.facts.get("written_found", [])
-    if not found:
-        return
-    records = {one.first: _record(one, index, program) for index, one in enumerate(found)}
+@dataclass(frozen=True)
+class UnfusedReport:
+    """After this pass the report has a record for each attention that is written out, in the order of the program."""
+
+    name: str = "unfused_report"
+
+    def apply(self, program: Program) -> Program:
+        found: list[_Found] = program.unfused.reported if program.unfused is not None else []
+        if found:
+            _report(found, program)
+        return program
+
+
+def _report(found: list[_Found], program: Program) -> None:
+    records = {one.first: _record(one, program) for one in found}
     others = iter(list(program.report.attentions))
     ordered: list[AttentionRecord] = []
-    for node in program.facts["global"].graph.nodes:
-        decision = node.meta.get("sp_call")
+    for node in program.whole.graph.nodes:
+        decision = facts(node).decision
         if node in records:
             ordered.append(records[node])
         elif isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
@@ -116,8 +127,8 @@ def report_written(program: Program) -> None:
     program.report.attentions[:] = [*ordered, *others]
 
 
-def _record(one: _Found, index: int, program: Program) -> AttentionRecord:
-    own = {n.name for n in program.graph.nodes if n.meta.get("written_attention") == index}
+def _record(one: _Found, program: Program) -> AttentionRecord:
+    own = {n.name for n in program.graph.nodes if facts(n).written_attention is one}
     forward = [r.bytes for r in program.report.collectives if r.value in own]
     backward = [r.bytes for r in program.report.backward if r.value in own]
     method = LINEAR if one.written is None else _method(one.written)
@@ -133,7 +144,7 @@ def _record(one: _Found, index: int, program: Program) -> AttentionRecord:
 
 def _cost(forward: list[Length], backward: list[Length], program: Program, node: Node) -> str:
     """Messages, the bytes of the backward pass, and the time: as for other attentions."""
-    link = Link.of(node.meta["val"].device.type, program.latency, program.bandwidth)
+    link = Link.of(node.meta["val"].device.type, program.options.latency, program.options.bandwidth)
     back = ""
     if program.training:
         back = f" and {as_length(sum(backward, start=0))} bytes in {len(backward)} backward"
@@ -143,7 +154,7 @@ def _cost(forward: list[Length], backward: list[Length], program: Program, node:
 
 def _method(one: Written) -> str:
     scores = one.scores[0]
-    type_ = scores.node.meta["sp"]
+    type_ = type_of(scores.node)
     rule = rule_of(scores.node)
     assert rule is not None
     if not isinstance(type_, Shard):
@@ -157,7 +168,7 @@ def _method(one: Written) -> str:
 
 
 def _is_sharded(node: Node) -> bool:
-    return isinstance(node.meta.get("sp"), Shard)
+    return isinstance(facts(node).type, Shard)
 
 
 def _instead(one: Written, program: Program) -> tuple[tuple[str, str], ...]:
@@ -169,7 +180,7 @@ def _instead(one: Written, program: Program) -> tuple[tuple[str, str], ...]:
     best = choose(question)[0] if question is not None else None
     if best is None or question is None:
         return ()
-    link = Link.of(question.like.device.type, program.latency, program.bandwidth)
+    link = Link.of(question.like.device.type, program.options.latency, program.options.bandwidth)
     return ((name, f"would be {best.name}: {best.text(link)}"),)
 
 
@@ -177,9 +188,9 @@ def _question(one: Written, program: Program) -> Question | None:
     """The same attention with queries ``[B, H, S, D]``, keys and values with the heads that they have."""
     scores, result = one.scores[0], one.results[0]
     (query, key), value = scores.operands, result.operands[1]
-    rule, types = rule_of(scores.node), scores.node.meta["sp_call"].operands
+    rule, types = rule_of(scores.node), decision_of(scores.node).operands
     last = rule_of(result.node)
-    queries, keys = types[scores.left], key.meta["sp"]
+    queries, keys = types[scores.left], type_of(key)
     if rule is None or last is None or not isinstance(queries, Shard) or not isinstance(keys, Shard):
         return None
     batch = [f for dims in rule.results[0] for f in dims if f not in (scores.row, scores.column)]

@@ -41,14 +41,14 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import fxsp.kernels.ops  # registers the ops
+import fxsp.errors
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
-from fxsp.kernels.exchange.head_ops import HEAD_OPS
+from fxsp.kernels.ops import fxsp_ops, op_of
 from fxsp.torch_internals import fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
-__all__ = ["BUCKET_BYTES", "drop_identities", "emit", "fingerprint"]
+__all__ = ["BUCKET_BYTES", "FOLDERS", "drop_identities", "emit", "fingerprint"]
 
 #: Gradients are reduced together up to this size.
 BUCKET_BYTES = 25 * 2**20
@@ -66,20 +66,21 @@ _INHERITED = (
 )
 
 
+#: Where the files of this version are: fxsp, its passes and its kernels, with all folders in them.
+FOLDERS = (Path(fxsp.errors.__file__).parent, Path(__file__).parents[1], Path(lowering.__file__).parent)
+
+
 @functools.cache
-def fingerprint() -> str:
-    """Hash of this version of fxsp, which decides what :func:`emit` writes: part of the keys of compiler caches."""
-    folders = [Path(file).parent for file in (fxsp.errors.__file__, __file__, lowering.__file__)]
-    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
-    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+def fingerprint(folders: tuple[Path, ...] = FOLDERS) -> str:
+    """Hash of this version of fxsp, which decides what :func:`emit` writes: part of the keys of compiler caches.
 
-
-def op_name(node: Node) -> str | None:
-    """``"gather"`` for a call of ``torch.ops.fxsp.gather.default``, None for a node that calls no fxsp op."""
-    if node.op != "call_function" or not is_operator(node.target):
-        return None
-    namespace, _, name = schema(node.target).name.partition("::")
-    return name if namespace == "fxsp" else None
+    Covers names (from their folder on) and contents of all Python files below ``folders``.
+    """
+    files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*.py"))]
+    found = hashlib.sha256()
+    for folder, file in files:
+        found.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def is_kernel(target: Any) -> bool:
@@ -88,10 +89,10 @@ def is_kernel(target: Any) -> bool:
 
 
 def drop_identities(graph: Graph) -> None:
-    """Remove ``use``, ``annotate`` and ``scale_grad``, in place."""
+    """Remove the operators that are nothing forward (``use``, say), in place."""
     with _Outputs(graph):
         for node in list(graph.nodes):
-            if op_name(node) in ("use", "annotate", "scale_grad"):
+            if (op := op_of(node)) is not None and op.is_identity:
                 _replace(node, node.args[0])
 
 
@@ -110,15 +111,15 @@ def emit(
         _reduce_together(splicer, bucket)
     with _Outputs(graph):
         for node in list(graph.nodes):
-            name = op_name(node)
-            if name == "scale_grad":  # of a graph that nobody differentiates
+            op = op_of(node)
+            if op is not None and op.is_identity:
                 _replace(node, node.args[0])
-            elif name is not None:
+            elif op is not None:
                 arguments = _arguments(node)
-                if name in HEAD_OPS and decompositions is None:
+                if decompositions is None and schema(node.target).arguments[-1].name == "fuse":
                     arguments = (*arguments[:-1], False)  # nobody comes after us who would fuse
-                _replace(node, splicer.call(lowering.LOWERINGS[name], arguments, node, node))
-    left = [node.name for node in graph.nodes if op_name(node) is not None]
+                _replace(node, splicer.call(op.lowering, arguments, node, node))
+    left = [node.name for node in graph.nodes if op_of(node) is not None]
     if left:
         raise VerificationError(f"emit left fxsp ops in the graph: {', '.join(left)}")
 
@@ -260,7 +261,8 @@ def _buckets(graph: Graph, limit: int) -> list[list[Node]]:
     """The all-reduces of gradients that are results of the graph, in groups to be reduced together."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     output = graph.output_node()
-    members = [node for node in graph.nodes if op_name(node) == "reduce_grad" and set(node.users) == {output}]
+    gradients = graph.find_nodes(op="call_function", target=fxsp_ops.reduce_grad.default)
+    members = [node for node in gradients if set(node.users) == {output}]
     buckets: list[list[Node]] = []
     open_buckets: dict[Any, tuple[list[Node], int]] = {}
     # In the order in which the gradients are ready.  The node itself may come much later: autograd runs it last.

@@ -12,6 +12,7 @@ from torch.fx import Node
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.passes.calls import Writer, arguments
+from fxsp.passes.rules.families import family, names_of
 from fxsp.source import describe
 from fxsp.types import as_length, same_length
 
@@ -20,19 +21,10 @@ __all__ = ["NEW_VIEW", "functional_value", "gives_memory", "written_arguments"]
 aten = torch.ops.aten
 
 #: In-place operators that change what the variable sees, not the memory.
-NEW_VIEW = frozenset({"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"})
-
-#: In-place operators that change which memory a tensor has, or how much.
-_OTHER_MEMORY = frozenset({"set_", "resize_", "resize_as_", "set_data"})
+NEW_VIEW = frozenset(f"{name}_" for name in names_of("view"))
 
 #: In-place operators for which no functional operator has the same name.
 _FUNCTIONAL = {"normal_": "normal_functional"}
-
-#: Composite operators that write to an argument, which their schema does not say: name -> the arguments.
-_HIDDEN_WRITES = {
-    "batch_norm": ("training", ("running_mean", "running_var")),
-    "instance_norm": ("use_input_stats", ("running_mean", "running_var")),
-}
 
 
 def written_arguments(node: Node) -> list[Node]:
@@ -40,13 +32,13 @@ def written_arguments(node: Node) -> list[Node]:
     if node.op != "call_function" or not torch_internals.is_operator(node.target):
         return []
     schema = torch_internals.schema(node.target)
-    name = schema.name.removeprefix("aten::")
-    if not schema.is_mutable and name not in _HIDDEN_WRITES:
+    hidden = node.target in family("writes_statistics")
+    if not schema.is_mutable and not hidden:
         return []
     found = arguments(node)
-    if name in _HIDDEN_WRITES:
-        flag, names = _HIDDEN_WRITES[name]
-        values = [found[n] for n in names] if found[flag] else []
+    if hidden:
+        writes = found.get("training", found.get("use_input_stats"))
+        values = [found["running_mean"], found["running_var"]] if writes else []
     else:
         values = [found[a.name] for a in schema.arguments if _is_write(a) and a.name in found]
     return [n for value in values for n in (value if isinstance(value, (list, tuple)) else [value]) if n is not None]
@@ -68,7 +60,7 @@ def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node]
     """
     name = torch_internals.schema(node.target).name.removeprefix("aten::")
     found = arguments(node)
-    if name in _OTHER_MEMORY:
+    if name in names_of("moves_memory"):
         raise UnsupportedError(f"{describe(node)} changes the memory of a tensor")
     if name == "copy_":
         return _fitted(w, read(found["src"]), written, read)

@@ -21,6 +21,8 @@ from torch.fx import Node
 from fxsp import torch_internals
 from fxsp.passes.calls import Writer, arguments
 from fxsp.passes.normalize.retrace import is_annotation
+from fxsp.passes.rules.dims import order
+from fxsp.passes.rules.families import names_of
 from fxsp.types import as_length, same_length
 
 __all__ = ["Piece", "View", "cover", "view_of"]
@@ -54,6 +56,8 @@ class View:
     identity: bool = False
 
 
+Make = Callable[[Node, Node, dict[str, Any], int | None], "View | None"]
+
 _IDENTITY = View(lambda _, whole: whole, lambda _, __, value: value, complete=True, identity=True)
 
 
@@ -64,7 +68,7 @@ def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
         return View(_again(node, whole), _value, complete=True)
     if index is None and name != "aten::detach" and _same_place(node.meta["val"], whole.meta["val"]):
         return _IDENTITY
-    make = _VIEWS.get(name.removeprefix("aten::").removesuffix("_"))
+    make = _maker(name.removeprefix("aten::").removesuffix("_"))
     return make(node, whole, arguments(node), index) if make is not None and name.startswith("aten::") else None
 
 
@@ -100,30 +104,10 @@ def _detached(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> Vie
     return View(_again(node, whole), _value, complete=True, detaches=True)
 
 
-def _permuted(dims: Callable[[dict[str, Any], int], Sequence[int]]) -> Callable[..., View]:
-    """A permutation: ``dims(arguments, ndim)`` is, for each result dimension, the dimension it comes from."""
-
-    def make(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
-        n = whole.meta["val"].ndim
-        order = [d % n for d in dims(a, n)]
-        inverse = [order.index(d) for d in range(n)]
-        see = _again(node, whole)
-        return View(see, lambda w, base, v: w.call(aten.permute.default, v, inverse), complete=True)
-
-    return make
-
-
-def _swap(a: Any, b: Any, n: int) -> list[int]:
-    order = list(range(n))
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
-def _moved(source: Any, destination: Any, n: int) -> list[int]:
-    source, destination = ([s] if isinstance(s, int) else list(s) for s in (source, destination))
-    source, destination = [d % n for d in source], [d % n for d in destination]
-    rest = iter(d for d in range(n) if d not in source)
-    return [source[destination.index(d)] if d in destination else next(rest) for d in range(n)]
+def _permuted(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
+    moved = order(node.target, a, whole.meta["val"].ndim)
+    inverse = [moved.index(d) for d in range(len(moved))]
+    return View(_again(node, whole), lambda w, base, v: w.call(aten.permute.default, v, inverse), complete=True)
 
 
 def _sliced(whole: Node, dim: int, start: Any, stop: Any, step: Any = 1) -> View | None:
@@ -245,7 +229,7 @@ def _view(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View
 
 
 #: ATen operators that may make views -> what view.  Those that keep everything in place need no entry.
-_VIEWS: dict[str, Callable[[Node, Node, dict[str, Any], int | None], View | None]] = {
+_VIEWS: dict[str, Make] = {
     "view": _view,
     "detach": _detached,
     "slice": _slice,
@@ -257,21 +241,17 @@ _VIEWS: dict[str, Callable[[Node, Node, dict[str, Any], int | None], View | None
     "view_as_complex": _unary(aten.view_as_real.default),
     "real": _real,
     "imag": _imag,
-    "permute": _permuted(lambda a, n: a["dims"]),
-    "t": _permuted(lambda a, n: range(n)[::-1]),
-    "numpy_T": _permuted(lambda a, n: range(n)[::-1]),
-    "mT": _permuted(lambda a, n: _swap(-1, -2, n)),
-    "transpose": _permuted(lambda a, n: _swap(a["dim0"], a["dim1"], n)),
-    "swapaxes": _permuted(lambda a, n: _swap(a["axis0"], a["axis1"], n)),
-    "swapdims": _permuted(lambda a, n: _swap(a["dim0"], a["dim1"], n)),
-    "movedim": _permuted(lambda a, n: _moved(a["source"], a["destination"], n)),
-    "moveaxis": _permuted(lambda a, n: _moved(a["source"], a["destination"], n)),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), _parts),
-    **dict.fromkeys(
-        ("reshape", "reshape_as", "view_as", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
-        _reshaped,
-    ),
 }
+#: Families that do.
+_FAMILIES = (
+    (names_of("permute") - names_of("conjugates"), _permuted),
+    (names_of("split", "unsafe_split"), _parts),
+    (names_of("reshape"), _reshaped),
+)
+
+
+def _maker(name: str) -> Make | None:
+    return _VIEWS.get(name) or next((make for names, make in _FAMILIES if name in names), None)
 
 
 def cover(w: Writer, size: Any, writes: Sequence[tuple[Piece | None, Node]]) -> Node | None:

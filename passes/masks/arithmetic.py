@@ -10,11 +10,13 @@ import torch
 
 from fxsp.passes.masks.terms import Affine, Term, Where, combine, equal
 from fxsp.passes.masks.values import Terms, affine_of, number_of, on, where_of
+from fxsp.passes.rules.families import family, names_of, overloads
 from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import same_length
 
 __all__: list[str] = []
 
+aten = torch.ops.aten
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "rsub": lambda a, b: b - a,
     "logical_and": lambda a, b: bool(a) and bool(b), "logical_or": lambda a, b: bool(a) or bool(b),
@@ -23,6 +25,12 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "maximum": max, "minimum": min,
 }  # fmt: skip
+#: Of positions.
+_AFFINE: dict[str, Callable[[Affine, Affine], Affine]] = {
+    "add": lambda a, b: a.plus(b),
+    "sub": lambda a, b: a.plus(b, -1),
+    "rsub": lambda a, b: b.plus(a, -1),
+}
 #: Whether ``a OP b`` holds, as affine terms that must not be negative; of ``ne``, those of its contrary.
 _COMPARISONS: dict[str, Callable[[Affine, Affine], list[Affine]]] = {
     "ge": lambda a, b: [a.plus(b, -1)],
@@ -44,8 +52,8 @@ def _binary(call: Call, terms: Terms) -> Term | None:
     if left is not None and right is not None:
         if name in _COMPARISONS:
             return Where(frozenset(_COMPARISONS[name](left, right)), name != "ne", name == "ne")
-        if name in ("add", "sub", "rsub"):
-            return right.plus(left, -1) if name == "rsub" else left.plus(right, 1 if name == "add" else -1)
+        if name in _AFFINE:
+            return _AFFINE[name](left, right)
         for x, factor in ((left, right), (right, left)):
             if name == "mul" and all(equal(c, 0) for c in factor.coeffs):
                 return x.aligned(len(factor.coeffs)).times(factor.const)
@@ -53,9 +61,7 @@ def _binary(call: Call, terms: Terms) -> Term | None:
     values = [t for t in found if t is not None]
     if len(values) < 2 or not all(_plain(v) for t in values for v in (t.yes, t.no)):
         return None
-    if name in ("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__") and any(
-        isinstance(v, float) for t in values for v in (t.yes, t.no)
-    ):
+    if name in names_of("bitwise") and any(isinstance(v, float) for t in values for v in (t.yes, t.no)):
         return None
     return combine(_ARITHMETIC[name], [t.aligned(len(shape_of(call.node))) for t in values])
 
@@ -64,10 +70,10 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-on(*(f"{name}.{overload}" for name in _ARITHMETIC for overload in ("Tensor", "Scalar", "default")))(_binary)
+on(*overloads(*(f"{name}.{overload}" for name in _ARITHMETIC for overload in ("Tensor", "Scalar", "default"))))(_binary)
 
 
-@on("logical_not", "bitwise_not", "neg")
+@on(*family("negation"))
 def _unary(call: Call, terms: Terms) -> Term | None:
     x = call.operands[0]
     if call.op._opname == "neg":
@@ -81,12 +87,12 @@ def _unary(call: Call, terms: Terms) -> Term | None:
     return None if term is None else combine(operator.not_, [term])
 
 
-@on("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+@on(*overloads("where.*"))
 def _choose(call: Call, terms: Terms) -> Term | None:
     return _chosen(call, terms, call["condition"], call["self"], call["other"])
 
 
-@on("masked_fill.Scalar", "masked_fill.Tensor")
+@on(*overloads("masked_fill.*"))
 def _masked_fill(call: Call, terms: Terms) -> Term | None:
     return _chosen(call, terms, call["mask"], call["value"], call["self"])
 
@@ -97,7 +103,7 @@ def _chosen(call: Call, terms: Terms, *arguments: Any) -> Term | None:
     return combine(lambda c, a, b: a if c else b, chosen) if len(chosen) == 3 else None
 
 
-@on("tril", "triu")
+@on(*family("triangle"))
 def _triangle(call: Call, terms: Terms) -> Term | None:
     """Kept where ``row + diagonal - column`` is at least 0 (``tril``), or at most 0 (``triu``); 0 elsewhere."""
     term, diagonal = where_of(call["self"], terms), number_of(call["diagonal"])
@@ -109,7 +115,7 @@ def _triangle(call: Call, terms: Terms) -> Term | None:
     return combine(lambda c, x: x if c else type(x)(0), [inside, term])
 
 
-@on("cumsum")
+@on(aten.cumsum.default)
 def _cumsum(call: Call, terms: Terms) -> Term | None:
     term = terms.get(call.operands[0])
     rank = len(shape_of(call.node))
@@ -119,7 +125,7 @@ def _cumsum(call: Call, terms: Terms) -> Term | None:
     return Affine(value, tuple(value if d == dim else 0 for d in range(rank)))
 
 
-@on("diff")
+@on(aten.diff.default)
 def _diff(call: Call, terms: Terms) -> Term | None:
     """Of consecutive positions: the step everywhere, also at the front where what is put before continues them."""
     x, before = affine_of(call["self"], terms), affine_of(call.get("prepend"), terms)

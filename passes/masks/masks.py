@@ -39,15 +39,13 @@ from fxsp.passes.calls import erase_unused
 from fxsp.passes.masks import arithmetic as index_arithmetic  # noqa: F401  (it fills the table)
 from fxsp.passes.masks.terms import Leaf, Term, Where, equal
 from fxsp.passes.masks.values import terms_of
-from fxsp.passes.rules.rule import Call, overloads, shape_of
-from fxsp.passes.rules.views import EXPANDS
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Length, same_length
 
 __all__ = ["Band", "Masks", "band_of"]
 
 aten = torch.ops.aten
-#: They give the same rows again.
-_REPEATS = {*overloads("clone", "contiguous", "alias"), *EXPANDS}
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def _write(graph: Graph, origin: Node, target: Any, *args: Any) -> Node:
 
 def _unexpanded(mask: Node) -> Node:
     """The tensor that a mask repeats; attention repeats it by itself."""
-    while mask.target in _REPEATS:
+    while mask.target in family("copy", "expand"):
         source = mask.args[0]
         assert isinstance(source, Node)
         # Fused kernels take masks of two or four dimensions: for three one device would do without one.

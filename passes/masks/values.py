@@ -13,12 +13,14 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.masks.terms import Affine, Leaf, Source, Term, Where, equal, minimum, remapped, simplified
-from fxsp.passes.rules.rule import Call, overloads, shape_of, tensor_value
-from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.passes.rules.dims import kept, order, position
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of, tensor_value
 from fxsp.types import Length, as_length, same_length
 
 __all__ = ["TABLE", "Terms", "affine_of", "is_integer", "number_of", "on", "terms_of", "where_of"]
 
+aten = torch.ops.aten
 Terms = dict[Node, Term]
 Transfer = Callable[[Call, Terms], "Term | None"]
 TABLE: dict[Any, Transfer] = {}
@@ -39,11 +41,11 @@ def terms_of(graph: torch.fx.Graph) -> Terms:
     return found
 
 
-def on(*names: str) -> Callable[[Transfer], Transfer]:
-    """Put a function into the table, for the operator overloads of these names."""
+def on(*ops: Any) -> Callable[[Transfer], Transfer]:
+    """Put a function into the table, for these operators."""
 
     def register(function: Transfer) -> Transfer:
-        TABLE.update(dict.fromkeys(overloads(*names), function))
+        TABLE.update(dict.fromkeys(ops, function))
         return function
 
     return register
@@ -112,19 +114,15 @@ def affine_of(value: Any, terms: Terms) -> Affine | None:
 # Where numbers come from.
 
 
-@on("arange", "arange.start", "arange.start_step")
+@on(*family("arange"))
 def _arange(call: Call, terms: Terms) -> Term | None:
     start, step = (number_of(call.get(n, d)) for n, d in (("start", 0), ("step", 1)))
     return None if None in (start, step) or float in (type(start), type(step)) else Affine(start, (step,))
 
 
-_FULL = ("full", "new_full", "full_like", "scalar_tensor")
-_ONES, _ZEROS = ("ones", "new_ones", "ones_like"), ("zeros", "new_zeros", "zeros_like")
-
-
-@on(*_FULL, *_ONES, *_ZEROS)
+@on(*family("full", "ones", "zeros"))
 def _constant(call: Call, terms: Terms) -> Term | None:
-    value = 1 if call.op in overloads(*_ONES) else 0 if call.op in overloads(*_ZEROS) else None
+    value = 1 if call.op in family("ones") else 0 if call.op in family("zeros") else None
     value = number_of(call.get("fill_value", call.get("s"))) if value is None else value
     return None if value is None else Where(frozenset(), value, value)
 
@@ -138,6 +136,7 @@ def _view(call: Call, terms: Terms, sources: list[Source | None], fixed: dict[in
     return None if term is None else remapped(term, sources, fixed, shape_of(x))
 
 
+@on(*family("same_values"))
 def _same(call: Call, terms: Terms) -> Term | None:
     x = call.operands[0]
     if call.node.meta["val"].dtype is torch.bool and x.meta["val"].dtype is not torch.bool and x not in terms:
@@ -148,50 +147,30 @@ def _same(call: Call, terms: Terms) -> Term | None:
     return term
 
 
-TABLE.update(
-    dict.fromkeys(
-        overloads(
-            "to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy", "clone", "contiguous", "alias",
-            "detach", "lift_fresh", "lift_fresh_copy", "type_as",
-        ),
-        _same,
-    )
-)  # fmt: skip
-
-
+@on(*family("reshape"))
 def _reshape(call: Call, terms: Terms) -> Term | None:
     """Where only dimensions of 1 come and go, the others keep their order."""
     before, after = shape_of(call.operands[0]), shape_of(call.node)
-    real = [d for d, n in enumerate(before) if not same_length(n, 1)]
-    new = [d for d, n in enumerate(after) if not same_length(n, 1)]
-    if len(real) != len(new) or not all(same_length(before[a], after[b]) for a, b in zip(real, new, strict=True)):
+    found = kept(before, after)
+    if found is None:
         return None
-    sources: list[Source | None] = [None] * len(after)
-    for a, b in zip(real, new, strict=True):
-        sources[b] = (a, 0, 1)
-    return _view(call, terms, sources, {d: 0 for d in range(len(before)) if d not in real})
+    sources: list[Source | None] = [(found[d], 0, 1) if d in found else None for d in range(len(after))]
+    return _view(call, terms, sources, {d: 0 for d in range(len(before)) if d not in found.values()})
 
 
+@on(*family("permute"))
 def _permute(call: Call, terms: Terms) -> Term | None:
-    x = call.operands[0]
-    args, kwargs = call.rebuild()
-    # The operator itself says what it does, to a tensor whose sizes are its dimensions.
-    probe = torch.empty([d + 2 for d in range(len(shape_of(x)))], device="meta")
-    if any(isinstance(a, Node) for a in (*args[1:], *kwargs.values())):
-        return None
-    order = [n - 2 for n in call.op(probe, *args[1:], **kwargs).shape]
-    return _view(call, terms, [(d, 0, 1) for d in order], {})
+    rank = len(shape_of(call.operands[0]))
+    return _view(call, terms, [(d, 0, 1) for d in order(call.op, call.arguments, rank)], {})
 
 
+@on(*family("expand"))
 def _expand(call: Call, terms: Terms) -> Term | None:
     new = len(shape_of(call.node)) - len(shape_of(call.operands[0]))
     return _view(call, terms, [None if d < new else (d - new, 0, 1) for d in range(len(shape_of(call.node)))], {})
 
 
-TABLE.update(dict.fromkeys(RESHAPES, _reshape) | dict.fromkeys(PERMUTES, _permute) | dict.fromkeys(EXPANDS, _expand))
-
-
-@on("repeat")
+@on(aten.repeat.default)
 def _repeat(call: Call, terms: Terms) -> Term | None:
     before = shape_of(call.operands[0])
     times = [number_of(n) for n in call["repeats"]][-len(before) :] if before else []
@@ -199,18 +178,16 @@ def _repeat(call: Call, terms: Terms) -> Term | None:
     return _expand(call, terms) if same else None
 
 
-@on("slice.Tensor", "narrow")
+@on(*family("slice"))
 def _slice(call: Call, terms: Terms) -> Term | None:
     shape = shape_of(call.operands[0])
     dim = call.dim("dim", len(shape))
-    start, step = (number_of(x) for x in (call.get("start") or 0, call.get("step", 1)))
-    if start is None or step is None:
+    given, step = (number_of(x) for x in (call.get("start") or 0, call.get("step", 1)))
+    if isinstance(given, int) and given < 0 and not isinstance(shape[dim], int):
+        return None  # counted from the end, and cut at the front
+    start = position(given, 0, shape[dim])
+    if given is None or start is None or step is None:
         return None
-    size = shape[dim]
-    if isinstance(start, int) and start < 0:
-        if not isinstance(size, int):
-            return None  # counted from the end, and cut at the front
-        start = max(start + size, 0)
     whole = [(d, start if d == dim else 0, step if d == dim else 1) for d in range(len(shape))]
     if start == 0 and step == 1 and not same_length(shape_of(call.node)[dim], shape[dim]):
         return _shortened(call, terms, dim, whole)
@@ -225,7 +202,7 @@ def _shortened(call: Call, terms: Terms, dim: int, sources: list[Source]) -> Ter
     return None if term is None else remapped(term, list(sources), {}, shape_of(call.operands[0]))
 
 
-@on("select.int")
+@on(aten.select.int)
 def _select(call: Call, terms: Terms) -> Term | None:
     shape = shape_of(call.operands[0])
     dim, index = call.dim("dim", len(shape)), number_of(call["index"])
@@ -235,7 +212,7 @@ def _select(call: Call, terms: Terms) -> Term | None:
     return _view(call, terms, [(d, 0, 1) for d in range(len(shape)) if d != dim], {dim: index})
 
 
-@on("index.Tensor")
+@on(aten.index.Tensor)
 def _index(call: Call, terms: Terms) -> Term | None:
     """``x[i, j]`` with indices that are affine themselves: transformers looks up its padding mask so."""
     x, indices = call["self"], call["indices"]

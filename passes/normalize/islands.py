@@ -1,7 +1,7 @@
 """Islands: parts of Dynamo's graph that *normalize* must not look into.
 
 A custom ``autograd.Function``, control flow, a vmap: traced through, they would lose their meaning (a blind trace drops
-the backward of a custom function).  They stay one node, ``meta["island"]`` says why, and they run whole on every rank.
+the backward of a custom function).  They stay one node, the fact ``island`` says why, and they run whole on every rank.
 
 Higher-order operators are one node already.  A functorch transform is a stretch of nodes between a call that opens a
 level and the call that closes it; :func:`enclose_functorch` makes each stretch one call.

@@ -4,7 +4,7 @@ What is not simply run:
 
 * Grad mode.  Instead of a marker that makes the meaning of a node depend on its place, a value that requires grad is
   detached where it enters a ``no_grad`` region.  The region's values then depend on nothing that requires grad, and
-  nodes may be moved, shared and added freely.  They carry ``meta["no_grad"]``.
+  nodes may be moved, shared and added freely.  They are marked ``no_grad``.
 * Autocast.  Casts become explicit, see :mod:`fxsp.passes.normalize.autocast`.
 * Activation checkpoints.  The body is traced in place, its nodes tagged as AOTAutograd's partitioner wants them.
 * Memory.  An input that is given other memory (``p.data = x``, as offloading does) is ``x`` from there on; ``set_`` is
@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.ops import fxsp_ops
+from fxsp.passes.graph import mark
 from fxsp.passes.normalize.autocast import AutocastState
 from fxsp.passes.normalize.checkpoint import tag_checkpoint
 from fxsp.passes.normalize.islands import INLINED, enclose_functorch, is_functorch_island
@@ -38,7 +40,7 @@ __all__ = ["Retracer", "describe", "is_annotation"]
 
 def is_annotation(target: Any) -> bool:
     """Whether a node's target is ``fxsp.annotate``: an identity, the plan's marker."""
-    return torch_internals.is_operator(target) and torch_internals.schema(target).name == "fxsp::annotate"
+    return target is fxsp_ops.annotate.default
 
 
 class _State:
@@ -186,7 +188,7 @@ class Retracer(torch.fx.Interpreter):
         result = call(target, args, kwargs)
         check()
         for written in _after(last):
-            written.meta["no_grad"] = True
+            mark(written, no_grad=True)
         return result
 
     def _leave_grad(self, args: Any, kwargs: Any) -> tuple[Any, Any, Callable[[], None]]:
@@ -261,9 +263,9 @@ class Retracer(torch.fx.Interpreter):
         if versions != [torch_internals.version(x) for x in inputs]:
             raise UnsupportedError(f"{describe(self._node)} ({reason}) writes to its arguments")
         node = torch_internals.record_call(target, args, kwargs, result, name=name)
-        node.meta["island"] = reason
+        mark(node, island=reason)
         if check is not None:
-            node.meta["no_grad"] = True
+            mark(node, no_grad=True)
         return result
 
 

@@ -22,8 +22,11 @@ import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
+from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import Call
 from fxsp.torch_internals import is_wrapper_subclass
 from fxsp.types import Ranks, Shard
@@ -32,14 +35,11 @@ __all__ = ["is_row_wise"]
 
 aten = torch.ops.aten
 
-#: Of ``x [..., rows, i]`` and a weight.
-_PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default})
-
 
 def is_row_wise(node: Node) -> bool:
     """Whether an operator on ``x`` and a frozen subclass, and its gradient, treat every row of ``x`` alone."""
     x, *others = [n.meta["val"] for n in node.all_input_nodes]
-    if node.target not in _PRODUCTS or node.kwargs or node.args[0] is not node.all_input_nodes[0]:
+    if node.target not in family("row_product") or node.kwargs or node.args[0] is not node.all_input_nodes[0]:
         return False
     if (
         is_wrapper_subclass(x)
@@ -70,16 +70,16 @@ def _keeps_rows(gm: torch.fx.GraphModule, dim: int) -> bool:
     for i, node in enumerate(gm.graph.nodes):
         nodes[node] = new = graph.node_copy(node, nodes.__getitem__)
         if i < 2:
-            nodes[node] = graph.call_function(torch.ops.fxsp.annotate.default, (new, "shard", dim, -1, "rows"))
+            nodes[node] = graph.call_function(fxsp_ops.annotate.default, (new, "shard", dim, -1, "rows"))
             nodes[node].meta["val"] = node.meta["val"]
     Propagate().apply(Program(torch.fx.GraphModule(gm, graph), Ranks(0, 2, "rows")))
     for node in graph.nodes:
-        decision = node.meta.get("sp_call")
+        decision = facts(node).decision
         if decision is not None:
             for operand, needed in zip(Call(node).operands, decision.operands, strict=True):
-                if isinstance(operand.meta["sp"], Shard) and not isinstance(needed, Shard):
+                if isinstance(type_of(operand), Shard) and not isinstance(needed, Shard):
                     return False
-    return all(_is_rows(n.meta.get("sp"), dim) for n in graph.output_node().all_input_nodes)
+    return all(_is_rows(facts(n).type, dim) for n in graph.output_node().all_input_nodes)
 
 
 def _is_rows(type_: Any, dim: int) -> bool:

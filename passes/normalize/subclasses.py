@@ -28,12 +28,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
+from fxsp.passes.graph import mark
 from fxsp.passes.normalize.row_wise import is_row_wise
 from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["holds_subclass", "mark_islands", "refuse_custom_functions", "refuse_unrecorded", "see_through"]
 
-#: Why an operator on a subclass is not opened, for ``meta["island"]``.
+#: Why an operator on a subclass is not opened, for the fact ``island``.
 _ISLAND = "an operator on a {}, whose gradients are made below autograd"
 
 
@@ -94,9 +95,9 @@ def mark_islands(graph: torch.fx.Graph) -> None:
         if torch_internals.is_operator(node.target):
             kinds = [type(v).__name__ for n in node.all_input_nodes if is_wrapper_subclass(v := n.meta.get("val"))]
             if kinds and is_row_wise(node):
-                node.meta["row_wise"] = True
+                mark(node, row_wise=True)
             elif kinds:
-                node.meta["island"] = _ISLAND.format(kinds[0])
+                mark(node, island=_ISLAND.format(kinds[0]))
 
 
 def refuse_unrecorded(outputs: list[Any]) -> None:

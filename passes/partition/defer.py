@@ -17,11 +17,11 @@ every rank.  It is the last thing that is done to a graph, after the pipeline.
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule
 
-import fxsp.kernels.ops  # noqa: F401  (defines fxsp::scale_grad)
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.functionalize.inplace import written_arguments
+from fxsp.passes.graph import facts, global_value, mark
 
 __all__ = ["scale_summands"]
 
@@ -30,16 +30,16 @@ def scale_summands(gm: GraphModule, size: int) -> None:
     """Multiply the gradients of parameters by ``size``, in place."""
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
-        value = node.meta.get("val", node.meta.get("global_val"))
-        if not node.meta.get("is_parameter") or not getattr(value, "requires_grad", False):
+        if not facts(node).is_parameter or not getattr(global_value(node), "requires_grad", False):
             continue
         # What the graph returns, or writes to, is the parameter itself.
         users = [user for user in node.users if user.op != "output" and node not in written_arguments(user)]
         if not users:
             continue
         with gm.graph.inserting_after(inputs[-1]):
-            new = gm.graph.call_function(torch.ops.fxsp.scale_grad.default, (node, size))
-        new.meta.update({key: value for key, value in node.meta.items() if key != "is_parameter"})
+            new = gm.graph.call_function(fxsp_ops.scale_grad.default, (node, size))
+        new.meta.update(node.meta)
+        mark(new, is_parameter=False)
         for user in users:
             user.replace_input_with(node, new)
     gm.graph.lint()

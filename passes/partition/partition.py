@@ -11,7 +11,7 @@ Input, with types, and output for two ranks::
     return flatten                              %gather = fxsp.gather(...)
 
 After this pass every tensor in the graph is local, except inputs and outputs, which are global and equal on all ranks.
-``facts["global"]`` keeps the global graph; ``meta["global_name"]`` names the value of it that a local node stands for.
+``program.whole`` is the global graph still; a local node ``stands_for`` a value of it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from torch.fx import GraphModule, Node
 
 from fxsp.capture.graph_breaks import Split
 from fxsp.errors import UnsupportedError
+from fxsp.kernels.ops import local_ops
 from fxsp.passes.attention.decide import AttentionChoice, distributed_attention
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.unfused_report import mark_written
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.inplace import written_arguments
+from fxsp.passes.graph import facts, mark, type_of
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.propagate.zigzag import ring_work
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.reduce import reduced_dims
 from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.rules.views import EXPANDS, RESHAPES
-from fxsp.passes.special.cat_and_cut import CUTS
 from fxsp.passes.special.extremes import ExtremePlan, write_extreme
-from fxsp.passes.special.likes import DRAWN, LikePlan, write_like
+from fxsp.passes.special.likes import LikePlan, write_like
 from fxsp.passes.special.losses import LossPlan, write_loss
 from fxsp.passes.special.select import PickPlan, write_pick
 from fxsp.passes.special.slice_scatter import OverwritePlan, write_overwrite
@@ -55,10 +56,6 @@ aten = torch.ops.aten
 
 #: Why whole values are needed at the end.
 _WRITTEN = "an input that is written to has its global shape"
-
-
-#: They read memory, not values: their operand must lie in memory as the program's own does.
-_BY_STRIDES = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class _Partitioner(Converter):
         self.graph.lint()
         gm = GraphModule(old, self.graph, old.__class__.__name__)
         gm.meta.update(old.meta)
-        self.program.facts["global"] = old
+        self.program.partitioned = old
         self.program.gm = gm
         return self.program
 
@@ -112,7 +109,7 @@ class _Partitioner(Converter):
             self.copies[node] = new
             return
         kind: Type = Replicate()
-        deferred = self.program.grad_reduce == "defer" and _is_parameter(node) and self.program.training
+        deferred = self.program.options.deferred and _is_parameter(node) and self.program.training
         if deferred and is_wrapper_subclass(value):
             if value.requires_grad:
                 raise UnsupportedError(
@@ -132,9 +129,9 @@ class _Partitioner(Converter):
             self._output(node)
         elif is_annotate(node):
             self._annotate(node)
-        elif "sp_call" in node.meta:
-            self._call(node, node.meta["sp_call"])
-        elif "sp" in node.meta and node.target is operator.getitem:
+        elif (decision := facts(node).decision) is not None:
+            self._call(node, decision)
+        elif facts(node).type is not None and node.target is operator.getitem:
             self._getitem(node)
         elif isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self._scalar(node)
@@ -174,7 +171,7 @@ class _Partitioner(Converter):
         source = node.args[0]
         assert isinstance(source, Node)
         value = self.values[source]
-        if isinstance(node.meta["sp"], Replicate) and not value.wanted:
+        if isinstance(type_of(node), Replicate) and not value.wanted:
             value.wanted = str(node.args[4])
         # Another name of the same value: its forms are shared, so that a gather followed by a shard is nothing.
         self.values[node] = value
@@ -187,7 +184,7 @@ class _Partitioner(Converter):
         if isinstance(made, list) and made[index] is None:
             return  # nobody uses it
         new = made[index] if isinstance(made, list) else self.build.call(operator.getitem, made, index)
-        self.values[node] = Value(node, [(node.meta["sp"], self.typed(new, node.meta["sp"], node))])
+        self.values[node] = Value(node, [(type_of(node), self.typed(new, type_of(node), node))])
 
     def _scalar(self, node: Node) -> None:
         """Sizes keep their global meaning: they are computed again from the sizes of the inputs."""
@@ -203,7 +200,7 @@ class _Partitioner(Converter):
 
     def _whole(self, node: Node) -> None:
         """A node that runs on whole operands: the same on every rank."""
-        island = node.meta.get("island")
+        island = facts(node).island
         self.reason = f"{island}: not opened, it runs whole" if island else f"{node.target} runs on whole operands"
         new = self.graph.node_copy(node, self.argument)
         self._copied(node, new)
@@ -245,14 +242,14 @@ class _Partitioner(Converter):
 
     def _like(self, node: Node, call: Call, type_: Type) -> None:
         """What reads a shape only: nothing is asked of its operand."""
-        split = any(isinstance(n.meta["sp"], Shard) for n in call.operands)
-        if call.op in DRAWN and split and self.program.rng == "per_rank":
+        split = any(isinstance(type_of(n), Shard) for n in call.operands)
+        if call.op in family("drawn") and split and self.program.options.rng == "per_rank":
             self._note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
         new = write_like(self.build, node, type_, self.copies)
         self.values[node] = Value(node, [(type_, self.typed(new, type_, node))])
 
     def _whole_call(self, node: Node, kind: str = "implicit") -> None:
-        by_strides = node.args[0] if node.target in _BY_STRIDES else None
+        by_strides = node.args[0] if node.target in family("by_strides") else None
 
         def argument(old: Node) -> Any:
             new = self.argument(old, kind)
@@ -276,13 +273,14 @@ class _Partitioner(Converter):
             return write_extreme(self.build, call, first, decision.detail)
         if isinstance(result, Shard) and decision.detail == "dropout":
             return self._dropout(node, call, arguments, result)
-        if call.op in CUTS and decision.detail is not None:
+        if call.op in family("slice", "split") and decision.detail is not None:
             return self._cut(node, call, decision, first)
-        if isinstance(result, Partial) and call.op in (*SUMS, *MEANS):
+        if isinstance(result, Partial) and call.op in family("total"):
             return self._sum(call, arguments)
         # Always where a second operand (of expand_as, view_as) lends a shape, because that may be local.
-        if call.op in EXPANDS or (call.op in RESHAPES and (isinstance(result, Shard) or len(call.operands) > 1)):
-            op = aten.expand.default if call.op in EXPANDS else aten.reshape.default
+        expands = call.op in family("expand")
+        if expands or (call.op in family("reshape") and (isinstance(result, Shard) or len(call.operands) > 1)):
+            op = aten.expand.default if expands else aten.reshape.default
             return self.build.call(op, first, self._local_sizes(node, result))
         args, kwargs = call.bound_to(arguments).rebuild()
         new = self.build.call(call.op, *args, **kwargs)
@@ -324,7 +322,7 @@ class _Partitioner(Converter):
         new = self.build.call(
             aten.sum.dim_IntList, arguments["self"], dims, bool(call.get("keepdim", False)), dtype=wide
         )
-        if call.op in MEANS:
+        if call.op in family("mean"):
             count = product(shape[d] for d in dims)
             new = self.build.call(aten.div.Tensor, new, self.build.size(count))
         return new
@@ -334,15 +332,13 @@ class _Partitioner(Converter):
 
         With ``rng="per_rank"`` a rank draws for its own rows only, by their positions.
         """
-        if self.program.rng == "per_rank":
+        if self.program.options.rng == "per_rank":
             self._note_draw()
             x, p = arguments["input"], arguments["p"]
             own, dim, back = self.expose(x, shape_of(node), type_)
             device = node.meta["val"].device
             rows = self.build.positions(type_.sequence, device)
-            return back(
-                self.build.call(torch.ops.fxsp_local.dropout.default, own, self.build.seed(device), rows, dim, p)
-            )
+            return back(self.build.call(local_ops.dropout.default, own, self.build.seed(device), rows, dim, p))
         like = node.meta["val"]
         sizes = self.build.sizes(shape_of(node))
         ones = self.build.call(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
@@ -365,19 +361,17 @@ class _Partitioner(Converter):
             self._note_draw()
         note_degree(self.program, node, choice.method, choice.rejected)
         detail = "; ".join(filter(None, [choice.detail, ring_work(Call(node), choice)]))
-        self.program.report.attentions.append(
-            AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
-        )
+        record = AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
+        self.program.report.attentions.append(record)
         new = self.build.call(distributed_attention, **arguments)
-        new.meta["attention"] = choice
-        new.meta["attention_record"] = len(self.program.report.attentions) - 1
+        mark(new, attention=choice, attention_record=record)
         if isinstance(node.meta["val"], (tuple, list)):
             return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
         return new
 
 
 def _is_parameter(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+    return isinstance(node.meta.get("val"), torch.nn.Parameter) or facts(node).is_parameter
 
 
 def _is_impure(node: Node) -> bool:
@@ -388,7 +382,7 @@ def _splits_of(outputs: Any) -> list[tuple[int, Split]]:
     """Positions of outputs that are split before they are gathered for the end of the graph, and how."""
     found = []
     for position, old in enumerate(outputs if isinstance(outputs, (list, tuple)) else []):
-        type_ = old.meta.get("sp") if isinstance(old, Node) else None
+        type_ = facts(old).type if isinstance(old, Node) else None
         if isinstance(type_, Shard) and type_.plain:
             first, *rest = type_.sequence.segments
             text = first.length if rest and not first.sharded and isinstance(first.length, int) else -1

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxsp.errors import StrictError, UnsupportedError
+from fxsp.errors import RunsWhole, StrictError, UnsupportedError
+from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder, reduced_bytes, split_bytes
+from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.rules.decide import hint
-from fxsp.passes.rules.elementwise import CHEAP
+from fxsp.passes.rules.families import family
 from fxsp.passes.rules.rule import shape_of, tensor_nodes
-from fxsp.passes.rules.views import EXPANDS, RESHAPES
-from fxsp.passes.special.cat_and_cut import CATS, SLICES
 from fxsp.passes.special.likes import is_constant, write_like
 from fxsp.passes.special.repeats import repeats_of
 from fxsp.report import GatherRecord
@@ -79,9 +79,7 @@ class Converter:
         return self.get(self.values[old], Replicate(), kind) if old in self.values else self.copies[old]
 
     def typed(self, new: Node, type_: Type, old: Node) -> Node:
-        new.meta["sp"] = type_
-        new.meta["global_val"] = old.meta["val"]
-        new.meta["global_name"] = old.name
+        mark(new, type=type_, whole=old.meta["val"], stands_for=old.name)
         if isinstance(type_, Shard):
             new.meta.pop("val", None)
         return new
@@ -165,9 +163,9 @@ class Converter:
     def _whole_for_free(self, value: Value, depth: int = 4) -> bool:
         """Whether cheap operators compute the whole value from what is whole already: inputs, or gathered values."""
         node = value.node
-        if node.meta.get("sp_free") or is_constant(node):
+        if facts(node).free or is_constant(node):
             return True
-        if depth == 0 or not (node.target in CHEAP or node.target in CATS or node.target in SLICES):
+        if depth == 0 or node.target not in family("cheap", "cat", "slice"):
             return False
         operands = [self.values[n] for n in node.all_input_nodes if n in self.values]
         return all(v.find(Replicate()) is not None or self._whole_for_free(v, depth - 1) for v in operands)
@@ -213,7 +211,7 @@ class Converter:
     def _is_held(self, old: Node) -> bool:
         """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""
         have, user = self.values[old], self.build._origin
-        if old in self.outputs or (user is not None and "written_attention" in user.meta):
+        if old in self.outputs or (user is not None and facts(user).written_attention is not None):
             return True
         return have.find(Replicate()) is not None or have.find(Used()) is not None
 
@@ -225,8 +223,8 @@ class Converter:
             if found is not None:
                 new = found
                 continue
-            if old.target in RESHAPES or old.target in EXPANDS:
-                op = aten.reshape.default if old.target in RESHAPES else aten.expand.default
+            if old.target in family("reshape", "expand"):
+                op = aten.reshape.default if old.target in family("reshape") else aten.expand.default
                 new = self.build.call(op, new, self.build.sizes(shape_of(old)))
             else:
                 mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, list(old.kwargs.values()))), new)}
@@ -276,12 +274,10 @@ class Converter:
             new = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
             return self.build.call(aten.permute.default, new, [order.index(d) for d in range(len(shape))])
         if _reads_shards(old):
-            error = UnsupportedError(
+            raise RunsWhole(
                 f"as_strided in {place(old)} "
                 "reads memory around a value that is split: use a slice, an expand or an unfold instead"
             )
-            error.whole_graph = True  # type: ignore[attr-defined]
-            raise error
         return x
 
     def _report_gather(self, value: Value, kind: str, reason: str, sent: Length) -> None:
@@ -299,7 +295,7 @@ class Converter:
             name=self._output_name(value.node) if kind == "output" else "",
             value=value.node.name,
         )
-        if self.program.strict and kind == "implicit":
+        if self.program.options.strict and kind == "implicit":
             remedy = self.remedy or (
                 "annotate the value with a SequenceParallelOutput before this operator, or leave its tokens whole"
             )
@@ -319,7 +315,7 @@ def _reads_shards(node: Node) -> bool:
     """Whether anything that ``node`` is computed from is split."""
     seen, queue = {node}, [node]
     for one in queue:
-        type_ = one.meta.get("sp")
+        type_ = facts(one).type
         if isinstance(type_, Shard) or (isinstance(type_, tuple) and any(isinstance(t, Shard) for t in type_)):
             return True
         queue += [n for n in one.all_input_nodes if n not in seen]

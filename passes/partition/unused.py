@@ -14,6 +14,7 @@ from torch.fx import Node
 from fxsp.errors import StrictError
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, type_of
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.work import has_work
@@ -28,7 +29,7 @@ def report_idle(program: Program) -> None:
     """Record an implicit gather, of no bytes, for every operator that ends such a split; an error under ``strict``."""
     reported: set[Node] = set()
     for node in program.graph.nodes:
-        if not is_annotate(node) or node.args[1] != "shard" or not isinstance(node.meta["sp"], Shard):
+        if not is_annotate(node) or node.args[1] != "shard" or not isinstance(type_of(node), Shard):
             continue
         for taker, reason in _takers(node):
             if taker not in reported:
@@ -41,13 +42,13 @@ def _takers(annotation: Node) -> list[tuple[Node, str]]:
     found: list[tuple[Node, str]] = []
     for node in _split_from(annotation):
         for user in node.users:
-            decision = user.meta.get("sp_call")
+            decision = facts(user).decision
             if not isinstance(decision, Decision):
                 continue
             if _is_split(user):
                 if has_work(user):
                     return []
-            elif node.meta["sp_free"] and decision.reason and _leads_to_work(user):
+            elif facts(node).free and decision.reason and _leads_to_work(user):
                 found.append((user, decision.reason))
     return found
 
@@ -77,12 +78,12 @@ def _split_from(annotation: Node) -> Iterator[Node]:
 
 
 def _is_split(node: Node) -> bool:
-    type_ = node.meta.get("sp")
+    type_ = facts(node).type
     return isinstance(type_, Shard) or (isinstance(type_, tuple) and any(isinstance(t, Shard) for t in type_))
 
 
 def _record(program: Program, node: Node, reason: str) -> None:
     record = GatherRecord(str(node.target), module_path(node), node_source(node), reason, 0)
-    if program.strict:
+    if program.options.strict:
         raise StrictError(f"implicit gather: {record}. With strict=True this is an error: annotate a later value")
     program.report.implicit_gathers.append(record)

@@ -1,11 +1,8 @@
 """propagate: give every value a type.
 
 Types flow forward from the plan's annotations through the rule table; where an operator cannot run on shards its
-operands are made whole (the partitioner reports it).  Nothing is rewritten: each tensor node gets
-
-``meta["sp"]``        its type (a tuple of types for several results)
-``meta["sp_call"]``   its :class:`~fxsp.passes.rules.decide.Decision`
-``meta["sp_free"]``   whether its whole value can be had without communication
+operands are made whole (the partitioner reports it).  Nothing is rewritten: each tensor node gets, as
+:class:`~fxsp.passes.graph.Facts`, its ``type``, its ``decision``, and whether its whole value is ``free``.
 
 Output (one line per value)::
 
@@ -26,13 +23,17 @@ import torch
 from torch.fx import Node
 
 from fxsp.errors import PlanError, UnsupportedError
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.decide import decide_attention
 from fxsp.passes.attention.unfused import decide_written
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
-from fxsp.passes.rules.elementwise import CHEAP, draws
-from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.special.cat_and_cut import CATS, CUTS, decide_structure
+from fxsp.passes.rules.elementwise import draws
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.table import rule_of
+from fxsp.passes.special.cat_and_cut import decide_structure
 from fxsp.passes.special.extremes import decide_extreme
 from fxsp.passes.special.likes import decide_like, is_constant
 from fxsp.passes.special.losses import decide_loss
@@ -55,12 +56,10 @@ from fxsp.types import (
 
 __all__ = ["Propagate", "is_annotate", "is_random"]
 
-_DROPOUTS = set(overloads("dropout"))
-
 
 def is_annotate(node: Node) -> bool:
     """Whether a node is a plan entry waiting to be carried out."""
-    return node.op == "call_function" and node.target is torch.ops.fxsp.annotate.default
+    return node.op == "call_function" and node.target is fxsp_ops.annotate.default
 
 
 def is_random(op: Any) -> bool:
@@ -80,44 +79,40 @@ class Propagate:
         return program
 
     def _visit(self, node: Node, program: Program) -> None:
-        meta = node.meta
         if node.op == "output":
             return
-        value = meta.get("val")
+        value = node.meta.get("val")
         if is_annotate(node):
             source = node.args[0]
             assert isinstance(source, Node)
-            meta["sp"] = _annotated(node, source.meta["sp"], program.facts.get("head_tail", ()))
-            meta["sp_free"] = source.meta["sp_free"]
-        elif node.target is operator.getitem and isinstance(node.args[0], Node) and "sp" in node.args[0].meta:
-            types = node.args[0].meta["sp"]
+            type_ = _annotated(node, type_of(source), program.head_tail)
+            mark(node, type=type_, free=facts(source).free)
+        elif node.target is operator.getitem and isinstance(node.args[0], Node):
+            types = facts(node.args[0]).type
             if isinstance(types, tuple) and tensor_value(node) is not None:
-                meta["sp"] = types[_tensor_index(node)]
-                meta["sp_free"] = isinstance(meta["sp"], Replicate)
-        elif isinstance(node.target, torch._ops.OpOverload) and _holds_tensor(value) and "island" not in meta:
+                type_ = types[_tensor_index(node)]
+                mark(node, type=type_, free=isinstance(type_, Replicate))
+        elif isinstance(node.target, torch._ops.OpOverload) and _holds_tensor(value) and not facts(node).island:
             decision = self._decide(node, program)
-            meta["sp_call"] = decision
-            meta["sp"] = decision.results if isinstance(value, (tuple, list)) else decision.results[0]
-            meta["sp_free"] = _is_free(node, meta["sp"])
+            results = decision.results if isinstance(value, (tuple, list)) else decision.results[0]
+            mark(node, decision=decision, type=results, free=_is_free(node, results))
         elif isinstance(value, torch.Tensor):
-            meta["sp"] = Replicate(origin="an input of the graph" if node.op == "placeholder" else "")
-            meta["sp_free"] = True
+            mark(node, type=Replicate(origin="an input of the graph" if node.op == "placeholder" else ""), free=True)
         elif isinstance(value, (tuple, list)) and _holds_tensor(value):
-            meta["sp"] = tuple(Replicate() for v in value if isinstance(v, torch.Tensor))
-            meta["sp_free"] = True
+            mark(node, type=tuple(Replicate() for v in value if isinstance(v, torch.Tensor)), free=True)
 
     def _decide(self, node: Node, program: Program) -> Decision:
         call = Call(node)
         operands = call.operands
         _refuse_writes(call)
-        reads_no_data = decide_like(call, [n.meta["sp"] for n in operands])
+        reads_no_data = decide_like(call, [type_of(n) for n in operands])
         if reads_no_data is not None:
             return reads_no_data
         # A summand is summed before it is used.
-        types: list[Type] = [Replicate() if isinstance(n.meta["sp"], Partial) else n.meta["sp"] for n in operands]
+        types: list[Type] = [Replicate() if isinstance(type_of(n), Partial) else type_of(n) for n in operands]
         if not any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, "all operands are whole")
-        if node.meta.get("row_wise") and not _splits_rows(types[0], shape_of(operands[0])):
+        if facts(node).row_wise and not _splits_rows(types[0], shape_of(operands[0])):
             return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
         structural = (
             decide_structure(call, types)
@@ -125,13 +120,13 @@ class Propagate:
             or decide_loss(call, types)
             or decide_attention(call, types, program)
         )
-        if structural is None and not operands[0].meta["sp_free"]:
+        if structural is None and not facts(operands[0]).free:
             structural = decide_pick(call, types) or decide_extreme(call, types)
         if structural is not None:
             return structural
-        if call.op in _DROPOUTS and draws(call) and isinstance(types[0], Shard):
+        if call.op is torch.ops.aten.dropout.default and draws(call) and isinstance(types[0], Shard):
             return Decision((types[0],), (types[0],), detail="dropout")
-        free = [n.meta["sp_free"] for n in operands]
+        free = [facts(n).free for n in operands]
         bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
         rule = None if draws(call) else rule_of(node)
         return decide_written(call, types, bytes_of, free, program) or decide(call, rule, types, bytes_of, free)
@@ -174,8 +169,8 @@ def _is_free(node: Node, type_: Any) -> bool:
         return False
     if is_constant(node):
         return True
-    cheap = node.target in CHEAP or node.target in CATS or node.target in CUTS
-    return cheap and all(n.meta["sp_free"] for n in tensor_nodes((node.args, list(node.kwargs.values()))))
+    cheap = node.target in family("cheap", "cat", "slice", "split")
+    return cheap and all(facts(n).free for n in tensor_nodes((node.args, list(node.kwargs.values()))))
 
 
 def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:

@@ -35,13 +35,14 @@ from torch.fx import Node
 
 from fxsp.passes.base import Program
 from fxsp.passes.calls import Writer, erase_unused
+from fxsp.passes.graph import facts, mark, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import decide, hint
-from fxsp.passes.rules.reduce import MEANS, SUMS, reduced_dims
-from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of, tensor_value
-from fxsp.passes.rules.views import EXPANDS, RESHAPES
-from fxsp.passes.special.cat_and_cut import SLICES, cut_bounds
-from fxsp.passes.special.losses import CLASS_LOSSES
+from fxsp.passes.rules.dims import cut_bounds
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.reduce import reduced_dims
+from fxsp.passes.rules.rule import Call, shape_of, tensor_value
+from fxsp.passes.rules.table import rule_of
 from fxsp.torch_internals import fake_mode_of
 from fxsp.types import Length, Replicate, Sequence, Shard, Type, as_length, product, same_length
 
@@ -52,8 +53,7 @@ aten = torch.ops.aten
 _DEPTH = 24
 _NONE = 0
 #: Of zero they make zero.
-_KEEP_ZERO = frozenset([*overloads("to.dtype", "_to_copy", "contiguous", "clone", "neg", "to.device"), *RESHAPES])
-_PRODUCTS = frozenset(overloads("mul.Tensor", "mul.Scalar", "div.Scalar"))
+_KEEP_ZERO = family("keeps_zero", "scale", "reshape")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class ShiftedLosses:
         # Also what was begun and given up is without a use, and without a type.
         erase_unused(program.graph)
         program.gm.recompile()
-        for fact in ("written", "written products"):
-            program.facts.pop(fact, None)
+        program.unfused = None  # it speaks of nodes that may be gone
         Propagate().apply(program)
         return program
 
@@ -83,8 +82,7 @@ class _Writer(Writer):
 
     def write(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = super().write(target, *args, **kwargs)
-        for key in ("sp", "sp_call", "sp_free"):
-            node.meta.pop(key, None)
+        mark(node, type=None, decision=None, free=False)
         return node
 
 
@@ -106,7 +104,7 @@ class _Shifted:
 
 
 def _shifted(loss: Node) -> _Shifted | None:
-    if loss.target not in CLASS_LOSSES:
+    if loss.target not in family("class_loss"):
         return None
     scores, target = Call(loss).operands[:2]
     if target.meta["val"].dtype.is_floating_point or len(shape_of(scores)) != len(shape_of(target)) + 1:
@@ -117,11 +115,11 @@ def _shifted(loss: Node) -> _Shifted | None:
     cut, *others = chain
     call, (x,) = Call(cut), Call(cut).operands
     dim = call.dim("dim", len(shape_of(x)))
-    type_ = x.meta["sp"]
-    if not isinstance(type_, Shard) or type_.dim != dim or not type_.plain or x.meta["sp_free"]:
+    type_ = type_of(x)
+    if not isinstance(type_, Shard) or type_.dim != dim or not type_.plain or facts(x).free:
         return None
-    bounds = cut_bounds(call, shape_of(x)[dim], len(shape_of(x)), dim)
-    if bounds is None or isinstance(cut.meta["sp"], Shard):
+    bounds = cut_bounds(call, shape_of(x)[dim], dim)
+    if bounds is None or isinstance(type_of(cut), Shard):
         return None
     ((start, end),) = bounds
     total, count = shape_of(x)[dim], as_length(end - start)
@@ -141,9 +139,9 @@ def _shifted(loss: Node) -> _Shifted | None:
 
 def _to_cut(node: Node, depth: int) -> list[Node] | None:
     """The steps from a cut to ``node``, by operators that have a rule; the cut is one that a gather would be for."""
-    if node.target in SLICES:
+    if node.target in family("slice"):
         (x,) = Call(node).operands
-        if isinstance(x.meta.get("sp"), Shard) and not isinstance(node.meta["sp"], Shard):
+        if isinstance(facts(x).type, Shard) and not isinstance(type_of(node), Shard):
             return [node]
     if depth == 0 or tensor_value(node) is None or node.op != "call_function" or rule_of(node) is None:
         return None
@@ -174,10 +172,10 @@ def _rewrite(write: Writer, it: _Shifted) -> None:
     for node, type_ in it.steps[1:]:
         sizes = _all_rows(write, it, node, type_)
         previous = it.steps[[n for n, _ in it.steps].index(node) - 1][0]
-        if node.target in RESHAPES or node.target in EXPANDS:
+        if node.target in family("reshape", "expand"):
             if sizes is None:
                 return
-            op = aten.reshape.default if node.target in RESHAPES else aten.expand.default
+            op = aten.reshape.default if node.target in family("reshape") else aten.expand.default
             with write.on_behalf_of(node):
                 new = write.call(op, new, sizes)
             continue
@@ -275,14 +273,14 @@ class _Rest:
         call, write = Call(user) if isinstance(user.target, torch._ops.OpOverload) else None, self.write
         if call is None or tensor_value(user) is None:
             return False
-        if user.target in SUMS or user.target in MEANS:
+        if user.target in family("total"):
             return self._reduced(call, user, new, rows)
-        if user.target not in _KEEP_ZERO and user.target not in _PRODUCTS:
+        if user.target not in _KEEP_ZERO:
             return False
         passed = self._type(call, old, rows)
         if passed is None or call.operands.count(old) != 1:
             return False
-        if user.target in RESHAPES:
+        if user.target in family("reshape"):
             sizes = _all_rows(write, self.it, user, passed)
             if sizes is None:
                 return False
@@ -317,11 +315,11 @@ class _Rest:
         shape = shape_of(call.operands[0])
         dims = reduced_dims(call, len(shape))
         count = product(shape[d] for d in dims)
-        if rows.dim not in dims or (user.target in MEANS and not isinstance(count, int)):
+        if rows.dim not in dims or (user.target in family("mean") and not isinstance(count, int)):
             return False
         dtype = user.meta["val"].dtype
         result = self.write.call(aten.sum.dim_IntList, new, dims, bool(call.get("keepdim", False)), dtype=dtype)
-        if user.target in MEANS:
+        if user.target in family("mean"):
             result = self.write.call(aten.div.Scalar, result, count)
         user.replace_all_uses_with(result)
         return True

@@ -1,4 +1,4 @@
-"""layout: the tokens of a causal ring are split into heads and tails, so that every rank has the same to compute.
+"""zigzag: the tokens of a causal ring are split into heads and tails, so that every rank has the same to compute.
 
 With contiguous rows the first rank of a causal ring sees one block of keys, and the last one all of them (unless there
 is a window, and all of them see as much).  Types are there, so the attentions that will be causal rings over one
@@ -14,7 +14,7 @@ Before and after, for a causal attention on a ring::
 It is a layout of tokens, not another program: who needs the order of tokens is given it, as before.  If more values
 would have to be gathered than with contiguous rows, contiguous they stay, and the report says so.
 
-After this pass ``facts["head_tail"]`` are the lengths of the segments that are split so.
+After this pass ``program.head_tail`` are the lengths of the segments that are split so.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from torch.fx import Node
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import Decision, hint
 from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Length, Shard, product, same_length
 
-__all__ = ["Layout", "ring_work"]
+__all__ = ["Zigzag", "ring_work"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Zigzag:
     """After this pass causal rings are balanced, where nothing else would pay for it."""
 
-    name: str = "layout"
+    name: str = "zigzag"
 
     def apply(self, program: Program) -> Program:
         lengths: list[Length] = []
@@ -51,11 +52,11 @@ class Layout:
         if not lengths:
             return program
         before = _gathered(program)
-        program.facts["head_tail"] = tuple(lengths)
+        program.head_tail = tuple(lengths)
         Propagate().apply(program)
         after = _gathered(program)
         if after > before:
-            program.facts["head_tail"] = ()
+            program.head_tail = ()
             Propagate().apply(program)
             program.report.notes.append(
                 f"a causal ring over contiguous tokens: its last rank has the most to compute; with heads and tails of "
@@ -101,7 +102,7 @@ def _is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
 
 
 def _lengths(node: Node) -> Iterator[Length]:
-    decision = node.meta.get("sp_call")
+    decision = facts(node).decision
     if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
         call, choice = Call(node), decision.detail
         if choice.queries is not None and _is_causal_ring(call, choice) and not _is_balanced(call, choice):
@@ -113,12 +114,12 @@ def _gathered(program: Program) -> int:
     total = 0
     seen: set[tuple[Node, str]] = set()
     for node in program.graph.nodes:
-        decision = node.meta.get("sp_call")
+        decision = facts(node).decision
         if not isinstance(decision, Decision):
             continue
         for old, needed in zip(Call(node).operands, decision.operands, strict=True):
-            have = old.meta["sp"]
-            if not isinstance(have, Shard) or have.same_as(needed) or old.meta.get("sp_free"):
+            have = type_of(old)
+            if not isinstance(have, Shard) or have.same_as(needed) or facts(old).free:
                 continue
             if (old, str(needed)) not in seen:
                 seen.add((old, str(needed)))

@@ -7,30 +7,12 @@ that costs the fewest gathered bytes wins, ties go to the first that keeps the r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from fxsp.passes.graph import Decision
 from fxsp.passes.rules.rule import Call, Dims, OpRule
 from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 
 __all__ = ["Decision", "decide", "hint", "locate", "replicate_all"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How one call is partitioned."""
-
-    #: Required type of each tensor operand, in schema order.
-    operands: tuple[Type, ...]
-    #: Type of each tensor result.
-    results: tuple[Type, ...]
-    #: The sentence that says why an operand that is sharded must be whole; empty if none must.
-    reason: str = ""
-    #: Operands (by position) whose pads must be zeroed first, because the call sums over the tokens.
-    masked: tuple[int, ...] = ()
-    #: Facts for the pass that rewrites the call (documented by the function that decided).
-    detail: Any = None
-    #: What would avoid the gather that ``reason`` speaks of, if that is known.
-    remedy: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ boundaries is the business of ``fxsp.passes.special.cat_and_cut``); all other di
 
 from __future__ import annotations
 
-from fxsp.passes.rules.elementwise import aligned
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.dims import aligned
+from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
 from fxsp.types import Length, same_length
 
-__all__ = []
+__all__ = ["RULES"]
 
 
 def _pass_except(call: Call, changed: dict[int, None] | list[int], operand: int = 0) -> OpRule | None:
@@ -23,13 +23,6 @@ def _pass_except(call: Call, changed: dict[int, None] | list[int], operand: int 
     return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), sizes, whole=frozenset(whole))
 
 
-CUTS = overloads(
-    "slice.Tensor", "narrow", "chunk", "split.Tensor", "split.sizes", "split_with_sizes", "tensor_split.sections",
-    "tensor_split.indices", "repeat_interleave.self_int",
-)  # fmt: skip
-
-
-@rule(CUTS)
 def cut(call: Call) -> OpRule | None:
     """``chunk(2, dim=2)``: ``([d0, d1, d2]) -> ([d0, d1, w2], [d0, d1, w2]) whole={d2, w2}``."""
     (shape,) = call.operand_shapes()
@@ -41,7 +34,6 @@ def cut(call: Call) -> OpRule | None:
     return _pass_except(call, [dim])
 
 
-@rule(overloads("select.int", "unbind.int"))
 def select(call: Call) -> OpRule | None:
     """``select(1, 0)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
     (shape,) = call.operand_shapes()
@@ -52,7 +44,6 @@ def select(call: Call) -> OpRule | None:
     return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), sizes, whole=frozenset({f"d{dim}"}))
 
 
-@rule(overloads("cat", "concat", "concatenate"))
 def cat(call: Call) -> OpRule | None:
     """``cat([x, y], 2)``: ``([d0, d1, x0], [d0, d1, x1]) -> ([d0, d1, y]) whole={x0, x1, y}``."""
     shapes = call.operand_shapes()
@@ -69,7 +60,6 @@ def cat(call: Call) -> OpRule | None:
     return OpRule(tuple(operands), (out,), sizes, whole=frozenset({"y", *(f"x{k}" for k in range(len(shapes)))}))
 
 
-@rule(overloads("stack"))
 def stack(call: Call) -> OpRule | None:
     """``stack([x, y], 1)``: ``([d0, d1], [d0, d1]) -> ([d0, n, d1]) whole={n}``."""
     shapes = call.operand_shapes()
@@ -80,7 +70,6 @@ def stack(call: Call) -> OpRule | None:
     return OpRule(tuple(tuple(dims) for _ in shapes), (out,), sizes, whole=frozenset("n"))
 
 
-@rule(overloads("pad", "constant_pad_nd"))
 def pad(call: Call) -> OpRule | None:
     """Padded dimensions are whole, the others pass."""
     (shape,) = call.operand_shapes()
@@ -89,7 +78,6 @@ def pad(call: Call) -> OpRule | None:
     return _pass_except(call, changed)
 
 
-@rule(overloads("repeat", "tile"))
 def repeat(call: Call) -> OpRule | None:
     """Repeated dimensions are whole, the others pass."""
     (shape,) = call.operand_shapes()
@@ -105,7 +93,6 @@ def repeat(call: Call) -> OpRule | None:
     return OpRule((tuple(dims),), (out,), sizes, whole=frozenset(whole))
 
 
-@rule(overloads("embedding"))
 def embedding(call: Call) -> OpRule | None:
     """``([v, c], [d0, d1]) -> ([d0, d1, c]) whole={v}``."""
     if call["scale_grad_by_freq"] or call["sparse"]:
@@ -116,7 +103,6 @@ def embedding(call: Call) -> OpRule | None:
     return OpRule(((("v",), ("c",)), tuple(dims)), ((*dims, ("c",)),), sizes, whole=frozenset("v"))
 
 
-@rule(overloads("one_hot"))
 def one_hot(call: Call) -> OpRule | None:
     """``([d0, d1]) -> ([d0, d1, n]) whole={n}``, with a given number of classes."""
     if not isinstance(call["num_classes"], int) or call["num_classes"] < 0:
@@ -127,7 +113,6 @@ def one_hot(call: Call) -> OpRule | None:
     return OpRule((tuple(dims),), ((*dims, ("n",)),), sizes, whole=frozenset("n"))
 
 
-@rule(overloads("index_select"))
 def index_select(call: Call) -> OpRule | None:
     """``index_select(1, i)``: ``([d0, w, d2], [n]) -> ([d0, n, d2]) whole={w}``."""
     shape, index = call.operand_shapes()
@@ -138,7 +123,6 @@ def index_select(call: Call) -> OpRule | None:
     return OpRule((tuple(dims), (("n",),) if index else ()), (tuple(out),), sizes, whole=frozenset("w"))
 
 
-@rule(overloads("index.Tensor"))
 def index(call: Call) -> OpRule | None:
     """One run of integer index tensors ``x[:, i, j]``: ``([d0, w1, w2], [n0], [n0]) -> ([d0, n0]) whole={w1, w2}``."""
     shape = call.shape("self")
@@ -172,7 +156,6 @@ def _length(size: object) -> Length:
     return as_length(size)
 
 
-@rule(overloads("gather"))
 def gather(call: Call) -> OpRule | None:
     """Positions along ``dim`` are looked up, the other dimensions are aligned where their sizes are equal."""
     shape, index = call.operand_shapes()
@@ -197,7 +180,6 @@ def gather(call: Call) -> OpRule | None:
     return OpRule((tuple(left), tuple(right)), (tuple(right),), sizes, whole=frozenset(whole))
 
 
-@rule(overloads("slice_scatter", "select_scatter"))
 def scatter_into(call: Call) -> OpRule | None:
     """``slice_scatter(x, y, dim)``: ``([d0, x], [d0, y]) -> ([d0, x]) whole={x, y}``."""
     shape, part = call.operand_shapes()
@@ -211,3 +193,20 @@ def scatter_into(call: Call) -> OpRule | None:
     sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape) if i != dim}
     whole = {"x", "y"} if len(part) == len(shape) else {"x"}
     return OpRule((tuple(dims), tuple(inner)), (tuple(dims),), sizes, whole=frozenset(whole))
+
+
+#: Family of operators -> its rule.
+RULES: dict[str, RuleFunction] = {
+    "cut": cut,
+    "select": select,
+    "cat": cat,
+    "stack": stack,
+    "pad": pad,
+    "repeat": repeat,
+    "embedding": embedding,
+    "one_hot": one_hot,
+    "index_select": index_select,
+    "index": index,
+    "gather": gather,
+    "scatter_into": scatter_into,
+}

@@ -5,33 +5,18 @@ from __future__ import annotations
 import math
 import string
 
-from fxsp.passes.rules.elementwise import aligned, broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+from fxsp.passes.rules.dims import aligned, broadcast
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
 from fxsp.types import Length, same_length
 
-__all__ = ["COMBINED", "MEANS", "SUMS", "reduced_dims"]
-
-SUMS = overloads("sum", "sum.dim_IntList")
-MEANS = overloads("mean", "mean.dim")
-#: Reductions of each rank's tokens that another all-reduce than a sum combines (fxsp.passes.special.extremes).
-COMBINED = overloads(
-    "amax", "amin", "max.dim", "min.dim", "max", "min", "all", "all.dim", "all.dims", "any", "any.dim", "any.dims",
-    "argmax", "argmin", "aminmax", "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar",
-    "norm.ScalarOpt_dim_dtype",
-)  # fmt: skip
-#: Reductions that read all of the reduced dimensions at once: these must be whole.
-OTHER_REDUCTIONS = overloads(
-    "prod", "prod.dim_int", "var", "var.dim", "var.correction", "std", "std.dim", "std.correction", "var_mean.dim",
-    "var_mean.correction", "nansum", "median.dim", "mode", "std_mean.correction", "count_nonzero.dim_IntList",
-    "count_nonzero", "kthvalue",
-)  # fmt: skip
+__all__ = ["RULES", "reduced_dims"]
 
 
 def _rows(prefix: str, shape: tuple[Length, ...]) -> tuple[list[tuple[str, ...]], dict[str, Length]]:
     return [(f"{prefix}{i}",) for i in range(len(shape))], {f"{prefix}{i}": n for i, n in enumerate(shape)}
 
 
-@rule(overloads("linear"))
 def linear(call: Call) -> OpRule | None:
     """``([d0, d1, i], [o, i], [o]) -> ([d0, d1, o]) reduction={i}``."""
     x, w = call.shape("input"), call.shape("weight")
@@ -47,12 +32,9 @@ def linear(call: Call) -> OpRule | None:
     return OpRule(tuple(operands), ((*lead, ("o",)),), sizes, **{kind: frozenset("i")})
 
 
-@rule(overloads("mm", "bmm", "matmul", "dot", "mv", "outer", "linalg_matmul"))
 def matmul(call: Call) -> OpRule | None:
     """``matmul``: ``([b0, m, k], [b0, k, n]) -> ([b0, m, n]) reduction={k}``, batch dimensions broadcast."""
     a, b = call.operand_shapes()
-    if call.op in overloads("outer"):
-        return OpRule(((("m",),), (("n",),)), ((("m",), ("n",)),), {"m": a[0], "n": b[0]})
     sizes: dict[str, Length] = {"k": a[-1]}
     left: list[tuple[str, ...]] = [("k",)]
     right: list[tuple[str, ...]] = [("k",)]
@@ -73,7 +55,12 @@ def matmul(call: Call) -> OpRule | None:
     )
 
 
-@rule(overloads("addmm", "baddbmm"))
+def outer(call: Call) -> OpRule | None:
+    """``([m], [n]) -> ([m, n])``."""
+    (m,), (n,) = call.operand_shapes()
+    return OpRule(((("m",),), (("n",),)), ((("m",), ("n",)),), {"m": m, "n": n})
+
+
 def addmm(call: Call) -> OpRule | None:
     """``([m, n], [m, k], [k, n]) -> ([m, n]) whole={k}``."""
     bias, a, _ = call.operand_shapes()
@@ -85,7 +72,6 @@ def addmm(call: Call) -> OpRule | None:
     )
 
 
-@rule(overloads("_int_mm"))
 def int_mm(call: Call) -> OpRule | None:
     """``([m, k], [k, n]) -> ([m, n]) whole={k}``: bytes in, 32-bit integers out."""
     (m, k), (_, n) = call.operand_shapes()
@@ -93,7 +79,6 @@ def int_mm(call: Call) -> OpRule | None:
     return OpRule(((("m",), ("k",)), (("k",), ("n",))), ((("m",), ("n",)),), sizes, whole=frozenset("k"))
 
 
-@rule(overloads("_scaled_mm"))
 def scaled_mm(call: Call) -> OpRule | None:
     """``([m, k], [k, n], [m, 1], [1, n]) -> ([m, n]) whole={k}``: scales for each row, or one for all."""
     (m, k), (_, n) = call.shape("self"), call.shape("mat2")
@@ -141,7 +126,6 @@ def _spelled_out(equation: str, ranks: list[int]) -> str | None:
     return f"{','.join(terms)}->{right.replace('...', lead)}"
 
 
-@rule(overloads("einsum"))
 def einsum(call: Call) -> OpRule | None:
     """The equation is the rule: ``"bsc,bsd->bcd"``: ``([b, s, c], [b, s, d]) -> ([b, c, d]) reduction={s}``."""
     shapes = call.operand_shapes()
@@ -187,13 +171,11 @@ def _reduction(call: Call, kind: str) -> OpRule | None:
     return OpRule((tuple(dims),), results, sizes, **{kind: factors})
 
 
-@rule([*SUMS, *MEANS])
 def total(call: Call) -> OpRule | None:
     """``sum(1)``: ``([d0, d1, d2]) -> ([d0, d2]) reduction={d1}``."""
     return _reduction(call, "reduction")
 
 
-@rule(COMBINED)
 def combined(call: Call) -> OpRule | None:
     """``amax(1)``: ``([d0, d1, d2]) -> ([d0, d2]) combined={d1}``."""
     order = call.get("ord", call.get("p", 2))  # of a norm
@@ -201,13 +183,11 @@ def combined(call: Call) -> OpRule | None:
     return _reduction(call, "combined" if known else "whole")
 
 
-@rule(OTHER_REDUCTIONS)
 def reduction(call: Call) -> OpRule | None:
     """``var(1)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
     return _reduction(call, "whole")
 
 
-@rule(overloads("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"))
 def layer_norm(call: Call) -> OpRule | None:
     """``([d0, d1, d2], [d2], [d2]) -> ([d0, d1, d2]) whole={d2}``."""
     x = call.shape("input")
@@ -220,7 +200,6 @@ def layer_norm(call: Call) -> OpRule | None:
     return OpRule(operands, tuple(results), sizes, whole=frozenset(f for d in tail for f in d))
 
 
-@rule(overloads("group_norm", "instance_norm"))
 def group_norm(call: Call) -> OpRule | None:
     """Only the batch passes: ``([d0, d1, d2], [c], [c]) -> ([d0, d1, d2]) whole={c, d1, d2}``."""
     x, *others = call.operand_shapes()
@@ -232,33 +211,19 @@ def group_norm(call: Call) -> OpRule | None:
     return OpRule(operands, (tuple(dims),), sizes | {"c": x[1]}, whole=frozenset(whole))
 
 
-@rule(overloads(
-    "softmax.int", "log_softmax.int", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll",
-    "sort", "sort.stable", "argsort", "argsort.stable", "topk", "diff", "triu", "tril", "glu", "cummax", "cummin",
-))  # fmt: skip
 def along(call: Call) -> OpRule | None:
     """Dimensions that it does not read across pass: ``softmax(1)``: ``([d0, d1]) -> ([d0, w1]) whole={d1, w1}``."""
     if len(call.operands) != 1:
         return None
     (shape,) = call.operand_shapes()
     rank = len(shape)
-    if call.op in overloads("triu", "tril"):
-        mixed = [rank - 2, rank - 1]
-    elif (
-        call.op in overloads("argsort", "argsort.stable", "sort", "sort.stable", "topk", "glu", "diff")
-        and "dim" not in call.arguments
-    ):
-        return None
-    else:
-        mixed = reduced_dims(call, rank)
+    mixed = [rank - 2, rank - 1] if call.op in family("triangle") else reduced_dims(call, rank)
     dims, sizes = _rows("d", shape)
     results = tuple(tuple((f"w{i}",) if i in mixed else d for i, d in enumerate(dims)) for _ in call.result_shapes())
     whole = {f for i in mixed for f in (f"d{i}", f"w{i}")}
     return OpRule((tuple(dims),), results, sizes, whole=frozenset(whole))
 
 
-@rule(overloads("conv1d", "conv2d", "conv3d", "convolution", "conv2d.padding", "conv1d.padding", "conv3d.padding",
-                "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"))  # fmt: skip
 def convolution(call: Call) -> OpRule | None:
     """The batch passes, and dimensions that a kernel of size one walks step by step (``conv3d`` of patches in frames);
     any other kernel reads its neighbours: ``([b, x1, x2, x3], [p0_0, ...]) -> ([b, y1, x2, y3]) whole={p0_0, ...}``.
@@ -286,3 +251,22 @@ def _is_step_by_step(call: Call, i: int) -> bool:
         if not isinstance(given, str) and given != usual:
             return False
     return True
+
+
+#: Family of operators -> its rule.
+RULES: dict[str, RuleFunction] = {
+    "linear_layer": linear,
+    "matmul": matmul,
+    "outer": outer,
+    "addmm": addmm,
+    "int_mm": int_mm,
+    "scaled_mm": scaled_mm,
+    "einsum": einsum,
+    "total": total,
+    "combined": combined,
+    "reduction": reduction,
+    "layer_norm": layer_norm,
+    "group_norm": group_norm,
+    "along": along,
+    "convolution": convolution,
+}

@@ -11,8 +11,7 @@ an :class:`OpRule`, or None when this use of the operator has no rule (then all 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.fx import Node
 
 from fxsp.types import Length, as_length
 
-__all__ = ["RULES", "Call", "Dims", "Factors", "OpRule", "names", "rule", "rule_of", "tensor_value"]
+__all__ = ["Call", "Dims", "Factors", "OpRule", "RuleFunction", "names", "tensor_value"]
 
 #: Factors of one dimension, outermost first.
 Factors = tuple[str, ...]
@@ -159,41 +158,7 @@ def tensor_nodes(value: Any) -> Iterator[Node]:
 
 RuleFunction = Callable[[Call], "OpRule | None"]
 
-#: The table: operator overload -> rule function.
-RULES: dict[Any, RuleFunction] = {}
-
-
-def rule(ops: Iterable[Any]) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a rule function for operators; one rule per operator."""
-
-    def register(function: RuleFunction) -> RuleFunction:
-        for op in ops:
-            if op in RULES:
-                raise ValueError(f"{op} has a rule already")
-            RULES[op] = function
-        return function
-
-    return register
-
 
 def names(prefix: str, count: int) -> list[str]:
     """``count`` factor names: ``a0, a1, ...``."""
     return [f"{prefix}{i}" for i in range(count)]
-
-
-def overloads(*paths: str) -> list[Any]:
-    """The operator overloads named ``"add.Tensor"`` that this torch has (older and newer ones lack a few)."""
-    found = []
-    for path in paths:
-        packet, _, overload = path.partition(".")
-        try:
-            found.append(getattr(getattr(torch.ops.aten, packet), overload or "default"))
-        except AttributeError:
-            continue
-    return found
-
-
-def rule_of(node: Node) -> OpRule | None:
-    """The rule of this call, or None."""
-    function = RULES.get(node.target)
-    return None if function is None or node.target is operator.getitem else function(Call(node))

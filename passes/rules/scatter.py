@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule, shape_of
+from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction, shape_of
 from fxsp.types import Length, same_length
 
-__all__ = []
+__all__ = ["RULES"]
 
 
-@rule(overloads(
-    "scatter.src", "scatter.value", "scatter.reduce", "scatter.value_reduce", "scatter_add", "scatter_reduce.two",
-))  # fmt: skip
 def scatter(call: Call) -> OpRule | None:
     """``scatter_add(x, 1, i, y)``: ``([d0, w], [d0, n], [d0, m]) -> ([d0, w]) whole={m, n, w}``."""
     shapes = call.operand_shapes()
@@ -35,7 +32,6 @@ def scatter(call: Call) -> OpRule | None:
     return OpRule(dims, (dims[0],), sizes, whole=frozenset(f for f in sizes if f[0] != "d"))
 
 
-@rule(overloads("index_add", "index_copy", "index_fill.int_Scalar", "index_fill.int_Tensor", "index_reduce"))
 def index_add(call: Call) -> OpRule | None:
     """``index_add(x, 1, i, y)``: ``([d0, w], [n], [d0, n]) -> ([d0, w]) whole={n, w}``."""
     shape, index, *rest = call.operand_shapes()
@@ -54,7 +50,6 @@ def index_add(call: Call) -> OpRule | None:
     return OpRule(tuple(operands), (dims,), sizes, whole=frozenset({"n", "w"} & known))
 
 
-@rule(overloads("index_put", "_unsafe_index_put"))
 def index_put(call: Call) -> OpRule | None:
     """One run of integer index tensors ``x[:, i] = y``: ``([d0, w1], [n0], [d0, n0]) -> ([d0, w1]) whole={n0, w1}``."""
     shape, values = call.shape("self"), call.shape("values")
@@ -85,3 +80,11 @@ def index_put(call: Call) -> OpRule | None:
     operands.append(tuple(source))
     known = {f for o in operands for d in o for f in d}
     return OpRule(tuple(operands), (tuple(dims),), sizes, whole=frozenset(whole & known))
+
+
+#: Family of operators -> its rule.
+RULES: dict[str, RuleFunction] = {
+    "scatter": scatter,
+    "index_add": index_add,
+    "index_put": index_put,
+}

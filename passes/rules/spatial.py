@@ -5,32 +5,24 @@ Images and their like are not split along height or width by these rules; batch 
 
 from __future__ import annotations
 
-from fxsp.passes.rules.elementwise import broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule, overloads, rule
+import torch
+
+from fxsp.passes.rules.dims import broadcast
+from fxsp.passes.rules.families import traits_of
+from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
 from fxsp.types import Length
 
-__all__ = []
+__all__ = ["RULES"]
 
-#: Operator -> how many of the last dimensions it works on.
-_LAST = {
-    1: "avg_pool1d max_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d "
-    "upsample_nearest1d.vec upsample_linear1d upsample_linear1d.vec diag_embed",
-    2: "avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d adaptive_max_pool2d _adaptive_avg_pool2d "
-    "upsample_nearest2d upsample_nearest2d.vec upsample_bilinear2d upsample_bilinear2d.vec upsample_bicubic2d "
-    "upsample_bicubic2d.vec _upsample_nearest_exact2d.vec _upsample_bilinear2d_aa.vec linalg_qr linalg_inv inverse "
-    "linalg_det linalg_svd matrix_exp linalg_matrix_exp",
-    3: "avg_pool3d max_pool3d max_pool3d_with_indices adaptive_avg_pool3d upsample_nearest3d upsample_nearest3d.vec "
-    "upsample_trilinear3d upsample_trilinear3d.vec pixel_shuffle pixel_unshuffle channel_shuffle",
-}
-_COUNTS = {op: count for count, names in _LAST.items() for op in overloads(*names.split())}
+#: Trait -> how many of the last dimensions an operator works on.
+_COUNTS = {f"last_{count}": count for count in (1, 2, 3)}
 
 
-@rule(_COUNTS)
 def last_dims(call: Call) -> OpRule | None:
     """``avg_pool2d``: ``([d0, d1, x2, x3]) -> ([d0, d1, y2, y3]) whole={x2, x3, y2, y3}``."""
     (shape,) = call.operand_shapes()
-    count = _COUNTS[call.op]
-    if call.op in overloads("diag_embed") and (call["dim1"], call["dim2"]) != (-2, -1):
+    (count,) = (_COUNTS[trait] for trait in traits_of(call.op) if trait in _COUNTS)
+    if call.op is torch.ops.aten.diag_embed.default and (call["dim1"], call["dim2"]) != (-2, -1):
         return None
     lead: Dims = tuple((f"d{i}",) for i in range(len(shape) - count))
     x: Dims = (*lead, *((f"x{i}",) for i in range(len(lead), len(shape))))
@@ -40,7 +32,6 @@ def last_dims(call: Call) -> OpRule | None:
     return OpRule((x,), results, sizes, whole=frozenset(whole))
 
 
-@rule(overloads("batch_norm"))
 def batch_norm(call: Call) -> OpRule | None:
     """Outside training ``([d0, d1, d2], [d1], [d1], [d1], [d1]) -> ([d0, d1, d2])``; training mixes the batch."""
     if call["training"] or call["running_mean"] is None:
@@ -51,7 +42,6 @@ def batch_norm(call: Call) -> OpRule | None:
     return OpRule((dims, *((("d1",),) for _ in call.operands[1:])), (dims,), sizes)
 
 
-@rule(overloads("prelu", "_prelu_kernel"))
 def prelu(call: Call) -> OpRule | None:
     """``([d0, d1, d2], [d1]) -> ([d0, d1, d2])``, or one slope for all."""
     x, weight = call.operand_shapes()
@@ -63,7 +53,6 @@ def prelu(call: Call) -> OpRule | None:
     return OpRule((dims, slopes), (dims,), sizes) if len(weight) <= 1 else None
 
 
-@rule(overloads("meshgrid", "meshgrid.indexing"))
 def meshgrid(call: Call) -> OpRule | None:
     """``meshgrid([x, y])``: ``([a0], [a1]) -> ([a0, a1], [a0, a1])``; ``indexing="xy"`` swaps the first two."""
     shapes = call.operand_shapes()
@@ -78,7 +67,6 @@ def meshgrid(call: Call) -> OpRule | None:
     return OpRule(operands, tuple(grid for _ in shapes), sizes)
 
 
-@rule(overloads("unfold"))
 def unfold(call: Call) -> OpRule | None:
     """``unfold(1, 2, 1)``: ``([d0, x, d2]) -> ([d0, y, d2, n]) whole={n, x, y}``."""
     (shape,) = call.operand_shapes()
@@ -90,7 +78,6 @@ def unfold(call: Call) -> OpRule | None:
     return OpRule((x,), ((*y, ("n",)),), sizes, whole=frozenset("nxy"))
 
 
-@rule(overloads("cdist", "_cdist_forward"))
 def cdist(call: Call) -> OpRule | None:
     """``([b0, m, c], [b0, n, c]) -> ([b0, m, n]) whole={c}``."""
     a, b = call.operand_shapes()
@@ -102,7 +89,6 @@ def cdist(call: Call) -> OpRule | None:
     )
 
 
-@rule(overloads("bucketize.Tensor", "cosine_similarity"))
 def beside(call: Call) -> OpRule | None:
     """``bucketize``: ``([d0, d1], [n]) -> ([d0, d1]) whole={n}``; ``cosine_similarity`` contracts one dimension."""
     a, b = call.operand_shapes()
@@ -116,3 +102,15 @@ def beside(call: Call) -> OpRule | None:
     (left, right), out, sizes = broadcast([a, b], joint)
     whole = {f for d in (left[dim], right[dim]) for f in d}
     return OpRule((left, right), (tuple(d for i, d in enumerate(out) if i != dim),), sizes, whole=frozenset(whole))
+
+
+#: Family of operators -> its rule.
+RULES: dict[str, RuleFunction] = {
+    "last_dims": last_dims,
+    "batch_norm": batch_norm,
+    "prelu": prelu,
+    "meshgrid": meshgrid,
+    "unfold": unfold,
+    "cdist": cdist,
+    "beside": beside,
+}

@@ -6,27 +6,20 @@ back; both are local.  Along any other dimension these operators follow their fa
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch.fx import Node
-
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.passes.rules.dims import cut_bounds
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Layout, Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
-__all__ = ["CATS", "CUTS", "SLICES", "decide_structure"]
-
-CATS = set(overloads("cat", "concat", "concatenate"))
-SLICES = set(overloads("slice.Tensor", "narrow"))
-SPLITS = set(overloads("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections"))
-CUTS = SLICES | SPLITS
+__all__ = ["decide_structure", "segments_between"]
 
 
 def decide_structure(call: Call, types: list[Type]) -> Decision | None:
     """A decision, or None where the factor rule decides."""
-    if call.op in CATS:
+    if call.op in family("cat"):
         return _cat(call, types)
-    if call.op in CUTS:
+    if call.op in family("slice", "split"):
         return _cut(call, types)
     return None
 
@@ -58,59 +51,6 @@ def _cat(call: Call, types: list[Type]) -> Decision | None:
     return Decision(tuple(operands), (result,))
 
 
-def cut_bounds(call: Call, length: Length, rank: int, dim: int) -> list[tuple[Length, Length]] | None:
-    """Global ``[start, end)`` of every result along the cut dimension, or None if it is not a plain cut."""
-    if "start" in call.arguments:  # slice, narrow, slice_scatter
-        start = _resolve(call.get("start"), 0, length)
-        if "length" in call.arguments:
-            end = None if start is None else _add(start, call["length"])
-        else:
-            if call.get("step", 1) != 1:
-                return None
-            end = _resolve(call.get("end"), length, length)
-        return None if start is None or end is None else [(start, end)]
-    bounds = []
-    position: Length = 0
-    for shape in call.result_shapes():
-        end = as_length(position + shape[dim])
-        bounds.append((position, end))
-        position = end
-    return bounds
-
-
-def _number(value: Any) -> Length | None:
-    if isinstance(value, Node):
-        value = value.meta.get("val")
-    try:
-        return as_length(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _add(a: Length, value: Any) -> Length | None:
-    b = _number(value)
-    return None if b is None else as_length(a + b)
-
-
-def _resolve(value: Any, default: Length, length: Length) -> Length | None:
-    """A slice bound as a global position; None where a symbolic bound cannot be placed."""
-    if value is None:
-        return default
-    number = _number(value)
-    if number is None:
-        return None
-    if isinstance(number, int):
-        if number < 0:
-            return as_length(length + number)
-        if number == 0:
-            return 0
-        if number >= 2**62:
-            return length
-        if isinstance(length, int):
-            return min(number, length)
-    return number
-
-
 def _cut(call: Call, types: list[Type]) -> Decision | None:
     (type_,) = types
     if not isinstance(type_, Shard):
@@ -119,7 +59,7 @@ def _cut(call: Call, types: list[Type]) -> Decision | None:
     dim = call.dim("dim", len(shape))
     if type_.dim != dim or not type_.plain:
         return None
-    bounds = cut_bounds(call, shape[dim], len(shape), dim)
+    bounds = cut_bounds(call, shape[dim], dim)
     if bounds is None:
         return None
     results: list[Type] = []

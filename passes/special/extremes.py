@@ -23,23 +23,19 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.kernels.counts import reduced_bytes
 from fxsp.kernels.extremes import travels_as
-from fxsp.passes.builder import Builder, reduced_bytes
+from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision, locate
-from fxsp.passes.rules.reduce import COMBINED, reduced_dims
-from fxsp.passes.rules.rule import Call, overloads, rule_of, shape_of
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.reduce import reduced_dims
+from fxsp.passes.rules.rule import Call, shape_of
+from fxsp.passes.rules.table import rule_of
 from fxsp.types import Length, Replicate, Shard, Type, ceil_div, product
 
 __all__ = ["ExtremePlan", "decide_extreme", "write_extreme"]
 
 aten = torch.ops.aten
-_LARGEST = {*overloads("amax", "max", "any", "any.dim", "any.dims", "max.dim", "argmax")}
-_LOGICAL = {*overloads("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")}
-_WITH_INDEX = {*overloads("max.dim", "min.dim")}
-_INDEX = {*overloads("argmax", "argmin")}
-_NORMS = {*overloads("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar", "norm.ScalarOpt_dim_dtype")}
-#: The gradient of these goes to elements that are not numbers, too, where the maximum is none.
-_FULL = {*overloads("max", "min")}
 #: No position.
 _NOWHERE = 2**62
 _WORD = {"max": "maximum", "min": "minimum"}
@@ -54,11 +50,11 @@ class ExtremePlan:
 
 def decide_extreme(call: Call, types: list[Type]) -> Decision | None:
     """A decision where a reduction combines what the ranks find among their tokens; else None."""
-    if call.op not in COMBINED or len(types) != 1:
+    if call.op not in family("combined") or len(types) != 1:
         return None
     (type_,), rule = types, rule_of(call.node)
     dtype = call.operands[0].meta["val"].dtype
-    numbers = call.op in _NORMS or call.op in overloads("logsumexp")
+    numbers = call.op in family("norm") or call.op is aten.logsumexp.default
     if not isinstance(type_, Shard) or rule is None or dtype.is_complex or (numbers and not dtype.is_floating_point):
         return None
     placement = locate(type_, rule.operands[0], rule.sizes)
@@ -97,22 +93,22 @@ class _Written:
         return self.build.training and self.dtype.is_floating_point
 
     def result(self) -> Node | list[Node]:
-        if self.op in _LOGICAL:
+        if self.op in family("logical"):
             return self._logical()
-        if self.op in overloads("aminmax"):
+        if self.op is aten.aminmax.default:
             return [self._extreme(self.x, self.data, op) for op in ("min", "max")]
-        if self.op in _WITH_INDEX:
+        if self.op in family("with_index"):
             return list(self._with_index())
-        if self.op in _INDEX:
+        if self.op in family("position"):
             return self._index()
-        if self.op in overloads("logsumexp"):
+        if self.op is aten.logsumexp.default:
             return self._logsumexp()
-        if self.op in _NORMS:
+        if self.op in family("norm"):
             return self._norm()
         return self._extreme(self.x, self.data, self._word())
 
     def _word(self) -> str:
-        return "max" if self.op in _LARGEST else "min"
+        return "max" if self.op in family("largest") else "min"
 
     # What counts on this rank.
 
@@ -186,7 +182,7 @@ class _Written:
         value = self._combined(local, op, self.dtype)
         if not self._differentiable():
             return value
-        hit = self._hit(self._same(data, self._kept(value), nan=self.op in _FULL))
+        hit = self._hit(self._same(data, self._kept(value), nan=self.op in family("whole_gradient")))
         return self.build.at_extreme(x, value, hit, self.dims, self.keep, ties=True)
 
     # The families.

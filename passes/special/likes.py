@@ -19,23 +19,13 @@ from torch.fx import Node
 
 from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision, hint
-from fxsp.passes.rules.rule import Call, overloads, shape_of
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Replicate, Shard, Type, as_length
 
-__all__ = ["CONSTANTS", "DRAWN", "LikePlan", "decide_like", "is_constant", "write_like"]
+__all__ = ["LikePlan", "decide_like", "is_constant", "write_like"]
 
 aten = torch.ops.aten
-CONSTANTS = set(overloads("zeros_like", "ones_like", "full_like", "empty_like"))
-#: They draw random numbers; of in-place operators the functional forms.
-DRAWN = set(
-    overloads(
-        "rand_like", "rand_like.generator", "randn_like", "randn_like.generator", "randint_like",
-        "randint_like.low_dtype", "randint_like.generator", "randint_like.low_generator_dtype", "bernoulli.p",
-        "uniform", "normal_functional", "exponential", "geometric", "cauchy", "log_normal", "random", "random.from",
-        "random.to",
-    )
-)  # fmt: skip
-_FACTORIES = set(overloads("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"))
 
 
 class LikePlan:
@@ -44,17 +34,17 @@ class LikePlan:
 
 def is_constant(node: Node) -> bool:
     """Whether a value is made of its shape alone, the same wherever it is made."""
-    return node.op == "call_function" and node.target in CONSTANTS
+    return node.op == "call_function" and node.target in family("constant")
 
 
 def decide_like(call: Call, types: list[Type]) -> Decision | None:
     """A decision that asks nothing of the operand; None for other operators."""
-    if call.op not in CONSTANTS and call.op not in DRAWN and call.op not in _FACTORIES:
+    if call.op not in family("constant", "drawn", "factory"):
         return None
     if call.node.meta["val"].layout != torch.strided:
         return None
     result: Type = Replicate(origin=f"{call.op} reads a shape only")
-    if call.op in CONSTANTS and isinstance(types[0], Shard):
+    if call.op in family("constant") and isinstance(types[0], Shard):
         result = types[0]
     return Decision(tuple(types), (result,), detail=LikePlan())
 
@@ -68,7 +58,7 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
         if name != "self"
     }
     given: torch.Tensor = call["self"].meta["val"]
-    if call.op in _FACTORIES:
+    if call.op in family("factory"):
         like = build.call(aten.empty.memory_format, [0], dtype=given.dtype, device=given.device)
         args, kwargs = call.bound_to({**arguments, "self": like}).rebuild()
         return build.call(call.op, *args, **kwargs)
@@ -79,12 +69,12 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
     strides = [hint(as_length(stride)) for stride in value.stride()]
     order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
     laid = build.sizes([sizes[d] for d in order])
-    if call.op in CONSTANTS:
+    if call.op in family("constant"):
         options = {"dtype": value.dtype, "device": value.device}
-        if call.op in overloads("empty_like"):
+        if call.op is aten.empty_like.default:
             new = build.call(aten.empty.memory_format, laid, **options)
         else:
-            fill = arguments["fill_value"] if "fill_value" in arguments else int(call.op in overloads("ones_like"))
+            fill = arguments["fill_value"] if "fill_value" in arguments else int(call.op is aten.ones_like.default)
             new = build.call(aten.full.default, laid, fill, **options)
         return _turned(build, new, order)
     like = build.call(aten.empty.memory_format, laid, dtype=given.dtype, device=given.device)

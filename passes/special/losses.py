@@ -13,22 +13,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.passes.builder import Builder, reduced_bytes
+from fxsp.kernels.counts import reduced_bytes
+from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call
 from fxsp.types import Partial, Shard, Type, Used, product, same_length
 
-__all__ = ["LOSSES", "LossPlan", "decide_loss", "write_loss"]
+__all__ = ["LossPlan", "decide_loss", "write_loss"]
 
 aten = torch.ops.aten
 _NONE, _MEAN = 0, 1
-
-ELEMENTWISE_LOSSES = overloads(
-    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
-    "soft_margin_loss", "kl_div",
-)  # fmt: skip
-CLASS_LOSSES = overloads("cross_entropy_loss", "nll_loss_nd", "nll_loss")
-LOSSES = {*ELEMENTWISE_LOSSES, *CLASS_LOSSES}
 
 
 @dataclass(frozen=True)
@@ -40,9 +35,9 @@ class LossPlan:
 
 def decide_loss(call: Call, types: list[Type]) -> Decision | None:
     """A decision where the tokens of a loss are split and it can be summed rank by rank; else None."""
-    if call.op not in LOSSES or not isinstance(types[0], Shard):
+    if call.op not in family("elementwise_loss", "class_loss") or not isinstance(types[0], Shard):
         return None
-    if call.op in CLASS_LOSSES:
+    if call.op in family("class_loss"):
         return _class_loss(call, types[0], types)
     shape = call.operand_shapes()[0]
     if any(len(s) != len(shape) for s in call.operand_shapes()[1:]):
@@ -77,12 +72,12 @@ def write_loss(build: Builder, call: Call, arguments: dict[str, Any], plan: Loss
     losses = build.call(call.op, *args, **kwargs)
     if call["reduction"] == _NONE:
         return losses
-    shape = call.operand_shapes()[0] if call.op in ELEMENTWISE_LOSSES else call.operand_shapes()[1]
+    shape = call.operand_shapes()[0] if call.op in family("elementwise_loss") else call.operand_shapes()[1]
     wide = torch.promote_types(call.node.meta["val"].dtype, torch.float32)
     total = build.call(aten.sum.default, mask(losses, shape, plan.unreduced), dtype=wide)
     if call["reduction"] != _MEAN:
         return total
-    if call.op in ELEMENTWISE_LOSSES:
+    if call.op in family("elementwise_loss"):
         return build.call(aten.div.Tensor, total, build.size(product(shape)))
     counted = build.call(aten.ne.Scalar, arguments["target"], call["ignore_index"])
     weights = build.call(aten.to.dtype, counted, wide)

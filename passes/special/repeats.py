@@ -15,16 +15,15 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from fxsp.passes.rules.rule import overloads, shape_of, tensor_nodes
-from fxsp.passes.rules.views import EXPANDS, PERMUTES, RESHAPES
+from fxsp.passes.graph import facts
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import shape_of, tensor_nodes
 from fxsp.types import Shard, product, quotient
 
 __all__ = ["repeated", "repeats_of"]
 
 #: Of one operand; the same elements, some of them several times.
-_VIEWS = frozenset(
-    [*RESHAPES, *EXPANDS, *PERMUTES, *overloads("clone", "contiguous", "alias", "repeat_interleave.self_int")]
-)
+_VIEWS = family("view", "copy", "repeat_interleave")
 
 
 def repeats_of(node: Node, held: Callable[[Node], bool] = lambda node: False) -> list[Node]:
@@ -35,7 +34,7 @@ def repeats_of(node: Node, held: Callable[[Node], bool] = lambda node: False) ->
     chain, best = [node], 1
     while node.target in _VIEWS:
         operands = list(tensor_nodes((node.args, list(node.kwargs.values()))))
-        if len(operands) != 1 or not isinstance(operands[0].meta.get("sp"), Shard):
+        if len(operands) != 1 or not isinstance(facts(operands[0]).type, Shard):
             break
         (node,) = operands
         chain.append(node)

@@ -13,14 +13,14 @@ from torch.fx import Node
 
 from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads, shape_of
-from fxsp.passes.special.cat_and_cut import SLICES, cut_bounds
+from fxsp.passes.rules.dims import cut_bounds
+from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Length, Partial, Shard, Type, as_length, same_length
 
 __all__ = ["PickPlan", "decide_pick", "write_pick"]
 
 aten = torch.ops.aten
-SELECTS = set(overloads("select.int"))
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PickPlan:
 
 def decide_pick(call: Call, types: list[Type]) -> Decision | None:
     """A decision for a known position among split tokens; else None."""
-    if call.op not in SELECTS and call.op not in SLICES:
+    if call.op is not aten.select.int and call.op not in family("slice"):
         return None
     (type_,) = types
     if not isinstance(type_, Shard) or not type_.plain or call.operands[0].meta["val"].dtype is torch.bool:
@@ -42,17 +42,17 @@ def decide_pick(call: Call, types: list[Type]) -> Decision | None:
     shape = shape_of(call.operands[0])
     if type_.dim != call.dim("dim", len(shape)):
         return None
-    if call.op in SELECTS:
+    if call.op is aten.select.int:
         index = call["index"]
         if not isinstance(index, int):
             return None
         position = as_length(shape[type_.dim] + index) if index < 0 else index
     else:
-        bounds = cut_bounds(call, shape[type_.dim], len(shape), type_.dim)
+        bounds = cut_bounds(call, shape[type_.dim], type_.dim)
         if bounds is None or not same_length(as_length(bounds[0][1] - bounds[0][0]), 1):
             return None
         position = bounds[0][0]
-    plan = PickPlan(type_, position, call.op in SLICES)
+    plan = PickPlan(type_, position, call.op in family("slice"))
     return Decision((type_,), (Partial(origin=f"{call.op}: one rank has the token"),), detail=plan)
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call, overloads
-from fxsp.passes.special.cat_and_cut import cut_bounds, segments_between
+from fxsp.passes.rules.dims import cut_bounds
+from fxsp.passes.rules.rule import Call
+from fxsp.passes.special.cat_and_cut import segments_between
 from fxsp.types import Length, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = ["OverwritePlan", "decide_overwrite", "write_overwrite"]
 
-SCATTERS = set(overloads("slice_scatter"))
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ class OverwritePlan:
 
 def decide_overwrite(call: Call, types: list[Type]) -> Decision | None:
     """A decision where the slice is made of whole segments; else None."""
-    if call.op not in SCATTERS:
+    if call.op is not aten.slice_scatter.default:
         return None
     shape = call.shape("self")
     dim = call.dim("dim", len(shape))
     if any(isinstance(t, Shard) and not (t.plain and t.dim == dim) for t in types):
         return None
-    bounds = cut_bounds(call, shape[dim], len(shape), dim)
+    bounds = cut_bounds(call, shape[dim], dim)
     target, source = types
     if bounds is None:
         return None

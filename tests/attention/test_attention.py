@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 import fxsp
 import models
 from fxsp import SequenceParallelInput, SequenceParallelOutput
+from fxsp.config import Options
 from fxsp.errors import UnsupportedError
 from fxsp.inspection.report_text import bytes_sent
 from fxsp.offline.partition import partition_offline
@@ -136,7 +137,7 @@ def record(
 
 
 def run(recorder: Recorder, size: int, *, training: bool = False, **options: Any) -> Program:
-    program = Program(recorder.finish(), Ranks(0, size, "simulated"), training=training, **options)
+    program = Program(recorder.finish(), Ranks(0, size, "simulated"), training=training, options=Options(**options))
     return partition_program(program)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_attention import MASKS, Config, D, assert_same, record
 
+from fxsp.config import Options
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.simulation.machine import check_replicated
@@ -39,9 +40,9 @@ class Way:
         return f"{self.method}-{self.size}"
 
     def partition(self, recorder: Recorder) -> Program:
-        degrees = {"ulysses_degree": self.ulysses, "ring_degree": self.ring, "gather_degree": self.allgather}
+        degrees = {"ulysses_degree": self.ulysses, "ring_degree": self.ring, "allgather_degree": self.allgather}
         ranks = Ranks(0, self.size, "simulated")
-        return partition_program(Program(recorder.finish(), ranks, training=True, **degrees))
+        return partition_program(Program(recorder.finish(), ranks, training=True, options=Options(**degrees)))
 
 
 WAYS = [
@@ -98,7 +99,7 @@ def test_joint_attention(way: Way) -> None:
     program = way.partition(recorder)
     assert not [g for g in program.report.implicit_gathers if g.kind == "implicit"]
     assert_same(recorder, program.gm, way.size, 1e-5, training=True, names=list(map(str, configs)))
-    dealt = program.facts.get("head_tail", ())
+    dealt = program.head_tail
     for config, attention in zip(configs, program.report.attentions, strict=True):
         heads, kv_heads = config.head_counts
         if attention.method != way.method:

@@ -14,6 +14,7 @@ from fxsp.config import Degrees, Options, resolve_degrees
 from fxsp.errors import OptionError
 from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks
 from rule_validation import Recorder
@@ -53,8 +54,8 @@ def test_the_choice(heads: int, kv_heads: int, size: int, tokens: int, method: s
     )
     (record,) = program.report.attentions
     assert record.method == method
-    (node,) = program.facts["global"].graph.find_nodes(op="call_function", target=SDPA)
-    choice = node.meta["sp_call"].detail
+    (node,) = program.whole.graph.find_nodes(op="call_function", target=SDPA)
+    choice = facts(node).decision.detail
     assert (choice.ulysses, choice.ring) == degrees
     row = -(-tokens // size) * 4 * 8
     q, kv = 2 * heads * row, 2 * kv_heads * row
@@ -95,8 +96,8 @@ MORE: list[tuple[dict[str, Any], tuple[int, int, int, int], str]] = [
     ({"gather_limit": 100}, (6, 2, 4, 16), "hybrid"),
     ({"gather_limit": 100}, (5, 5, 4, 16), "ring"),
     ({"gather_limit": 100}, (8, 2, 2, 16), "ring"),  # the same few bytes, block by block
-    ({"gather_degree": 4, "ulysses_degree": 1, "ring_degree": 1}, (8, 8, 4, 16), "gather_kv"),
-    ({"gather_degree": 4, "ulysses_degree": 1, "ring_degree": 1, "gather_limit": 1}, (8, 8, 4, 16), "gather_kv"),
+    ({"allgather_degree": 4, "ulysses_degree": 1, "ring_degree": 1}, (8, 8, 4, 16), "gather_kv"),
+    ({"allgather_degree": 4, "ulysses_degree": 1, "ring_degree": 1, "gather_limit": 1}, (8, 8, 4, 16), "gather_kv"),
     ({"ulysses_degree": 4, "ring_degree": 1}, (8, 2, 4, 16), "ulysses"),
     ({"ulysses_degree": 1, "ring_degree": 4}, (8, 8, 4, 16), "ring"),
     ({"ulysses_degree": 2, "ring_degree": 2}, (8, 8, 4, 16), "hybrid"),
@@ -139,7 +140,7 @@ def test_the_backward_pass_costs_what_it_sends(
     """What the choice reckons with is what the report of the backward pass counts."""
     recorder = Recorder()
     attend(recorder, Config("none", heads, "odd", 4), dtype)
-    program = Program(recorder.finish(), Ranks(0, 4, "simulated"), training=True, **options)
+    program = Program(recorder.finish(), Ranks(0, 4, "simulated"), training=True, options=Options(**options))
     program = partition_program(program)
     (record,) = program.report.attentions
     assert record.method == method

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxsp
 from fxsp.passes.attention.operators import ATTENTION_OPS
-from fxsp.passes.rules.rule import overloads
+from fxsp.passes.rules.families import overloads
 
 aten = torch.ops.aten
 PLAN = {"": {"x": fxsp.SequenceParallelInput(1)}}

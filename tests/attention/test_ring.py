@@ -9,8 +9,10 @@ import pytest
 import torch
 from test_attention import HEADS, MASKS, TOKENS, Config, assert_same, record
 
+from fxsp.config import Options
 from fxsp.inspection.report_text import bytes_sent
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks, Sequence, Shard
 from rule_validation import Recorder, T
@@ -26,9 +28,11 @@ def _one_thread() -> None:
 
 def run(recorder: Recorder, size: int, ulysses: int, *, training: bool = False) -> Program:
     program = Program(
-        recorder.finish(), Ranks(0, size, "simulated"), training=training, ulysses_degree=ulysses,
-        ring_degree=size // ulysses,
-    )  # fmt: skip
+        recorder.finish(),
+        Ranks(0, size, "simulated"),
+        training=training,
+        options=Options(ulysses_degree=ulysses, ring_degree=size // ulysses),
+    )
     return partition_program(program)
 
 
@@ -138,6 +142,6 @@ def test_no_rank_holds_all_keys(training: bool) -> None:
     recorder.outputs.append(out)
     program = run(recorder, size, 1, training=training)
     for node in program.graph.nodes:
-        value = node.meta.get("local_val")
+        value = facts(node).local
         if isinstance(value, torch.Tensor) and length in value.shape:
             assert node.op == "placeholder" or node.target._opname == "gather"

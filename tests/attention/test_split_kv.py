@@ -124,7 +124,7 @@ def test_every_mask_head_count_and_length(method: str, size: int) -> None:
         recorder = Recorder()
         for case in cases:
             case.record(recorder)
-        degrees = {"gather_degree": size} if method == "gather_kv" else {"gather_limit": 0}
+        degrees = {"allgather_degree": size} if method == "gather_kv" else {"gather_limit": 0}
         program = run(recorder, size, training=training, **degrees)
         assert {a.method for a in program.report.attentions} == {method}
         assert not program.report.implicit_gathers
@@ -165,7 +165,7 @@ def test_what_models_write(training: bool, method: str) -> None:
     bias = recorder.call(aten.unsqueeze.default, bias, 1)
     calls = [(q, many, many, None), (q, many, many, bias), (q, many, whole, None), (q, whole, many, bias)]
     recorder.outputs += [recorder.call(SDPA, *operands) for operands in calls]
-    degrees = {"gather_degree": size} if method == "gather_kv" else {"gather_limit": 0}
+    degrees = {"allgather_degree": size} if method == "gather_kv" else {"gather_limit": 0}
     program = run(recorder, size, training=training, **degrees)
     assert [a.method for a in program.report.attentions] == [method] * 4
     heads = {True: [2, 2, 4, 4], False: [4] * 4}[method == "gather_kv"]

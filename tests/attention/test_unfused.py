@@ -15,6 +15,7 @@ from fxsp.errors import StrictError
 from fxsp.inspection.report_text import attention_lines
 from fxsp.passes.attention.unfused_report import GATHERED, LINEAR, LOCAL, SCORES
 from fxsp.passes.base import Program
+from fxsp.passes.graph import mark
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.torch_internals import fake_mode_of, size_hint
 from fxsp.types import Ranks
@@ -281,7 +282,7 @@ def test_a_router_is_no_attention() -> None:
 
     def prepare(gm: torch.fx.GraphModule) -> None:
         for node in list(gm.graph.nodes)[1:3]:
-            node.meta["is_parameter"] = True
+            mark(node, is_parameter=True)
 
     program = partition(function, torch.randn(2, 7, 4), torch.randn(4, 3), torch.randn(3, 4), prepare=prepare)
     assert not program.report.attentions

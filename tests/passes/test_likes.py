@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxsp
 from fxsp.passes.base import Program
+from fxsp.passes.graph import type_of
 from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Shard
 from tracing import check, collectives, partition, shard
@@ -58,7 +59,7 @@ def test_constants_ask_for_nothing(name: str, length: int, size: int, text: int)
 def test_constants_of_shards_are_made_in_their_size() -> None:
     program = partition(model(CONSTANT["zeros_like"]), *inputs(), size=2)
     (full,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
-    assert isinstance(full.meta["sp"], Shard)
+    assert isinstance(type_of(full), Shard)
     assert full.args[0] == [2, 3, 4]
 
 

@@ -18,6 +18,7 @@ from fxsp.kernels.attention.banded import allowed
 from fxsp.offline.partition import partition_offline
 from fxsp.passes.attention.operators import BANDED
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.masks.masks import SDPA, Band, Masks, band_of
 from fxsp.passes.masks.values import terms_of
 from fxsp.passes.rules.rule import Call
@@ -100,7 +101,7 @@ def test_a_mask_that_is_causal_is_the_flag(name: str) -> None:
     program = check(attention(CAUSAL[name]), *inputs())
     assert program.report.attentions[0].method == "ulysses"
     # What computed the mask is gone: nothing of [S, S] is left.
-    assert not [n for n in program.graph.nodes if getattr(n.meta.get("global_val"), "shape", ())[-2:] == (S, S)]
+    assert not [n for n in program.graph.nodes if getattr(facts(n).whole, "shape", ())[-2:] == (S, S)]
     assert collectives(program) == {"all_to_all": 2, "gather": 1}
 
 
@@ -124,7 +125,7 @@ def test_windows_and_keys_are_seen(padded: bool, heads: int) -> None:
     program = check(attention(mask), *inputs(PADDING, heads=heads))
     (record,) = program.report.attentions
     assert "a window of 2 tokens" in record.detail
-    assert not [n for n in program.graph.nodes if getattr(n.meta.get("global_val"), "shape", ())[-2:] == (S, S)]
+    assert not [n for n in program.graph.nodes if getattr(facts(n).whole, "shape", ())[-2:] == (S, S)]
 
 
 @pytest.mark.parametrize(("size", "ulysses"), [(3, 1), (4, 2)])
@@ -207,7 +208,7 @@ def test_causal_beside_padding_is_right(size: int) -> None:
             (record,) = program.report.attentions
             assert "causal, one row of allowed keys" in record.detail
             assert record.method == ("gather_kv" if heads % size else "ulysses")
-            (call,) = (Call(n) for n in program.facts["global"].graph.nodes if n.target is BANDED)
+            (call,) = (Call(n) for n in program.whole.graph.nodes if n.target is BANDED)
             assert tuple(call.shape("attn_mask")) == (2, 1, 1, S)
 
 
@@ -278,7 +279,7 @@ def test_transformers(mask: bool) -> None:
         with torch.no_grad():
             (result,) = partition_offline(model, (), given, world_size=2, options={"plan": plan})
         assert result.program is not None
-        attentions = [n for n in result.program.facts["global"].graph.nodes if n.target in (SDPA, BANDED)]
+        attentions = [n for n in result.program.whole.graph.nodes if n.target in (SDPA, BANDED)]
         assert attentions
         for node in attentions:
             call = Call(node)
@@ -289,4 +290,4 @@ def test_transformers(mask: bool) -> None:
 
 def test_the_pass_is_a_stage() -> None:
     program = partition(attention(CAUSAL["tril"]), *inputs())
-    assert "masked" in program.report.timings
+    assert "masks" in program.report.timings

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fxsp import torch_internals
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts
 from fxsp.passes.normalize.normalize import normalize
 from models import MODELS, first_tensor, llama, wan
 from normalizing import Passes, compare, gradients_of, to_bfloat16
@@ -243,8 +244,8 @@ def test_no_grad_becomes_detached_values(layer: torch.nn.Linear, x: torch.Tensor
         return h - m + v * u + w
 
     graph = compare(program, x, train=True).graph
-    assert graph.find_nodes(op="call_function", target=aten.mean.dim)[0].meta["no_grad"]
-    assert not any("no_grad" in n.meta for n in graph.find_nodes(op="call_function", target=aten.linear.default))
+    assert facts(graph.find_nodes(op="call_function", target=aten.mean.dim)[0]).no_grad
+    assert not any(facts(n).no_grad for n in graph.find_nodes(op="call_function", target=aten.linear.default))
     assert not any("grad" in str(n.target) for n in graph.nodes)
     # Without gradients there is nothing to detach.
     assert aten.detach.default not in compare(program, x).targets()
@@ -304,7 +305,7 @@ class Doubled(torch.autograd.Function):
 
 
 def islands(backend: Passes) -> list[str]:
-    return [node.meta["island"] for node in backend.graph.nodes if "island" in node.meta]
+    return [facts(node).island for node in backend.graph.nodes if facts(node).island]
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, autocast], ids=["plain", "autocast"])

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule
 
+from fxsp.config import Options
 from fxsp.errors import StrictError, VerificationError
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks
@@ -158,7 +160,7 @@ def test_half_precision_is_summed_in_single(dtype: torch.dtype) -> None:
     total, product = check_replicated(simulate(program.gm, 2, [x]))
     assert total.dtype == product.dtype == dtype
     for graph in (n for n in program.graph.nodes if n.target is torch.ops.fxsp.all_reduce.default):
-        assert graph.args[0].meta["local_val"].dtype == torch.float32
+        assert facts(graph.args[0]).local.dtype == torch.float32
     assert total.item() == torch.tensor(257.0).to(dtype).item()
 
 
@@ -459,11 +461,11 @@ def test_deferred_gradients_are_summands() -> None:
 
     def parameters(gm: GraphModule) -> None:
         for node in gm.graph.find_nodes(op="placeholder")[1:]:
-            node.meta["is_parameter"] = True
+            mark(node, is_parameter=True)
 
     gm = trace(function, *(x.detach() for x in leaves))
     parameters(gm)
-    program = Program(gm, Ranks(0, 3, "simulated"), training=True, grad_reduce="defer")
+    program = Program(gm, Ranks(0, 3, "simulated"), training=True, options=Options(grad_reduce="defer"))
     local = partition_program(program, Runner(check=True)).gm
     assert not any(n.target is torch.ops.fxsp.use.default for n in local.graph.nodes)
     _, grads = gradients(local, 3, leaves, given)

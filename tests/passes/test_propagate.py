@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fxsp.errors import PlanError, UnsupportedError
 from fxsp.passes.base import Program
+from fxsp.passes.graph import Facts, facts
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.types import Ranks
 from tracing import gather, shard, trace, types_of
@@ -18,10 +19,10 @@ X = torch.randn(2, 5, 4)
 W = torch.randn(4, 4)
 
 
-def _metas(function: Any, *inputs: Any) -> dict[str, dict[str, Any]]:
+def _facts(function: Any, *inputs: Any) -> dict[str, Facts]:
     gm = trace(function, *inputs)
     Propagate().apply(Program(gm, Ranks(0, 2, "simulated")))
-    return {node.name: node.meta for node in gm.graph.nodes}
+    return {node.name: facts(node) for node in gm.graph.nodes}
 
 
 def test_the_example_of_the_pass() -> None:
@@ -102,9 +103,9 @@ def _square(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def test_two_shards_of_one_product() -> None:
     """``m[:, None] * m[None, :]``: rows stay split, columns are made whole, with the reason."""
-    metas = _metas(lambda m: shard(m, 0)[:, None] * shard(m, 0)[None, :], torch.randn(5))
-    decision = metas["mul"]["sp_call"]
-    assert str(metas["mul"]["sp"]) == "S(0, [5])"
+    found = _facts(lambda m: shard(m, 0)[:, None] * shard(m, 0)[None, :], torch.randn(5))
+    decision = found["mul"].decision
+    assert str(found["mul"].type) == "S(0, [5])"
     assert [str(t) for t in decision.operands] == ["S(0, [5])", "U"]
     assert decision.reason == (
         "operand 1 is S(1, [5]), but aten.mul.Tensor runs on a whole operand beside the other operands"
@@ -117,11 +118,11 @@ def test_of_two_sequences_the_smaller_is_gathered() -> None:
         y = torch.softmax(torch.cat([shard(y[:, :2]), shard(y[:, 2:])], 1), -1)
         return x + y[..., :1], y + x[..., :1]
 
-    metas = _metas(function, X, torch.randn(2, 5, 4))
-    assert [str(metas[n]["sp"]) for n in ("add", "add_1")] == ["S(1, [5])", "S(1, [2|3])"]
-    assert "operand 1 is S(1, [2|3])" in metas["add"]["sp_call"].reason
-    assert "runs on S(1, [5])" in metas["add"]["sp_call"].reason
-    assert [str(t) for t in metas["add"]["sp_call"].operands] == ["S(1, [5])", "S(1, [5])"]
+    found = _facts(function, X, torch.randn(2, 5, 4))
+    assert [str(found[n].type) for n in ("add", "add_1")] == ["S(1, [5])", "S(1, [2|3])"]
+    assert "operand 1 is S(1, [2|3])" in found["add"].decision.reason
+    assert "runs on S(1, [5])" in found["add"].decision.reason
+    assert [str(t) for t in found["add"].decision.operands] == ["S(1, [5])", "S(1, [5])"]
 
 
 def test_a_shard_of_inputs_gives_way_because_it_costs_nothing() -> None:
@@ -131,9 +132,9 @@ def test_a_shard_of_inputs_gives_way_because_it_costs_nothing() -> None:
         x = torch.softmax(torch.cat([shard(t), shard(i)], 1), -1)
         return x[..., :1] * shard(table)
 
-    metas = _metas(function, torch.randn(2, 3, 4), X, torch.randn(1, 8, 64))
-    assert str(metas["mul"]["sp"]) == "S(1, [3|5])"
-    assert metas["annotate_2"]["sp_free"]
+    found = _facts(function, torch.randn(2, 3, 4), X, torch.randn(1, 8, 64))
+    assert str(found["mul"].type) == "S(1, [3|5])"
+    assert found["annotate_2"].free
 
 
 def test_free_means_computed_from_inputs_by_cheap_operators() -> None:
@@ -142,8 +143,8 @@ def test_free_means_computed_from_inputs_by_cheap_operators() -> None:
         z = F.linear(shard(x), w).exp()
         return y.sum(1) + z.sum((1, 2))
 
-    metas = _metas(function, X, W)
-    free = {name: meta["sp_free"] for name, meta in metas.items() if "sp_free" in meta}
+    found = _facts(function, X, W)
+    free = {name: known.free for name, known in found.items() if known.type is not None}
     assert [n for n, f in free.items() if not f] == ["linear", "exp_1", "sum_1", "sum_2"]
 
 
@@ -151,8 +152,8 @@ def test_every_type_has_an_origin() -> None:
     def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return gather(F.linear(shard(x), w)).cumsum(1) + shard(x).mean(1, keepdim=True)
 
-    metas = _metas(function, X, W)
-    origins = {name: meta["sp"].origin for name, meta in metas.items() if "sp" in meta}
+    found = _facts(function, X, W)
+    origins = {name: known.type.origin for name, known in found.items() if known.type is not None}
     assert origins["annotate"] == "split dim 1"
     assert origins["linear"].startswith("aten.linear.default: ([d0, d1, i], [o, i]) -> ([d0, d1, o])")
     assert origins["linear"].endswith("shard of d1")
@@ -166,8 +167,8 @@ def test_reasons_say_what_an_operator_needs() -> None:
         x = torch.softmax(shard(x), -1)
         return x.cumsum(1), x.reshape(4, 10), torch.bernoulli(x), torch.kron(x[0], x[0])
 
-    metas = _metas(function, X)
-    reasons = [m["sp_call"].reason for n, m in metas.items() if n in ("cumsum", "reshape", "bernoulli", "kron")]
+    found = _facts(function, X)
+    reasons = [known.decision.reason for n, known in found.items() if n in ("cumsum", "reshape", "bernoulli", "kron")]
     assert reasons == [
         "aten.cumsum.default needs dimension 1 of operand 0 whole (the tokens [5])",
         "aten.reshape.default needs dimension 1 of operand 0 whole (the tokens [5])",

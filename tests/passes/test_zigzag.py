@@ -16,11 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp
 import models
+from fxsp.config import Options
 from fxsp.inspection.report_text import attention_lines
 from fxsp.kernels import collectives
 from fxsp.kernels.attention import ring
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.report import Report
 from fxsp.simulation.reference import table as oracle
@@ -141,7 +143,7 @@ def _compiled(model: Any, size: int, ulysses: int, reports: list[Report], plan: 
 
 def _layouts(program: Program | None) -> set[str]:
     assert program is not None
-    types = [node.meta.get("sp") for node in program.graph.nodes]
+    types = [facts(node).type for node in program.graph.nodes]
     return {segment.layout for t in types if isinstance(t, Shard) for segment in t.sequence.segments}
 
 
@@ -236,7 +238,8 @@ def test_what_needs_the_order(size: int, ring_degree: int) -> None:
         w = w.detach().requires_grad_()
         gm = make_fx(function, pre_dispatch=True, tracing_mode="fake")(x, w)
         ranks = Ranks(0, size, "test")
-        program = Program(gm, ranks, training=True, ulysses_degree=size // ring_degree, ring_degree=ring_degree)
+        options = Options(ulysses_degree=size // ring_degree, ring_degree=ring_degree)
+        program = Program(gm, ranks, training=True, options=options)
         program = partition_program(program)
         assert "head-tail" in _layouts(program)
         expected = function(x, w)
@@ -266,9 +269,8 @@ def test_several_segments(segments: str, size: int, ring_degree: int) -> None:
     w = torch.randn(24, 8, dtype=torch.float64).mul_(0.3).requires_grad_()
     inputs = [*tensors, w]
     gm = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*inputs)
-    program = Program(
-        gm, Ranks(0, size, "test"), training=True, ulysses_degree=size // ring_degree, ring_degree=ring_degree
-    )
+    options = Options(ulysses_degree=size // ring_degree, ring_degree=ring_degree)
+    program = Program(gm, Ranks(0, size, "test"), training=True, options=options)
     program = partition_program(program)
     assert "head-tail" in _layouts(program)
     expected = function(*inputs)

@@ -14,7 +14,8 @@ from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.propagate import propagate
 from fxsp.passes.rules import decide as decisions
-from fxsp.passes.rules.rule import RULES, Call, OpRule
+from fxsp.passes.rules.rule import Call, OpRule
+from fxsp.passes.rules.table import RULES
 from fxsp.simulation.machine import check_replicated, simulate_with_grads
 from fxsp.types import Ranks, Shard
 from lockstep import gradients

@@ -106,7 +106,7 @@ def test_no_difference_is_seen_where_there_is_none(name: str) -> None:
     outputs = [x for x in tree_leaves(result.whole(*result.inputs)) if isinstance(x, torch.Tensor)]
     seeds = random_seeds(outputs)
     program = result.program
-    arguments = program.gm, program.facts["global"], 2, result.inputs, seeds
+    arguments = program.gm, program.whole, 2, result.inputs, seeds
     assert first_difference(*arguments, 1e-4) == ""
     assert "the gradient of" not in first_difference(*arguments, -1.0)
     with mock.patch.object(differences, "_value", return_value=""):

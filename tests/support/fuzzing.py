@@ -22,10 +22,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fxsp.kernels.ops  # noqa: F401
+from fxsp.config import Options
 from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.inspection.report_text import format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts
 from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.simulation.machine import check_replicated, run, simulate_with_grads
@@ -348,7 +350,7 @@ def partition(case: Case) -> Program:
 def _program(case: Case, gm: torch.fx.GraphModule) -> Program:
     ulysses, ring = case.degrees or (None, None)
     ranks = Ranks(0, case.size, "simulated")
-    return Program(gm, ranks, training=case.training, ulysses_degree=ulysses, ring_degree=ring)
+    return Program(gm, ranks, training=case.training, options=Options(ulysses_degree=ulysses, ring_degree=ring))
 
 
 def _execute(case: Case, function: Callable[..., Any], *, mark: bool = False) -> _Values:
@@ -525,7 +527,7 @@ def _serves(program: Program, case: Case) -> bool:
     values: dict[Any, int] = {}
     env = None
     for spec, node in zip(case.inputs, program.graph.find_nodes(op="placeholder"), strict=True):
-        fake = node.meta["global_val"]
+        fake = facts(node).whole
         env = fake.fake_mode.shape_env
         for size, n in zip(fake.shape, case.shape(spec), strict=True):
             if not isinstance(size, torch.SymInt):

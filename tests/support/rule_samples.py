@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from fxsp.passes.attention.operators import BANDED
-from fxsp.passes.rules.elementwise import ELEMENTWISE
-from fxsp.passes.rules.rule import overloads
+from fxsp.passes.rules.families import family, overloads
 from rule_validation import Sample, T
 
 __all__ = ["SAMPLES", "elementwise_samples"]
@@ -361,7 +360,7 @@ _GIVEN: dict[str, tuple[Any, ...]] = {
 
 def elementwise_samples() -> dict[Any, list[Sample]]:
     """A call of every elementwise operator, broadcast where it has several operands."""
-    return {op: [_elementwise(op)] for op in ELEMENTWISE}
+    return {op: [_elementwise(op)] for op in sorted(family("elementwise"), key=str)}
 
 
 def _elementwise(op: Any) -> Sample:

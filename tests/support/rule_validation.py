@@ -23,10 +23,12 @@ from torch.fx import Graph, GraphModule, Node
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import FxspError
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts
 from fxsp.passes.partition.reshard import Converter
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.propagate import propagate
-from fxsp.passes.rules.rule import Dims, OpRule, rule_of, tensor_nodes
+from fxsp.passes.rules.rule import Dims, OpRule, tensor_nodes
+from fxsp.passes.rules.table import rule_of
 from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Length, Partial, Ranks, Replicate, Segment, Sequence, Shard, Type, Used, product
 from lockstep import gradients
@@ -322,7 +324,7 @@ class _Placed:
         """How the decision differs from what the rule promises."""
         if not self.case.passes:
             return ""
-        decision, rule = self.call.meta["sp_call"], self.case.rule
+        decision, rule = facts(self.call).decision, self.case.rule
         for i, (want, got) in enumerate(zip(self.wanted, decision.operands, strict=True)):
             if rule.operands[i] is not None and not _same(want, got):
                 return f"operand {i} is wanted as {got}, not {want}: {decision.reason or 'no reason given'}"

@@ -11,9 +11,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp.kernels.ops  # noqa: F401
+from fxsp.config import Options
 from fxsp.inspection.report_text import bytes_sent, format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
+from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.simulation.machine import check_replicated, simulate
@@ -47,7 +49,7 @@ def types_of(function: Function, *inputs: Any, size: int = 2) -> list[str]:
     Propagate().apply(Program(gm, Ranks(0, size, "simulated")))
     lines = []
     for node in gm.graph.nodes:
-        type_ = node.meta.get("sp")
+        type_ = facts(node).type
         if type_ is not None:
             texts = [str(t) for t in type_] if isinstance(type_, tuple) else [str(type_)]
             lines.append(f"{node.name} {', '.join(texts)}")
@@ -59,11 +61,12 @@ def partition(
     *inputs: Any,
     size: int = 2,
     prepare: Callable[[GraphModule], None] = lambda gm: None,
+    training: bool = False,
     **options: Any,
 ) -> Program:
     gm = trace(function, *inputs)
     prepare(gm)
-    program = Program(gm, Ranks(0, size, "simulated"), **options)
+    program = Program(gm, Ranks(0, size, "simulated"), training=training, options=Options(**options))
     return partition_program(program, Runner(check=True))
 
 

@@ -76,11 +76,11 @@ def _verified() -> str:
 
 def _warned(what: str) -> str:
     """The warning of the compiler itself."""
-    from fxsp import partitioning
+    from fxsp import said
 
     e = fxsp.explain(Whole(what), small.inputs(), world_size=2, plan={"": {"x": SPLIT}})
     with pytest.warns(fxsp.FxspWarning) as found:
-        partitioning._say_gathers(e.results[0].report)
+        said.say_gathers(e.results[0].report)
     return str(found[0].message)
 
 

@@ -11,6 +11,7 @@ import torch
 
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.inspection.report_text import bytes_sent, format_bytes, format_graph, format_report, local_shape, op_text
+from fxsp.passes.graph import mark
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import Ranks, Replicate, Sequence, Shard, parse
 
@@ -24,7 +25,7 @@ def _value(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _note(node: torch.fx.Node, type_: str, *shape: int, module: str = "", dtype: torch.dtype = torch.float32) -> None:
     """Global value, type, and module of a node."""
-    node.meta["sp"] = parse(type_) if type_ else None
+    mark(node, type=parse(type_) if type_ else None)
     node.meta["val"] = _value(*shape, dtype=dtype)
     if module:
         node.meta["nn_module_stack"] = {"1": (f"L['self'].{module}", torch.nn.Module)}
@@ -55,7 +56,7 @@ def _text_and_image(rank: int) -> torch.fx.GraphModule:
     _note(scaled, "S(1, [2 whole|5])", 1, 7, 8, module="blocks.0")
     _note(whole, "R", 1, 7, 8)
     parts.meta["val"] = (_value(1, 2, 8), _value(1, 5, 8))
-    parts.meta["sp"] = (Replicate(), Replicate())
+    mark(parts, type=(Replicate(), Replicate()))
     _note(text, "R", 1, 2, 8)
     return torch.fx.GraphModule({}, graph)
 
@@ -87,7 +88,8 @@ def test_local_value_wins_and_missing_metadata_is_left_out() -> None:
     x = graph.placeholder("x")
     y = graph.call_function(aten.sum.dim_IntList, (x, [0, -1], True), {"dtype": torch.bfloat16})
     graph.output(y)
-    x.meta.update(sp=Shard(0, Sequence.of(6)), val=_value(6), local_val=_value(3))
+    x.meta["val"] = _value(6)
+    mark(x, type=Shard(0, Sequence.of(6)), local=_value(3))
     gm = torch.fx.GraphModule({}, graph)
     assert local_shape(x, Ranks(0, 2, "g")) == (3,)
     assert local_shape(y, Ranks(0, 2, "g")) is None
@@ -102,8 +104,9 @@ def test_symbolic_lengths_are_formulas() -> None:
     x = graph.placeholder("x")
     rows = graph.call_function(ops.gather.default, (x, 0, [7], [False], 0, 2, "g"))
     n = sympy.Symbol("s0", positive=True, integer=True)
-    x.meta.update(sp=Shard(0, Sequence.of(n)), val=_value(7, 3))
-    rows.meta["sp"] = Replicate()
+    x.meta["val"] = _value(7, 3)
+    mark(x, type=Shard(0, Sequence.of(n)))
+    mark(rows, type=Replicate())
     assert str(local_shape(x, Ranks(0, 2, "g"))) == "(((s0 + 1)//2), 3)"
 
 
@@ -112,7 +115,7 @@ def test_bytes_of_lengths_that_are_nodes() -> None:
     graph = torch.fx.Graph()
     x, length = graph.placeholder("x"), graph.placeholder("length")
     rows = graph.call_function(ops.gather.default, (x, 0, [length], [False], 0, 2, "g"))
-    x.meta["local_val"] = _value(4, 3)
+    mark(x, local=_value(4, 3))
     ranks = Ranks(0, 2, "g")
     assert bytes_sent(rows, ranks) == 4 * 3 * 4
     assert op_text(rows) == "gather(x, 0, [length], rank)"
@@ -120,7 +123,7 @@ def test_bytes_of_lengths_that_are_nodes() -> None:
     assert bytes_sent(rows, ranks) == 4 * 3 * 4
     assert op_text(rows) == "gather(x, 0, [7], rank)"
     assert op_text(graph.call_function(ops.pack.default, (x, [3, 2], 2, False))) == "pack(x, [3|2])"
-    rows.meta["fxsp_bytes"] = 12
+    mark(rows, sent=12)
     assert bytes_sent(rows, ranks) == 12
 
 
@@ -142,7 +145,7 @@ def test_bytes_of_lengths_that_are_nodes() -> None:
 def test_bytes_sent(op, dtype, expected) -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
-    x.meta["local_val"] = _value(4, 6, 2, dtype=dtype)
+    mark(x, local=_value(4, 6, 2, dtype=dtype))
     assert bytes_sent(op(graph, x), Ranks(0, 4, "g")) == expected
 
 

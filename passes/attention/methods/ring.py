@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.methods.ulysses import apart, share
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, mark
 from fxsp.types import Length, Sequence, as_length, product, same_length
 
 __all__ = ["lower_ring"]
 
 aten = torch.ops.aten
-_ops = torch.ops.fxsp
 
 
 def lower_ring(
@@ -47,9 +48,9 @@ class _Ring:
         self.build = build
         self.queries, self.keys = choice.queries, choice.keys
         self.ulysses, self.ring = choice.ulysses, choice.ring
-        self.shapes = [[as_length(n) for n in x.meta["global_val"].shape] for x in tensors]
-        self.itemsize = tensors[0].meta["global_val"].element_size()
-        self.device = tensors[0].meta["global_val"].device
+        self.shapes = [[as_length(n) for n in facts(x).whole.shape] for x in tensors]
+        self.itemsize = facts(tensors[0]).whole.element_size()
+        self.device = facts(tensors[0]).whole.device
 
     def lower(self, q: Node, k: Node, v: Node, arguments: dict[str, Any], more: dict[str, Any]) -> Node:
         mask = arguments.get("attn_mask")
@@ -86,7 +87,7 @@ class _Ring:
         sent = product((batch, heads, rows, as_length(width + value[3]), self.itemsize))
         for _ in range(self.ring - 1):
             self.build.record("rotation", both, sent, "keys and values of an attention, one place on", self.keys)
-        both.meta["fxsp_bytes"] = as_length(sent * (self.ring - 1))
+        mark(both, sent=as_length(sent * (self.ring - 1)))
 
     # Ulysses within a place of the ring.
 
@@ -184,8 +185,8 @@ class _Ring:
 
     def _mask_of_place(self, mask: Node) -> Node:
         """A whole mask -> the rows of this place's queries, and the heads of this rank."""
-        shape = [as_length(n) for n in mask.meta["global_val"].shape]
-        ranks, device = self.build.ranks, mask.meta["global_val"].device
+        shape = [as_length(n) for n in facts(mask).whole.shape]
+        ranks, device = self.build.ranks, facts(mask).whole.device
         if len(shape) >= 3 and not same_length(shape[-3], 1):
             mask = self.build.call(_ops.take.default, mask, len(shape) - 3, ranks.rank % self.ulysses, self.ulysses)
         if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(self.queries.length, 1)):

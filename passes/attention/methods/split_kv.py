@@ -16,9 +16,9 @@ queries that are split.
 from __future__ import annotations
 
 from fxsp.kernels.attention.split_kv import packed_width
+from fxsp.kernels.counts import reduced_bytes
 from fxsp.passes.attention.choose import Question, limited
 from fxsp.passes.attention.cost import Candidate, Link
-from fxsp.passes.builder import reduced_bytes
 from fxsp.types import as_length, product
 
 __all__ = ["choose_for_whole_queries"]
@@ -33,10 +33,10 @@ def choose_for_whole_queries(question: Question) -> tuple[Candidate, tuple[tuple
     merged = Candidate("merged", 1, 1, sent, back, 1, question.blocks or question.ring_refusal)
     gathered = as_length((size - 1) * question.kv_bytes)
     gather = Candidate("gather_kv", 1, 1, gathered, 0 if program.training else None)
-    asked = program.gather_degree is not None and program.gather_degree > 1
+    asked = program.degrees.allgather is not None and program.degrees.allgather > 1
     if not asked:
         gather = limited(question, gather, [merged])
-    link = Link.of(like.device.type, program.latency, program.bandwidth)
+    link = Link.of(like.device.type, program.options.latency, program.options.bandwidth)
     legal = [way for way in (merged, gather) if not way.refusal]
     best = gather if asked else min(legal, key=lambda way: way.seconds(link))
     rejected = tuple((way.name, way.text(link)) for way in (merged, gather) if way is not best)

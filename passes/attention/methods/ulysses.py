@@ -1,7 +1,8 @@
 """The exchange of tokens for heads (DeepSpeed-Ulysses, arXiv:2309.14509): one all-to-all in, and one back.
 
 ``[B, H, L, D]`` with the tokens of a rank becomes ``[B, H/P, S, D]`` with all tokens of some heads, and the output goes
-back.  Segments that are whole on every rank stay at home.  The layouts are those of :mod:`fxsp.passes.attention.lower`.
+back.  Segments that are whole on every rank stay at home.  The layouts are those of
+:mod:`fxsp.passes.attention.lower_attention`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts
 from fxsp.types import Length, Segment, Sequence, as_length, product
 
 __all__ = ["HeadExchange", "apart", "share"]
@@ -171,7 +173,7 @@ class HeadExchange:
 
 
 def _global(x: Node, dim: int) -> Length:
-    return as_length(x.meta["global_val"].shape[dim])
+    return as_length(facts(x).whole.shape[dim])
 
 
 def share(heads: Length, size: int) -> int:

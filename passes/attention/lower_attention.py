@@ -1,4 +1,4 @@
-"""attention: every marked attention becomes local attention and collectives.
+"""lower_attention: every marked attention becomes local attention and collectives.
 
 Ulysses, for two ranks, four heads of 8, five tokens; two all-to-alls and nothing else moves::
 
@@ -31,6 +31,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.kernels.attention.own_kernel import written_out
+from fxsp.kernels.ops import fxsp_ops, local_ops, op_of
 from fxsp.passes.attention.decide import AttentionChoice, distributed_attention
 from fxsp.passes.attention.methods.ring import lower_ring
 from fxsp.passes.attention.methods.ulysses import HeadExchange
@@ -38,27 +39,20 @@ from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.attention.repeat_kv import chain_of, repeat_heads, repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import facts, global_value, mark, type_of
 from fxsp.torch_internals import saved_tag
 from fxsp.types import Length, Sequence, Shard, as_length, same_length
 
 __all__ = ["LowerAttention"]
 
 aten = torch.ops.aten
-_SAVED = (
-    torch.ops.fxsp.all_to_all.default,
-    torch.ops.fxsp.all_to_all_within.default,
-    torch.ops.fxsp.gather_used.default,
-    torch.ops.fxsp.ring_attention.default,
-    torch.ops.fxsp.merged_attention.default,
-    aten.randint.default,  # the seed of a dropout: another one would drop other elements
-)
 
 
 @dataclass(frozen=True)
 class LowerAttention:
     """After this pass attention is local, and its collectives are nodes of the graph."""
 
-    name: str = "attention"
+    name: str = "lower_attention"
 
     def apply(self, program: Program) -> Program:
         graph = program.graph
@@ -67,7 +61,7 @@ class LowerAttention:
         if inputs:
             with graph.inserting_after(inputs[-1]):
                 for node in inputs:
-                    build.learn(node, node.meta.get("global_val", node.meta.get("val")))
+                    build.learn(node, global_value(node))
         cache: dict[Any, Node] = {}
         for node in list(graph.nodes):
             if isinstance(node.meta.get("val"), torch.SymInt):
@@ -79,13 +73,13 @@ class LowerAttention:
             with graph.inserting_before(node):
                 new = _Lowering(build, node, cache).lower()
             for written in _between(before, node):
-                written.meta["attention_record"] = node.meta["attention_record"]
+                mark(written, attention_record=facts(node).attention_record)
                 # In an activation checkpoint, what was exchanged is saved: else it would be exchanged once more.
                 if "recompute" in node.meta and _is_saved(written):
                     written.meta.update(saved_tag())
-            new.meta["sp"], new.meta["global_val"] = node.meta["sp"], node.meta["global_val"]
+            mark(new, type=type_of(node), whole=facts(node).whole)
             node.replace_all_uses_with(new)
-            op = node.meta["attention"].op
+            op = facts(node).attention.op
             repeats = [n for name in (op.key, op.value) for n in list(chain_of(_node(node.kwargs[name])))[:-1]]
             graph.erase_node(node)
             for old in dict.fromkeys(repeats):
@@ -96,8 +90,12 @@ class LowerAttention:
 
 
 def _is_saved(node: Node) -> bool:
-    # A banded attention is several operators, masks among them: those are computed again.
-    return node.target in _SAVED or (node.target in ATTENTION_OPS and node.target is not BANDED)
+    op = op_of(node)
+    if op is not None:
+        return op.saved
+    # The seed of a dropout: another one would drop other elements.  A banded attention is several operators, masks
+    # among them: those are computed again.
+    return node.target is aten.randint.default or (node.target in ATTENTION_OPS and node.target is not BANDED)
 
 
 def _between(before: Node, after: Node) -> Iterator[Node]:
@@ -112,14 +110,14 @@ class _Lowering:
         self.build = build
         self.size = build.ranks.size
         self.cache = cache
-        self.choice: AttentionChoice = node.meta["attention"]
+        self.choice: AttentionChoice = facts(node).attention
         self.op = self.choice.op
         self.args = dict(node.kwargs)
         self.mask = self.args.get(self.op.mask) if self.op.mask is not None else None
         self.causal = self.args.get(self.op.causal) if isinstance(self.op.causal, str) else self.op.causal
         self.window = self.args.get("window") if self.op.op is BANDED else None
         self.repeat = 1
-        value = node.meta["global_val"]
+        value = facts(node).whole
         self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
         self.device, self.itemsize = value.device, value.element_size()
         self.queries_as_they_come, self.keys_as_they_come = self._as_they_come()
@@ -168,17 +166,17 @@ class _Lowering:
 
     def _is_exact(self) -> bool:
         """Whether one device would write this attention out; blocks of it then take their gradients as that does."""
-        q, k, v = (_node(self.args[n]).meta["global_val"] for n in (self.op.query, self.op.key, self.op.value))
-        mask = self.mask.meta["global_val"] if isinstance(self.mask, Node) else None
+        q, k, v = (facts(_node(self.args[n])).whole for n in (self.op.query, self.op.key, self.op.value))
+        mask = facts(self.mask).whole if isinstance(self.mask, Node) else None
         return written_out(q, k, v, mask, bool(self.args.get("enable_gqa")))
 
     def _heads_first(self, x: Node) -> Node:
         """An operand as ``[B, H, S, D]``."""
         new = self._turned(x)
         if new is not x:
-            type_ = x.meta["sp"]
-            new.meta["sp"] = replace(type_, dim=2) if isinstance(type_, Shard) else type_
-            new.meta["global_val"] = x.meta["global_val"].transpose(1, 2)
+            type_ = type_of(x)
+            type_ = replace(type_, dim=2) if isinstance(type_, Shard) else type_
+            mark(new, type=type_, whole=facts(x).whole.transpose(1, 2))
         return new
 
     def _turned(self, x: Node) -> Node:
@@ -188,7 +186,7 @@ class _Lowering:
     def _spread(self, x: Node, times: int) -> Node:
         """Heads repeated before the exchange, so that they divide over the ranks."""
         new = repeat_heads(self.build, x, times)
-        new.meta["sp"], new.meta["global_val"] = x.meta["sp"], x.meta["global_val"].repeat_interleave(times, 1)
+        mark(new, type=type_of(x), whole=facts(x).whole.repeat_interleave(times, 1))
         return new
 
     def _sdpa(self, q: Node, k: Node, v: Node, mask: Any, causal: Any) -> Node:
@@ -239,7 +237,7 @@ class _Lowering:
             rows = self.build.positions(queries, self.device)
         k, v = (repeat_heads(self.build, x, self.repeat) for x in (k, v))
         return call(
-            torch.ops.fxsp_local.dropped_attention.default, q, k, v, mask, self.args["dropout_p"], bool(causal),
+            local_ops.dropped_attention.default, q, k, v, mask, self.args["dropout_p"], bool(causal),
             self.args.get("scale"), bool(self.args.get("enable_gqa")), self.build.seed(self.device), rows, every,
         )  # fmt: skip
 
@@ -249,7 +247,7 @@ class _Lowering:
         keys, ranks = self.choice.keys, self.build.ranks
         assert keys is not None
         both = self.build.call(
-            torch.ops.fxsp.merged_attention.default, q, k, v, self.mask, self.build.sizes(keys.lengths),
+            fxsp_ops.merged_attention.default, q, k, v, self.mask, self.build.sizes(keys.lengths),
             list(keys.whole), bool(self.causal), self.args.get("scale"), ranks.rank, ranks.size, ranks.group,
             *self.build.placed(keys), **({"exact": True} if self._is_exact() else {}),
         )  # fmt: skip
@@ -295,7 +293,7 @@ class _Lowering:
         parts = self.build.call(aten.split_with_sizes.default, whole, self.build.sizes(widths), -1)
         first, second = (self.build.call(operator.getitem, parts, i) for i in (0, 1))
         for new, old in ((first, k), (second, v)):
-            new.meta["global_val"] = old.meta["global_val"]
+            mark(new, whole=facts(old).whole)
         return first, second
 
     # Ulysses.
@@ -323,7 +321,7 @@ def _has_rows(mask: Any) -> bool:
     """Whether a mask may tell one query from another."""
     if not isinstance(mask, Node):
         return mask is not None
-    shape = mask.meta["global_val"].shape
+    shape = facts(mask).whole.shape
     return len(shape) >= 2 and not same_length(as_length(shape[-2]), 1)
 
 
@@ -331,7 +329,7 @@ def _is_for_all_heads(mask: Any) -> bool:
     """Whether a mask, if there is one, is the same for all heads of all batch entries."""
     if not isinstance(mask, Node):
         return mask is None
-    return all(same_length(as_length(n), 1) for n in mask.meta["global_val"].shape[:-2])
+    return all(same_length(as_length(n), 1) for n in facts(mask).whole.shape[:-2])
 
 
 def _node(argument: Any) -> Node:
@@ -340,4 +338,4 @@ def _node(argument: Any) -> Node:
 
 
 def _global(x: Node, dim: int) -> Length:
-    return as_length(x.meta["global_val"].shape[dim])
+    return as_length(facts(x).whole.shape[dim])

@@ -1,0 +1,131 @@
+"""What passes know about a node, and how a graph is read.
+
+What passes find out is one record for each node, :class:`Facts`, under a key of ours in ``node.meta``, beside the keys
+that are torch's own: ``val`` (the fake value, the global one until the program is local), ``example_value`` (Dynamo's),
+``nn_module_stack`` and ``stack_trace``, ``recompute`` and ``ac_graph_id``.  The record is read by :func:`facts` and
+written by :func:`mark`, nowhere else.
+
+A record never changes; :func:`mark` gives the node another one.  So two nodes may have the same: FX copies ``meta`` key
+by key, and what is marked on a copied node afterwards says nothing about the node that it was copied from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.fx import Node
+
+from fxsp.report import AttentionRecord
+from fxsp.types import Type
+
+__all__ = ["Decision", "Facts", "decision_of", "facts", "global_value", "local_value", "mark", "type_of", "value_of"]
+
+_KEY = "fxsp"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one call is partitioned."""
+
+    #: Required type of each tensor operand, in schema order.
+    operands: tuple[Type, ...]
+    #: Type of each tensor result.
+    results: tuple[Type, ...]
+    #: The sentence that says why an operand that is sharded must be whole; empty if none must.
+    reason: str = ""
+    #: Operands (by position) whose pads must be zeroed first, because the call sums over the tokens.
+    masked: tuple[int, ...] = ()
+    #: Facts for the pass that rewrites the call (documented by the function that decided).
+    detail: Any = None
+    #: What would avoid the gather that ``reason`` speaks of, if that is known.
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What passes know about one node; a field that no pass has written says so by its default."""
+
+    # Of any graph of ATen operators, from *normalize* on.
+
+    #: Why it is not opened, and runs whole; ``""`` if it is no island.
+    island: str = ""
+    #: Whether an operator on a tensor subclass treats every row alone.
+    row_wise: bool = False
+    #: Whether it is computed under ``torch.no_grad()``.
+    no_grad: bool = False
+    #: Whether an input is a parameter.
+    is_parameter: bool = False
+
+    # Of the global program, from *propagate* on; a node of the local program has the type of its value, too.
+
+    #: Its type, one for each tensor where there are several results.
+    type: Type | tuple[Type, ...] | None = None
+    #: How the call is partitioned.
+    decision: Decision | None = None
+    #: Whether its whole value can be had without communication.
+    free: bool = False
+
+    # Of the local program, from *partition* on.
+
+    #: The global fake value that it is a form of.
+    whole: Any = None
+    #: The name of that value in the global program.
+    stands_for: str = ""
+    #: The fake value on one rank; *verify* infers it.
+    local: Any = None
+    #: Bytes that each rank sends here, where the pass that wrote it has counted.
+    sent: Any = None
+    #: How an attention runs, until it is lowered (an ``AttentionChoice``).
+    attention: Any = None
+    #: The record, in the report, of the attention that it is part of.
+    attention_record: AttentionRecord | None = None
+    #: The attention, of those that are written out, that it is part of (as *unfused_report* has found it).
+    written_attention: Any = None
+
+
+_NOTHING = Facts()
+
+
+def facts(node: Node) -> Facts:
+    """What passes know about ``node``."""
+    found: Facts = node.meta.get(_KEY, _NOTHING)
+    return found
+
+
+def mark(node: Node, **found: Any) -> None:
+    """Write facts about ``node``, by the names of the fields of :class:`Facts`.  TypeError for any other name."""
+    node.meta[_KEY] = replace(facts(node), **found)
+
+
+def type_of(node: Node) -> Any:
+    """The type of a node that has one; a tuple of them where it has several results."""
+    type_ = facts(node).type
+    assert type_ is not None, f"{node.format_node()} has no type"
+    return type_
+
+
+def decision_of(node: Node) -> Decision:
+    """How a call is partitioned that was decided."""
+    decision = facts(node).decision
+    assert decision is not None, f"{node.format_node()} has no decision"
+    return decision
+
+
+def global_value(node: Node) -> Any:
+    """The fake value that a node of the global or the local program stands for, with its global shape; or None."""
+    whole = facts(node).whole
+    return node.meta.get("val") if whole is None else whole
+
+
+def local_value(node: Node) -> Any:
+    """The fake value of a node of the local program on one rank; None before it is inferred."""
+    return facts(node).local
+
+
+def value_of(node: Node) -> Any:
+    """A fake value with the dtype and device of the node's, and the shape of the local one where that is known."""
+    for value in (facts(node).local, global_value(node)):
+        if value is not None:
+            return value
+    return node.meta.get("example_value")
