@@ -74,8 +74,10 @@ class Pool:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fxsp-ranks-")
         store = str(Path(self._folder.name) / "store")
-        self._tasks = [rank_server.connect(rank, _worker, rank, self.size, store) for rank in range(self.size)]
-        self._processes = [pickle.loads(tasks.recv_bytes()) for tasks in self._tasks]
+        for rank in range(self.size):
+            tasks, process = rank_server.connect(rank, _worker, rank, self.size, store)
+            self._tasks.append(tasks)
+            self._processes.append(process)
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """The results of ``fn(rank, size, *args)``, by rank; :class:`RankError` if a rank fails or takes too long."""

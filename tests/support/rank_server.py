@@ -45,6 +45,10 @@ def _address(number: int) -> str:
     return str(Path(os.environ[FOLDER]) / str(number))
 
 
+def _log(number: int) -> Path:
+    return Path(f"{_address(number)}.log")
+
+
 def start() -> None:
     """Start the servers, if there are none; they load, and this process goes on."""
     if FOLDER in os.environ:
@@ -55,37 +59,40 @@ def start() -> None:
         with socket.socket(socket.AF_UNIX) as listener:  # connections wait in it until the server has loaded
             listener.bind(_address(number))
             listener.listen(128)
-            command = [sys.executable, __file__, str(listener.fileno())]
             path = os.pathsep.join(filter(None, sys.path))
-            server = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                pass_fds=[listener.fileno()],
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            )
+            with _log(number).open("w") as log:  # the libraries that it loads say much that matters to nobody
+                server = subprocess.Popen(
+                    [sys.executable, __file__, str(listener.fileno())],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[listener.fileno()],
+                    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                )
         atexit.register(_end, server)
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    assert server.stdin is not None
-    server.stdin.close()
+    server.kill()
     server.wait()
 
 
-def connect(number: int, function: Callable[..., None], *args: Any) -> Connection:
-    """A connection to a new process: ``function(connection, *args)``, with this process's environment and output.
+def connect(number: int, function: Callable[..., None], *args: Any) -> tuple[Connection, int]:
+    """A connection to a new process, and its number: ``function(connection, *args)`` with this environment and output.
 
-    The process ends with the function.  The first thing that it sends is its number.
+    The process ends with the function.  :class:`RuntimeError` if the server has ended.
     """
     start()
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(_address(number % SERVERS))
-        socket.send_fds(client, [b"."], [1, 2])
-        connection = Connection(client.detach())
-    here = (dict(os.environ), sys.path, str(Path.cwd()))
-    connection.send_bytes(pickle.dumps(here))
-    connection.send_bytes(pickle.dumps((function, args)))
-    return connection
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(_address(number % SERVERS))
+            socket.send_fds(client, [b"."], [1, 2])
+            connection = Connection(client.detach())
+        connection.send_bytes(pickle.dumps((dict(os.environ), sys.path, str(Path.cwd()))))
+        connection.send_bytes(pickle.dumps((function, args)))
+        return connection, pickle.loads(connection.recv_bytes())
+    except (OSError, EOFError) as error:
+        raise RuntimeError(f"a server of ranks has ended:\n{_log(number % SERVERS).read_text()}") from error
 
 
 def _load() -> None:
@@ -114,9 +121,6 @@ def _load() -> None:
     with torch.no_grad():
         torch.compile(Model(), backend="sp", options={"plan": SPLIT, "inner": "aot_eager"})(inputs())
     torch.compiler.reset()
-    if sys.platform == "linux":
-        threads = list(Path("/proc/self/task").iterdir())
-        assert len(threads) == 1, "a thread would be missing in the children"
 
 
 def _serve(listener: socket.socket) -> None:
@@ -124,7 +128,7 @@ def _serve(listener: socket.socket) -> None:
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
-            return  # the process that started this one has ended
+            os._exit(0)  # the process that started this one has ended
         client, _ = listener.accept()
         child = os.fork()
         if not child:
