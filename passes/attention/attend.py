@@ -32,7 +32,7 @@ class Attend:
         self.cache = cache
         self.choice: AttentionChoice = facts(node).attention
         self.op = self.choice.op
-        self.args = dict(node.kwargs)
+        self.args: dict[str, Any] = dict(node.kwargs)
         self.mask = self.args.get(self.op.mask) if self.op.mask is not None else None
         self.causal = self.args.get(self.op.causal) if isinstance(self.op.causal, str) else self.op.causal
         self.window = self.args.get("window") if self.op.op is BANDED else None
