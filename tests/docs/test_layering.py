@@ -32,6 +32,7 @@ LAYERS = [
     ("fxsp.passes.annotate", "fxsp.passes.functionalize"),
     ("fxsp.passes.partition",),
     ("fxsp.passes.pipeline",),
+    ("fxsp.cost.formula",),
     ("fxsp.inspection",),
     ("fxsp.cost", "fxsp.inner"),
     ("fxsp.said",),

@@ -10,7 +10,9 @@ import sympy
 import torch
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp.inspection.report_text import bytes_sent, format_bytes, format_graph, format_report, local_shape, op_text
+from fxsp.inspection.printer import format_graph, op_text
+from fxsp.inspection.report_text import format_report
+from fxsp.inspection.wire import bytes_sent, format_bytes, local_shape
 from fxsp.passes.graph import mark
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import Ranks, Replicate, Sequence, Shard, parse
