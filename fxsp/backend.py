@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="sp")``: the Dynamo backend.
 
-One call compiles one graph: capture, annotate, normalize, functionalize, the pipeline, then the inner compiler.  What
-cannot be normalized runs unsharded on every rank, with a warning that says why; a wrong plan, a wrong option or an
-unsupported construct is an error before anything ran.
+One call compiles one graph: the pipeline (:mod:`fxsp.passes.pipeline`), then the inner compiler.  What cannot be
+normalized runs unsharded on every rank, with a warning that says why; a wrong plan, a wrong option or an unsupported
+construct is an error before anything ran.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
 
 __all__ = ["RULES", "draws"]
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.families import traits_of
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
 from fxsp.types import Length
 
 __all__ = ["RULES"]

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch.fx import Node
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules import elementwise, index, reduce, scatter, spatial, views
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, OpRule, RuleFunction
+from fxsp.passes.rules.rule import OpRule, RuleFunction
 
 __all__ = ["RULES", "rule", "rule_of"]
 

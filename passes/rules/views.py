@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import aligned, order, reshape_factors
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
 from fxsp.types import same_length
 
 __all__ = ["RULES"]
