@@ -15,7 +15,7 @@ from fxsp.cost.metrics import Measures
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.render.text import legend_text
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import facts, is_split, reachable
 from fxsp.plan import did_you_mean, listing
 from fxsp.report import CollectiveRecord
 from fxsp.source import module_path, node_source
@@ -83,18 +83,13 @@ def _place(node: Node, program: Program | None = None) -> str:
 
 def _ancestor(node: Node, old: dict[str, Node]) -> Node | None:
     """The nearest value of the global program, split if there is one, that a step of a conversion was made of."""
-    queue, seen = [node], {node}
-    first = None
-    for current in queue:
-        found = old.get(facts(current).stands_for)
-        if found is not None and current is not node:
-            if isinstance(facts(found).type, Shard):
-                return found
-            first = first or found
-            continue
-        queue += [n for n in current.all_input_nodes if n not in seen]
-        seen.update(current.all_input_nodes)
-    return first
+
+    def named(current: Node) -> Node | None:
+        return None if current is node else old.get(facts(current).stands_for)
+
+    steps = reachable([node], lambda n: n.all_input_nodes, stop=lambda n: named(n) is not None)
+    found = [value for n in steps if (value := named(n)) is not None]
+    return next(filter(is_split, found), next(iter(found), None))
 
 
 def _value(node: Node) -> list[str]:
