@@ -29,9 +29,8 @@ from fxsp.passes.attention.unfused import decide_written
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
-from fxsp.passes.rules.elementwise import draws
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.rule import Call, draws, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.cat_and_cut import decide_structure
 from fxsp.passes.special.extremes import decide_extreme

@@ -93,16 +93,6 @@ def repeat(call: Call) -> OpRule | None:
     return OpRule((tuple(dims),), (out,), sizes, whole=frozenset(whole))
 
 
-def embedding(call: Call) -> OpRule | None:
-    """``([v, c], [d0, d1]) -> ([d0, d1, c]) whole={v}``."""
-    if call["scale_grad_by_freq"] or call["sparse"]:
-        return None  # its gradient counts all ids, or is sparse and cannot be summed over the ranks
-    weight, ids = call.operand_shapes()
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(ids))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(ids)} | {"v": weight[0], "c": weight[1]}
-    return OpRule(((("v",), ("c",)), tuple(dims)), ((*dims, ("c",)),), sizes, whole=frozenset("v"))
-
-
 def one_hot(call: Call) -> OpRule | None:
     """``([d0, d1]) -> ([d0, d1, n]) whole={n}``, with a given number of classes."""
     if not isinstance(call["num_classes"], int) or call["num_classes"] < 0:
@@ -203,7 +193,6 @@ RULES: dict[str, RuleFunction] = {
     "stack": stack,
     "pad": pad,
     "repeat": repeat,
-    "embedding": embedding,
     "one_hot": one_hot,
     "index_select": index_select,
     "index": index,

@@ -17,50 +17,6 @@ def _rows(prefix: str, shape: tuple[Length, ...]) -> tuple[list[tuple[str, ...]]
     return [(f"{prefix}{i}",) for i in range(len(shape))], {f"{prefix}{i}": n for i, n in enumerate(shape)}
 
 
-def linear(call: Call) -> OpRule | None:
-    """``([d0, d1, i], [o, i], [o]) -> ([d0, d1, o]) reduction={i}``."""
-    x, w = call.shape("input"), call.shape("weight")
-    if len(w) != 2:
-        return None
-    lead, sizes = _rows("d", x[:-1])
-    sizes |= {"i": x[-1], "o": w[0]}
-    operands: list[Dims] = [(*lead, ("i",)), (("o",), ("i",))]
-    if len(call.operands) > 2:
-        operands.append((("o",),))
-    # The bias would be added once per rank: the contraction must stay whole where there is one.
-    kind = "whole" if len(operands) > 2 else "reduction"
-    return OpRule(tuple(operands), ((*lead, ("o",)),), sizes, **{kind: frozenset("i")})
-
-
-def matmul(call: Call) -> OpRule | None:
-    """``matmul``: ``([b0, m, k], [b0, k, n]) -> ([b0, m, n]) reduction={k}``, batch dimensions broadcast."""
-    a, b = call.operand_shapes()
-    sizes: dict[str, Length] = {"k": a[-1]}
-    left: list[tuple[str, ...]] = [("k",)]
-    right: list[tuple[str, ...]] = [("k",)]
-    out: list[tuple[str, ...]] = []
-    if len(a) > 1:
-        left.insert(0, ("m",))
-        sizes["m"] = a[-2]
-        out.append(("m",))
-    if len(b) > 1:
-        right.append(("n",))
-        sizes["n"] = b[-1]
-        out.append(("n",))
-    (result,) = call.result_shapes()
-    batch = result[: len(result) - len(out)]
-    (batch_a, batch_b), lead, lead_sizes = broadcast([a[:-2], b[:-2]], batch, "b")
-    return OpRule(
-        ((*batch_a, *left), (*batch_b, *right)), ((*lead, *out),), {**lead_sizes, **sizes}, reduction=frozenset("k")
-    )
-
-
-def outer(call: Call) -> OpRule | None:
-    """``([m], [n]) -> ([m, n])``."""
-    (m,), (n,) = call.operand_shapes()
-    return OpRule(((("m",),), (("n",),)), ((("m",), ("n",)),), {"m": m, "n": n})
-
-
 def addmm(call: Call) -> OpRule | None:
     """``([m, n], [m, k], [k, n]) -> ([m, n]) whole={k}``."""
     bias, a, _ = call.operand_shapes()
@@ -70,13 +26,6 @@ def addmm(call: Call) -> OpRule | None:
     return OpRule(
         (bias_dims, (*lead, m, ("k",)), (*lead, ("k",), n)), (out,), sizes | {"k": a[-1]}, whole=frozenset("k")
     )
-
-
-def int_mm(call: Call) -> OpRule | None:
-    """``([m, k], [k, n]) -> ([m, n]) whole={k}``: bytes in, 32-bit integers out."""
-    (m, k), (_, n) = call.operand_shapes()
-    sizes = {"m": m, "k": k, "n": n}
-    return OpRule(((("m",), ("k",)), (("k",), ("n",))), ((("m",), ("n",)),), sizes, whole=frozenset("k"))
 
 
 def scaled_mm(call: Call) -> OpRule | None:
@@ -255,11 +204,7 @@ def _is_step_by_step(call: Call, i: int) -> bool:
 
 #: Family of operators -> its rule.
 RULES: dict[str, RuleFunction] = {
-    "linear_layer": linear,
-    "matmul": matmul,
-    "outer": outer,
     "addmm": addmm,
-    "int_mm": int_mm,
     "scaled_mm": scaled_mm,
     "einsum": einsum,
     "total": total,

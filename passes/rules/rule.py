@@ -159,6 +159,15 @@ def tensor_nodes(value: Any) -> Iterator[Node]:
 RuleFunction = Callable[[Call], "OpRule | None"]
 
 
+def draws(call: Call) -> bool:
+    """Whether this call draws random numbers: dropout does not at p = 0, nor outside training (None is training)."""
+    if torch.Tag.nondeterministic_seeded not in call.op.tags:
+        return False
+    if "dropout_p" in call.arguments:  # attention
+        return bool(call["dropout_p"])
+    return not ("p" in call.arguments and "train" in call.arguments) or bool(call["train"] is not False and call["p"])
+
+
 def names(prefix: str, count: int) -> list[str]:
     """``count`` factor names: ``a0, a1, ...``."""
     return [f"{prefix}{i}" for i in range(count)]

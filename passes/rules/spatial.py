@@ -32,27 +32,6 @@ def last_dims(call: Call) -> OpRule | None:
     return OpRule((x,), results, sizes, whole=frozenset(whole))
 
 
-def batch_norm(call: Call) -> OpRule | None:
-    """Outside training ``([d0, d1, d2], [d1], [d1], [d1], [d1]) -> ([d0, d1, d2])``; training mixes the batch."""
-    if call["training"] or call["running_mean"] is None:
-        return None
-    x = call.shape("input")
-    dims: Dims = tuple((f"d{i}",) for i in range(len(x)))
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(x)}
-    return OpRule((dims, *((("d1",),) for _ in call.operands[1:])), (dims,), sizes)
-
-
-def prelu(call: Call) -> OpRule | None:
-    """``([d0, d1, d2], [d1]) -> ([d0, d1, d2])``, or one slope for all."""
-    x, weight = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(x)))
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(x)}
-    if len(weight) == len(x):
-        return OpRule((dims, broadcast([weight], x)[0][0]), (dims,), sizes)
-    slopes: Dims = () if not weight else (((f"d{1}",),) if len(x) > 1 and weight[0] == x[1] else ((),))
-    return OpRule((dims, slopes), (dims,), sizes) if len(weight) <= 1 else None
-
-
 def meshgrid(call: Call) -> OpRule | None:
     """``meshgrid([x, y])``: ``([a0], [a1]) -> ([a0, a1], [a0, a1])``; ``indexing="xy"`` swaps the first two."""
     shapes = call.operand_shapes()
@@ -78,23 +57,9 @@ def unfold(call: Call) -> OpRule | None:
     return OpRule((x,), ((*y, ("n",)),), sizes, whole=frozenset("nxy"))
 
 
-def cdist(call: Call) -> OpRule | None:
-    """``([b0, m, c], [b0, n, c]) -> ([b0, m, n]) whole={c}``."""
+def cosine_similarity(call: Call) -> OpRule | None:
+    """It contracts one dimension: ``([d0, d1], [d0, d1]) -> ([d0]) whole={d1}``."""
     a, b = call.operand_shapes()
-    (result,) = call.result_shapes()
-    (lead_a, lead_b), lead, sizes = broadcast([a[:-2], b[:-2]], result[:-2], "b")
-    sizes |= {"m": a[-2], "n": b[-2], "c": a[-1]}
-    return OpRule(
-        ((*lead_a, ("m",), ("c",)), (*lead_b, ("n",), ("c",))), ((*lead, ("m",), ("n",)),), sizes, whole=frozenset("c")
-    )
-
-
-def beside(call: Call) -> OpRule | None:
-    """``bucketize``: ``([d0, d1], [n]) -> ([d0, d1]) whole={n}``; ``cosine_similarity`` contracts one dimension."""
-    a, b = call.operand_shapes()
-    if "dim" not in call.arguments:
-        dims: Dims = tuple((f"d{i}",) for i in range(len(a)))
-        return OpRule((dims, (("n",),)), (dims,), {f"d{i}": n for i, n in enumerate(a)}, whole=frozenset("n"))
     if len(a) != len(b) or not a:
         return None
     dim = call.dim("dim", len(a))
@@ -106,11 +71,8 @@ def beside(call: Call) -> OpRule | None:
 
 #: Family of operators -> its rule.
 RULES: dict[str, RuleFunction] = {
+    "cosine_similarity": cosine_similarity,
     "last_dims": last_dims,
-    "batch_norm": batch_norm,
-    "prelu": prelu,
     "meshgrid": meshgrid,
     "unfold": unfold,
-    "cdist": cdist,
-    "beside": beside,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxsp.passes.rules.dims import aligned, order, reshape_factors
+from fxsp.passes.rules.dims import order, reshape_factors
 from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
 from fxsp.types import same_length
 
@@ -40,39 +40,8 @@ def permute(call: Call) -> OpRule | None:
     return OpRule((dims,), (tuple(dims[d] for d in moved),), {f"d{i}": n for i, n in enumerate(shape)})
 
 
-def expand(call: Call) -> OpRule | None:
-    """``expand`` to ``[b, n, c]`` from ``[b, 1, c]``: ``([d0, 1, d2]) -> ([d0, d1, d2])``."""
-    (result,) = call.result_shapes()
-    rank = len(result)
-    out: Dims = tuple((f"d{i}",) for i in range(rank))
-    shape = call.operand_shapes()[0]
-    offset = rank - len(shape)
-    dims = tuple(out[offset + i] if aligned(n, result[offset + i]) else () for i, n in enumerate(shape))
-    others: tuple[None, ...] = (None,) * (len(call.operands) - 1)  # expand_as reads a shape only
-    return OpRule((dims, *others), (out,), {f"d{i}": n for i, n in enumerate(result)})
-
-
-def view_as_complex(call: Call) -> OpRule | None:
-    """``([d0, d1, c]) -> ([d0, d1]) whole={c}``."""
-    (shape,) = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(shape) - 1))
-    sizes = {f"d{i}": n for i, n in enumerate(shape[:-1])} | {"c": shape[-1]}
-    return OpRule(((*dims, ("c",)),), (dims,), sizes, whole=frozenset("c"))
-
-
-def view_as_real(call: Call) -> OpRule | None:
-    """``([d0, d1]) -> ([d0, d1, c]) whole={c}``."""
-    (shape,) = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(shape)))
-    sizes = {f"d{i}": n for i, n in enumerate(shape)} | {"c": 2}
-    return OpRule((dims,), ((*dims, ("c",)),), sizes, whole=frozenset("c"))
-
-
 #: Family of operators -> its rule.
 RULES: dict[str, RuleFunction] = {
     "reshape": reshape,
     "permute": permute,
-    "expand": expand,
-    "view_as_complex": view_as_complex,
-    "view_as_real": view_as_real,
 }
