@@ -10,7 +10,9 @@ are facts that passes ask for::
 
     cheap            recomputing it on whole operands beats any communication
     view             the same elements, in other dimensions
-    linear           in all operands together: gradients need none of them, and a sum of results is the result of sums
+    affine           in all operands together: gradients need none of them
+    linear           affine, and of zeros it makes zeros: a sum of results is the result of a sum
+    joins            linear, of several operands
     scale            linear in each operand alone
     work             so much arithmetic per element that it is worth running on shards for its own sake
     in_sdpa          ``scaled_dot_product_attention`` has an argument for it: scaling, masks, casts
@@ -37,6 +39,7 @@ aten = torch.ops.aten
 
 #: What a trait implies.
 _IMPLIED = {
+    "linear": "affine",
     "reshape": "view cheap",
     "permute": "view cheap",
     "expand": "view cheap",
@@ -75,7 +78,9 @@ TABLE: tuple[Row, ...] = (
         signbit.* positive.* sgn.* deg2rad.* rad2deg.* hardshrink.* softshrink.* logit.* isposinf.* isneginf.* i0.*
         detach_copy.* alias_copy.* lift_fresh.* lift_fresh_copy.* zeros_like.* ones_like.* empty_like.* full_like.*
     """, "[*d], ... -> [*d]"),
-    Row("linear in_sdpa", "add.* sub.* to.* to.other"),
+    Row("affine in_sdpa", "add.* sub.*"),
+    Row("linear in_sdpa", "to.* to.other"),
+    Row("joins", "add.Tensor sub.Tensor cat stack"),
     Row("in_sdpa", "mul.* div.* where.* masked_fill.*"),
     Row("linear keeps_zero turns_pair", "neg"),
     Row("turns_pair", "sub.Tensor rsub.Scalar view_as_complex"),
@@ -138,7 +143,7 @@ TABLE: tuple[Row, ...] = (
     Row("cat join linear", "cat"),
     Row("cat join", "concat concatenate"),
     Row("stack join linear cheap pairs", "stack"),
-    Row("pad linear", "constant_pad_nd"),
+    Row("pad affine", "constant_pad_nd"),
     Row("pad", "pad"),
     Row("repeat cheap", "repeat"),
     Row("repeat", "tile"),

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from fxsp.types import Length, as_length
 
-__all__ = ["Call", "Dims", "Factors", "OpRule", "RuleFunction", "names", "tensor_value"]
+__all__ = ["Call", "Dims", "Factors", "OpRule", "RuleFunction", "draws", "rows", "tensor_value"]
 
 #: Factors of one dimension, outermost first.
 Factors = tuple[str, ...]
@@ -51,6 +51,7 @@ class OpRule:
 
     operands: tuple[Dims | None, ...]
     results: tuple[Dims, ...]
+    #: Of factors that share a dimension, and of those of products.
     sizes: dict[str, Length] = field(default_factory=dict, hash=False, compare=False)
     reduction: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
@@ -168,6 +169,6 @@ def draws(call: Call) -> bool:
     return not ("p" in call.arguments and "train" in call.arguments) or bool(call["train"] is not False and call["p"])
 
 
-def names(prefix: str, count: int) -> list[str]:
-    """``count`` factor names: ``a0, a1, ...``."""
-    return [f"{prefix}{i}" for i in range(count)]
+def rows(count: int, prefix: str = "d") -> list[Factors]:
+    """``count`` dimensions, each one factor: ``d0``, ``d1``, ..."""
+    return [(f"{prefix}{i}",) for i in range(count)]

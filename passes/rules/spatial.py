@@ -9,8 +9,7 @@ import torch
 
 from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.families import traits_of
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
-from fxsp.types import Length
+from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction, rows
 
 __all__ = ["RULES"]
 
@@ -24,12 +23,11 @@ def last_dims(call: Call) -> OpRule | None:
     (count,) = (_COUNTS[trait] for trait in traits_of(call.op) if trait in _COUNTS)
     if call.op is torch.ops.aten.diag_embed.default and (call["dim1"], call["dim2"]) != (-2, -1):
         return None
-    lead: Dims = tuple((f"d{i}",) for i in range(len(shape) - count))
+    lead = rows(len(shape) - count)
     x: Dims = (*lead, *((f"x{i}",) for i in range(len(lead), len(shape))))
     results = tuple((*lead, *((f"y{i}",) for i in range(len(lead), len(r)))) for r in call.result_shapes())
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape[: len(lead)])}
     whole = {f for dims in (x, *results) for d in dims[len(lead) :] for f in d}
-    return OpRule((x,), results, sizes, whole=frozenset(whole))
+    return OpRule((x,), results, whole=frozenset(whole))
 
 
 def meshgrid(call: Call) -> OpRule | None:
@@ -41,20 +39,18 @@ def meshgrid(call: Call) -> OpRule | None:
     if call.get("indexing", "ij") == "xy" and len(order) > 1:
         order[:2] = [1, 0]
     grid: Dims = tuple((f"a{i}",) for i in order)
-    sizes: dict[str, Length] = {f"a{i}": s[0] if s else 1 for i, s in enumerate(shapes)}
     operands: tuple[Dims, ...] = tuple(((f"a{i}",),) if s else () for i, s in enumerate(shapes))
-    return OpRule(operands, tuple(grid for _ in shapes), sizes)
+    return OpRule(operands, tuple(grid for _ in shapes))
 
 
 def unfold(call: Call) -> OpRule | None:
     """``unfold(1, 2, 1)``: ``([d0, x, d2]) -> ([d0, y, d2, n]) whole={n, x, y}``."""
     (shape,) = call.operand_shapes()
     dim = call.dim("dimension", len(shape))
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}
+    dims = rows(len(shape))
     x: Dims = tuple(("x",) if i == dim else d for i, d in enumerate(dims))
     y: Dims = tuple(("y",) if i == dim else d for i, d in enumerate(dims))
-    return OpRule((x,), ((*y, ("n",)),), sizes, whole=frozenset("nxy"))
+    return OpRule((x,), ((*y, ("n",)),), whole=frozenset("nxy"))
 
 
 def cosine_similarity(call: Call) -> OpRule | None:
@@ -64,9 +60,9 @@ def cosine_similarity(call: Call) -> OpRule | None:
         return None
     dim = call.dim("dim", len(a))
     joint = tuple(n if m == 1 else m for m, n in zip(a, b, strict=True))
-    (left, right), out, sizes = broadcast([a, b], joint)
+    (left, right), out, _ = broadcast([a, b], joint)
     whole = {f for d in (left[dim], right[dim]) for f in d}
-    return OpRule((left, right), (tuple(d for i, d in enumerate(out) if i != dim),), sizes, whole=frozenset(whole))
+    return OpRule((left, right), (tuple(d for i, d in enumerate(out) if i != dim),), whole=frozenset(whole))
 
 
 #: Family of operators -> its rule.

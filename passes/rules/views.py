@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxsp.passes.rules.dims import order, reshape_factors
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction
+from fxsp.passes.rules.rule import Call, OpRule, RuleFunction, rows
 from fxsp.types import same_length
 
 __all__ = ["RULES"]
@@ -13,11 +13,9 @@ __all__ = ["RULES"]
 
 def _unsqueeze(call: Call) -> OpRule | None:
     """``unsqueeze(1)``: ``([d0, d1]) -> ([d0, 1, d1])``; which 1 is the new one is known, also beside one token."""
-    shape = call.operand_shapes()[0]
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
-    at = call.dim("dim", len(shape) + 1)
-    out = (*dims[:at], (), *dims[at:])
-    return OpRule((tuple(dims),), (out,), {f"d{i}": n for i, n in enumerate(shape)})
+    dims = rows(len(call.operand_shapes()[0]))
+    at = call.dim("dim", len(dims) + 1)
+    return OpRule((tuple(dims),), ((*dims[:at], (), *dims[at:]),))
 
 
 def reshape(call: Call) -> OpRule | None:
@@ -34,10 +32,8 @@ def reshape(call: Call) -> OpRule | None:
 
 def permute(call: Call) -> OpRule | None:
     """``transpose(1, 2)``: ``([d0, d1, d2]) -> ([d0, d2, d1])``."""
-    (shape,) = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(shape)))
-    moved = order(call.op, call.arguments, len(shape))
-    return OpRule((dims,), (tuple(dims[d] for d in moved),), {f"d{i}": n for i, n in enumerate(shape)})
+    dims = rows(len(call.operand_shapes()[0]))
+    return OpRule((tuple(dims),), (tuple(dims[d] for d in order(call.op, call.arguments, len(dims))),))
 
 
 #: Family of operators -> its rule.
