@@ -57,7 +57,7 @@ def main() -> None:
             torch.compile(model, backend=lambda gm, _: gm.forward)(**inputs)
         dynamo = time.perf_counter() - start
         stages = ", ".join(
-            f"{result.report.timings[s]:.2f}" for s in ("normalized", "propagated", "local", "partitioned")
+            f"{result.report.timings[s]:.2f}" for s in ("normalize", "propagate", "partition", "device_memory")
         )
         ratios = f"{result.seconds / dynamo:>6.2f} {everything / dynamo:>8.2f}"
         print(f"{ranks:>6} {dynamo:>9.2f} {result.seconds:>7.2f} {ratios}   {stages} s")

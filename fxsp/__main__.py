@@ -31,7 +31,7 @@ a factory is a function without arguments that returns (model, args, kwargs), in
 examples:
     python -m fxsp explain flux:build --ranks 8
     python -m fxsp explain flux:build --ranks 8 --ulysses 4 --ring 2 --html flux.html
-    python -m fxsp explain flux:build --ranks 8 --stage partitioned
+    python -m fxsp explain flux:build --ranks 8 --stage partition
     python -m fxsp explain flux:build --ranks 8 --why transformer_blocks.0.attn
     python -m fxsp verify  small:build --ranks 2 3 8 --no-grad
 """

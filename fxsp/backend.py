@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="sp")``: the Dynamo backend.
 
-One call compiles one graph: capture, annotate, normalize, functionalize, the pipeline, then the inner compiler.  What
-cannot be normalized runs unsharded on every rank, with a warning that says why; a wrong plan, a wrong option or an
-unsupported construct is an error before anything ran.
+One call compiles one graph: the pipeline (:mod:`fxsp.passes.pipeline`), then the inner compiler.  What cannot be
+normalized runs unsharded on every rank, with a warning that says why; a wrong plan, a wrong option or an unsupported
+construct is an error before anything ran.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,12 +46,17 @@ from fxsp.types import Ranks
 
 __all__ = ["Before", "keep_report", "left_to_hooks", "reports", "sp"]
 
-_reports: list[Report] = []
+#: How many reports a process keeps: one that compiles for ever (lengths that change, models that come and go) must not
+#: grow for ever.
+REPORTS_KEPT = 4096
+_reports: deque[Report] = deque(maxlen=REPORTS_KEPT)
 _lock = threading.Lock()
 
 
 def reports() -> list[Report]:
-    """The reports of all graphs that this process has compiled, or left to hooks, newest last."""
+    """The reports of the graphs that this process has compiled, or left to hooks: the last :data:`REPORTS_KEPT`, newest
+    last.
+    """
     with _lock:
         return list(_reports)
 
@@ -69,7 +75,7 @@ def sp(
     ``gm`` is Dynamo's graph, ``example_inputs`` its inputs, ``options`` those of :class:`fxsp.config.Options`.
     Raises :class:`~fxsp.errors.FxspError`: ``OptionError``, ``PlanError``, ``UnsupportedError`` or ``StrictError``.
     """
-    try:
+    with torch_internals.through_dynamo(FxspError):
         try:
             parsed = Options.parse(options, mode)
             ranks = resolve_ranks(parsed)
@@ -77,9 +83,6 @@ def sp(
             _say_refused(options, error)
             raise
         return _compile(gm, example_inputs, parsed, ranks)
-    except FxspError as error:
-        # Dynamo would wrap it in an error of its own, whose type says nothing.
-        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
 
 class Before:
@@ -105,10 +108,8 @@ class Before:
         self.options = replace(options, inner=self.compiler_fn)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
+        with torch_internals.through_dynamo(FxspError):
             return _compile(gm, example_inputs, self.options, resolve_ranks(self.options), self._root())
-        except FxspError as error:
-            raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
 
 
 install(lambda backend: backend is sp)
@@ -145,10 +146,8 @@ def _limit_reached(compiler: Any, code: CodeType, reason: str) -> None:
         f"has reached Dynamo's recompile limit and runs {where} uncompiled, whole on every rank; the last guard that "
         f"failed: {' '.join(reason.split())}"
     )
-    try:
+    with torch_internals.through_dynamo(FxspError):
         channel.agree("uncompiled", what, {})
-    except FxspError as error:
-        raise torch_internals.unwrapped_by_dynamo(error) from error.__cause__
     warnings.warn(UnshardedWarning(f"this process {what}"), stacklevel=2)
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "PlanError",
     "ProcessGroupError",
     "RanksApartError",
+    "RunsWhole",
     "StrictError",
     "UnshardedWarning",
     "UnsupportedError",
@@ -38,6 +39,23 @@ class ProcessGroupError(FxspError, RuntimeError):
 
 class UnsupportedError(FxspError, NotImplementedError):
     """The program contains something that cannot be partitioned without changing its meaning."""
+
+
+class RunsWhole(UnsupportedError):  # noqa: N818  (nothing is wrong with the graph)
+    """A graph stays as it is: whole on every rank, and right.  ``compile_graph`` catches it; no user does.
+
+    ``remedy`` is what the warning advises, beside the reason; None: nobody has to be warned.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        remedy: str | None = (
+            "fxsp.explain shows what the plan reaches; rewrite that line, or keep it out with torch.compiler.disable"
+        ),
+    ) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 class InputMismatchError(FxspError):

@@ -38,7 +38,7 @@ class GatherRecord:
     kind: str = "implicit"
     #: Of an output: what the program calls it (``"logits"``, ``"cache.layers[0].keys"``); ``""`` if that is not known.
     name: str = ""
-    #: The value of the graph, as the printed stages up to ``laid_out`` name it.
+    #: The value of the graph, as the printed stages up to ``zigzag`` name it.
     value: str = ""
 
     def __str__(self) -> str:
@@ -148,6 +148,12 @@ class Report:
     unsharded: str = ""
     #: The share of the graph's work that runs on shards, of 1; None: it was not partitioned.
     share: float | None = None
+
+    def runs_whole(self, why: str) -> None:
+        """The graph stays as it was: what was planned to be sent is not."""
+        self.unsharded = why
+        for planned in (self.implicit_gathers, self.attentions, self.collectives, self.backward):
+            planned.clear()
 
     @property
     def communication(self) -> dict[str, tuple[int, Any]]:

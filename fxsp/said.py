@@ -20,21 +20,18 @@ from fxsp.passes.work import has_work
 from fxsp.report import GatherRecord, Report
 from fxsp.types import Shard
 
-__all__ = ["EMPTY_PLAN", "say_degrees", "say_gathers", "say_outputs", "say_share", "say_unsharded"]
+__all__ = ["say_degrees", "say_gathers", "say_outputs", "say_share", "say_unsharded"]
 
-EMPTY_PLAN = "the plan is empty: it names no module and no value"
 #: Outputs that are gathered may be this part of what a graph sends.
 _MOST = 0.25
 #: One hidden state, and as much again: what a model returns at its end, whatever else it returns.
 _STATES = 2
 
 
-def say_unsharded(report: Report) -> None:
+def say_unsharded(report: Report, remedy: str) -> None:
     """Warn that a graph runs whole, and why."""
-    name = report.root or "a function"
-    remedy = "fxsp.explain shows what the plan reaches; rewrite that line, or keep it out with torch.compiler.disable"
-    text = f"a graph of {name} runs whole on every rank (right, and not split): {report.unsharded}.\n  {remedy}"
-    warnings.warn(UnshardedWarning(text), stacklevel=3)
+    text = f"a graph of {report.root} runs whole on every rank (right, and not split): {report.unsharded}.\n  {remedy}"
+    warnings.warn(UnshardedWarning(text.rstrip()), stacklevel=3)
 
 
 def say_gathers(report: Report) -> None:
@@ -58,10 +55,10 @@ def say_degrees(program: Program) -> None:
         warnings.warn(DegreeWarning("\n  ".join(ignored[:4]) + more), stacklevel=3)
 
 
-def say_share(program: Program, strict: bool) -> None:
+def say_share(program: Program) -> None:
     """Put the share of the work that runs on shards into the report; if it is next to nothing, say so.
 
-    Where implicit gathers name the operators that hold the work, that has been said.  Raises ``StrictError`` if
+    Where implicit gathers name the operators that hold the work, that has been said.  Raises ``StrictError`` under
     ``strict``.
     """
     report = program.report
@@ -84,18 +81,18 @@ def say_share(program: Program, strict: bool) -> None:
         "annotate a value that is split where this work begins; an operator that the compiler does not know can be "
         "replaced by the operators that it consists of, an attention be named with fxsp.register_attention"
     )
-    if strict:
+    if program.options.strict:
         raise StrictError(f"{text}.\n  With strict=True this is an error: {remedy}.")
     warnings.warn(UnshardedWarning(f"{text}.\n  {remedy}; strict=True refuses it"), stacklevel=3)
 
 
-def say_outputs(program: Program, strict: bool) -> None:
+def say_outputs(program: Program) -> None:
     """Say which outputs are more than a quarter of what the graph sends (forward), and what avoids it.
 
     Meant are outputs that need not be: keys and values of attentions, what is wider than a hidden state (logits), and
     what is, together, more than two of them (the states of all layers).  A hidden state has to be returned once by most
     models, and is often all that a small one sends.  A graph that ends in a graph break returns what the code after it
-    needs: that is said elsewhere.  Raises ``StrictError`` if ``strict``.
+    needs: that is said elsewhere.  Raises ``StrictError`` under ``strict``.
     """
     report, number = program.report, number_in(program)
     named = [gather for gather in report.implicit_gathers if gather.kind == "output" and gather.name]
@@ -119,7 +116,7 @@ def say_outputs(program: Program, strict: bool) -> None:
     lines += [f"  {gather.name}, of {gather.module}: {format_bytes(gather.bytes)}" for gather in largest[:6]]
     lines += [f"  and {len(largest) - 6} more"] if len(largest) > 6 else []
     remedy = "; ".join(_remedies(caches, others))
-    if strict:
+    if program.options.strict:
         raise StrictError("\n  ".join([*lines, f"With strict=True this is an error: {remedy}."]))
     lines.append(f"To avoid it: {remedy}; strict=True refuses it")
     report.notes.append(lines[0].replace(" (", f", {', '.join(g.name for g in largest[:3])} (").rstrip(":"))

@@ -20,14 +20,17 @@ Metadata that passes agree on, per node:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from torch.fx import Graph, GraphModule
+from torch.nn import Module
 
+from fxsp.capture.module_calls import Captured
 from fxsp.config import Degrees, Options, resolve_degrees
-from fxsp.report import Report
+from fxsp.report import PlanRecord, Report
 from fxsp.types import Length, Ranks
 
 __all__ = ["Pass", "Program"]
@@ -43,6 +46,14 @@ class Program:
     #: Whether gradients may be asked for: grad mode is on and an input (or parameter) requires grad.
     training: bool = False
     options: Options = field(default_factory=Options)
+    #: What Dynamo gave with its graph, real tensors and symbolic sizes, until it is traced (*normalize*).
+    inputs: Sequence[Any] = ()
+    #: The module that the plan is for, where that is known.
+    root: Module | None = None
+    #: The module calls of Dynamo's graph, and the plan (*capture* to *carry*).
+    captured: Captured | None = None
+    #: What is split only because the graphs before it were (*carry*).
+    carried: list[PlanRecord] = field(default_factory=list)
     #: Lengths of the segments whose tokens are split into heads and tails (*zigzag*).
     head_tail: tuple[Length, ...] = ()
     #: What is known of attentions that are written out: a :class:`~fxsp.passes.attention.unfused.Unfused`, once one was

@@ -45,8 +45,8 @@ class Builder:
             for key in _LENT:
                 if key in self._origin.meta:
                     new.meta.setdefault(key, self._origin.meta[key])
-            if (index := facts(self._origin).written_attention) is not None:
-                mark(new, written_attention=index)
+            if (attention := facts(self._origin).written_attention) is not None:
+                mark(new, written_attention=attention)
         return new
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from fxsp.report import AttentionRecord
 from fxsp.types import Type
 
 __all__ = ["Decision", "Facts", "decision_of", "facts", "global_value", "local_value", "mark", "type_of", "value_of"]
@@ -77,10 +78,10 @@ class Facts:
     sent: Any = None
     #: How an attention runs, until it is lowered (an ``AttentionChoice``).
     attention: Any = None
-    #: Position, in the report, of the attention that it is part of.
-    attention_record: int | None = None
-    #: Position, among the attentions that are written out, of the one that it is part of.
-    written_attention: int | None = None
+    #: The record, in the report, of the attention that it is part of.
+    attention_record: AttentionRecord | None = None
+    #: The attention, of those that are written out, that it is part of (as *unfused_report* has found it).
+    written_attention: Any = None
 
 
 _NOTHING = Facts()

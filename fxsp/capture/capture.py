@@ -21,14 +21,14 @@ from torch import fx, nn
 from fxsp import torch_internals
 from fxsp.capture.encoder_paths import SUBSTITUTES
 from fxsp.capture.graph_breaks import Splits
-from fxsp.capture.module_calls import Capture, ModuleCall
+from fxsp.capture.module_calls import Captured, ModuleCall
 from fxsp.capture.resolve import forward_signature, resolve_plan, submodules, unwrap
 from fxsp.errors import PlanError
 from fxsp.plan import PlanEntry, find_plan, owns_plan, parse_plan
 from fxsp.torch_internals import Opaque, Translation
 
 __all__ = [
-    "Capture",
+    "Captured",
     "ModuleCall",
     "capture",
     "claim_with",
@@ -160,7 +160,7 @@ def _remember_frame(translation: Translation) -> None:
 # --- in the backend ---------------------------------------------------------------------------------------------------
 
 
-def capture(gm: fx.GraphModule, plan: Any = None, root: nn.Module | None = None) -> Capture:
+def capture(gm: fx.GraphModule, plan: Any = None, root: nn.Module | None = None) -> Captured:
     """The module calls of the graph that Dynamo hands to the backend; call it from the backend, before changing ``gm``.
 
     ``plan`` is the plan of the options (a dictionary or entries); without one, the plan is that of the first module of
@@ -222,21 +222,21 @@ def _finished(call: ModuleCall, tracer: Any) -> ModuleCall:
     return replace(call, arguments=arguments, outputs=torch_internals.finish_value(call.outputs, tracer))
 
 
-def _without_frame(plan: Any, note: str) -> Capture:
-    return Capture(None, None if plan is None else parse_plan(plan), notes=[note])
+def _without_frame(plan: Any, note: str) -> Captured:
+    return Captured(None, None if plan is None else parse_plan(plan), notes=[note])
 
 
-def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> Capture:
+def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> Captured:
     candidates = _candidates(translation, calls)
     if plan is None:
         owners = [module for module in candidates if owns_plan(module)]
         if not owners:
-            return Capture(candidates[0] if candidates else None, None)
+            return Captured(candidates[0] if candidates else None, None)
         entries = parse_plan(find_plan(owners[0]))
-        return Capture(owners[0], entries, notes=_other_plans(owners[0], owners))
+        return Captured(owners[0], entries, notes=_other_plans(owners[0], owners))
     entries = parse_plan(plan)
     if not candidates:
-        return Capture(
+        return Captured(
             None,
             entries,
             notes=["no module is called or visible in the traced frame (a part of one, after a graph break?)"],
@@ -246,15 +246,15 @@ def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> 
         fits.append(sum(_resolves((entry,), module) for entry in entries))
         if fits[-1] == len(entries) and _resolves(entries, module):
             _seen(translation).add(module)
-            return Capture(module, entries)
+            return Captured(module, entries)
     best = candidates[fits.index(max(fits))]
     resolve_plan(entries, best)  # raises: names what is wrong with the entry in the module that fits best
     raise AssertionError("unreachable: the plan was refused a moment ago")
 
 
-def _with_root(translation: Translation, calls: list[ModuleCall], root: nn.Module, plan: Any) -> Capture:
+def _with_root(translation: Translation, calls: list[ModuleCall], root: nn.Module, plan: Any) -> Captured:
     owners = [module for module in _candidates(translation, calls) if owns_plan(module)]
-    return Capture(root, parse_plan(plan), notes=_other_plans(root, owners))
+    return Captured(root, parse_plan(plan), notes=_other_plans(root, owners))
 
 
 def _other_plans(root: nn.Module, owners: Sequence[nn.Module]) -> list[str]:

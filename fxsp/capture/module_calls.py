@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxsp.capture.graph_breaks import Splits
 from fxsp.plan import PlanEntry
 
-__all__ = ["Capture", "ModuleCall"]
+__all__ = ["Captured", "ModuleCall"]
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class ModuleCall:
 
 
 @dataclass(eq=False)
-class Capture:
+class Captured:
     """What is known about one graph of Dynamo."""
 
     #: The module that owns the plan (or that the plan was given for), without wrappers; None: not found.

@@ -2,10 +2,13 @@
 
 =================== ==================================================================================================
 ``options["print"]`` the named stages, on standard output and in ``report.stages``
-``FXSP_DUMP=dir``   every stage as a file ``dir/rank0/graph0_partitioned.txt``
+``FXSP_DUMP=dir``   every stage as a file ``dir/rank0/graph0_device_memory.txt``
 ``TORCH_LOGS=+fxsp`` every stage, by the logger ``fxsp.inspection.stages``
-``TORCH_TRACE=dir`` every stage as an artifact ``fxsp_partitioned`` of the compilation, for tlparse
+``TORCH_TRACE=dir`` every stage as an artifact ``fxsp_device_memory`` of the compilation, for tlparse
 =================== ==================================================================================================
+
+Stages are called like their passes; ``options["print"]`` knows former names, too, and what was asked for by such a name
+is printed under it.
 
 Nothing is printed, or computed, that nobody asked for.  ``fxsp`` is the name of a logger, as any package is to
 ``TORCH_LOGS``; ``TORCH_LOGS=help``, printed while torch itself is imported, lists the names of torch only.
@@ -19,13 +22,13 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from torch.fx import GraphModule
-
 from fxsp import torch_internals
+from fxsp.errors import OptionError
 from fxsp.inspection.printer import Row, format_rows, rows
 from fxsp.passes.base import Program
-from fxsp.passes.pipeline import STAGES
+from fxsp.passes.pipeline import STAGES, stage_named
 from fxsp.passes.verify import infer_local
+from fxsp.plan import did_you_mean, listing
 from fxsp.report import Report
 from fxsp.types import Ranks
 
@@ -36,33 +39,45 @@ _numbers = count()
 
 
 class StageWriter:
-    """Prints the stages of one compilation to all who asked; ``keep`` holds all of them, as lines, for ``explain``."""
+    """Prints the stages of one compilation to all who asked; ``keep`` holds all of them, as lines, for ``explain``.
+
+    Raises :class:`OptionError` if ``watch`` names a stage that does not exist.
+    """
 
     def __init__(self, watch: tuple[str, ...], ranks: Ranks, *, keep: bool = False) -> None:
-        self.shown = frozenset(watch)
+        for name in watch:
+            if stage_named(name) not in STAGES:
+                raise OptionError(
+                    f"option 'print' names a stage {name!r} that does not exist.{did_you_mean(name, STAGES)}\n"
+                    f"  Stages: {listing(STAGES)}"
+                )
+        #: Stage -> the names by which it was asked for.
+        self.shown = {stage: [n for n in watch if stage_named(n) == stage] for stage in STAGES}
         self.ranks = ranks
         self.keep = keep
         self.kept: dict[str, list[Row]] = {}
         self.folder = os.environ.get("FXSP_DUMP", "")
         self.traced = torch_internals.tracing_artifacts()
         self.everywhere = bool(self.folder or self.traced or log.isEnabledFor(logging.DEBUG))
-        self.watch = frozenset(STAGES) if keep or self.everywhere else self.shown
         self.number = next(_numbers) if self.folder else 0
 
-    def text(self, stage: str, gm: GraphModule, report: Report) -> None:
-        """The graph after ``stage``."""
-        if stage not in self.watch:
+    def stage(self, stage: str, program: Program) -> None:
+        """The graph after a stage; a local graph gets its local values first."""
+        written = self.everywhere or bool(self.shown[stage])
+        if not (self.keep or written):
             return
-        lines = rows(gm, self.ranks)
+        if program.partitioned is not None:
+            infer_local(program)
+        lines = rows(program.gm, self.ranks)
         if self.keep:
             self.kept[stage] = lines
-        if self.everywhere or stage in self.shown:
-            self._write(stage, format_rows(lines, self.ranks), report)
+        if written:
+            self._write(stage, format_rows(lines, self.ranks), program.report)
 
     def _write(self, stage: str, text: str, report: Report) -> None:
-        if stage in self.shown:
-            report.stages[stage] = text
-            sys.stdout.write(f"# fxsp: {stage}\n{text}\n")
+        for name in self.shown[stage]:
+            report.stages[name] = text
+            sys.stdout.write(f"# fxsp: {name}\n{text}\n")
         if self.folder:
             place = Path(self.folder) / f"rank{self.ranks.rank}"
             place.mkdir(parents=True, exist_ok=True)
@@ -70,9 +85,3 @@ class StageWriter:
         if self.traced:
             torch_internals.trace_artifact(f"fxsp_{stage}", text)
         log.debug("%s\n%s", stage, text)
-
-    def program(self, stage: str, program: Program) -> None:
-        """The graph after a pass of the pipeline; local graphs get their local values first."""
-        if stage in ("local", "exchanged", "partitioned"):
-            infer_local(program)
-        self.text(stage, program.gm, program.report)

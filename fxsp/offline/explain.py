@@ -20,6 +20,7 @@ from fxsp.offline.progress import check_size, told
 from fxsp.offline.provenance import UnknownNameError, reasons
 from fxsp.offline.render import page as html
 from fxsp.offline.render.text import as_data, one_screen
+from fxsp.passes.pipeline import STAGES, stage_named
 from fxsp.plan import did_you_mean, listing
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord
 from fxsp.types import Ranks
@@ -100,18 +101,18 @@ class Explanation:
         """Names of the stages that :meth:`graph` prints."""
         return list(dict.fromkeys(stage for result in self.results for stage in result.stages))
 
-    def graph(self, stage: str = "partitioned", index: int = 0) -> str:
+    def graph(self, stage: str = STAGES[-1], index: int = 0) -> str:
         """The graph after a stage, as text; ``index`` counts graphs.  Raises :class:`OptionError` for unknown names."""
         return format_rows(self._stage(stage, index), Ranks(0, self.world_size, ""))
 
-    def diff(self, before: str = "normalized", after: str = "partitioned", index: int = 0) -> str:
+    def diff(self, before: str = "normalize", after: str = STAGES[-1], index: int = 0) -> str:
         """What changed between two stages; coloured on a terminal, unless ``NO_COLOR`` is set."""
         return diff_stages(self._stage(before, index), self._stage(after, index))
 
     def _stage(self, stage: str, index: int) -> list[Row]:
         if not 0 <= index < len(self.results):
             raise OptionError(f"there is no graph {index}; {self.model} was traced as {len(self.results)}")
-        stages = self.results[index].stages
+        stages, stage = self.results[index].stages, stage_named(stage)
         if stage not in stages:
             why = self.results[index].report.unsharded
             raise OptionError(

@@ -26,7 +26,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.normalize.regions import open_regions
 from fxsp.report import Report
 from fxsp.source import input_name
-from fxsp.torch_internals import input_source, unwrapped_by_dynamo
+from fxsp.torch_internals import input_source, through_dynamo
 from fxsp.types import Ranks
 
 __all__ = ["OfflineResult", "partition_offline"]
@@ -63,12 +63,13 @@ class _Offline:
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
-        try:
-            writer = StageWriter(self.options.print, self.ranks, keep=self.stages)
-            report, program = compile_graph(gm, inputs, self.options, self.ranks, writer)
-        except FxspError as error:
-            self.error = error
-            raise unwrapped_by_dynamo(error) from error.__cause__
+        with through_dynamo(FxspError):
+            try:
+                writer = StageWriter(self.options.print, self.ranks, keep=self.stages)
+                report, program = compile_graph(gm, inputs, self.options, self.ranks, writer)
+            except FxspError as error:
+                self.error = error
+                raise
         seconds = time.perf_counter() - start
         whole = open_regions(gm).forward
         names = tuple(

@@ -1,6 +1,7 @@
 """All contact with private torch API: one small, well-named function for each thing that is needed.
 
-Supported torch: 2.11 to 2.15.  Nothing else in fxsp imports a name of torch that begins with an underscore.
+Nothing else in fxsp imports a name of torch that begins with an underscore.  The versions that are supported are in
+``versions.py``; ``probe.py`` looks up, in the torch at hand, every name that is used here.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from fxsp.torch_internals.groups import (
     has_gloo,
     is_collective_error,
 )
-from fxsp.torch_internals.logs import trace_artifact, tracing_artifacts, unwrapped_by_dynamo
+from fxsp.torch_internals.logs import through_dynamo, trace_artifact, tracing_artifacts
 from fxsp.torch_internals.operators import (
     autocast_key,
     call_at,
@@ -253,6 +254,7 @@ __all__ = [
     "substitute_functions",
     "symint_hint",
     "sympy_to_fx",
+    "through_dynamo",
     "to_fake",
     "trace_artifact",
     "trace_on_fakes",
@@ -260,7 +262,6 @@ __all__ = [
     "traced_graph",
     "tracing_artifacts",
     "untraced",
-    "unwrapped_by_dynamo",
     "version",
     "when_gathered",
     "without_autocast",

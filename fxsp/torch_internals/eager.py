@@ -9,11 +9,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from fxsp.torch_internals.versions import missing
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 #: A context in which functions take all tensors as plain ones, and no mode sees them.  Dynamo knows the class itself.
-plain_functions: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
+plain_functions: Callable[[], AbstractContextManager[Any]]
+try:
+    plain_functions = torch._C.DisableTorchFunction
+except AttributeError as _error:
+    raise missing("torch._C.DisableTorchFunction", _error) from _error
 
 
 def set_compiler(compiler: Any) -> Any:

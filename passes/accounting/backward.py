@@ -1,4 +1,4 @@
-"""What the backward pass of a local graph will send, read off the forward graph before anyone differentiates it.
+"""backward: what the backward pass of a local graph will send, read off the forward graph before it is differentiated.
 
 The gradient of a value in one form comes in the adjoint form, so every operator of ours that a gradient goes through
 says in its record what its adjoint sends (``Op.returns`` in :mod:`fxsp.kernels.op`).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,9 +33,20 @@ from fxsp.source import module_path, node_source
 from fxsp.torch_internals import is_operator, is_recomputed, schema
 from fxsp.types import Shard, as_length
 
-__all__ = ["backward_collectives"]
+__all__ = ["Backward", "backward_collectives"]
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Backward:
+    """After this pass the report says what gradients will send."""
+
+    name: str = "backward"
+
+    def apply(self, program: Program) -> Program:
+        program.report.backward.extend(backward_collectives(program))
+        return program
 
 
 def backward_collectives(program: Program) -> list[CollectiveRecord]:

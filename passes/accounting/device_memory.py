@@ -42,14 +42,15 @@ class DeviceMemory:
     name: str = "device_memory"
 
     def apply(self, program: Program) -> Program:
+        records = program.report.attentions
+        positions = {id(record): i for i, record in enumerate(records)}
         groups: dict[int, list[Node]] = {}
         for node in program.graph.nodes:
-            index = facts(node).attention_record
-            if index is not None:
-                groups.setdefault(index, []).append(node)
+            record = facts(node).attention_record
+            if record is not None:
+                groups.setdefault(positions[id(record)], []).append(node)
         number = _reader(program)
         known: dict[Any, Memory] = {}
-        records = program.report.attentions
         for index, nodes in groups.items():
             attention = next(filter(is_attention, nodes), None)
             if attention is None:

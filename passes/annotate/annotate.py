@@ -28,8 +28,9 @@ import torch
 from torch import fx
 
 from fxsp import torch_internals
-from fxsp.capture.module_calls import Capture, ModuleCall
+from fxsp.capture.module_calls import Captured, ModuleCall
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
+from fxsp.errors import RunsWhole
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.annotate.dynamo_graph import (
     all_described,
@@ -40,16 +41,34 @@ from fxsp.passes.annotate.dynamo_graph import (
     place_after,
     written_by,
 )
+from fxsp.passes.base import Program
 from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
 from fxsp.report import PlanRecord
 from fxsp.torch_internals import Opaque
 from fxsp.types import Ranks
 
-__all__ = ["annotate"]
+__all__ = ["Annotate", "annotate"]
 
 
-def annotate(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry], ranks: Ranks) -> list[PlanRecord]:
+@dataclass(frozen=True)
+class Annotate:
+    """After this pass the plan is in the graph."""
+
+    name: str = "annotate"
+
+    def apply(self, program: Program) -> Program:
+        captured = program.captured
+        assert captured is not None
+        if captured.entries is None:
+            # The reason is its own remedy; of one rank nothing has to be split.
+            reason = "no plan: give options={'plan': ...}, or the model a _sp_plan or _cp_plan"
+            raise RunsWhole(reason, "" if program.ranks.size > 1 else None)
+        program.report.plan.extend(annotate(program.gm, captured, captured.entries, program.ranks))
+        return program
+
+
+def annotate(gm: fx.GraphModule, capture: Captured, entries: Sequence[PlanEntry], ranks: Ranks) -> list[PlanRecord]:
     """Insert the plan's annotations into Dynamo's graph (and the bodies of its higher-order operators), in place.
 
     Returns a record per entry and module.  With one rank everything is checked and nothing inserted.  Raises
@@ -92,7 +111,7 @@ class _Outcome:
     single: bool = False
 
 
-def _record(row: ResolvedEntry, outcomes: list[_Outcome], gm: fx.GraphModule, capture: Capture) -> PlanRecord:
+def _record(row: ResolvedEntry, outcomes: list[_Outcome], gm: fx.GraphModule, capture: Captured) -> PlanRecord:
     if not outcomes:
         return PlanRecord(str(row), False, _why_not_called(row, gm, capture))
     details = list(dict.fromkeys(outcome.detail for outcome in outcomes))
@@ -101,7 +120,7 @@ def _record(row: ResolvedEntry, outcomes: list[_Outcome], gm: fx.GraphModule, ca
     return PlanRecord(str(row), applied, "; ".join(details) + calls, single)
 
 
-def _why_not_called(row: ResolvedEntry, gm: fx.GraphModule, capture: Capture) -> str:
+def _why_not_called(row: ResolvedEntry, gm: fx.GraphModule, capture: Captured) -> str:
     if row.module is capture.root:
         return "the model's own call is not in this graph: " + ("; ".join(capture.notes) or "only parts of it are")
     own = {id(parameter) for parameter in row.module.parameters()}
@@ -118,7 +137,7 @@ def _why_not_called(row: ResolvedEntry, gm: fx.GraphModule, capture: Capture) ->
 class _Writer:
     """Finds the values of calls, checks entries against them, and writes the annotations."""
 
-    capture: Capture
+    capture: Captured
     #: Nodes that are not opened, and what they are in: nothing can be split there.
     closed: dict[fx.Node, str]
     insert: bool

@@ -17,6 +17,7 @@ Afterwards a graph that the plan does not split is split like those before it; t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,22 +25,50 @@ from torch import fx
 
 from fxsp import torch_internals
 from fxsp.capture.graph_breaks import Split, same_view
-from fxsp.capture.module_calls import Capture
+from fxsp.capture.module_calls import Captured
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
+from fxsp.errors import RunsWhole
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
 from fxsp.passes.normalize.islands import closed_nodes
-from fxsp.passes.work import has_work
 from fxsp.plan import PlanEntry, SequenceParallelInput
+from fxsp.process_groups import missing_group
 from fxsp.report import PlanRecord
-from fxsp.types import Replicate
 
-__all__ = ["carry", "is_worth_splitting"]
+__all__ = ["Carry", "carry"]
+
+EMPTY_PLAN = "the plan is empty: it names no module and no value"
 
 
-def carry(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry]) -> list[PlanRecord]:
+@dataclass(frozen=True)
+class Carry:
+    """After this pass something is split: by the plan, or because it was before."""
+
+    name: str = "carry"
+
+    def apply(self, program: Program) -> Program:
+        captured, report = program.captured, program.report
+        assert captured is not None
+        assert captured.entries is not None
+        if program.ranks.size == 1:
+            missing = "" if program.ranks.group else missing_group()
+            alone = "one rank" if captured.entries else EMPTY_PLAN
+            raise RunsWhole(f"one rank. {missing}" if missing else alone, remedy=None)
+        program.carried = carry(program.gm, captured, captured.entries)
+        report.plan.extend(program.carried)
+        if program.carried:  # what the plan did not ask for is never refused
+            program.options = replace(program.options, strict=False)
+        program.captured = None  # it holds the model
+        if any(record.applied for record in report.plan):
+            return program
+        single = next((record for record in report.plan if record.single), None)
+        if single is not None:  # a step of decoding: as right as can be
+            raise RunsWhole(f"there is nothing to split: of {single.entry}, {single.detail}", remedy=None)
+        raise RunsWhole("no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN)
+
+
+def carry(gm: fx.GraphModule, capture: Captured, entries: Sequence[PlanEntry]) -> list[PlanRecord]:
     """Insert an annotation for every input that was split before, in place; returns a record for each.
 
     Nothing is inserted where an annotation of the plan splits something already: the plan knows best.
@@ -73,15 +102,6 @@ def carry(gm: fx.GraphModule, capture: Capture, entries: Sequence[PlanEntry]) ->
     return records
 
 
-def is_worth_splitting(program: Program) -> bool:
-    """Whether a partitioned graph multiplies matrices on shards: anything less costs less than gathering the result."""
-    return any(
-        has_work(node) and any(not isinstance(t, Replicate) for t in decision.results)
-        for node in program.whole.graph.nodes
-        if (decision := facts(node).decision) is not None
-    )
-
-
 def _nodes(module: torch.nn.Module) -> list[fx.Node]:
     return list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
 
@@ -90,7 +110,7 @@ def _splits(node: fx.Node) -> bool:
     return node.target is fxsp_ops.annotate.default and node.args[1] == "shard"
 
 
-def _argument(capture: Capture, rows: list[ResolvedEntry], example: torch.Tensor) -> Split | None:
+def _argument(capture: Captured, rows: list[ResolvedEntry], example: torch.Tensor) -> Split | None:
     """The split of an argument that the plan names, of a call that is under way outside of this graph.
 
     The variable may hold another value by now, with its tokens elsewhere: a guess that may cost time, nothing else.

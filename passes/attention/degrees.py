@@ -1,4 +1,4 @@
-"""Degrees that were asked for and cannot be followed: each such attention is named, with what it does instead.
+"""degrees: those that were asked for and cannot be followed: each such attention is named, with what it does instead.
 
 ``ring_degree=2`` asks every attention of split tokens for a ring; an operator whose blocks do not merge, or heads that
 do not divide, cannot have it, and something else is done, which is right.  It is said: a note in the report, a warning
@@ -7,13 +7,15 @@ for each compile, an error under ``strict``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.fx import Node
 
 from fxsp.errors import StrictError
 from fxsp.passes.base import Program
 from fxsp.source import place
 
-__all__ = ["note_degree", "report_degrees"]
+__all__ = ["Degrees", "note_degree"]
 
 
 def _asked(program: Program) -> tuple[str, str]:
@@ -46,14 +48,21 @@ def note_degree(
     program.ignored_degrees.append(sentence)
 
 
-def report_degrees(program: Program) -> None:
-    """Put what was remembered into the report; an error under ``strict``."""
-    sentences = list(dict.fromkeys(program.ignored_degrees))
-    if sentences and program.options.strict:
-        raise StrictError(
-            f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler chooses."
-        )
-    program.report.notes.extend(sentences)
-    options, _ = _asked(program)
-    if options and not program.report.attentions:
-        program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")
+@dataclass(frozen=True)
+class Degrees:
+    """After this pass the report names every attention that does not follow the degrees; an error under ``strict``."""
+
+    name: str = "degrees"
+
+    def apply(self, program: Program) -> Program:
+        sentences = list(dict.fromkeys(program.ignored_degrees))
+        if sentences and program.options.strict:
+            raise StrictError(
+                f"{sentences[0]}. With strict=True this is an error: give other degrees, or none, and the compiler "
+                "chooses."
+            )
+        program.report.notes.extend(sentences)
+        options, _ = _asked(program)
+        if options and not program.report.attentions:
+            program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")
+        return program

@@ -1,4 +1,4 @@
-"""For the report: what attention that is written out sends, and linear attention.
+"""unfused_report: what attention that is written out sends, and linear attention.
 
 Linear attention is found once types are known: a product that sums over split tokens (of keys and values), whose sum
 over the ranks is multiplied with split values (the queries)::
@@ -33,7 +33,7 @@ from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
 
-__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "mark_written", "report_written"]
+__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "UnfusedReport", "mark_written"]
 
 #: Methods of attentions that are written out.
 GATHERED = "gather_kv (written out)"
@@ -59,9 +59,9 @@ def mark_written(program: Program) -> None:
     taken = {node for one in found for node in one.nodes}
     found += [one for node in program.graph.nodes if (one := _linear(node)) is not None and node not in taken]
     unfused.reported = found
-    for index, one in enumerate(found):
+    for one in found:
         for node in one.nodes:
-            mark(node, written_attention=index)
+            mark(node, written_attention=one)
 
 
 def _is_split(one: Written) -> bool:
@@ -101,12 +101,21 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
                     yield from (total, *total.users)
 
 
-def report_written(program: Program) -> None:
-    """Add a record for each attention that is written out, in the order of the program, once all is partitioned."""
-    found: list[_Found] = unfused_of(program).reported
-    if not found:
-        return
-    records = {one.first: _record(one, index, program) for index, one in enumerate(found)}
+@dataclass(frozen=True)
+class UnfusedReport:
+    """After this pass the report has a record for each attention that is written out, in the order of the program."""
+
+    name: str = "unfused_report"
+
+    def apply(self, program: Program) -> Program:
+        found: list[_Found] = program.unfused.reported if program.unfused is not None else []
+        if found:
+            _report(found, program)
+        return program
+
+
+def _report(found: list[_Found], program: Program) -> None:
+    records = {one.first: _record(one, program) for one in found}
     others = iter(list(program.report.attentions))
     ordered: list[AttentionRecord] = []
     for node in program.whole.graph.nodes:
@@ -118,8 +127,8 @@ def report_written(program: Program) -> None:
     program.report.attentions[:] = [*ordered, *others]
 
 
-def _record(one: _Found, index: int, program: Program) -> AttentionRecord:
-    own = {n.name for n in program.graph.nodes if facts(n).written_attention == index}
+def _record(one: _Found, program: Program) -> AttentionRecord:
+    own = {n.name for n in program.graph.nodes if facts(n).written_attention is one}
     forward = [r.bytes for r in program.report.collectives if r.value in own]
     backward = [r.bytes for r in program.report.backward if r.value in own]
     method = LINEAR if one.written is None else _method(one.written)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -38,7 +39,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp import torch_internals
-from fxsp.errors import UnsupportedError
+from fxsp.errors import RunsWhole, UnsupportedError
+from fxsp.passes.base import Program
 from fxsp.passes.calls import Writer, erase_unused
 from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
@@ -46,9 +48,23 @@ from fxsp.passes.functionalize.views import View, cover, view_of
 from fxsp.passes.graph import facts
 from fxsp.source import describe
 
-__all__ = ["functionalize"]
+__all__ = ["Functionalize", "functionalize"]
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Functionalize:
+    """After this pass nothing is written to but inputs, at the end; where that cannot be, the graph runs whole."""
+
+    name: str = "functionalize"
+
+    def apply(self, program: Program) -> Program:
+        try:
+            program.gm = functionalize(program.gm)
+        except UnsupportedError as error:
+            raise RunsWhole(str(error)) from error
+        return program
 
 
 def functionalize(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -28,13 +28,16 @@ import operator
 from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from fxsp import torch_internals
-from fxsp.errors import UnsupportedError
+from fxsp.errors import RunsWhole, UnsupportedError
+from fxsp.passes.base import Program
+from fxsp.passes.graph import mark
 from fxsp.passes.normalize.autocast import AutocastState, ExplicitAutocast
 from fxsp.passes.normalize.fast_paths import FAST_PATHS
 from fxsp.passes.normalize.islands import enclose_functorch
@@ -43,7 +46,24 @@ from fxsp.passes.normalize.retrace import Retracer, describe
 from fxsp.passes.normalize.subclasses import holds_subclass, mark_islands, refuse_unrecorded, see_through
 from fxsp.torch_internals import is_wrapper_subclass
 
-__all__ = ["normalize"]
+__all__ = ["Normalize", "normalize"]
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """After this pass the graph consists of ATen operators; what cannot be traced runs whole."""
+
+    name: str = "normalize"
+
+    def apply(self, program: Program) -> Program:
+        inputs, program.inputs = program.inputs, ()
+        try:
+            program.gm = normalize(program.gm, inputs)
+        except UnsupportedError as error:
+            raise RunsWhole(str(error)) from error
+        for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            mark(node, is_parameter=isinstance(value, torch.nn.Parameter))
+        return program
 
 
 def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:

@@ -361,11 +361,10 @@ class _Partitioner(Converter):
             self._note_draw()
         note_degree(self.program, node, choice.method, choice.rejected)
         detail = "; ".join(filter(None, [choice.detail, ring_work(Call(node), choice)]))
-        self.program.report.attentions.append(
-            AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
-        )
+        record = AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
+        self.program.report.attentions.append(record)
         new = self.build.call(distributed_attention, **arguments)
-        mark(new, attention=choice, attention_record=len(self.program.report.attentions) - 1)
+        mark(new, attention=choice, attention_record=record)
         if isinstance(node.meta["val"], (tuple, list)):
             return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
         return new

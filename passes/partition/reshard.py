@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxsp.errors import StrictError, UnsupportedError
+from fxsp.errors import RunsWhole, StrictError, UnsupportedError
 from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
@@ -274,12 +274,10 @@ class Converter:
             new = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
             return self.build.call(aten.permute.default, new, [order.index(d) for d in range(len(shape))])
         if _reads_shards(old):
-            error = UnsupportedError(
+            raise RunsWhole(
                 f"as_strided in {place(old)} "
                 "reads memory around a value that is split: use a slice, an expand or an unfold instead"
             )
-            error.whole_graph = True  # type: ignore[attr-defined]
-            raise error
         return x
 
     def _report_gather(self, value: Value, kind: str, reason: str, sent: Length) -> None:

@@ -1,4 +1,4 @@
-"""layout: the tokens of a causal ring are split into heads and tails, so that every rank has the same to compute.
+"""zigzag: the tokens of a causal ring are split into heads and tails, so that every rank has the same to compute.
 
 With contiguous rows the first rank of a causal ring sees one block of keys, and the last one all of them (unless there
 is a window, and all of them see as much).  Types are there, so the attentions that will be causal rings over one
@@ -34,14 +34,14 @@ from fxsp.passes.rules.decide import Decision, hint
 from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Length, Shard, product, same_length
 
-__all__ = ["Layout", "ring_work"]
+__all__ = ["Zigzag", "ring_work"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Zigzag:
     """After this pass causal rings are balanced, where nothing else would pay for it."""
 
-    name: str = "layout"
+    name: str = "zigzag"
 
     def apply(self, program: Program) -> Program:
         lengths: list[Length] = []

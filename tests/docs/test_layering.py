@@ -21,7 +21,8 @@ PACKAGES = {"fxsp": "fxsp", "passes": "fxsp.passes", "kernels": "fxsp.kernels"}
 LAYERS = [
     ("fxsp.errors", "fxsp.lengths", "fxsp.torch_internals"),
     ("fxsp.source", "fxsp.summands", "fxsp.types"),
-    ("fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report", "fxsp.passes.graph"),
+    ("fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report"),
+    ("fxsp.passes.graph",),
     ("fxsp.capture", "fxsp.config", "fxsp.passes.builder", "fxsp.passes.calls", "fxsp.passes.emit"),
     ("fxsp.passes.base", "fxsp.passes.rules"),
     ("fxsp.ranks", "fxsp.simulation.reference", "fxsp.passes.special"),
@@ -29,7 +30,7 @@ LAYERS = [
     ("fxsp.passes.masks", "fxsp.passes.propagate", "fxsp.passes.work"),
     ("fxsp.passes.verify",),
     ("fxsp.passes.accounting", "fxsp.passes.normalize"),
-    ("fxsp.passes.annotate", "fxsp.passes.functionalize"),
+    ("fxsp.passes.annotate", "fxsp.passes.capture", "fxsp.passes.functionalize"),
     ("fxsp.passes.partition",),
     ("fxsp.passes.pipeline",),
     ("fxsp.inspection",),

@@ -14,7 +14,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import interpreted
-from fxsp.kernels.crosscompile import fake_gpu
+from crosscompile import fake_gpu
 from fxsp.passes.emit.emit import emit
 
 triton = pytest.importorskip("triton")

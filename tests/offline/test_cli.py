@@ -111,10 +111,10 @@ def test_as_a_command_with_logs_traces_and_files(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "▶ all_to_all" in done.stderr  # the log
     files = sorted(path.name for path in (tmp_path / "dump" / "rank0").iterdir())
-    assert "graph0_captured.txt" in files
-    assert "▶ all_to_all" in (tmp_path / "dump" / "rank0" / "graph0_partitioned.txt").read_text()
+    assert "graph0_capture.txt" in files
+    assert "▶ all_to_all" in (tmp_path / "dump" / "rank0" / "graph0_device_memory.txt").read_text()
     traced = "".join(path.read_text() for path in (tmp_path / "trace").iterdir())
-    assert '"name": "fxsp_partitioned"' in traced
+    assert '"name": "fxsp_device_memory"' in traced
 
 
 def test_the_tutorial(capsys: pytest.CaptureFixture[str]) -> None:

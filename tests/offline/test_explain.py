@@ -89,11 +89,11 @@ def test_data_and_stages() -> None:
     data = json.loads(e.to_json())
     assert data["graphs"][0]["collectives"][-1]["formula"] == "64·⌈S/P⌉·(P-1)/P"
     assert data["communication"]["all_to_all"] == {"count": 4, "bytes": 768}
-    assert e.stages[0] == "captured"
-    assert e.stages[-1] == "partitioned"
+    assert e.stages[0] == "capture"
+    assert e.stages[-1] == "device_memory"
     assert "▶ all_to_all" in e.graph("partitioned")
-    with pytest.raises(fxsp.OptionError, match=r"no stage 'partition'.*\"partitioned\""):
-        e.graph("partition")
+    with pytest.raises(fxsp.OptionError, match=r"no stage 'partitoin'.*\"partition\""):
+        e.graph("partitoin")
 
 
 def test_diff() -> None:
@@ -103,7 +103,7 @@ def test_diff() -> None:
     assert "\n~ linear = linear(" in plain or "linear" in plain
     assert "\x1b" not in plain
     stages = e.results[0].stages
-    colored = diff_stages(stages["normalized"], stages["partitioned"], color=True)
+    colored = diff_stages(stages["normalize"], stages["device_memory"], color=True)
     assert "\x1b[32m+ ▶ all_to_all_default" in colored
 
 

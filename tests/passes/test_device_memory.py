@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import fxsp
 import models
+from crosscompile import fake_gpu
 from fxsp.cost.formula import memory_formulas
-from fxsp.kernels.crosscompile import fake_gpu
 from fxsp.kernels.exchange import exchange
 from fxsp.passes.base import Program
 from fxsp.passes.emit.emit import emit

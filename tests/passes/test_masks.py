@@ -290,4 +290,4 @@ def test_transformers(mask: bool) -> None:
 
 def test_the_pass_is_a_stage() -> None:
     program = partition(attention(CAUSAL["tril"]), *inputs())
-    assert "masked" in program.report.timings
+    assert "masks" in program.report.timings

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsp.capture.capture import Capture, capture, install
+from fxsp.capture.capture import Captured, capture, install
 from fxsp.passes.annotate.annotate import annotate
 from fxsp.report import PlanRecord
 from fxsp.types import Ranks
@@ -22,7 +22,7 @@ class Traced:
     """One graph that Dynamo handed to the backend."""
 
     gm: fx.GraphModule
-    capture: Capture
+    capture: Captured
     records: list[PlanRecord] = field(default_factory=list)
 
     def annotations(self) -> list[tuple[str, fx.Node, str, int, Any]]:

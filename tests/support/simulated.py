@@ -29,7 +29,7 @@ from fxsp.passes.normalize.regions import open_regions
 from fxsp.passes.partition.defer import scale_summands
 from fxsp.report import Report
 from fxsp.simulation.machine import check_replicated
-from fxsp.torch_internals import any_autocast, unwrapped_by_dynamo, without_autocast
+from fxsp.torch_internals import any_autocast, through_dynamo, without_autocast
 from fxsp.types import Ranks
 from lockstep import lanes_of
 
@@ -112,10 +112,8 @@ class Simulated:
         self.programs: list[Program | None] = []
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
+        with through_dynamo(FxspError):
             program = self.compile(gm, inputs, Ranks(0, self.size, "simulated"))
-        except FxspError as error:
-            raise unwrapped_by_dynamo(error) from error.__cause__
         self.programs.append(program)
         if program is None:
             return open_regions(gm).forward

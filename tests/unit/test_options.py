@@ -34,6 +34,15 @@ class Planned(Model):
     _sp_plan = SPLIT
 
 
+def test_reports_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = fxsp.backend._reports
+    assert kept.maxlen == fxsp.backend.REPORTS_KEPT
+    monkeypatch.setattr(fxsp.backend, "_reports", type(kept)(maxlen=2))
+    for name in "abc":
+        fxsp.backend.keep_report(fxsp.Report(root=name))
+    assert [report.root for report in fxsp.reports()] == ["b", "c"], "the oldest is let go, the newest is last"
+
+
 # --- the inner compiler and its mode ----------------------------------------------------------------------------------
 
 

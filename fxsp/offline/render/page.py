@@ -16,6 +16,7 @@ from fxsp.cost.timeline import H100, timeline
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.partition import OfflineResult
 from fxsp.offline.render.text import format_count, legend_text, one_screen
+from fxsp.passes.pipeline import STAGES
 from fxsp.report import CollectiveRecord
 from fxsp.source import node_source
 
@@ -71,7 +72,7 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     data["rows"] = [
         [row.name, row.type, row.value, row.op, row.module, node_source(nodes[row.name]) if row.name in nodes else ""]
         + ([format_bytes(row.sent)] if row.sent is not None else [])
-        for row in result.stages.get("partitioned", [])
+        for row in result.stages.get(STAGES[-1], [])
         if row.op != "input"
     ]
     spans = timeline(program.gm, sent, m.number)

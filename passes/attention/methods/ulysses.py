@@ -1,7 +1,8 @@
 """The exchange of tokens for heads (DeepSpeed-Ulysses, arXiv:2309.14509): one all-to-all in, and one back.
 
 ``[B, H, L, D]`` with the tokens of a rank becomes ``[B, H/P, S, D]`` with all tokens of some heads, and the output goes
-back.  Segments that are whole on every rank stay at home.  The layouts are those of :mod:`fxsp.passes.attention.lower`.
+back.  Segments that are whole on every rank stay at home.  The layouts are those of
+:mod:`fxsp.passes.attention.lower_attention`.
 """
 
 from __future__ import annotations

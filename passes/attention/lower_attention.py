@@ -1,4 +1,4 @@
-"""attention: every marked attention becomes local attention and collectives.
+"""lower_attention: every marked attention becomes local attention and collectives.
 
 Ulysses, for two ranks, four heads of 8, five tokens; two all-to-alls and nothing else moves::
 
@@ -52,7 +52,7 @@ aten = torch.ops.aten
 class LowerAttention:
     """After this pass attention is local, and its collectives are nodes of the graph."""
 
-    name: str = "attention"
+    name: str = "lower_attention"
 
     def apply(self, program: Program) -> Program:
         graph = program.graph

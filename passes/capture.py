@@ -1,0 +1,34 @@
+"""capture: which node of Dynamo's graph is which module's argument or output, and what the plan says.
+
+Modules called while Dynamo traced were recorded (:mod:`fxsp.capture.capture`); here their values become nodes of the
+graph.  Nothing is rewritten.  After this pass ``program.captured`` is known, and what the program calls its outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxsp.capture.capture import capture
+from fxsp.passes.base import Program
+from fxsp.source import input_name
+from fxsp.torch_internals import Translation
+
+__all__ = ["Capture"]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """After this pass it is known which values the plan's names stand for."""
+
+    name: str = "capture"
+
+    def apply(self, program: Program) -> Program:
+        report, translation = program.report, Translation.current()
+        program.captured = captured = capture(program.gm, program.options.plan, program.root)
+        report.notes.extend(captured.notes)
+        if captured.root is not None:
+            report.root = type(captured.root).__name__
+        if translation is not None:
+            report.notes.extend(translation.said())
+            report.outputs.extend(map(input_name, translation.output_names(program.gm)))
+        return program
