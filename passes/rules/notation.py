@@ -67,7 +67,7 @@ class Pattern:
         if None in results:
             raise ValueError(f"{text!r}: a result lends nothing")
         kinds = {k: frozenset(v.replace(" ", "").split(",")) for k, v in re.findall(r"(\w+)=\{(.*?)\}", match[3])}
-        rule = OpRule(tuple(operands), tuple(r for r in results if r is not None), **kinds)
+        rule = OpRule(tuple(operands), tuple(r for r in results if r is not None), {}, **kinds)
         return cls(rule, operands_repeat, results_repeat)
 
     def fit(self, operands: list[Shape], results: list[Shape]) -> OpRule | None:

@@ -112,7 +112,7 @@ def _reduction(call: Call, kind: str) -> OpRule | None:
     out = [() if i in reduced else d for i, d in enumerate(dims) if keep or i not in reduced]
     factors = frozenset(f"d{i}" for i in reduced)
     results = tuple(tuple(out) for _ in call.result_shapes())
-    return OpRule((tuple(dims),), results, **{kind: factors})
+    return OpRule((tuple(dims),), results, {}, **{kind: factors})
 
 
 def total(call: Call) -> OpRule | None:
