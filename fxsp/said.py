@@ -14,8 +14,7 @@ from fxsp.inspection.wire import format_bytes
 from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
-from fxsp.passes.rules.rule import Call, shape_of
+from fxsp.passes.graph import Call, facts, shape_of
 from fxsp.passes.work import has_work
 from fxsp.report import GatherRecord, Report
 from fxsp.types import Shard

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxsp.torch_internals import schema
+from fxsp.torch_internals import arguments_of
 from fxsp.types import Length, Sequence, Shard
 
 __all__ = [
@@ -62,11 +62,7 @@ class Sizes:
 
 def sizes_of(node: Node, size: int, of: Callable[[Node], Any], result: Any = None) -> Sizes:
     """The call that a node is; ``of`` says what a node among its arguments stands for."""
-    arguments = {}
-    for i, known in enumerate(schema(node.target).arguments):
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(known.name, known.default_value)
-        arguments[known.name] = torch.fx.map_arg(given, of)
-    return Sizes(arguments, size, result)
+    return Sizes({name: torch.fx.map_arg(given, of) for name, given in arguments_of(node).items()}, size, result)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reading and writing operator calls: arguments by name, new nodes with their metadata."""
+"""Writing operator calls: new nodes with their metadata."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.graph import facts
 from fxsp.source import describe
 
-__all__ = ["Writer", "arguments", "erase_unused"]
+__all__ = ["Writer", "erase_unused"]
 
 aten = torch.ops.aten
 
@@ -78,19 +78,6 @@ class Writer:
         return [
             size if isinstance(size, int) else self.call(aten.sym_size.int, node, d) for d, size in enumerate(shape)
         ]
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an operator call by name, defaults included."""
-    found: dict[str, Any] = {}
-    for index, argument in enumerate(torch_internals.schema(node.target).arguments):
-        if index < len(node.args) and not argument.kwarg_only:
-            found[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            found[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
-    return found
 
 
 def erase_unused(graph: torch.fx.Graph) -> None:

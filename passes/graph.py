@@ -11,15 +11,32 @@ by key, and what is marked on a copied node afterwards says nothing about the no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from fxsp.report import AttentionRecord
-from fxsp.types import Type
+from fxsp.torch_internals import arguments_of, parameters
+from fxsp.types import Length, Type, as_length
 
-__all__ = ["Decision", "Facts", "decision_of", "facts", "global_value", "local_value", "mark", "type_of", "value_of"]
+__all__ = [
+    "Call",
+    "Decision",
+    "Facts",
+    "decision_of",
+    "facts",
+    "global_value",
+    "local_value",
+    "mark",
+    "shape_of",
+    "tensor_nodes",
+    "tensor_value",
+    "type_of",
+    "value_of",
+]
 
 _KEY = "fxsp"
 
@@ -129,3 +146,105 @@ def value_of(node: Node) -> Any:
         if value is not None:
             return value
     return node.meta.get("example_value")
+
+
+def tensor_value(node: Any) -> torch.Tensor | None:
+    """The (global, fake) tensor that ``node`` stands for; None for anything else."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: Node) -> tuple[Length, ...]:
+    """The global shape of the tensor that ``node`` stands for."""
+    value = tensor_value(node)
+    assert value is not None
+    return tuple(as_length(n) for n in value.shape)
+
+
+def tensor_nodes(value: Any) -> Iterator[Node]:
+    """Tensor-valued nodes inside one argument (a node, or nested lists of them)."""
+    if isinstance(value, Node):
+        if isinstance(value.meta.get("val"), torch.Tensor):
+            yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensor_nodes(item)
+
+
+class Call:
+    """One operator call with its arguments bound by the schema's names, and global shapes at hand."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.op: torch._ops.OpOverload = node.target  # type: ignore[assignment]
+        #: All arguments in schema order, defaults included (None where there is no default).
+        self.arguments = arguments_of(node)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that the call spells, by name."""
+        spelled = len(self.node.args)
+        return {n: v for i, (n, v) in enumerate(self.arguments.items()) if i < spelled or n in self.node.kwargs}
+
+    def is_default(self, name: str) -> bool:
+        """Whether an argument is what it is if it is left out."""
+        parameter = next(p for p in parameters(self.op) if p.name == name)
+        return parameter.has_default and bool(self.arguments[name] == parameter.default)
+
+    @property
+    def written(self) -> list[Node]:
+        """The arguments that the operator writes to, by its schema; lists are flattened."""
+        found: list[Node] = []
+        torch.fx.map_arg([self.arguments[p.name] for p in parameters(self.op) if p.is_written], found.append)
+        return found
+
+    @property
+    def operands(self) -> list[Node]:
+        """All tensor operands, in schema order; lists of tensors are flattened."""
+        return [n for value in self.arguments.values() for n in tensor_nodes(value)]
+
+    def shape(self, name: str) -> tuple[Length, ...]:
+        return shape_of(self.arguments[name])
+
+    def operand_shapes(self) -> list[tuple[Length, ...]]:
+        return [shape_of(n) for n in self.operands]
+
+    def result_shapes(self) -> list[tuple[Length, ...]]:
+        value = self.node.meta["val"]
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        return [tuple(as_length(n) for n in v.shape) for v in values if isinstance(v, torch.Tensor)]
+
+    def dim(self, name: str, rank: int) -> int:
+        """The argument ``name``, a dimension, counted from the front."""
+        value = int(self.arguments[name])
+        return value + rank if value < 0 else value
+
+    def bound_to(self, arguments: dict[str, Any]) -> Call:
+        """The same call with other arguments (local ones, say)."""
+        other = Call(self.node)
+        other.arguments = arguments
+        return other
+
+    def rebuild(self, **changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` of the call with some arguments replaced."""
+        values = {**self.arguments, **changes}
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        positional = len(self.node.args)
+        for i, parameter in enumerate(parameters(self.op)):
+            name = parameter.name
+            given = i < positional or name in self.node.kwargs or name in changes
+            if parameter.kwarg_only or len(args) < i:
+                if given:
+                    kwargs[name] = values[name]
+            elif given:
+                args.append(values[name])
+        return tuple(args), kwargs

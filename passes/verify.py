@@ -12,9 +12,8 @@ from torch.fx import Node
 from fxsp.errors import VerificationError
 from fxsp.passes.attention.decide import distributed_attention
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, global_value, mark
+from fxsp.passes.graph import Call, facts, global_value, mark
 from fxsp.passes.rules.decide import Decision
-from fxsp.passes.rules.rule import Call
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import depends_on_data, fake_mode_of
 from fxsp.types import Length, Shard, as_length, same_length

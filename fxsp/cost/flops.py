@@ -20,8 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from fxsp.kernels.counts import attention_flops
 from fxsp.kernels.op import sizes_of
 from fxsp.kernels.ops import record_of
-from fxsp.passes.graph import facts
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call, facts
 from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
 
 __all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops"]

@@ -19,11 +19,10 @@ from torch.fx import Node
 from fxsp.cost.flops import Shape, attention_flops, node_flops
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import Call, facts, tensor_nodes
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, tensor_nodes
 from fxsp.passes.rules.table import RULES
 from fxsp.passes.rules.whole import WHOLE
 from fxsp.source import module_path, node_source

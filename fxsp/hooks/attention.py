@@ -27,13 +27,12 @@ from torch.nn import functional as F
 
 from fxsp.hooks.dispatch import gather, mark, rule, shard
 from fxsp.hooks.gradients import use
-from fxsp.hooks.layout import Layout, layout_of, local_size, moved, same_tokens
+from fxsp.hooks.layout import Layout, layout_of, local_size, moved, same_tokens, segments
 from fxsp.hooks.region import Region
 from fxsp.hooks.ring import ring, ring_refusal
 from fxsp.hooks.rules import aligned, argument
 from fxsp.hooks.where import caller, refuse
 from fxsp.kernels.ops import fxsp_ops as _ops
-from fxsp.kernels.tokens import local_length
 from fxsp.report import AttentionRecord
 
 __all__ = ["attention"]
@@ -238,30 +237,20 @@ def _ulysses(name: str, call: _Call, lq: Layout, lk: Layout) -> Tensor:
     return _to_tokens(call.run(q, k, v, mask, call.causal), lq)
 
 
-def _segments(layout: Layout) -> list[tuple[int, int, int, bool]]:
-    """Of each segment: where its local rows begin and how many there are, its global length, whether it is whole."""
-    result, start = [], 0
-    for n, whole in zip(layout.lengths, layout.whole, strict=True):
-        rows = local_length(n, whole, layout.region.size)
-        result.append((start, rows, n, whole))
-        start = start + rows
-    return result
-
-
 def _to_heads(tensors: list[Tensor], layout: Layout) -> list[Tensor]:
     """``[B, H, L, D]`` each, split by tokens -> ``[B, H/P, S, D]`` each, split by heads; one all-to-all."""
     region = layout.region
     size, heads = region.size, [x.shape[1] // region.size for x in tensors]
     packed = torch.cat([x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in tensors], 3)  # [P, L, B, h, D]
-    segments = _segments(layout)
-    split = [n for _, _, n, whole in segments if not whole]
+    parts_of = segments(layout)
+    split = [n for _, _, n, whole in parts_of if not whole]
     sent = packed
-    if len(split) < len(segments):
-        sent = torch.cat([packed.narrow(1, at, rows) for at, rows, _, whole in segments if not whole], 1)
+    if len(split) < len(parts_of):
+        sent = torch.cat([packed.narrow(1, at, rows) for at, rows, _, whole in parts_of if not whole], 1)
     tokens = _ops.unpack.default(_ops.all_to_all.default(sent.contiguous(), region.group), split, size)
-    if len(split) < len(segments):  # what every rank has stays at home: each keeps the rows of its own heads
+    if len(split) < len(parts_of):  # what every rank has stays at home: each keeps the rows of its own heads
         parts, start = [], 0
-        for at, rows, n, whole in segments:
+        for at, rows, n, whole in parts_of:
             if whole:
                 own = _ops.take.default(packed.narrow(1, at, rows), 0, region.rank, size)
                 parts.append(own.squeeze(0))
@@ -278,7 +267,7 @@ def _to_tokens(out: Tensor, layout: Layout) -> Tensor:
     tokens = out.permute(2, 0, 1, 3)
     if any(layout.whole):  # rows of whole segments go to everyone
         blocks, start = [], 0
-        for _, _, n, whole in _segments(layout):
+        for _, _, n, whole in segments(layout):
             rows = tokens.narrow(0, start, n)
             start = start + n
             blocks.append(rows.expand(size, *rows.shape) if whole else _ops.pack.default(rows, [n], size, False))

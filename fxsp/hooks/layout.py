@@ -10,7 +10,7 @@ from torch import Tensor
 from fxsp.hooks.region import Region
 from fxsp.kernels.tokens import local_length
 
-__all__ = ["Layout", "global_size", "layout_of", "local_size", "means_local", "moved", "same_tokens"]
+__all__ = ["Layout", "global_size", "layout_of", "local_size", "means_local", "moved", "same_tokens", "segments"]
 
 
 class Layout(NamedTuple):
@@ -33,12 +33,19 @@ def layout_of(value: Any) -> Layout | None:
     return getattr(value, "_fxsp_layout", None) if isinstance(value, Tensor) else None
 
 
+def segments(layout: Layout) -> list[tuple[int, int, int, bool]]:
+    """Of each segment: where its local rows begin and how many there are, its global length, whether it is whole."""
+    result, start = [], 0
+    for n, whole in zip(layout.lengths, layout.whole, strict=True):
+        rows = local_length(n, whole, layout.region.size)
+        result.append((start, rows, n, whole))
+        start = start + rows
+    return result
+
+
 def local_size(layout: Layout) -> int:
     """Size of dimension ``dim`` on each rank, pads included."""
-    tokens = 0
-    for n, whole in zip(layout.lengths, layout.whole, strict=True):
-        tokens = tokens + local_length(n, whole, layout.region.size)
-    return tokens * layout.outer * layout.inner
+    return sum(rows for _, rows, *_ in segments(layout)) * layout.outer * layout.inner
 
 
 def global_size(layout: Layout) -> int:

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fxsp.hooks.dispatch import gather, mark, shard
 from fxsp.hooks.gradients import use
-from fxsp.hooks.layout import Layout, layout_of, moved, same_tokens
+from fxsp.hooks.layout import Layout, layout_of, moved, same_tokens, segments
 from fxsp.hooks.region import Region
 from fxsp.kernels.attention.own_kernel import written_out
 from fxsp.kernels.ops import fxsp_ops as _ops
-from fxsp.kernels.tokens import local_length
 
 __all__ = ["ring", "ring_refusal"]
 
@@ -94,16 +93,6 @@ def _mask_of_place(mask: Tensor, lq: Layout) -> Tensor:
 # --- Ulysses within a place of the ring -------------------------------------------------------------------------------
 
 
-def _rows(layout: Layout) -> list[tuple[int, int, bool]]:
-    """Of each segment: its first local row, how many there are, whether it is whole."""
-    result, start = [], 0
-    for n, whole in zip(layout.lengths, layout.whole, strict=True):
-        rows = local_length(n, whole, layout.region.size)
-        result.append((start, rows, whole))
-        start = start + rows
-    return result
-
-
 def _exchange(x: Tensor, region: Region) -> Tensor:
     return _ops.all_to_all_within.default(x.contiguous(), region.rank, region.size, region.group)  # type: ignore[no-any-return]
 
@@ -113,15 +102,15 @@ def _to_places(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     region, u = layout.region, layout.region.ulysses
     heads = [x.shape[1] // u for x in tensors]
     packed = torch.cat([x.unflatten(1, (u, -1)).permute(1, 3, 0, 2, 4) for x in tensors], 3)  # [u, L, B, h, D]
-    rows = _rows(layout)
-    split = [n for _, n, whole in rows if not whole]
+    rows = segments(layout)
+    split = [n for _, n, _, whole in rows if not whole]
     sent = packed
     if len(split) < len(rows):
-        sent = torch.cat([packed.narrow(1, at, n) for at, n, whole in rows if not whole], 1)
+        sent = torch.cat([packed.narrow(1, at, n) for at, n, _, whole in rows if not whole], 1)
     tokens = _ops.unpack.default(_exchange(sent, region), [u * n for n in split], u)
     if len(split) < len(rows):  # what every rank has stays at home: each keeps the rows of its own heads
         parts, start = [], 0
-        for at, n, whole in rows:
+        for at, n, _, whole in rows:
             if whole:
                 parts.append(_ops.take.default(packed.narrow(1, at, n), 0, region.rank % u, u).squeeze(0))
             else:
@@ -136,7 +125,7 @@ def _to_ranks(out: Tensor, layout: Layout, heads: int) -> Tensor:
     region, u = layout.region, layout.region.ulysses
     tokens = out.permute(2, 0, 1, 3)
     blocks, start = [], 0
-    for _, n, whole in _rows(layout):
+    for _, n, _, whole in segments(layout):
         count = n if whole else u * n
         part = tokens.narrow(0, start, count)
         start = start + count

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fxsp.hooks.dispatch import gather, is_constant, mark, needs_whole, note_gather, rule
 from fxsp.hooks.gradients import leave, use
-from fxsp.hooks.layout import Layout, global_size, layout_of, local_size, means_local, moved
+from fxsp.hooks.layout import Layout, global_size, layout_of, local_size, means_local, moved, segments
 from fxsp.hooks.region import Region
 from fxsp.hooks.rules import aligned, argument, fit, marked, tensors_in
 from fxsp.hooks.where import refuse
-from fxsp.kernels.tokens import local_length
 
 __all__ = ["meant_size", "one_token", "only_layout", "part", "segments_between"]
 
@@ -200,12 +199,11 @@ def segments_between(layout: Layout, start: int, stop: int) -> tuple[Layout, int
     if layout.outer != 1 or layout.inner != 1:
         return None
     begin = None
-    at = first = last = 0
-    for i, (n, whole) in enumerate(zip(layout.lengths, layout.whole, strict=True)):
+    at = first = 0
+    for i, (row, rows, n, _) in enumerate(segments(layout)):
         if at == start and begin is None:
-            begin, first = i, last
-        rows = local_length(n, whole, layout.region.size)
-        at, last = at + (rows if means_local(layout) else n), last + rows
+            begin, first = i, row
+        at, last = at + (rows if means_local(layout) else n), row + rows
         if at == stop and begin is not None:
             lengths, wholes = layout.lengths[begin : i + 1], layout.whole[begin : i + 1]
             return Layout(layout.dim, lengths, wholes, layout.region), first, last - first
@@ -225,7 +223,7 @@ def part(name: str, x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
 
 
 def _counted(layout: Layout) -> str:
-    local = [local_length(n, w, layout.region.size) for n, w in zip(layout.lengths, layout.whole, strict=True)]
+    local = [rows for _, rows, *_ in segments(layout)]
     return f"{local} local rows (global {layout.lengths})" if means_local(layout) else f"{list(layout.lengths)} tokens"
 
 

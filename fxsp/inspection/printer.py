@@ -21,14 +21,13 @@ import torch
 
 from fxsp import torch_internals
 from fxsp.inspection.wire import (
-    arguments_of,
     bytes_sent,
     format_bytes,
     length_of,
     shape_on_rank,
 )
 from fxsp.kernels.ops import op_of
-from fxsp.passes.graph import facts, value_of
+from fxsp.passes.graph import Call, facts, value_of
 from fxsp.source import module_path
 from fxsp.types import Length, Ranks, as_length
 
@@ -182,7 +181,7 @@ def op_text(node: torch.fx.Node) -> str:
 
 def _fxsp_text(op: str, node: torch.fx.Node) -> str:
     """Segments in the notation of the types; no group, no size, and the rank is a word."""
-    arguments = arguments_of(node)
+    arguments = Call(node).given
     operands = []
     for name, value in arguments.items():
         if name == "rank":

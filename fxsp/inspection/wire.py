@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from fxsp import torch_internals
 from fxsp.kernels.op import Local, sizes_of
 from fxsp.kernels.ops import op_of
 from fxsp.passes.graph import facts, value_of
 from fxsp.types import Length, Ranks, Shard, as_length
 
 __all__ = [
-    "arguments_of",
     "bytes_sent",
     "format_bytes",
     "length_of",
@@ -39,12 +37,6 @@ def shape_on_rank(val: torch.Tensor, type_: Any, ranks: Ranks) -> tuple[Length, 
     if isinstance(type_, Shard) and type_.dim < len(shape):
         shape[type_.dim] = type_.local_size(ranks.size)
     return tuple(shape)
-
-
-def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
-    """The operands of an operator by name."""
-    names = [argument.name for argument in torch_internals.schema(node.target).arguments]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:

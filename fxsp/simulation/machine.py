@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.families import family
 from fxsp.simulation.joint import joint_graph
 from fxsp.simulation.placement import assemble, check_replicated
@@ -190,10 +191,7 @@ class _Machine:
     def _mutated(self, function: Callable[..., Any], node: torch.fx.Node) -> list[Any]:
         """The tensors, on every rank, that the call may write to (all of its operands, if no schema says which)."""
         if torch_internals.is_operator(function):
-            arguments = torch_internals.schema(function).arguments
-            names = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-            bound = dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
-            written: Any = [value for name, value in bound.items() if name in names]
+            written: Any = Call(node).written
         else:
             written = [node.args, node.kwargs]
         return pytree.tree_leaves(self._per_rank(written))

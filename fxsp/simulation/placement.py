@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fxsp.errors import VerificationError
-from fxsp.simulation.reference.table import Lanes, gather, total, undeal
+from fxsp.simulation.reference.lanes import Lanes, total
+from fxsp.simulation.reference.ops import gather, undeal
 from fxsp.types import Partial, Shard, Type
 
 __all__ = ["assemble", "check_replicated"]

@@ -68,6 +68,7 @@ from fxsp.torch_internals.groups import (
 )
 from fxsp.torch_internals.logs import through_dynamo, trace_artifact, tracing_artifacts
 from fxsp.torch_internals.operators import (
+    arguments_of,
     autocast_key,
     call_at,
     functional_collectives,
@@ -86,6 +87,7 @@ from fxsp.torch_internals.operators import (
     overload_name,
     overload_of,
     packet_of,
+    parameters,
     resizes_storage,
     schema,
     wrap_operator,
@@ -152,6 +154,7 @@ __all__ = [
     "add_module",
     "any_autocast",
     "aot_autograd",
+    "arguments_of",
     "autocast_key",
     "backend_layers",
     "boxed",
@@ -230,6 +233,7 @@ __all__ = [
     "overload_name",
     "overload_of",
     "packet_of",
+    "parameters",
     "plain_functions",
     "plain_tensors",
     "python_dispatch",

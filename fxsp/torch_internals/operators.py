@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +17,40 @@ def is_operator(target: Any) -> bool:
 def schema(target: Any) -> Any:
     """The schema of an operator overload: ``name``, ``arguments``, ``is_mutable``."""
     return target._schema
+
+
+class Parameter(NamedTuple):
+    """One argument of an operator's schema; ``default`` is None where there is none."""
+
+    name: str
+    default: Any
+    has_default: bool
+    kwarg_only: bool
+    is_written: bool
+
+
+@cache
+def parameters(target: Any) -> tuple[Parameter, ...]:
+    """The arguments of an operator overload's schema, in order."""
+    return tuple(
+        Parameter(
+            known.name,
+            known.default_value,
+            known.has_default_value(),
+            known.kwarg_only,
+            known.alias_info is not None and known.alias_info.is_write,
+        )
+        for known in schema(target).arguments
+    )
+
+
+def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by name, in the order of the schema, defaults included."""
+    args, kwargs = node.args, node.kwargs
+    return {
+        known.name: args[i] if i < len(args) else kwargs.get(known.name, known.default)
+        for i, known in enumerate(parameters(node.target))
+    }
 
 
 def is_pointwise(target: Any) -> bool:

@@ -24,9 +24,8 @@ from torch.utils._pytree import tree_leaves
 from fxsp.kernels.op import Local, Sent
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, global_value, value_of
+from fxsp.passes.graph import Call, facts, global_value, value_of
 from fxsp.passes.rules.families import family, names_of
-from fxsp.passes.rules.rule import Call
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
 from fxsp.source import module_path, node_source

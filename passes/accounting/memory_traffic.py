@@ -22,7 +22,7 @@ from fxsp.kernels.counts import bytes_of
 from fxsp.kernels.op import Cost, sizes_of
 from fxsp.kernels.ops import op_of
 from fxsp.passes.attention.operators import ATTENTION_OPS
-from fxsp.passes.rules.rule import Call
+from fxsp.passes.graph import Call
 from fxsp.torch_internals import schema, storage_key
 
 __all__ = ["attended", "attention_output", "costs", "is_attention"]

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxsp.passes.calls import arguments
-from fxsp.passes.graph import facts, global_value
+from fxsp.passes.graph import Call, facts, global_value
 from fxsp.passes.rules.families import family
 from fxsp.passes.work import has_work
 from fxsp.torch_internals import is_operator, is_pointwise, schema
@@ -94,7 +93,7 @@ def _names(nodes: Sequence[Node]) -> tuple[str, ...]:
 
 def _steps(node: Node) -> bool:
     """Whether a slice takes, or writes, every other element."""
-    return is_operator(node.target) and arguments(node).get("step") == 2
+    return is_operator(node.target) and Call(node).get("step") == 2
 
 
 def _of_tokens(node: Node) -> bool:

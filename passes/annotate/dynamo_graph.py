@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxsp import torch_internals
+from fxsp.passes.graph import Call
 from fxsp.torch_internals import Opaque
 from fxsp.types import as_length, same_length
 
@@ -103,10 +104,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function":
         return []
     if torch_internals.is_operator(node.target):
-        arguments = torch_internals.schema(node.target).arguments
-        pairs = zip(arguments, node.args, strict=False)
-        written = [arg for a, arg in pairs if a.alias_info is not None and a.alias_info.is_write]
-        return outs + [arg for arg in written if isinstance(arg, fx.Node)]
+        return Call(node).written
     name = getattr(node.target, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or node.target in _IN_PLACE
     return outs + (first if in_place or node.kwargs.get("inplace") is True else [])

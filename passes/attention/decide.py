@@ -32,10 +32,10 @@ from fxsp.passes.attention.methods.split_kv import choose_for_whole_queries
 from fxsp.passes.attention.operators import BANDED, SDPA, AttentionOp, attention_op
 from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, type_of
+from fxsp.passes.graph import Call, facts, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
 from fxsp.passes.rules.dims import broadcast
-from fxsp.passes.rules.rule import Call, Dims, OpRule
+from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule
 from fxsp.source import place
 from fxsp.types import Length, Replicate, Sequence, Shard, Type, Used, as_length, same_length
@@ -169,7 +169,7 @@ def decide_attention(call: Call, types: list[Type], program: Program) -> Decisio
         needed[name] = _own_heads(call, name, dim) if heads_split and isinstance(call[name], Node) else Used()
     if op.mask is not None and mask is not None:
         needed[op.mask] = _mask_type(call, op.mask, choice, q, mask_shape)
-    operands = tuple(needed[a.name] for a in call.op._schema.arguments if isinstance(call.get(a.name), Node))
+    operands = tuple(needed[name] for name, value in call.arguments.items() if isinstance(value, Node))
     result: Type = Shard(tokens, q_type.sequence, origin=f"{call.op} by query tokens")
     results = tuple(result if i == op.output else Replicate() for i in range(len(call.result_shapes())))
     return Decision(operands, results, _reason(types, operands), detail=choice)
@@ -203,8 +203,7 @@ def _whole_queries(
     )  # fmt: skip
     whole: Type = Used() if best.method == "merged" else Replicate()
     needed: dict[str, Type] = {name: Shard(tokens, keys) for name in (op.key, op.value)}
-    given = [a.name for a in call.op._schema.arguments if isinstance(call.get(a.name), Node)]
-    operands = tuple(needed.get(name, whole) for name in given)
+    operands = tuple(needed.get(name, whole) for name, value in call.arguments.items() if isinstance(value, Node))
     results = tuple(Replicate(origin=f"{call.op} of whole queries") for _ in call.result_shapes())
     return Decision(operands, results, _reason(types, operands), detail=choice)
 

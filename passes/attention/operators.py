@@ -18,8 +18,9 @@ from torch.fx import Node
 
 from fxsp.errors import OptionError
 from fxsp.kernels.ops import local_ops
+from fxsp.passes.graph import Call, tensor_nodes
 from fxsp.passes.rules.families import overloads
-from fxsp.passes.rules.rule import Call, Dims, OpRule, tensor_nodes
+from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import RULES
 from fxsp.plan import did_you_mean, listing
 from fxsp.torch_internals import overload_of
@@ -85,16 +86,15 @@ class AttentionOp:
         """Why this call cannot be split at all, or nothing."""
         name = f"{self.op}"
         known = {self.query, self.key, self.value, self.mask, *self.per_head}
-        for argument in call.op._schema.arguments:
-            value = call.get(argument.name)
-            if argument.name in known:
+        for argument, value in call.arguments.items():
+            if argument in known:
                 continue
             if any(True for _ in tensor_nodes(value)):
-                return f"{name}: the compiler is not told what its tensor argument {argument.name!r} means"
-            if argument.name in {self.causal, self.dropout} | self.constants | self.positional:
+                return f"{name}: the compiler is not told what its tensor argument {argument!r} means"
+            if argument in {self.causal, self.dropout} | self.constants | self.positional:
                 continue
-            if not (argument.has_default_value() and value == argument.default_value):
-                return f"{name}: the compiler is not told what {argument.name}={value} means for a part of the tokens"
+            if not call.is_default(argument):
+                return f"{name}: the compiler is not told what {argument}={value} means for a part of the tokens"
         for user in call.node.users:
             index = user.args[1] if user.target is operator.getitem else None
             if isinstance(call.node.meta["val"], (tuple, list)) and index != self.output and user.users:
@@ -103,7 +103,7 @@ class AttentionOp:
 
     def rows_refusal(self, call: Call, q: tuple[Length, ...], k: tuple[Length, ...]) -> str:
         """Why it cannot run on some of the queries, or nothing; the shapes are ``[B, H, S, D]``."""
-        moved = [n for n in sorted(self.positional) if not _is_default(call, n)]
+        moved = [n for n in sorted(self.positional) if call[n] is not None and not call.is_default(n)]
         if not self.builtin and any(isinstance(call.get(n), Node) for n in self.per_head):
             moved += [n for n in self.per_head if isinstance(call.get(n), Node)]
         if moved:
@@ -114,14 +114,6 @@ class AttentionOp:
             if q[-2] != k[-2]:
                 return f"which corner the causal flag of {self.op} means is not known"
         return ""
-
-
-def _is_default(call: Call, name: str) -> bool:
-    for argument in call.op._schema.arguments:
-        if argument.name == name:
-            value = call.get(name)
-            return bool(argument.has_default_value() and value == argument.default_value) or value is None
-    return True
 
 
 #: The operators that are attentions.

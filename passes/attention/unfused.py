@@ -24,10 +24,10 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import Call, facts, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules.decide import Decision, decide, hint, locate
 from fxsp.passes.rules.families import family, names_of
-from fxsp.passes.rules.rule import Call, Dims, OpRule, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule_of
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length

@@ -23,10 +23,9 @@ from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
 from fxsp.passes.base import Program
-from fxsp.passes.graph import decision_of, facts, mark, type_of
+from fxsp.passes.graph import Call, decision_of, facts, mark, shape_of, type_of
 from fxsp.passes.rules.decide import Decision, locate
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.repeats import repeated
 from fxsp.report import AttentionRecord

@@ -45,7 +45,7 @@ import fxsp.errors
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
 from fxsp.kernels.ops import fxsp_ops, op_of
-from fxsp.torch_internals import fake_mode_of, functionalized, is_operator, schema, storage_key
+from fxsp.torch_internals import arguments_of, fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
 __all__ = ["BUCKET_BYTES", "FOLDERS", "drop_identities", "emit", "fingerprint"]
@@ -115,19 +115,13 @@ def emit(
             if op is not None and op.is_identity:
                 _replace(node, node.args[0])
             elif op is not None:
-                arguments = _arguments(node)
-                if decompositions is None and schema(node.target).arguments[-1].name == "fuse":
-                    arguments = (*arguments[:-1], False)  # nobody comes after us who would fuse
-                _replace(node, splicer.call(op.lowering, arguments, node, node))
+                arguments = arguments_of(node)
+                if decompositions is None and "fuse" in arguments:
+                    arguments["fuse"] = False  # nobody comes after us who would fuse
+                _replace(node, splicer.call(op.lowering, tuple(arguments.values()), node, node))
     left = [node.name for node in graph.nodes if op_of(node) is not None]
     if left:
         raise VerificationError(f"emit left fxsp ops in the graph: {', '.join(left)}")
-
-
-def _arguments(node: Node) -> tuple[Any, ...]:
-    """The arguments in the order of the schema, keywords included."""
-    left = schema(node.target).arguments[len(node.args) :]
-    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in left))
 
 
 def _replace(node: Node, value: Any) -> None:

@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
-from fxsp.passes.calls import Writer, arguments
+from fxsp.passes.calls import Writer
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.families import family, names_of
 from fxsp.source import describe
 from fxsp.types import as_length, same_length
@@ -35,22 +36,17 @@ def written_arguments(node: Node) -> list[Node]:
     hidden = node.target in family("writes_statistics")
     if not schema.is_mutable and not hidden:
         return []
-    found = arguments(node)
-    if hidden:
-        writes = found.get("training", found.get("use_input_stats"))
-        values = [found["running_mean"], found["running_var"]] if writes else []
-    else:
-        values = [found[a.name] for a in schema.arguments if _is_write(a) and a.name in found]
-    return [n for value in values for n in (value if isinstance(value, (list, tuple)) else [value]) if n is not None]
+    call = Call(node)
+    if not hidden:
+        return call.written
+    writes = call.get("training", call.get("use_input_stats"))
+    values = [call["running_mean"], call["running_var"]] if writes else []
+    return [n for n in values if n is not None]
 
 
 def gives_memory(node: Node) -> bool:
     """Whether a node is the ``set_`` with which *normalize* gives an input its memory at the end."""
     return node.target is aten.set_.source_Tensor
-
-
-def _is_write(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node], Node]) -> Node:
@@ -59,7 +55,7 @@ def functional_value(w: Writer, node: Node, written: Node, read: Callable[[Node]
     ``read`` gives the present value of an argument.  Raises :class:`UnsupportedError` if the operator is not known.
     """
     name = torch_internals.schema(node.target).name.removeprefix("aten::")
-    found = arguments(node)
+    found = Call(node).arguments
     if name in names_of("moves_memory"):
         raise UnsupportedError(f"{describe(node)} changes the memory of a tensor")
     if name == "copy_":

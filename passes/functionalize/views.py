@@ -19,7 +19,8 @@ import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
-from fxsp.passes.calls import Writer, arguments
+from fxsp.passes.calls import Writer
+from fxsp.passes.graph import Call
 from fxsp.passes.normalize.retrace import is_annotation
 from fxsp.passes.rules.dims import order
 from fxsp.passes.rules.families import names_of
@@ -69,7 +70,7 @@ def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
     if index is None and name != "aten::detach" and _same_place(node.meta["val"], whole.meta["val"]):
         return _IDENTITY
     make = _maker(name.removeprefix("aten::").removesuffix("_"))
-    return make(node, whole, arguments(node), index) if make is not None and name.startswith("aten::") else None
+    return make(node, whole, Call(node).arguments, index) if make is not None and name.startswith("aten::") else None
 
 
 def _same_place(a: Any, b: Any) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.masks.terms import Affine, Term, Where, combine, equal
 from fxsp.passes.masks.values import Terms, affine_of, number_of, on, where_of
 from fxsp.passes.rules.families import family, names_of, overloads
-from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import same_length
 
 __all__: list[str] = []
@@ -44,7 +44,7 @@ _COMPARISONS: dict[str, Callable[[Affine, Affine], list[Affine]]] = {
 
 def _binary(call: Call, terms: Terms) -> Term | None:
     name = call.op._opname
-    a, b = (call.arguments[argument.name] for argument in call.op._schema.arguments[:2])
+    a, b, *_ = call.arguments.values()
     alpha = call.get("alpha", 1)
     if alpha != 1 or call.get("rounding_mode") is not None:
         return None

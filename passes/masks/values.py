@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.passes.graph import Call, shape_of, tensor_value
 from fxsp.passes.masks.terms import Affine, Leaf, Source, Term, Where, equal, minimum, remapped, simplified
 from fxsp.passes.rules.dims import kept, order, position
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, shape_of, tensor_value
 from fxsp.types import Length, as_length, same_length
 
 __all__ = ["TABLE", "Terms", "affine_of", "is_integer", "number_of", "on", "terms_of", "where_of"]

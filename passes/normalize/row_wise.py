@@ -24,10 +24,9 @@ from torch.fx import Node
 from fxsp import torch_internals
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, type_of
+from fxsp.passes.graph import Call, facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call
 from fxsp.torch_internals import is_wrapper_subclass
 from fxsp.types import Ranks, Shard
 

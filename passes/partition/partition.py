@@ -31,7 +31,7 @@ from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.unfused_report import mark_written
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.inplace import written_arguments
-from fxsp.passes.graph import facts, mark, type_of
+from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
@@ -39,7 +39,6 @@ from fxsp.passes.propagate.zigzag import ring_work
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.reduce import reduced_dims
-from fxsp.passes.rules.rule import Call, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.special.extremes import ExtremePlan, write_extreme
 from fxsp.passes.special.likes import LikePlan, write_like
 from fxsp.passes.special.losses import LossPlan, write_loss

@@ -18,10 +18,9 @@ from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import facts, mark
+from fxsp.passes.graph import facts, mark, shape_of, tensor_nodes
 from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import shape_of, tensor_nodes
 from fxsp.passes.special.likes import is_constant, write_like
 from fxsp.passes.special.repeats import repeats_of
 from fxsp.report import GatherRecord

@@ -27,10 +27,10 @@ from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.decide import decide_attention
 from fxsp.passes.attention.unfused import decide_written
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, mark, type_of
+from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, draws, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.rules.rule import draws
 from fxsp.passes.rules.summands import decide_summands
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.cat_and_cut import decide_structure
@@ -139,14 +139,12 @@ def _splits_rows(x: Type, shape: tuple[Length, ...]) -> bool:
 
 def _refuse_writes(call: Call) -> None:
     """Writes are allowed to inputs of the graph only: a conversion of anything else would lose them."""
-    for argument in call.op._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            for target in tensor_nodes(call[argument.name]):
-                if target.op != "placeholder":
-                    raise UnsupportedError(
-                        f"{call.op} in {place(call.node)} "
-                        f"writes to {target}, no input of the graph: functionalize in-place operators first"
-                    )
+    for target in call.written:
+        if target.op != "placeholder":
+            raise UnsupportedError(
+                f"{call.op} in {place(call.node)} "
+                f"writes to {target}, no input of the graph: functionalize in-place operators first"
+            )
 
 
 def _holds_tensor(value: Any) -> bool:

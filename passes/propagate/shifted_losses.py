@@ -35,13 +35,12 @@ from torch.fx import Node
 
 from fxsp.passes.base import Program
 from fxsp.passes.calls import Writer, erase_unused
-from fxsp.passes.graph import facts, mark, type_of
+from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_value, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import decide, hint
 from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.reduce import reduced_dims
-from fxsp.passes.rules.rule import Call, shape_of, tensor_value
 from fxsp.passes.rules.table import rule_of
 from fxsp.torch_internals import fake_mode_of
 from fxsp.types import Length, Replicate, Sequence, Shard, Type, as_length, product, same_length

@@ -28,10 +28,9 @@ from torch.fx import Node
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, type_of
+from fxsp.passes.graph import Call, facts, shape_of, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import Decision, hint
-from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Length, Shard, product, same_length
 
 __all__ = ["Zigzag", "ring_work"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsp.passes.graph import Decision
-from fxsp.passes.rules.rule import Call, Dims, OpRule
+from fxsp.passes.graph import Call, Decision
+from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 
 __all__ = ["Decision", "decide", "hint", "locate", "replicate_all"]

@@ -8,8 +8,9 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.families import names_of
-from fxsp.passes.rules.rule import Call, Dims
+from fxsp.passes.rules.rule import Dims
 from fxsp.types import Length, as_length, product, quotient, same_length
 
 __all__ = ["aligned", "broadcast", "cut_bounds", "kept", "order", "position", "reshape_factors"]

@@ -6,8 +6,9 @@ boundaries is the business of ``fxsp.passes.special.cat_and_cut``); all other di
 
 from __future__ import annotations
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import aligned
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction, rows
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
 from fxsp.types import as_length, same_length
 
 __all__ = ["RULES"]

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import aligned
-from fxsp.passes.rules.rule import Call, Dims, OpRule
+from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.types import Length, same_length
 
 __all__ = ["Pattern", "parse", "written"]

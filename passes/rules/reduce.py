@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import string
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import aligned, broadcast
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction, rows
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
 from fxsp.types import Length, same_length
 
 __all__ = ["RULES", "reduced_dims"]

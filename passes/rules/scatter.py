@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction, shape_of
+from fxsp.passes.graph import Call, shape_of
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
 from fxsp.types import same_length
 
 __all__ = ["RULES"]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.families import traits_of
-from fxsp.passes.rules.rule import Call, Dims, OpRule, RuleFunction, rows
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
 
 __all__ = ["RULES"]
 

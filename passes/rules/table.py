@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules import index, reduce, scatter, spatial, views
 from fxsp.passes.rules.families import TABLE, Row, family, overloads
 from fxsp.passes.rules.notation import written
-from fxsp.passes.rules.rule import Call, OpRule, RuleFunction, draws
+from fxsp.passes.rules.rule import OpRule, RuleFunction, draws
 
 __all__ = ["RULES", "rule", "rule_of"]
 

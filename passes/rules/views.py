@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import order, reshape_factors
-from fxsp.passes.rules.rule import Call, OpRule, RuleFunction, rows
+from fxsp.passes.rules.rule import OpRule, RuleFunction, rows
 from fxsp.types import same_length
 
 __all__ = ["RULES"]

@@ -6,10 +6,10 @@ back; both are local.  Along any other dimension these operators follow their fa
 
 from __future__ import annotations
 
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Layout, Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = ["decide_structure", "segments_between"]

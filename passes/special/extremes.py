@@ -26,10 +26,10 @@ from torch.fx import Node
 from fxsp.kernels.counts import reduced_bytes
 from fxsp.kernels.extremes import travels_as
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.decide import Decision, locate
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.reduce import reduced_dims
-from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.passes.rules.table import rule_of
 from fxsp.types import Length, Replicate, Shard, Type, ceil_div, product
 

@@ -18,9 +18,9 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.decide import Decision, hint
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Replicate, Shard, Type, as_length
 
 __all__ = ["LikePlan", "decide_like", "is_constant", "write_like"]

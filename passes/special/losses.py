@@ -15,9 +15,9 @@ from torch.fx import Node
 
 from fxsp.kernels.counts import reduced_bytes
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call
 from fxsp.types import Partial, Shard, Type, Used, product, same_length
 
 __all__ = ["LossPlan", "decide_loss", "write_loss"]

@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import facts, shape_of, tensor_nodes
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import shape_of, tensor_nodes
 from fxsp.types import Shard, product, quotient
 
 __all__ = ["repeated", "repeats_of"]

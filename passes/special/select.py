@@ -12,10 +12,10 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Call, shape_of
 from fxsp.types import Length, Partial, Shard, Type, as_length, same_length
 
 __all__ = ["PickPlan", "decide_pick", "write_pick"]

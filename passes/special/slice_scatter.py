@@ -13,9 +13,9 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.dims import cut_bounds
-from fxsp.passes.rules.rule import Call
 from fxsp.passes.special.cat_and_cut import segments_between
 from fxsp.types import Length, Segment, Sequence, Shard, Type, Used, as_length, same_length
 

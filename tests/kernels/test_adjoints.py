@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fxsp.kernels.ops  # noqa: F401
+from fxsp.kernels.ops import OPS
 
 fx = torch.ops.fxsp
 
@@ -198,6 +198,11 @@ def test_ops_and_their_adjoints(ranks, size):
         if name == "shard":
             for rank in range(size):  # pads are copies of the last row
                 torch.testing.assert_close(y[rank], tokens.local(x[rank], rank), msg=where)
+
+
+def test_records_have_these_types():
+    types = {op.name: op.types for op in OPS}
+    assert {name: f"{a} -> {b}" for name, (a, b) in TYPES.items() if name in types}.items() <= types.items()
 
 
 def run_blocks(rank, size, xs, gs):

@@ -11,6 +11,7 @@ from fxsp.kernels.exchange.head_ops import HEADS
 from fxsp.kernels.extremes import EXTREMES
 from fxsp.kernels.lowering import known_dense
 from fxsp.kernels.ops import OPS
+from fxsp.simulation.reference import ops as meaning
 from fxsp.simulation.reference import table as oracle
 
 fx = torch.ops.fxsp
@@ -81,11 +82,11 @@ def test_heads_mean_what_the_oracle_says(heads, rows, fuse):
     local = [h // 2 for h in heads]
     for zero_pads in (True, False):
         packed = fx.pack_heads(xs, rows, zero_pads, 2, fuse)
-        for meaning in (
-            oracle.pack_heads([oracle.Lanes([x]) for x in xs], rows, zero_pads, 2)[0],
+        for expected in (
+            meaning.pack_heads([oracle.Lanes([x]) for x in xs], rows, zero_pads, 2)[0],
             exchange.pack_heads(xs, rows, zero_pads, 2),
         ):
-            torch.testing.assert_close(packed, meaning, rtol=0, atol=0)
+            torch.testing.assert_close(packed, expected, rtol=0, atol=0)
     grad = torch.randn_like(packed)
     for x, g in zip(xs, torch.autograd.grad(packed, xs, grad), strict=True):
         # Pads are dropped, so that the adjoint is that of the rows that are no pads.
@@ -95,7 +96,7 @@ def test_heads_mean_what_the_oracle_says(heads, rows, fuse):
     torch.testing.assert_close(unpacked, torch.cat([x.transpose(1, 2) for x in xs], 2), rtol=0, atol=0)
     received = packed.detach().requires_grad_()
     back = fx.unpack_heads(received, local, 7, fuse)
-    torch.testing.assert_close(back, oracle.unpack_heads(oracle.Lanes([received]), local, 7)[0], rtol=0, atol=0)
+    torch.testing.assert_close(back, meaning.unpack_heads(oracle.Lanes([received]), local, 7)[0], rtol=0, atol=0)
     plain = exchange.unpack_heads(received, local, 7)
     torch.testing.assert_close(back, plain, rtol=0, atol=0)
     grad = torch.randn_like(back)

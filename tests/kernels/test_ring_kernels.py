@@ -17,6 +17,7 @@ from fxsp.kernels.attention.merge import join, merge
 from fxsp.kernels.attention.ring import ring_attention, ring_attention_backward
 from fxsp.kernels.attention.ring_blocks import chunks_of, meetings
 from fxsp.kernels.attention.ring_kernels import block_forward
+from fxsp.simulation.reference import ops as meaning
 from fxsp.simulation.reference import table as oracle
 
 MASKS = ("none", "bool", "additive", "per_head", "padding", "causal", "no_key", "smallest")
@@ -135,13 +136,13 @@ def check(
     wanted = torch.autograd.grad(want, leaves, grad)
 
     def local(x: Tensor, dim: int, zero_pads: bool = False) -> oracle.Lanes:
-        return oracle.shard(oracle.Lanes([x.detach()] * size), dim, lengths, whole, zero_pads, size=size)
+        return meaning.shard(oracle.Lanes([x.detach()] * size), dim, lengths, whole, zero_pads, size=size)
 
     qs, ks, vs = (local(x.to(dtype), 2) for x in leaves[:3])
     rows = mask is not None and (kind != "padding")
     masks = local(mask, mask.dim() - 2) if mask is not None and rows else [mask] * size
     # Of rows that are whole on every rank each has a summand: here rank 0 all of it.
-    grads = oracle.mask_pads(local(grad.to(dtype), 2, True), 2, lengths, whole, size=size)
+    grads = meaning.mask_pads(local(grad.to(dtype), 2, True), 2, lengths, whole, size=size)
 
     def one(rank: int) -> Any:
         with torch.no_grad():
@@ -153,10 +154,10 @@ def check(
             return out, back
 
     results, network = on_ranks(size, one, monkeypatch)
-    out = oracle.gather(oracle.Lanes([r[0] for r in results]), 2, lengths, whole, size=size)[0]
+    out = meaning.gather(oracle.Lanes([r[0] for r in results]), 2, lengths, whole, size=size)[0]
     assert _error(out, want) <= tolerance
     for i, expected in enumerate(wanted):
-        found = oracle.gather_sum(oracle.Lanes([r[1][i] for r in results]), 2, lengths, whole, size=size)[0]
+        found = meaning.gather_sum(oracle.Lanes([r[1][i] for r in results]), 2, lengths, whole, size=size)[0]
         # Where all rows see one key the gradient of the scores is zero, but for the rounding of the processor's kernel.
         assert _error(found, expected, max(0.1 * float(wanted[2].norm()), 1e-3)) <= tolerance, "qkvm"[i]
     return network

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fxsp.passes.graph import Facts, decision_of, facts, global_value, local_value, mark, type_of, value_of
+from fxsp.passes.graph import Call, Facts, decision_of, facts, global_value, local_value, mark, type_of, value_of
 from fxsp.types import Replicate, Sequence, Shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,3 +122,51 @@ def test_no_other_file_spells_a_key_of_ours(folder: str) -> None:
         if key not in TORCH
     ]
     assert not found, f"a fact about a node is a field of fxsp.passes.graph.Facts: {found}"
+
+
+def _call() -> Call:
+    graph = Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    for node in (x, y):
+        node.meta["val"] = torch.ones(2, 3)
+    node = graph.call_function(torch.ops.aten.sub.Tensor, (x,), {"other": y})
+    node.meta["val"] = torch.ones(2, 3)
+    return Call(node)
+
+
+def test_a_call_binds_its_arguments() -> None:
+    call = _call()
+    x, y = call.operands
+    assert call.arguments == {"self": x, "other": y, "alpha": 1}
+    assert call.given == {"self": x, "other": y}
+    assert (call["alpha"], call.get("alpha"), call.get("beta"), call.get("beta", 2)) == (1, 1, None, 2)
+    assert call.is_default("alpha")
+    assert not call.is_default("other")
+    assert call.operand_shapes() == [*call.result_shapes(), call.shape("other")] == [(2, 3), (2, 3)]
+    assert call.written == []
+
+
+def test_an_argument_without_a_default_is_none() -> None:
+    graph = Graph()
+    call = Call(graph.call_function(torch.ops.aten.sum.dim_IntList, (graph.placeholder("x"), [-1])))
+    assert call.arguments == {"self": call.node.args[0], "dim": [-1], "keepdim": False, "dtype": None}
+    assert not call.is_default("dim")
+    assert call.is_default("dtype")
+
+
+def test_what_a_call_writes_to() -> None:
+    graph = Graph()
+    x, y, out = (graph.placeholder(name) for name in ("x", "y", "out"))
+    assert Call(graph.call_function(torch.ops.aten.add_.Tensor, (x, y))).written == [x]
+    assert Call(graph.call_function(torch.ops.aten.add.out, (x, y), {"out": out})).written == [out]
+    assert Call(graph.call_function(torch.ops.aten._foreach_add_.List, ([x, out], [y, y]))).written == [x, out]
+
+
+def test_a_call_is_written_again() -> None:
+    call = _call()
+    x, y = call.operands
+    assert call.rebuild() == ((x, y), {})
+    assert call.rebuild(other=x) == ((x, x), {})
+    assert call.rebuild(alpha=3) == ((x, y), {"alpha": 3})
+    assert call.bound_to({**call.arguments, "self": y}).rebuild() == ((y, y), {})
+    assert call.arguments["self"] is x

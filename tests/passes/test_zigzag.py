@@ -25,6 +25,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.report import Report
+from fxsp.simulation.reference import ops as meaning
 from fxsp.simulation.reference import table as oracle
 from fxsp.types import Ranks, Sequence, Shard
 from lockstep import gradients
@@ -48,11 +49,11 @@ def _one_thread() -> None:
 def test_deal_and_undeal(size: int, lengths: list[int], head_tail: list[bool]) -> None:
     """Against the oracle, and each the adjoint of the other but for pads, which nobody reads."""
     x = torch.randn(2, sum(lengths), 3, dtype=torch.float64, requires_grad=True)
-    rows = oracle.deal(oracle.Lanes([x.detach()]), 1, lengths, head_tail, False, size)[0]
+    rows = meaning.deal(oracle.Lanes([x.detach()]), 1, lengths, head_tail, False, size)[0]
     dealt = ops.deal(x, 1, lengths, head_tail, False, size)
     zeroed = ops.deal(x, 1, lengths, head_tail, True, size)
     assert torch.equal(dealt, rows)
-    assert torch.equal(zeroed, oracle.deal(oracle.Lanes([x.detach()]), 1, lengths, head_tail, True, size)[0])
+    assert torch.equal(zeroed, meaning.deal(oracle.Lanes([x.detach()]), 1, lengths, head_tail, True, size)[0])
     assert torch.equal(ops.undeal(dealt, 1, lengths, head_tail, size), x)
     g = torch.randn_like(rows)
     (back,) = torch.autograd.grad(dealt, x, g)

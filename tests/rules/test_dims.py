@@ -8,7 +8,7 @@ import pytest
 import sympy
 import torch
 
-from fxsp.passes.calls import arguments
+from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import kept, order, position
 from fxsp.passes.rules.families import family
 from fxsp.types import Length
@@ -28,14 +28,14 @@ def test_order_is_that_of_the_operator(sample: Sample) -> None:
     rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
     probe = torch.empty([d + 2 for d in range(rank)], dtype=torch.complex64, device="meta")
     moved = sample.op(probe, *sample.args[1:], **sample.kwargs)
-    assert order(sample.op, arguments(node), rank) == [n - 2 for n in moved.shape]
+    assert order(sample.op, Call(node).arguments, rank) == [n - 2 for n in moved.shape]
 
 
 @pytest.mark.parametrize(("op", "args"), IN_PLACE, ids=str)
 def test_order_of_operators_in_place(op: Any, args: tuple[Any, ...]) -> None:
     node = torch.fx.Graph().call_function(op, (torch.empty(2, 3), *args))
     moved = op(torch.empty(2, 3, device="meta"), *args)
-    assert order(op, arguments(node), 2) == [n - 2 for n in moved.shape]
+    assert order(op, Call(node).arguments, 2) == [n - 2 for n in moved.shape]
 
 
 @pytest.mark.parametrize(

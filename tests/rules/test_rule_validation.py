@@ -11,10 +11,11 @@ import torch
 import fxsp.passes.pipeline
 from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.base import Program
+from fxsp.passes.graph import Call
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.propagate import propagate
 from fxsp.passes.rules import decide as decisions
-from fxsp.passes.rules.rule import Call, OpRule
+from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import RULES
 from fxsp.simulation.machine import check_replicated, simulate_with_grads
 from fxsp.types import Ranks, Shard

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxsp.passes.graph import Call
 from fxsp.passes.pipeline import PIPELINE  # fills the table
 from fxsp.passes.rules.dims import reshape_factors
 from fxsp.passes.rules.families import family, overloads
-from fxsp.passes.rules.rule import Call, OpRule
+from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import RULES, rule, rule_of
 from fxsp.passes.rules.whole import WHOLE
 from fxsp.types import quotient

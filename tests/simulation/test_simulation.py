@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.simulation.machine import assemble, check_replicated, run, simulate, simulate_with_grads
+from fxsp.simulation.reference import ops as meaning
 from fxsp.simulation.reference import table as oracle
+from fxsp.simulation.reference.lanes import total
 from fxsp.torch_internals import trace_on_fakes
 from fxsp.types import Partial, Replicate, Segment, Sequence, Shard
 
@@ -44,10 +46,10 @@ def test_local_operators_agree_with_the_kernels(
     shape = [2, 3, 4]
     shape[dim] = sum(lengths)
     x = torch.randn(shape)
-    expected = oracle.shard(oracle.Lanes([x] * size), dim, lengths, whole, zero_pads, size=size)
-    masked = oracle.mask_pads(expected, dim, lengths, whole, size=size)
-    scaled = oracle.scale_whole(expected, dim, lengths, whole, size=size)
-    places = oracle.positions(lengths, whole, size=size)
+    expected = meaning.shard(oracle.Lanes([x] * size), dim, lengths, whole, zero_pads, size=size)
+    masked = meaning.mask_pads(expected, dim, lengths, whole, size=size)
+    scaled = meaning.scale_whole(expected, dim, lengths, whole, size=size)
+    places = meaning.positions(lengths, whole, size=size)
     for rank in range(size):
         own = ops.shard(x, dim, lengths, whole, zero_pads, rank, size, GROUP)
         assert torch.equal(own, expected[rank])
@@ -63,8 +65,8 @@ def test_shard_then_gather_is_identity(case: tuple[list[int], list[bool], int], 
     shape = [2, 3, 4]
     shape[dim] = sum(lengths)
     x = torch.randn(shape)
-    rows = oracle.shard(oracle.Lanes([x] * size), dim, lengths, whole, False, size=size)
-    for lane in oracle.gather(rows, dim, lengths, whole, size=size):
+    rows = meaning.shard(oracle.Lanes([x] * size), dim, lengths, whole, False, size=size)
+    for lane in meaning.gather(rows, dim, lengths, whole, size=size):
         assert torch.equal(lane, x)
     type_ = Shard(dim, Sequence(tuple(Segment(n, not w) for n, w in zip(lengths, whole, strict=True))))
     assert torch.equal(assemble(type_, rows), x)
@@ -72,7 +74,7 @@ def test_shard_then_gather_is_identity(case: tuple[list[int], list[bool], int], 
 
 def test_assemble_inner_and_outer_factors() -> None:
     x = torch.arange(2 * 5 * 3)
-    rows = oracle.shard(oracle.Lanes([x.view(2, 5, 3)] * 2), 1, [5], [False], False, size=2)
+    rows = meaning.shard(oracle.Lanes([x.view(2, 5, 3)] * 2), 1, [5], [False], False, size=2)
     lanes = [lane.reshape(-1) for lane in rows]
     assert torch.equal(assemble(Shard(0, Sequence.of(5), 2, 3), lanes), x)
     assert torch.equal(assemble(Partial(), [x, x]), 2 * x)
@@ -81,14 +83,14 @@ def test_assemble_inner_and_outer_factors() -> None:
 
 def test_all_to_all_is_a_transpose_of_blocks() -> None:
     sent = oracle.Lanes([torch.tensor([[10 * r + j] for j in range(3)]) for r in range(3)])
-    received = oracle.all_to_all(sent, size=3)
+    received = meaning.all_to_all(sent, size=3)
     assert [lane.flatten().tolist() for lane in received] == [[0, 10, 20], [1, 11, 21], [2, 12, 22]]
 
 
 def test_total_accumulates_half_precision_in_float32() -> None:
     lanes = [torch.tensor([256.0], dtype=torch.bfloat16)] + [torch.tensor([1.0], dtype=torch.bfloat16)] * 4
-    assert oracle.total(lanes).item() == 260.0
-    assert oracle.total([torch.tensor(True), torch.tensor(True)]).item() is True
+    assert total(lanes).item() == 260.0
+    assert total([torch.tensor(True), torch.tensor(True)]).item() is True
 
 
 def _mean_over_tokens(n: int, size: int) -> Callable[[torch.Tensor], torch.Tensor]:

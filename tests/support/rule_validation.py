@@ -23,11 +23,11 @@ from torch.fx import Graph, GraphModule, Node
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.errors import FxspError
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import facts, tensor_nodes
 from fxsp.passes.partition.reshard import Converter
 from fxsp.passes.pipeline import partition_program
 from fxsp.passes.propagate import propagate
-from fxsp.passes.rules.rule import Dims, OpRule, tensor_nodes
+from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule_of
 from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Length, Partial, Ranks, Replicate, Segment, Sequence, Shard, Type, Used, product

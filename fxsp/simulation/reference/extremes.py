@@ -46,3 +46,6 @@ def at_extreme_backward(
         own = torch.where(where | part.isnan(), part, 0.0)
         result.append(own.to(g.dtype))
     return result
+
+
+OPERATORS = (all_reduce_extreme, at_extreme, at_extreme_backward)

@@ -260,3 +260,10 @@ def all_to_all_within(x: Lanes, rank: int = 0, size: int = 1, group: str = "") -
     """An all-to-all in each set of ``u`` consecutive ranks, ``u`` the first size of ``x``."""
     u = x[0].shape[0]
     return Lanes([torch.stack([sender[r % u] for sender in x[r - r % u : r - r % u + u]]) for r in range(size)])
+
+
+OPERATORS = (
+    annotate, shard, gather, reduce_scatter, all_reduce, use, all_to_all, mask_pads, positions,
+    deal, undeal, take, gather_sum, scale_whole, put, pack, unpack, pack_heads,
+    unpack_heads, all_to_all_within,
+)  # fmt: skip

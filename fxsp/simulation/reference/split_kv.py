@@ -77,3 +77,6 @@ def merged_attention_backward(
         )
 
     return by_autograd(run, grad, q, k, v, mask, mask_grad)
+
+
+OPERATORS = (merged_attention, merged_attention_backward)

@@ -2,7 +2,7 @@
 
 This is the reference that the operators and everything made of them are tested against.  It is written apart from
 ``fxsp.kernels``, for clarity and not for speed, and must stay so: a mistake in one has to show against the other.
-The operators are in :mod:`fxsp.simulation.reference.ops`, those of attention in :mod:`fxsp.simulation.reference.ring`.
+Each file lists the operators that it defines, as ``OPERATORS``; the name of a function is that of the operator.
 """
 
 from __future__ import annotations
@@ -16,43 +16,11 @@ from typing import Any
 import torch
 
 from fxsp.errors import UnsupportedError, VerificationError
-from fxsp.simulation.reference import (
-    extremes as oracle_extremes,
-)
-from fxsp.simulation.reference import (
-    ring as oracle_attention,
-)
-from fxsp.simulation.reference import (
-    split_kv as oracle_merged,
-)
-from fxsp.simulation.reference import (
-    zigzag as oracle_deal,
-)
-from fxsp.simulation.reference.lanes import Lanes, poison, total
-from fxsp.simulation.reference.ops import (
-    all_reduce,
-    all_to_all,
-    all_to_all_within,
-    annotate,
-    deal,
-    gather,
-    gather_sum,
-    mask_pads,
-    pack,
-    pack_heads,
-    positions,
-    put,
-    reduce_scatter,
-    scale_whole,
-    shard,
-    take,
-    undeal,
-    unpack,
-    unpack_heads,
-    use,
-)
+from fxsp.simulation.reference import extremes, ops, ring, split_kv
+from fxsp.simulation.reference import zigzag as oracle_deal
+from fxsp.simulation.reference.lanes import Lanes, poison
 
-__all__ = ["Call", "Lanes", "bind", "gather", "shard", "total", "undeal"]
+__all__ = ["Call", "Lanes", "bind"]
 
 
 @dataclass(frozen=True)
@@ -117,35 +85,9 @@ def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:
 #: Operators without communication: their size may be that of a part of the ranks.
 _LOCAL = frozenset({"deal", "pack", "pack_heads", "put", "take", "undeal", "unpack"})
 
-_OPERATORS: dict[str, Callable[..., Lanes]] = {
-    "all_to_all_within": all_to_all_within,
-    "ring_attention": _lanes(oracle_attention.ring_attention),
-    "ring_attention_backward": _lanes(oracle_attention.ring_attention_backward),
-    "merged_attention": _lanes(oracle_merged.merged_attention),
-    "merged_attention_backward": _lanes(oracle_merged.merged_attention_backward),
-    "all_reduce_extreme": _lanes(oracle_extremes.all_reduce_extreme),
-    "at_extreme": _lanes(oracle_extremes.at_extreme),
-    "at_extreme_backward": _lanes(oracle_extremes.at_extreme_backward),
-    "all_reduce": all_reduce,
-    "all_to_all": all_to_all,
-    "annotate": annotate,
-    "deal": deal,
-    "gather": gather,
-    "gather_sum": gather_sum,
-    "gather_used": gather,
-    "mask_pads": mask_pads,
-    "pack": pack,
-    "pack_heads": pack_heads,
-    "place_positions": _lanes(oracle_attention.place_positions),
-    "positions": positions,
-    "put": put,
-    "reduce_grad": all_reduce,
-    "reduce_scatter": reduce_scatter,
-    "scale_whole": scale_whole,
-    "shard": shard,
-    "take": take,
-    "undeal": undeal,
-    "unpack": unpack,
-    "unpack_heads": unpack_heads,
-    "use": use,
+#: What each file defines, by the name of the function.
+_OPERATORS = {
+    function.__name__: _lanes(function) for module in (ops, ring, split_kv, extremes) for function in module.OPERATORS
 }
+# Forward they mean what others do.
+_OPERATORS.update(gather_used=_OPERATORS["gather"], reduce_grad=_OPERATORS["all_reduce"])
