@@ -47,13 +47,9 @@ class RunsWhole(UnsupportedError):  # noqa: N818  (nothing is wrong with the gra
     ``remedy`` is what the warning advises, beside the reason; None: nobody has to be warned.
     """
 
-    def __init__(
-        self,
-        reason: str,
-        remedy: str | None = (
-            "fxsp.explain shows what the plan reaches; rewrite that line, or keep it out with torch.compiler.disable"
-        ),
-    ) -> None:
+    REMEDY = "fxsp.explain shows what the plan reaches; rewrite that line, or keep it out with torch.compiler.disable"
+
+    def __init__(self, reason: str, remedy: str | None = REMEDY) -> None:
         super().__init__(reason)
         self.remedy = remedy
 

@@ -47,10 +47,10 @@ def compile_graph(
         # A split that the plan did not ask for here is no reason to refuse anything.
         if not isinstance(error, RunsWhole) and not program.carried and root is None:
             raise
-        whole = error if isinstance(error, RunsWhole) else RunsWhole(str(error))
-        report.runs_whole(str(whole))
-        if whole.remedy is not None:
-            say_unsharded(report, whole.remedy)
+        report.runs_whole(str(error))
+        remedy = error.remedy if isinstance(error, RunsWhole) else RunsWhole.REMEDY
+        if remedy is not None:
+            say_unsharded(report, remedy)
         _remove_annotations(gm)
         return report, None
     torch_internals.carry_dynamo_facts(gm, program.gm)

@@ -3,19 +3,12 @@
 A pass takes a :class:`Program` whose graph is valid FX and returns one whose graph is valid FX and which means the
 same.  It is a frozen dataclass with a ``name``.  It transforms and appends to the report; it never times, verifies,
 prints or logs: the runner does.  A pass that finds the program outside what it can carry raises
-:class:`~fxsp.errors.FxspError`; it never returns a program with another meaning.
+:class:`~fxsp.errors.FxspError`, one that finds that the graph shall stay as Dynamo made it
+:class:`~fxsp.errors.RunsWhole`; it never returns a program with another meaning.
 
 What a user chose is ``program.options``, and no field of a pass: how an attention runs depends on five options, and is
 asked by every pass that finds types (anew) or tells what was chosen, so that each of them would have to hold them.
-
-Metadata that passes agree on, per node:
-
-``val``
-    the global fake value (from *normalize* on; *partition* keeps the global one under ``global_val``)
-``sp``
-    the :data:`~fxsp.types.Type` of the node (from *propagate* on)
-``nn_module_stack``, ``stack_trace``
-    as Dynamo writes them
+What passes know about a node is in :mod:`fxsp.passes.graph`.
 """
 
 from __future__ import annotations
@@ -62,7 +55,7 @@ class Program:
     #: A sentence for each attention that does not what the degrees ask for.
     ignored_degrees: list[str] = field(default_factory=list)
     #: The graph of all ranks, once ``gm`` is that of one (*partition*).
-    partitioned: GraphModule | None = None
+    global_gm: GraphModule | None = None
 
     @property
     def graph(self) -> Graph:
@@ -71,7 +64,12 @@ class Program:
     @property
     def whole(self) -> GraphModule:
         """The graph of all ranks: ``gm``, or what it was partitioned from."""
-        return self.partitioned or self.gm
+        return self.global_gm or self.gm
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ``gm`` is the program of one rank."""
+        return self.global_gm is not None
 
     @cached_property
     def degrees(self) -> Degrees:

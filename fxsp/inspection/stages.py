@@ -66,7 +66,7 @@ class StageWriter:
         written = self.everywhere or bool(self.shown[stage])
         if not (self.keep or written):
             return
-        if program.partitioned is not None:
+        if program.is_local:
             infer_local(program)
         lines = rows(program.gm, self.ranks)
         if self.keep:

@@ -25,8 +25,8 @@ from fxsp.partitioning import compile_graph
 from fxsp.passes.base import Program
 from fxsp.passes.normalize.regions import open_regions
 from fxsp.report import Report
-from fxsp.source import input_name
-from fxsp.torch_internals import input_source, through_dynamo
+from fxsp.source import input_names
+from fxsp.torch_internals import through_dynamo
 from fxsp.types import Ranks
 
 __all__ = ["OfflineResult", "partition_offline"]
@@ -72,10 +72,7 @@ class _Offline:
                 raise
         seconds = time.perf_counter() - start
         whole = open_regions(gm).forward
-        names = tuple(
-            input_name(input_source(node)) or str(node.target) for node in gm.graph.find_nodes(op="placeholder")
-        )
-        result = OfflineResult(report, program, seconds, whole, writer.kept, names=names)
+        result = OfflineResult(report, program, seconds, whole, writer.kept, names=tuple(input_names(gm)))
         self.results.append(result)
 
         def run(*args: Any) -> Any:

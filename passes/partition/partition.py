@@ -95,7 +95,7 @@ class _Partitioner(Converter):
         self.graph.lint()
         gm = GraphModule(old, self.graph, old.__class__.__name__)
         gm.meta.update(old.meta)
-        self.program.partitioned = old
+        self.program.global_gm = old
         self.program.gm = gm
         return self.program
 
