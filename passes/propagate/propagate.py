@@ -39,6 +39,7 @@ from fxsp.passes.special.select import Select
 from fxsp.passes.special.sized import Sized
 from fxsp.passes.special.slice_scatter import SliceScatter
 from fxsp.passes.special.special import Special
+from fxsp.passes.special.summands import Summands
 from fxsp.passes.special.sums import Sums
 from fxsp.source import place
 from fxsp.types import (
@@ -59,8 +60,8 @@ __all__ = ["SPECIALS", "Propagate", "is_annotate", "is_random"]
 
 #: Who is asked before the rules, in this order: the first that decides has decided.
 SPECIALS: tuple[Special, ...] = (
-    Likes(), Cats(), Cuts(), SliceScatter(), Losses(), Attention(), Select(), Extremes(), Dropout(), Sums(), Sized(),
-    UnfusedProducts(),
+    Likes(), Summands(), Cats(), Cuts(), SliceScatter(), Losses(), Attention(), Select(), Extremes(), Dropout(),
+    Sums(), Sized(), UnfusedProducts(),
 )  # fmt: skip
 
 
@@ -112,11 +113,13 @@ class Propagate:
         call = Call(node)
         operands = call.operands
         _refuse_writes(call)
-        # A summand is summed before it is used.
-        types: list[Type] = [Replicate() if isinstance(type_of(n), Partial) else type_of(n) for n in operands]
-        if not any(isinstance(t, Shard) for t in types) and call.op not in Likes.ops:
-            return replicate_all(call, types, "all operands are whole")
-        if facts(node).row_wise and not _splits_rows(types[0], shape_of(operands[0])):
+        given = [type_of(n) for n in operands]
+        if all(isinstance(t, Replicate) for t in given) and call.op not in Likes.ops:
+            return replicate_all(call, given, "all operands are whole")
+        # A summand is summed before it is used, unless what uses it is linear.
+        types: list[Type] = [Replicate() if isinstance(t, Partial) else t for t in given]
+        alone = facts(node).row_wise and any(isinstance(t, Shard) for t in types)
+        if alone and not _splits_rows(types[0], shape_of(operands[0])):
             return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
         for special in SPECIALS:
             if call.op in special.ops and (decision := special.decide(call, types, program)) is not None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxsp.passes.graph import Call, Decision, facts, shape_of
-from fxsp.passes.rules.elementwise import draws
-from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.rules.rule import Dims, OpRule, draws
 from fxsp.passes.rules.table import rule_of
 from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 

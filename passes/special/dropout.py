@@ -11,7 +11,7 @@ from torch.fx import Node
 from fxsp.kernels.ops import local_ops
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, Decision, shape_of
-from fxsp.passes.rules.elementwise import draws
+from fxsp.passes.rules.rule import draws
 from fxsp.passes.special.special import Local, Special
 from fxsp.types import Shard, Type
 
