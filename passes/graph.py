@@ -11,16 +11,16 @@ by key, and what is marked on a copied node afterwards says nothing about the no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
 
 from fxsp.report import AttentionRecord
 from fxsp.torch_internals import arguments_of, parameters
-from fxsp.types import Length, Type, as_length
+from fxsp.types import Length, Shard, Type, as_length
 
 __all__ = [
     "Call",
@@ -29,8 +29,10 @@ __all__ = [
     "decision_of",
     "facts",
     "global_value",
+    "is_split",
     "local_value",
     "mark",
+    "reachable",
     "shape_of",
     "tensor_nodes",
     "tensor_value",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _KEY = "fxsp"
+_T = TypeVar("_T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,12 @@ def type_of(node: Node) -> Any:
     return type_
 
 
+def is_split(node: Node) -> bool:
+    """Whether a value, or one of several results, is split over the ranks."""
+    type_ = facts(node).type
+    return any(isinstance(t, Shard) for t in type_) if isinstance(type_, tuple) else isinstance(type_, Shard)
+
+
 def decision_of(node: Node) -> Decision:
     """How a call is partitioned that was decided."""
     decision = facts(node).decision
@@ -171,6 +180,23 @@ def tensor_nodes(value: Any) -> Iterator[Node]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensor_nodes(item)
+
+
+def reachable(
+    start: Iterable[_T], step: Callable[[_T], Iterable[_T]], stop: Callable[[_T], bool] = lambda _: False
+) -> Iterator[_T]:
+    """``start`` and all that ``step`` leads to from there, each once, the nearest first.
+
+    What ``stop`` holds of is reached, and led no further from.
+    """
+    queue = list(dict.fromkeys(start))
+    seen = set(queue)
+    for one in queue:
+        yield one
+        if not stop(one):
+            new = [other for other in dict.fromkeys(step(one)) if other not in seen]
+            seen.update(new)
+            queue += new
 
 
 class Call:

@@ -15,7 +15,7 @@ from fxsp.cost.metrics import Measures
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.render.text import legend_text
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import facts, is_split, reachable
 from fxsp.plan import did_you_mean, listing
 from fxsp.report import CollectiveRecord
 from fxsp.source import module_path, node_source
@@ -83,18 +83,13 @@ def _place(node: Node, program: Program | None = None) -> str:
 
 def _ancestor(node: Node, old: dict[str, Node]) -> Node | None:
     """The nearest value of the global program, split if there is one, that a step of a conversion was made of."""
-    queue, seen = [node], {node}
-    first = None
-    for current in queue:
-        found = old.get(facts(current).stands_for)
-        if found is not None and current is not node:
-            if isinstance(facts(found).type, Shard):
-                return found
-            first = first or found
-            continue
-        queue += [n for n in current.all_input_nodes if n not in seen]
-        seen.update(current.all_input_nodes)
-    return first
+
+    def named(current: Node) -> Node | None:
+        return None if current is node else old.get(facts(current).stands_for)
+
+    steps = reachable([node], lambda n: n.all_input_nodes, stop=lambda n: named(n) is not None)
+    found = [value for n in steps if (value := named(n)) is not None]
+    return next(filter(is_split, found), next(iter(found), None))
 
 
 def _value(node: Node) -> list[str]:
@@ -127,8 +122,8 @@ def _collective(
 ) -> list[str]:
     """One collective, or the steps of a ring, which are one value."""
     record, node = program.report.collectives[which[0]], new[program.report.collectives[which[0]].value]
-    formulas = [f for i in which if (f := measures.formulas[i]) is not None]
-    sent = format_bytes(sum(measures.sent[i] for i in which))
+    formulas = [f for i in which if (f := measures.forward[i].formula) is not None]
+    sent = format_bytes(sum(measures.forward[i].bytes for i in which))
     times = f"{len(which)} x " if len(which) > 1 else ""
     lines = [f"{record.value}: {times}{record.kind}, {sent} per rank {_place(node, program)}".rstrip()]
     if formulas:
@@ -142,9 +137,9 @@ def _collective(
         lines += [f"    not {method}: {why}" for method, why in attention.rejected]
     lines.append(f"  what would remove it: {_remedy(record, program)}")
     gradients: dict[tuple[str, str], list[int]] = {}
-    for i, b in enumerate(program.report.backward):
-        if b.value == record.value:
-            gradients.setdefault((b.kind, b.reason), []).append(measures.sent_backward[i])
+    for b in measures.backward:
+        if b.record.value == record.value:
+            gradients.setdefault((b.record.kind, b.record.reason), []).append(b.bytes)
     for (kind, reason), sizes in gradients.items():
         times = f"{len(sizes)} x " if len(sizes) > 1 else ""
         lines.append(f"  backward: {times}{kind}, {format_bytes(sum(sizes))} per rank: {reason}")

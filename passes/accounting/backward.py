@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp.kernels.op import Local, Sent
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
-from fxsp.passes.graph import Call, facts, global_value, value_of
+from fxsp.passes.graph import Call, facts, global_value, reachable, value_of
 from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
@@ -66,15 +66,10 @@ def _once_more(program: Program, with_gradients: frozenset[Node]) -> Iterator[Co
     for node in program.graph.nodes:
         if node.name not in made or not is_recomputed(node):
             continue
-        queue, seen = list(node.users), set(node.users)
-        for user in queue:
-            if not is_recomputed(user):
-                continue  # it is saved, or its operands are: it is outside
-            if user in with_gradients and not _passes_on(user):
-                yield replace(made[node.name], reason="computed again, in an activation checkpoint")
-                break
-            queue += [n for n in user.users if n not in seen]
-            seen.update(user.users)
+        # What is saved, or whose operands are, is outside.
+        inside = reachable(node.users, lambda n: n.users, stop=lambda n: not is_recomputed(n))
+        if any(is_recomputed(user) and user in with_gradients and not _passes_on(user) for user in inside):
+            yield replace(made[node.name], reason="computed again, in an activation checkpoint")
 
 
 def _passes_on(node: Node) -> bool:

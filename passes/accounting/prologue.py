@@ -11,13 +11,13 @@ attention.  A bias is one only if it is added by an operator of its own: that of
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxsp.passes.graph import Call, facts, global_value
+from fxsp.passes.graph import Call, facts, global_value, reachable
 from fxsp.passes.rules.families import family
 from fxsp.passes.work import has_work
 from fxsp.torch_internals import is_operator, is_pointwise, schema
@@ -47,14 +47,12 @@ def producers_of(operands: Mapping[str, Node]) -> tuple[str, ...]:
 
 def _between(node: Node) -> list[Node]:
     """The operators from the last products to ``node``, itself included, in the order of the graph."""
-    seen: dict[Node, None] = {}
-    left = [node]
-    while left:
-        x = left.pop()
-        if x in seen or not _passes(x):
-            continue
-        seen[x] = None
-        left += [n for n in x.all_input_nodes if isinstance(facts(n).type, (Shard, tuple)) or facts(n).type is None]
+
+    def before(x: Node) -> Iterable[Node]:
+        types = ((n, facts(n).type) for n in x.all_input_nodes)
+        return [n for n, t in types if (t is None or isinstance(t, (Shard, tuple))) and _passes(n)]
+
+    seen = reachable(filter(_passes, [node]), before)
     # What no product leads to (a rotary table) is read by a producer, and is none.
     data: dict[Node, None] = {}
     for x in sorted(seen):

@@ -16,7 +16,7 @@ decided once for the whole of it (:func:`decide_written`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.passes.base import Program
-from fxsp.passes.graph import Call, facts, shape_of, tensor_nodes, tensor_value
+from fxsp.passes.graph import Call, facts, reachable, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules.decide import Decision, decide, hint, locate
 from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.rules.rule import Dims, OpRule
@@ -122,34 +122,23 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
         return None
     dim = Call(softmax).dim("dim", rank)
     (source,) = Call(softmax).operands
-    scores: dict[Node, Product] = {}
-    before: set[Node] = set()
-    queue = [(source, dim)]
-    for node, at in queue:
-        if node in before:
-            continue
-        before.add(node)
-        if node.target in PASSED:
-            queue += _operands(node, at)
-        elif (made := _makes_scores(node, at)) is not None:
-            scores[node] = made
+    before = _followed(source, dim, lambda node, at: _operands(node, at) if node.target in PASSED else ())
+    scores = {
+        node: made
+        for node, at in before.items()
+        if node.target not in PASSED and (made := _makes_scores(node, at)) is not None
+    }
     if not scores:
         return None
-    results: dict[Node, Product] = {}
-    after: set[Node] = set()
-    queue = [(softmax, dim)]
-    for node, at in queue:
-        if node in after:
-            continue
-        after.add(node)
-        queue += _users(node, at)
-        products = (_makes_result(user, node, at) for user in node.users)
-        results |= {p.node: p for p in products if p is not None}
+    after = _followed(softmax, dim, _users)
+    products = (_makes_result(user, node, at) for node, at in after.items() for user in node.users)
+    results = {p.node: p for p in products if p is not None}
     if not results:
         return None
-    inside = _reached(set(scores), before, backward=False) | _reached(
-        {p.operands[0] for p in results.values()}, after, backward=True
-    )
+    inside = {
+        *reachable(scores, lambda n: [m for m in n.users if m in before]),
+        *reachable([p.operands[0] for p in results.values()], lambda n: [m for m in n.all_input_nodes if m in after]),
+    }
     by_place = sorted(inside - set(scores) - {softmax}, key=order.__getitem__)
     names = (Call(node).op._schema.name.partition("::")[2] for node in by_place if node.target not in VIEWS)
     return Written(
@@ -158,6 +147,18 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
         frozenset(inside | {softmax, *results}),
         tuple(dict.fromkeys(name for name in names if name not in names_of("in_sdpa"))),
     )
+
+
+def _followed(start: Node, dim: int, near: Callable[[Node, int], Iterable[tuple[Node, int]]]) -> dict[Node, int]:
+    """The values that have the dimension ``dim`` of ``start``, and where."""
+    at = {start: dim}
+
+    def step(node: Node) -> Iterator[Node]:
+        for other, place in near(node, at[node]):
+            at.setdefault(other, place)
+            yield other
+
+    return {node: at[node] for node in reachable([start], step)}
 
 
 def _operands(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
@@ -233,22 +234,8 @@ def _makes_result(node: Node, weights: Node, dim: int) -> Product | None:
 
 def is_computed(node: Node) -> bool:
     """Whether a value is more than a parameter, seen in another way."""
-    while node.target in family("cheap"):
-        first = next(tensor_nodes(node.args), None)
-        if first is None:
-            break
-        node = first
+    node = source_of(node, family("cheap"))
     return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or facts(node).is_parameter)
-
-
-def _reached(ends: set[Node], among: set[Node], *, backward: bool) -> set[Node]:
-    """``ends``, and the nodes of ``among`` that they lead to, or (``backward``) that lead to them."""
-    found, queue = set(ends), list(ends)
-    for node in queue:
-        near = [n for n in (node.all_input_nodes if backward else node.users) if n in among and n not in found]
-        queue += near
-        found.update(near)
-    return found
 
 
 def decide_written(
@@ -297,8 +284,8 @@ def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -
     return Sequence.of(rows) if scores > moved else None
 
 
-def source_of(node: Node) -> Node:
-    """What a value is a view of."""
-    while node.target in VIEWS:
-        node = next(tensor_nodes(node.args))
+def source_of(node: Node, through: Container[Any] = VIEWS) -> Node:
+    """What a value is a view of, or is made of by other operators of one tensor."""
+    while node.target in through and (first := next(tensor_nodes(node.args), None)) is not None:
+        node = first
     return node

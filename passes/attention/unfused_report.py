@@ -23,7 +23,7 @@ from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
 from fxsp.passes.base import Program
-from fxsp.passes.graph import Call, decision_of, facts, mark, shape_of, type_of
+from fxsp.passes.graph import Call, decision_of, facts, is_split, mark, reachable, shape_of, type_of
 from fxsp.passes.rules.decide import Decision, locate
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.table import rule_of
@@ -65,7 +65,7 @@ def mark_written(program: Program) -> None:
 
 def _is_split(one: Written) -> bool:
     products = (*one.scores, *one.results)
-    return any(isinstance(facts(x).type, Shard) for p in products for x in (p.node, *p.operands))
+    return any(is_split(x) for p in products for x in (p.node, *p.operands))
 
 
 def _linear(first: Node) -> _Found | None:
@@ -75,16 +75,15 @@ def _linear(first: Node) -> _Found | None:
     operands = Call(first).operands
     if len(operands) != 2 or not all(is_computed(x) for x in operands):
         return None
-    inside, ends, queue = {first}, [], [first]
-    for node in queue:
-        for user in node.users:
-            if user.target in PRODUCTS:
-                others = [x for x in user.all_input_nodes if x is not node]
-                if isinstance(facts(user).type, Shard) and any(isinstance(facts(x).type, Shard) for x in others):
-                    ends.append(user)
-            elif user.target in family("cheap") and not isinstance(facts(user).type, Shard):
-                queue += [user] if user not in inside else []
-                inside.add(user)
+    inside = list(reachable([first], lambda n: [u for u in n.users if u.target in family("cheap") and not is_split(u)]))
+    ends = [
+        user
+        for node in inside
+        for user in node.users
+        if user.target in PRODUCTS
+        and is_split(user)
+        and any(is_split(x) for x in user.all_input_nodes if x is not node)
+    ]
     if not ends:
         return None
     return _Found(first, frozenset({*inside, *ends, *_normalizers(operands)}), None)

@@ -49,7 +49,7 @@ from fxsp.passes.calls import Writer, erase_unused
 from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.functionalize.views import View, cover, view_of
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import facts, reachable
 from fxsp.source import describe
 
 __all__ = ["Functionalize", "functionalize"]
@@ -279,15 +279,10 @@ class _Functionalizer:
 
     def _has_history(self, value: Node) -> bool:
         """Whether a value depends on an input that requires grad."""
-        seen, pending = {value}, [value]
-        while pending:
-            node = pending.pop()
-            if node.op == "placeholder" and getattr(node.meta["val"], "requires_grad", False):
-                return True
-            new = [n for n in node.all_input_nodes if n not in seen]
-            seen.update(new)
-            pending += new
-        return False
+        return any(
+            node.op == "placeholder" and getattr(node.meta["val"], "requires_grad", False)
+            for node in reachable([value], lambda n: n.all_input_nodes)
+        )
 
     def _put(self, tensor: Tensor, value: Node) -> None:
         storage = tensor.storage

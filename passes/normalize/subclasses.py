@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
-from fxsp.passes.graph import mark
+from fxsp.passes.graph import mark, reachable
 from fxsp.passes.normalize.row_wise import is_row_wise
 from fxsp.torch_internals import is_wrapper_subclass
 
@@ -109,12 +109,7 @@ def refuse_unrecorded(outputs: list[Any]) -> None:
 
 def refuse_custom_functions(results: Any, what: str) -> None:
     """A subclass may call a custom ``autograd.Function``, whose backward a trace loses: UnsupportedError."""
-    pending = [x.grad_fn for x in tree_leaves(results) if isinstance(x, torch.Tensor) and x.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        function = pending.pop()
+    ends = [x.grad_fn for x in tree_leaves(results) if isinstance(x, torch.Tensor) and x.grad_fn is not None]
+    for function in reachable(ends, lambda f: [before for before, _ in f.next_functions if before is not None]):
         if name := torch_internals.custom_function_of(function):
             raise UnsupportedError(f"{what} runs {name}, the backward pass of which a trace does not see")
-        new = [f for f, _ in function.next_functions if f is not None and f not in seen]
-        seen.update(new)
-        pending += new

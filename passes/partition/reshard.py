@@ -18,7 +18,7 @@ from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import facts, mark, shape_of, tensor_nodes
+from fxsp.passes.graph import facts, is_split, mark, reachable, shape_of, tensor_nodes
 from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.likes import is_constant, write_like
@@ -312,11 +312,4 @@ class Converter:
 
 def _reads_shards(node: Node) -> bool:
     """Whether anything that ``node`` is computed from is split."""
-    seen, queue = {node}, [node]
-    for one in queue:
-        type_ = facts(one).type
-        if isinstance(type_, Shard) or (isinstance(type_, tuple) and any(isinstance(t, Shard) for t in type_)):
-            return True
-        queue += [n for n in one.all_input_nodes if n not in seen]
-        seen.update(queue)
-    return False
+    return any(map(is_split, reachable([node], lambda n: n.all_input_nodes)))

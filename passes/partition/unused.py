@@ -7,14 +7,12 @@ is what the report has to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch.fx import Node
 
 from fxsp.errors import StrictError
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts, type_of
+from fxsp.passes.graph import facts, is_split, reachable, type_of
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.work import has_work
@@ -40,12 +38,12 @@ def report_idle(program: Program) -> None:
 def _takers(annotation: Node) -> list[tuple[Node, str]]:
     """The calls that take whole what is split by ``annotation``; none if some work is done on its shards."""
     found: list[tuple[Node, str]] = []
-    for node in _split_from(annotation):
+    for node in reachable([annotation], lambda n: filter(is_split, n.users)):
         for user in node.users:
             decision = facts(user).decision
             if not isinstance(decision, Decision):
                 continue
-            if _is_split(user):
+            if is_split(user):
                 if has_work(user):
                     return []
             elif facts(node).free and decision.reason and _leads_to_work(user):
@@ -57,29 +55,8 @@ def _leads_to_work(node: Node) -> bool:
     """Whether ``node``, or what is computed from its result, does something worth splitting, up to an attention: that
     may take a mask as it likes.
     """
-    seen, queue = {node}, [node]
-    for one in queue:
-        if one.target in ATTENTION_OPS:
-            continue
-        if has_work(one):
-            return True
-        queue += [user for user in one.users if user not in seen]
-        seen.update(queue)
-    return False
-
-
-def _split_from(annotation: Node) -> Iterator[Node]:
-    """``annotation`` and the values computed from it that are split."""
-    seen, queue = {annotation}, [annotation]
-    for node in queue:
-        yield node
-        queue += [user for user in node.users if user not in seen and _is_split(user)]
-        seen.update(queue)
-
-
-def _is_split(node: Node) -> bool:
-    type_ = facts(node).type
-    return isinstance(type_, Shard) or (isinstance(type_, tuple) and any(isinstance(t, Shard) for t in type_))
+    found = reachable([node], lambda n: n.users, stop=lambda n: n.target in ATTENTION_OPS)
+    return any(has_work(one) and one.target not in ATTENTION_OPS for one in found)
 
 
 def _record(program: Program, node: Node, reason: str) -> None:

@@ -13,7 +13,19 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fxsp.passes.graph import Call, Facts, decision_of, facts, global_value, local_value, mark, type_of, value_of
+from fxsp.passes.graph import (
+    Call,
+    Facts,
+    decision_of,
+    facts,
+    global_value,
+    is_split,
+    local_value,
+    mark,
+    reachable,
+    type_of,
+    value_of,
+)
 from fxsp.types import Replicate, Sequence, Shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,3 +182,28 @@ def test_a_call_is_written_again() -> None:
     assert call.rebuild(alpha=3) == ((x, y), {"alpha": 3})
     assert call.bound_to({**call.arguments, "self": y}).rebuild() == ((y, y), {})
     assert call.arguments["self"] is x
+
+
+def test_what_can_be_reached() -> None:
+    edges = {"a": "bc", "b": "d", "c": "db", "d": "ae", "e": ""}
+    asked: list[str] = []
+
+    def step(name: str) -> str:
+        asked.append(name)
+        return edges[name]
+
+    assert list(reachable("a", step)) == ["a", "b", "c", "d", "e"]  # the nearest first, and each once
+    assert asked == ["a", "b", "c", "d", "e"]
+    assert list(reachable("dd", step, stop=lambda name: name == "a")) == ["d", "a", "e"]
+    assert list(reachable("ab", step, stop=lambda name: name in "ab")) == ["a", "b"]
+    asked.clear()
+    assert next(name for name in reachable("a", step) if name == "b")
+    assert asked == ["a"]  # no further than somebody looks
+
+
+def test_what_is_split() -> None:
+    node = _node()
+    assert not is_split(node)
+    for type_, split in ((SPLIT, True), (Replicate(), False), ((Replicate(), SPLIT), True), ((Replicate(),), False)):
+        mark(node, type=type_)
+        assert is_split(node) == split

@@ -54,7 +54,7 @@ def test_the_example_of_the_pass() -> None:
 
 def test_the_text_is_the_same_on_every_rank() -> None:
     def text(rank: int) -> str:
-        from fxsp.inspection.report_text import format_graph
+        from fxsp.inspection.printer import format_graph
 
         program = Program(trace(lambda x, w: F.linear(tokens(x), w).mean(1), X, W), Ranks(rank, 3, "simulated"))
         return format_graph(partition_program(program).gm, program.ranks)

@@ -18,8 +18,8 @@ from fxsp.offline.partition import partition_offline
 from fxsp.passes.builder import Builder
 from fxsp.passes.partition import partition
 from fxsp.simulation import divergence as differences
+from fxsp.simulation.compare import random_seeds
 from fxsp.simulation.divergence import first_difference
-from fxsp.simulation.first_call import random_seeds
 from fxsp.types import product
 
 PLAN = {"": {"input_ids": fxsp.SequenceParallelInput(split_dim=1)}}
