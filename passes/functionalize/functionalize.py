@@ -25,9 +25,9 @@ Gradients are those of eager mode: each write is a differentiable operator.  Rai
 write by an operator that is not known, through a view that is not known, or through ``detach`` while gradients are
 recorded.
 
-Torch's own functionalization in the re-trace (``FunctionalTensorMode(pre_dispatch=True, export=True)``, torch 2.13) is no
-substitute: the halves above become ``slice_scatter`` of uninitialized memory, not a ``stack``; a write through ``detach``
-is not refused and comes out without history; ``chunk``, ``reshape`` and ``contiguous`` are taken apart.
+Torch's own functionalization in the re-trace (``FunctionalTensorMode(pre_dispatch=True, export=True)`` of torch 2.13)
+is no substitute: the halves above become ``slice_scatter`` of uninitialized memory, not a ``stack``; a write through
+``detach`` is not refused and comes out without history; ``chunk``, ``reshape`` and ``contiguous`` are taken apart.
 """
 
 from __future__ import annotations
