@@ -55,7 +55,7 @@ types: $(VENV)/.test
 
 # The `pytest` command, not `python -m pytest`: the latter puts the top folder, with its `kernels`, on the path.
 pytest: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --durations=15 $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 FXSP_FUZZ_PROGRAMS=$(N) $(BIN)/pytest tests/fuzz $(PYTEST_ARGS)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from flux_model import build, inputs
 
 import fxsp
-from fxsp.inspection.report_text import format_report
+from fxsp.inspection import format_report
 
 
 def inner_compiler() -> str:

@@ -213,6 +213,15 @@ class Sequence:
             tuple(Segment(as_length(size * s.local_length(size)), name=s.name) if s.dealt else s for s in self.segments)
         )
 
+    def placed(self, size: int) -> tuple[tuple[Length, Length, Segment], ...]:
+        """Per segment: its first row on each rank, its rows there, pads included, and itself."""
+        found: list[tuple[Length, Length, Segment]] = []
+        row: Length = 0
+        for segment in self.segments:
+            found.append((row, rows := segment.local_length(size), segment))
+            row = as_length(row + rows)
+        return tuple(found)
+
     def local_length(self, size: int) -> Length:
         """Rows per rank, pads included."""
         return as_length(sum((s.local_length(size) for s in self.segments), start=0))

@@ -6,8 +6,8 @@ operator from another.  The records are in :mod:`fxsp.kernels.ops`.
 Arguments name a sequence of tokens by parallel lists: ``lengths``, ``whole``, and where they are not the default
 ``head_tail`` and ``units``.  One text for the kinds (``"whole|head-tail"``) beside the lengths would be three arguments
 fewer in a ring; but lengths and units may be symbols, which only a list of ``SymInt`` can hold, so that each of the
-kernels, the oracle (apart on purpose) and the printer would need a parser.  The lists need none, and what takes more
-than one of them takes them together as :class:`fxsp.kernels.tokens.Tokens`.
+kernels, the oracle (apart on purpose) and the printer would need a parser of texts with holes.  The lists need none:
+they are walked once, by :func:`fxsp.kernels.tokens.placed`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,40 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and the order in which several processes take them."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 
+import rank_server
 from distributed import Pool
+
+# What Inductor makes for tests runs once: code without vectors takes a quarter of the time to compile.  Read by torch,
+# also in the processes of tests.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
+#: Seconds that a test may take, roughly: one marked ``slow``, one on real processes, and any other one.
+SLOW, PROCESSES, USUAL = 30.0, 5.0, 0.3
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes of pytest share the servers of ranks, which are loaded while tests are collected."""
+    if config.getoption("numprocesses", None) and not config.option.collectonly:
+        rank_server.start()
+        config.option.loadscopereorder = False  # the order below
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files are dealt whole to several processes, as what their tests share is made once: long ones first."""
+    if not config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    files: Counter[object] = Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        files[item.path] += SLOW if slow else PROCESSES if "ranks" in getattr(item, "fixturenames", ()) else USUAL
+    items.sort(key=lambda item: -files[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -104,13 +104,13 @@ def _enter(
         _remember_frame(translation)
     slot = len(recorder.calls)
     recorder.calls.append(None)
-    before = next(reversed(translation.graph().nodes), None)
+    before = next(iter(reversed(translation.graph().nodes)), None)
     read = torch_internals.read_value  # containers are read now: the call may change them
     bound = _bind(module, tuple(read(value) for value in args), {key: read(value) for key, value in kwargs.items()})
 
     def leave(result: Any) -> None:
         tracer, graph = translation.tracer(), translation.graph()
-        last = next(reversed(graph.nodes), None)
+        last = next(iter(reversed(graph.nodes)), None)
         call = ModuleCall(module, bound, read(result), graph, before, last, next(recorder.ends))
         recorder.calls[slot] = (call, tracer)
 

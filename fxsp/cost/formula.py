@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from fxsp.report import Memory
+from fxsp.report import CollectiveRecord, Memory
 from fxsp.types import Sequence
 
-__all__ = ["Formula", "Names", "format_formulas", "formula_of", "memory_formulas"]
+__all__ = ["Formula", "Names", "Sent", "format_formulas", "formula_of", "memory_formulas", "sum_text"]
 
 #: Kind of collective -> the share that leaves a rank, as text and as a function of P.
 _SHARES = {
@@ -109,6 +109,15 @@ class Formula:
         return "·".join([*factors, *([self.share] if self.share else [])])
 
 
+@dataclass(frozen=True)
+class Sent:
+    """One collective of a report, its bytes for the inputs at hand, and the formula where there is one."""
+
+    record: CollectiveRecord
+    bytes: Any
+    formula: Formula | None = None
+
+
 def formula_of(
     kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int, ...], size: int, members: int = 0
 ) -> Formula | None:
@@ -167,3 +176,12 @@ def format_formulas(formulas: Iterable[Formula], names: Names) -> str:
         key = (f.share, f.tokens, f.members)
         sums[key] = sums.get(key, Fraction(0)) + f.per_token
     return " + ".join(Formula(total, *key).text(names) for key, total in sums.items())
+
+
+def sum_text(parts: Iterable[tuple[Any, Formula | None]], names: Names) -> str:
+    """``"1024·⌈S/P⌉ + 96 (at these sizes) B"``: bytes with their formulas as a sum; nothing if they are none."""
+    parts = list(parts)
+    formulas = format_formulas([formula for _, formula in parts if formula is not None], names)
+    rest = sum(size for size, formula in parts if formula is None)
+    terms = [*([formulas] if formulas else []), *([f"{rest} (at these sizes)"] if rest else [])]
+    return f"{' + '.join(terms)} B" if terms else ""

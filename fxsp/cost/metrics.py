@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxsp.cost.flops import Shape, node_flops
-from fxsp.cost.formula import Formula, Names, formula_of, memory_formulas
+from fxsp.cost.formula import Formula, Names, Sent, formula_of, memory_formulas
 from fxsp.cost.memory import peak_bytes
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
@@ -34,12 +34,9 @@ class Measures:
     memory_rank: int = 0
     #: What is split -> its tokens, those of each rank, and the pads of all ranks together.
     padding: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    #: For each collective of the report its bytes, and the formula where there is one.
-    sent: list[int] = field(default_factory=list)
-    formulas: list[Formula | None] = field(default_factory=list)
-    #: The same for the backward pass.
-    sent_backward: list[int] = field(default_factory=list)
-    formulas_backward: list[Formula | None] = field(default_factory=list)
+    #: The collectives of the report, and those of its backward pass.
+    forward: list[Sent] = field(default_factory=list)
+    backward: list[Sent] = field(default_factory=list)
     names: Names = field(default_factory=Names)
     #: For each attention the formulas of what it moves through device memory, and the bytes that have none.
     memory: list[tuple[list[Formula], int] | None] = field(default_factory=list)
@@ -58,14 +55,12 @@ def measure(program: Program) -> Measures:
     found.memory_one = peak_bytes(whole, global_value, number, training=program.training)
     found.memory_rank = peak_bytes(program.graph, local_value, number, training=program.training)
     found.padding = _padding(program, number)
-    for records, sent, formulas in (
-        (program.report.collectives, found.sent, found.formulas),
-        (program.report.backward, found.sent_backward, found.formulas_backward),
-    ):
+    for records, sent in ((program.report.collectives, found.forward), (program.report.backward, found.backward)):
         for record in records:
-            sent.append(number(record.bytes))
-            formulas.append(_formula(record, sent[-1], program.ranks.size, number))
-            for key, _ in getattr(formulas[-1], "tokens", ()):
+            size = number(record.bytes)
+            formula = _formula(record, size, program.ranks.size, number)
+            sent.append(Sent(record, size, formula))
+            for key, _ in getattr(formula, "tokens", ()):
                 found.names.add(*key)
     for attention in program.report.attentions:
         known = attention.memory

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxsp.hooks.dispatch import gather, mark, rule, shard
+from fxsp.hooks.exchange import to_heads, to_tokens
 from fxsp.hooks.gradients import use
-from fxsp.hooks.layout import Layout, layout_of, local_size, moved, same_tokens, segments
+from fxsp.hooks.layout import Layout, layout_of, moved, same_tokens
 from fxsp.hooks.region import Region
 from fxsp.hooks.ring import ring, ring_refusal
 from fxsp.hooks.rules import aligned, argument
@@ -218,13 +219,7 @@ def _rows(name: str, call: _Call, k: Tensor, v: Tensor, lq: Layout) -> Tensor:
 
 def _ulysses(name: str, call: _Call, lq: Layout, lk: Layout) -> Tensor:
     """Exchange tokens for heads, attend, exchange back; two all-to-alls where q, k and v can travel together."""
-    q, k, v = call.q, call.k, call.v
-    if same_tokens(lq, lk) and q.shape[-1] == v.shape[-1]:
-        q, k, v = _to_heads([q, k, v], lq)
-    elif k.shape[-1] == v.shape[-1]:
-        (q,), (k, v) = _to_heads([q], lq), _to_heads([k, v], lk)
-    else:
-        (q,), (k,), (v,) = _to_heads([q], lq), _to_heads([k], lk), _to_heads([v], lk)
+    q, k, v = to_heads(call.q, call.k, call.v, lq, lk, lq.region.size)
     region, mask = lq.region, call.mask
     if mask is not None:
         layout = layout_of(mask)
@@ -234,47 +229,4 @@ def _ulysses(name: str, call: _Call, lq: Layout, lk: Layout) -> Tensor:
         _check_rows(name, mask, sum(lq.lengths))
         if mask.dim() >= 3 and mask.shape[-3] != 1:
             mask = _ops.take.default(mask, mask.dim() - 3, region.rank, region.size)
-    return _to_tokens(call.run(q, k, v, mask, call.causal), lq)
-
-
-def _to_heads(tensors: list[Tensor], layout: Layout) -> list[Tensor]:
-    """``[B, H, L, D]`` each, split by tokens -> ``[B, H/P, S, D]`` each, split by heads; one all-to-all."""
-    region = layout.region
-    size, heads = region.size, [x.shape[1] // region.size for x in tensors]
-    packed = torch.cat([x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in tensors], 3)  # [P, L, B, h, D]
-    parts_of = segments(layout)
-    split = [n for _, _, n, whole in parts_of if not whole]
-    sent = packed
-    if len(split) < len(parts_of):
-        sent = torch.cat([packed.narrow(1, at, rows) for at, rows, _, whole in parts_of if not whole], 1)
-    tokens = _ops.unpack.default(_ops.all_to_all.default(sent.contiguous(), region.group), split, size)
-    if len(split) < len(parts_of):  # what every rank has stays at home: each keeps the rows of its own heads
-        parts, start = [], 0
-        for at, rows, n, whole in parts_of:
-            if whole:
-                own = _ops.take.default(packed.narrow(1, at, rows), 0, region.rank, size)
-                parts.append(own.squeeze(0))
-            else:
-                parts.append(tokens.narrow(0, start, n))
-                start = start + n
-        tokens = torch.cat(parts)
-    return list(tokens.permute(1, 2, 0, 3).split(heads, 1))
-
-
-def _to_tokens(out: Tensor, layout: Layout) -> Tensor:
-    """``[B, H/P, S, D]`` split by heads -> ``[B, H, L, D]`` split by tokens; one all-to-all."""
-    region, size = layout.region, layout.region.size
-    tokens = out.permute(2, 0, 1, 3)
-    if any(layout.whole):  # rows of whole segments go to everyone
-        blocks, start = [], 0
-        for _, _, n, whole in segments(layout):
-            rows = tokens.narrow(0, start, n)
-            start = start + n
-            blocks.append(rows.expand(size, *rows.shape) if whole else _ops.pack.default(rows, [n], size, False))
-        packed = torch.cat(blocks, 1)
-    else:
-        packed = _ops.pack.default(tokens, list(layout.lengths), size, False)
-    received = _ops.all_to_all.default(packed, region.group)  # [P, L, B, h, D]: the heads of each rank
-    result = received.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
-    assert result.shape[2] == local_size(layout)
-    return mark(result, moved(layout, 2))
+    return mark(to_tokens(call.run(q, k, v, mask, call.causal), lq, region.size), moved(lq, 2))

@@ -7,15 +7,12 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from fxsp.hooks.dispatch import gather, mark, shard
+from fxsp.hooks.exchange import to_heads, to_tokens
 from fxsp.hooks.gradients import use
-from fxsp.hooks.layout import Layout, layout_of, moved, same_tokens, segments
-from fxsp.hooks.region import Region
+from fxsp.hooks.layout import Layout, layout_of, moved
 from fxsp.kernels.attention.own_kernel import written_out
 from fxsp.kernels.ops import fxsp_ops as _ops
 
@@ -45,13 +42,7 @@ def ring(
     region = lq.region
     exact = written_out(q, k, v, mask, gqa)
     if region.ulysses > 1:
-        heads = q.shape[1]
-        if same_tokens(lq, lk) and q.shape[3] == v.shape[3]:
-            q, k, v = _to_places([q, k, v], lq)
-        elif k.shape[3] == v.shape[3]:
-            (q,), (k, v) = _to_places([q], lq), _to_places([k, v], lk)
-        else:
-            (q,), (k,), (v,) = _to_places([q], lq), _to_places([k], lk), _to_places([v], lk)
+        q, k, v = to_heads(q, k, v, lq, lk, region.ulysses)
         mask = None if mask is None else _mask_of_place(mask, lq)
     elif mask is not None:
         mask = _mask_of_rank(mask, lq)
@@ -60,7 +51,7 @@ def ring(
         causal, scale, region.ulysses, region.rank, region.size, region.group, exact=exact,
     )  # fmt: skip
     if region.ulysses > 1:
-        out = _to_ranks(out, lq, heads)
+        out = to_tokens(out, lq, region.ulysses)
     return mark(out, moved(lq, 2))
 
 
@@ -88,49 +79,3 @@ def _mask_of_place(mask: Tensor, lq: Layout) -> Tensor:
         places = (list(lq.lengths), list(lq.whole), u, region.rank, region.size, mask.device)
         mask = mask.index_select(mask.dim() - 2, _ops.place_positions.default(*places))
     return mask
-
-
-# --- Ulysses within a place of the ring -------------------------------------------------------------------------------
-
-
-def _exchange(x: Tensor, region: Region) -> Tensor:
-    return _ops.all_to_all_within.default(x.contiguous(), region.rank, region.size, region.group)  # type: ignore[no-any-return]
-
-
-def _to_places(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-    """``[B, H, L, D]`` of each rank -> ``[B, H/u, u*L, D]`` of each place, tokens in the order of the sequence."""
-    region, u = layout.region, layout.region.ulysses
-    heads = [x.shape[1] // u for x in tensors]
-    packed = torch.cat([x.unflatten(1, (u, -1)).permute(1, 3, 0, 2, 4) for x in tensors], 3)  # [u, L, B, h, D]
-    rows = segments(layout)
-    split = [n for _, n, _, whole in rows if not whole]
-    sent = packed
-    if len(split) < len(rows):
-        sent = torch.cat([packed.narrow(1, at, n) for at, n, _, whole in rows if not whole], 1)
-    tokens = _ops.unpack.default(_exchange(sent, region), [u * n for n in split], u)
-    if len(split) < len(rows):  # what every rank has stays at home: each keeps the rows of its own heads
-        parts, start = [], 0
-        for at, n, _, whole in rows:
-            if whole:
-                parts.append(_ops.take.default(packed.narrow(1, at, n), 0, region.rank % u, u).squeeze(0))
-            else:
-                parts.append(tokens.narrow(0, start, u * n))
-                start = start + u * n
-        tokens = torch.cat(parts)
-    return list(tokens.permute(1, 2, 0, 3).split(heads, 1))
-
-
-def _to_ranks(out: Tensor, layout: Layout, heads: int) -> Tensor:
-    """``[B, H/u, u*L, E]`` of a place -> ``[B, H, L, E]`` of each of its ranks."""
-    region, u = layout.region, layout.region.ulysses
-    tokens = out.permute(2, 0, 1, 3)
-    blocks, start = [], 0
-    for _, n, _, whole in segments(layout):
-        count = n if whole else u * n
-        part = tokens.narrow(0, start, count)
-        start = start + count
-        blocks.append(part.expand(u, *part.shape) if whole else part.unflatten(0, (u, n)))
-    received = _exchange(torch.cat(blocks, 1), region)  # [u, L, B, h, E]: the heads of each rank
-    result = received.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
-    assert result.shape[1] == heads
-    return result

@@ -2,38 +2,8 @@
 
 from __future__ import annotations
 
-from fxsp.inspection.report_text import (
-    attention_lines,
-    bytes_sent,
-    format_bytes,
-    format_graph,
-    format_report,
-    gather_lines,
-    local_shape,
-    memory_text,
-    module_path,
-    node_source,
-    op_text,
-    output_lines,
-    places_text,
-    plan_lines,
-    section,
-)
+from fxsp.inspection.printer import format_graph
+from fxsp.inspection.report_text import format_report
+from fxsp.inspection.wire import format_bytes
 
-__all__ = [
-    "attention_lines",
-    "bytes_sent",
-    "format_bytes",
-    "format_graph",
-    "format_report",
-    "gather_lines",
-    "local_shape",
-    "memory_text",
-    "module_path",
-    "node_source",
-    "op_text",
-    "output_lines",
-    "places_text",
-    "plan_lines",
-    "section",
-]
+__all__ = ["format_bytes", "format_graph", "format_report"]

@@ -1,33 +1,29 @@
-"""What the compiler did, to read: a report on one screen, and (from :mod:`fxsp.inspection.printer`) the graph."""
+"""A report as sections of lines: what ``format_report`` prints, and ``explain`` of a graph that was measured."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
-from fxsp.inspection.printer import format_graph, op_text
-from fxsp.inspection.wire import bytes_sent, format_bytes, local_shape
+from fxsp.cost.formula import Names, Sent, sum_text
+from fxsp.inspection.wire import format_bytes
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
-from fxsp.source import module_path, node_source
-from fxsp.types import Length, as_length
+from fxsp.types import as_length
 
 __all__ = [
+    "Figures",
+    "Section",
     "attention_lines",
-    "bytes_sent",
-    "format_bytes",
-    "format_graph",
     "format_report",
     "gather_lines",
-    "local_shape",
     "memory_text",
-    "module_path",
-    "node_source",
-    "op_text",
     "output_lines",
     "places_text",
     "plan_lines",
-    "section",
+    "report_lines",
+    "sections",
 ]
 
 #: Lines of one section; what is longer is cut, and says so.
@@ -37,19 +33,79 @@ _T = TypeVar("_T")
 _K = TypeVar("_K", bound=Hashable)
 
 
+@dataclass(frozen=True)
+class Section:
+    """A title and its lines; those past the limit are cut, and ``foot`` stands below."""
+
+    title: str
+    lines: Sequence[str]
+    limit: int = _LIMIT
+    foot: str = ""
+
+    def text(self) -> list[str]:
+        """The lines of the section; nothing if it has none."""
+        rows = list(self.lines)
+        if not rows:
+            return []
+        cut = rows[: self.limit] if len(rows) > self.limit + 1 else rows
+        more = [f"… and {len(rows) - len(cut)} more"] if len(cut) < len(rows) else []
+        return [f"{self.title}:", *(f"  {row}" for row in [*cut, *more, *filter(None, [self.foot])])]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What measuring a graph adds to its report: bytes as numbers, with formulas, and lines about work and memory."""
+
+    forward: Sequence[Sent]
+    backward: Sequence[Sent]
+    names: Names
+    #: The formula of what each attention moves through memory, as text.
+    memory: Sequence[str]
+    #: What the letters of the formulas are.
+    legend: str
+    work: Sequence[str]
+
+
+def sections(report: Report, figures: Figures | None = None) -> list[Section]:
+    """A report, part by part.  Equal records share a line."""
+    forward: Sequence[Sent] = [Sent(record, record.bytes) for record in report.collectives]
+    backward: Sequence[Sent] = [Sent(record, record.bytes) for record in report.backward]
+    names, limit, legend = None, _LIMIT, ""
+    if figures is not None:
+        forward, backward, names, limit, legend = figures.forward, figures.backward, figures.names, 25, figures.legend
+    last = "backward" if backward else "forward"
+    found = [
+        Section("plan", [*plan_lines(report.plan)]),
+        Section("attention", [*attention_lines(report.attentions, figures.memory if figures is not None else ())]),
+        *(
+            Section(
+                f"collectives (sent per rank, {way})",
+                [*_collectives(sent, names)],
+                limit,
+                legend if way == last else "",
+            )
+            for way, sent in (("forward", forward), ("backward", backward))
+        ),
+        Section(
+            "implicit gathers (an operator needs all tokens)",
+            [*gather_lines(gather for gather in report.implicit_gathers if gather.kind == "implicit")],
+        ),
+        Section("gathers for graph outputs", [*output_lines(report.implicit_gathers)]),
+        Section("work and memory", figures.work if figures is not None else ()),
+        Section("notes", report.notes),
+    ]
+    return [section for section in found if section.lines]
+
+
+def report_lines(report: Report, figures: Figures | None = None) -> list[str]:
+    """The text of all :func:`sections`, below a line that says why, if the graph runs whole."""
+    first = [f"runs whole on every rank: {report.unsharded}"] if report.unsharded else []
+    return first + [line for section in sections(report, figures) for line in section.text()]
+
+
 def format_report(report: Report) -> str:
     """One screen: plan entries, attentions, collectives, implicit gathers, notes.  Equal records share a line."""
-    lines: list[str] = []
-    if report.unsharded:
-        lines.append(f"runs whole on every rank: {report.unsharded}")
-    lines += section("plan", plan_lines(report.plan))
-    lines += section("attention", attention_lines(report.attentions))
-    lines += section("collectives (sent per rank, forward)", _collectives(report.collectives))
-    lines += section("collectives (sent per rank, backward)", _collectives(report.backward))
-    implicit = [g for g in report.implicit_gathers if g.kind == "implicit"]
-    lines += section("implicit gathers (an operator needs all tokens)", gather_lines(implicit))
-    lines += section("gathers for graph outputs", output_lines(report.implicit_gathers))
-    lines += section("notes", report.notes)
+    lines = report_lines(report)
     if report.timings:
         spent = sorted(report.timings.items(), key=lambda item: -item[1])
         text = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent[:4])
@@ -62,16 +118,6 @@ def places_text(records: Iterable[CollectiveRecord | AttentionRecord]) -> str:
     found = list(dict.fromkeys((_pattern(r.module), r.source) for r in records))
     shown = ", ".join(f"{module} ({source})" if source else module for module, source in found[:2])
     return shown + (f" and {len(found) - 2} more" if len(found) > 2 else "")
-
-
-def section(title: str, body: Iterable[str], limit: int = _LIMIT) -> list[str]:
-    """A title and its lines, cut where they are many; nothing without lines."""
-    rows = list(body)
-    if not rows:
-        return []
-    cut = rows[:limit] if len(rows) > limit + 1 else rows
-    more = [f"  … and {len(rows) - len(cut)} more"] if len(cut) < len(rows) else []
-    return [f"{title}:", *(f"  {row}" for row in cut), *more]
 
 
 def _groups(records: Iterable[tuple[_K, _T]]) -> Iterator[tuple[_K, list[_T]]]:
@@ -103,7 +149,7 @@ def attention_lines(records: list[AttentionRecord], formulas: Sequence[str] = ()
     for (module, method, _, rejected, detail, _, _), group in _groups(keyed):
         record, text = group[0]
         where = " ".join([*([module] if module else []), *([f"({record.source})"] if record.source else [])])
-        line = f"{len(group)} x {method}" + (f" in {where}" if where else "") + f": {_sent(record.bytes)} each"
+        line = f"{len(group)} x {method}" + (f" in {where}" if where else "") + f": {format_bytes(record.bytes)} each"
         if detail:
             line += f"; {detail}"
         if rejected:
@@ -121,14 +167,18 @@ def memory_text(record: AttentionRecord, formula: str = "") -> str:
     return line + (f"; fused by Inductor: {'; '.join(record.producers)}" if record.producers else "")
 
 
-def _collectives(records: list[CollectiveRecord]) -> Iterator[str]:
-    for (kind, reason), group in _groups(((r.kind, r.reason), r) for r in records):
-        line = f"{len(group):4d} x {kind:<14} {_sent(_total(r.bytes for r in group))}"
-        place = places_text(group)
-        about = ", ".join(text for text in (reason, f"in {place}" if place else "") if text)
-        yield f"{line}  {about}".rstrip()
-    if records:
-        yield f"{len(records):4d}   {'in all':<14} {_sent(_total(r.bytes for r in records))}"
+def _collectives(sent: Sequence[Sent], names: Names | None) -> Iterator[str]:
+    """Collectives, alike ones together; with ``names``, those of the lengths, each with its formula below."""
+    for (kind, reason), group in _groups(((s.record.kind, s.record.reason), s) for s in sent):
+        line, place = f"{len(group):4d} x {kind:<14} {_total(group)}", places_text(s.record for s in group)
+        if names is None:
+            about = ", ".join(text for text in (reason, f"in {place}" if place else "") if text)
+            yield f"{line}  {about}".rstrip()
+        else:
+            yield f"{line:<31}  {reason}".rstrip()
+            yield f"       = {sum_text(((s.bytes, s.formula) for s in group), names) or 'nothing'}, in {place}"
+    if sent:
+        yield f"{len(sent):4d}   {'in all':<14} {_total(sent)}"
 
 
 def gather_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
@@ -138,7 +188,7 @@ def gather_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
         times = f"{len(group)} x " if len(group) > 1 else ""
         where = f" in {module}" if module else ""
         at = f" ({source})" if source else ""
-        yield f"{times}{op}{where}{at}: {reason}; {_sent(group[0].bytes)}" + (" each" if times else "")
+        yield f"{times}{op}{where}{at}: {reason}; {format_bytes(group[0].bytes)}" + (" each" if times else "")
 
 
 def output_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
@@ -148,9 +198,9 @@ def output_lines(records: Iterable[GatherRecord]) -> Iterator[str]:
     for (name, module, _), group in _groups(keyed):
         where = f", of {module}" if module else ""
         if len(group) > 1:
-            yield f"{len(group)} x output {name}{where}: {_sent(group[0].bytes)} each"
+            yield f"{len(group)} x output {name}{where}: {format_bytes(group[0].bytes)} each"
         else:
-            yield f"output {group[0].name}{where}: {_sent(group[0].bytes)}"
+            yield f"output {group[0].name}{where}: {format_bytes(group[0].bytes)}"
     yield from gather_lines(record for record in outputs if not record.name)
 
 
@@ -162,9 +212,5 @@ def _pattern(path: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in head.split(".")) + bracket + rest
 
 
-def _total(numbers: Iterable[Any]) -> Length:
-    return as_length(sum(numbers, start=0))
-
-
-def _sent(n: Any) -> str:
-    return format_bytes(n)
+def _total(sent: Iterable[Sent]) -> str:
+    return format_bytes(as_length(sum((s.bytes for s in sent), start=0)))

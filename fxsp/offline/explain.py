@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxsp.cost.formula import Sent
 from fxsp.cost.metrics import Measures, measure
 from fxsp.errors import OptionError
 from fxsp.inspection.diff import diff_stages
@@ -19,7 +20,8 @@ from fxsp.offline.partition import OfflineResult, partition_offline
 from fxsp.offline.progress import check_size, told
 from fxsp.offline.provenance import UnknownNameError, reasons
 from fxsp.offline.render import page as html
-from fxsp.offline.render.text import as_data, one_screen
+from fxsp.offline.render.data import as_data
+from fxsp.offline.render.text import one_screen
 from fxsp.passes.pipeline import STAGES, stage_named
 from fxsp.plan import did_you_mean, listing
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord
@@ -76,7 +78,7 @@ class Explanation:
     @property
     def communication_forward(self) -> dict[str, tuple[int, int]]:
         """Kind of collective -> how many, and the bytes that each rank sends in all of them, in a forward pass."""
-        return _totals([(r.report.collectives, m.sent) for r, m in self._measured()])
+        return _totals(sent for m in self.measures if m is not None for sent in m.forward)
 
     @property
     def communication_backward(self) -> dict[str, tuple[int, int]]:
@@ -84,17 +86,13 @@ class Explanation:
 
         Gradients of parameters are counted one by one; they travel in buckets, in fewer messages.
         """
-        return _totals([(r.report.backward, m.sent_backward) for r, m in self._measured()])
+        return _totals(sent for m in self.measures if m is not None for sent in m.backward)
 
     @property
     def communication(self) -> dict[str, tuple[int, int]]:
         """Forward and, in training, backward: all that a call, and a step, sends."""
-        graphs = self._measured()
-        forward = [(r.report.collectives, m.sent) for r, m in graphs]
-        return _totals(forward + [(r.report.backward, m.sent_backward) for r, m in graphs])
-
-    def _measured(self) -> list[tuple[OfflineResult, Measures]]:
-        return [(r, m) for r, m in zip(self.results, self.measures, strict=True) if m is not None]
+        measures = [m for m in self.measures if m is not None]
+        return _totals([sent for m in measures for sent in m.forward] + [sent for m in measures for sent in m.backward])
 
     @property
     def stages(self) -> list[str]:
@@ -187,10 +185,9 @@ def _name(model: Any) -> str:
     return getattr(inner, "__qualname__", None) or type(inner).__name__
 
 
-def _totals(parts: list[tuple[list[CollectiveRecord], list[int]]]) -> dict[str, tuple[int, int]]:
+def _totals(collectives: Iterable[Sent]) -> dict[str, tuple[int, int]]:
     totals: dict[str, tuple[int, int]] = {}
-    for records, sizes in parts:
-        for record, sent in zip(records, sizes, strict=True):
-            number, size = totals.get(record.kind, (0, 0))
-            totals[record.kind] = number + 1, size + sent
+    for sent in collectives:
+        number, size = totals.get(sent.record.kind, (0, 0))
+        totals[sent.record.kind] = number + 1, size + sent.bytes
     return totals

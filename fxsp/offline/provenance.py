@@ -122,8 +122,8 @@ def _collective(
 ) -> list[str]:
     """One collective, or the steps of a ring, which are one value."""
     record, node = program.report.collectives[which[0]], new[program.report.collectives[which[0]].value]
-    formulas = [f for i in which if (f := measures.formulas[i]) is not None]
-    sent = format_bytes(sum(measures.sent[i] for i in which))
+    formulas = [f for i in which if (f := measures.forward[i].formula) is not None]
+    sent = format_bytes(sum(measures.forward[i].bytes for i in which))
     times = f"{len(which)} x " if len(which) > 1 else ""
     lines = [f"{record.value}: {times}{record.kind}, {sent} per rank {_place(node, program)}".rstrip()]
     if formulas:
@@ -137,9 +137,9 @@ def _collective(
         lines += [f"    not {method}: {why}" for method, why in attention.rejected]
     lines.append(f"  what would remove it: {_remedy(record, program)}")
     gradients: dict[tuple[str, str], list[int]] = {}
-    for i, b in enumerate(program.report.backward):
-        if b.value == record.value:
-            gradients.setdefault((b.kind, b.reason), []).append(measures.sent_backward[i])
+    for b in measures.backward:
+        if b.record.value == record.value:
+            gradients.setdefault((b.record.kind, b.record.reason), []).append(b.bytes)
     for (kind, reason), sizes in gradients.items():
         times = f"{len(sizes)} x " if len(sizes) > 1 else ""
         lines.append(f"  backward: {times}{kind}, {format_bytes(sum(sizes))} per rank: {reason}")

@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fxsp.errors import OptionError
 from fxsp.offline.partition import OfflineResult, partition_offline
 from fxsp.offline.progress import check_size, told
-from fxsp.ranks.checks import TOLERANCE, relative_error, same_random_numbers
+from fxsp.passes.base import Program
 from fxsp.report import Report
+from fxsp.simulation.compare import Ran, accepted, copy_of, differences, run_once, same_random_numbers
 from fxsp.simulation.divergence import first_difference
-from fxsp.simulation.first_call import random_seeds
 from fxsp.simulation.machine import joint_graph, run, simulate
-from fxsp.torch_internals import is_wrapper_subclass, storage_key, version
 
 __all__ = ["Evidence", "GraphEvidence", "verify"]
 
@@ -129,17 +127,6 @@ def verify(
     return Evidence(found)
 
 
-def _leaf(x: Tensor) -> Tensor:
-    """A copy; of a tensor made of others, which nothing writes to, another name."""
-    copy = x.detach() if is_wrapper_subclass(x) else x.detach().clone()
-    return copy.requires_grad_(x.requires_grad)
-
-
-def _state(x: Any) -> tuple[int, int]:
-    """What changes when a tensor is written to, or gets other memory."""
-    return (version(x), storage_key(x)) if isinstance(x, Tensor) else (0, 0)
-
-
 def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphEvidence:
     if result.program is None:
         return GraphEvidence(size, unsharded=result.report.unsharded, report=result.report)
@@ -151,53 +138,39 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
                 "inputs, or make it smaller; explain needs neither"
             )
     gradients = program.training if gradients is None else gradients and program.training
-    leaves = [_leaf(x) if isinstance(x, Tensor) else x for x in inputs]
-    with torch.set_grad_enabled(gradients), same_random_numbers():
-        values = [x.clone() if isinstance(x, Tensor) and not is_wrapper_subclass(x) else x for x in leaves]
-        before = [_state(x) for x in values]
-        alive = [x.detach() for x in values if isinstance(x, Tensor)]  # so that no other memory gets a key of theirs
-        flat = tree_leaves(result.whole(*values))
-    expected = [x for x in flat if isinstance(x, Tensor)]
-    written = [i for i, x in enumerate(values) if _state(x) != before[i]]
-    del alive
-    tolerance = max((TOLERANCE.get(x.dtype, 0.0) for x in expected), default=0.0)
-    evidence = GraphEvidence(
-        size, tolerance=tolerance, report=result.report, names=[f"output {i}" for i in range(len(expected))]
-    )
-    seeds: list[Tensor | None] | None = None
-    if gradients:
-        seeds = random_seeds(flat)
-        pairs = [(x, s) for x, s in zip(flat, seeds, strict=True) if s is not None]
-        wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        grads = torch.autograd.grad(
-            [x for x, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True, materialize_grads=True
-        )
-        joint = joint_graph(program.gm, leaves, seeds)
-        with same_random_numbers():
-            both = simulate(joint, size, [*leaves, *seeds])
-        outputs, found = [rank[: len(flat)] for rank in both], [rank[len(flat) :] for rank in both]
-        if program.options.deferred:  # those of parameters are left as summands
-            for i, x in enumerate(x for x in inputs if isinstance(x, Tensor) and x.requires_grad):
-                if isinstance(x, torch.nn.Parameter):
-                    total = torch.stack([rank[i] for rank in found]).sum(0)
-                    for rank in found:
-                        rank[i] = total
-        usual = max((g.norm().item() for g in grads), default=0.0)
-        evidence.gradients = [max(relative_error(rank[i], g, usual) for rank in found) for i, g in enumerate(grads)]
-        required = [n for n, x in zip(result.names, leaves, strict=True) if isinstance(x, Tensor) and x.requires_grad]
-        evidence.names += [f"the gradient of {name}" for name in required]
-    else:
-        with same_random_numbers():
-            outputs = simulate(program.gm, size, leaves)
-    tensors = [[x for x in rank if isinstance(x, Tensor)] for rank in outputs]
-    evidence.outputs = [max(relative_error(rank[i], x) for rank in tensors) for i, x in enumerate(expected)]
-    if written:
+    wanted = run_once(result.whole, inputs, gradients=gradients)
+    errors = differences(_simulated(program, size, inputs, wanted, gradients), wanted, result.names)
+    evidence = GraphEvidence(size, tolerance=accepted(*wanted.outputs), report=result.report)
+    kinds = {"output": evidence.outputs, "gradient": evidence.gradients, "written": evidence.written}
+    for difference in sorted(errors, key=lambda e: list(kinds).index(e.kind)):
+        kinds[difference.kind].append(difference.error)
+        evidence.names.append(difference.what)
+    if not evidence.ok:
+        leaves = [copy_of(x, True) for x in inputs]
+        seeds, deferred = (wanted.seeds if gradients else None), program.options.deferred
+        first = first_difference(program.gm, program.whole, size, leaves, seeds, evidence.tolerance, deferred)
+        evidence.first_difference = first or "no value inside differs, and no gradient of one"
+    return evidence
+
+
+def _simulated(program: Program, size: int, inputs: Sequence[Any], wanted: Ran, gradients: bool) -> list[Ran]:
+    """What each rank gives for copies of the inputs: of what ``wanted`` has, all."""
+    leaves = [copy_of(x, True) for x in inputs]
+    graph = joint_graph(program.gm, leaves, wanted.seeds) if gradients else program.gm
+    with same_random_numbers():
+        ranks = simulate(graph, size, [*leaves, *wanted.seeds])
+    count = len(wanted.seeds) if gradients else len(ranks[0])
+    found = [dict(zip(wanted.gradients, rank[count:], strict=True)) for rank in ranks]
+    if program.options.deferred:  # those of parameters are left as summands
+        for i in [i for i in wanted.gradients if isinstance(inputs[i], torch.nn.Parameter)]:
+            total = torch.stack([rank[i] for rank in found]).sum(0)
+            for rank in found:
+                rank[i] = total
+    left: Sequence[Sequence[Any]] = [()] * size
+    if any(wanted.written):
         with same_random_numbers():
             left = run(program.gm, size, leaves).inputs
-        evidence.written = [max(relative_error(rank[i], values[i]) for rank in left) for i in written]
-        evidence.names += [f"{result.names[i]} after the call" for i in written]
-    if not evidence.ok:
-        deferred = program.options.deferred
-        difference = first_difference(program.gm, program.whole, size, leaves, seeds, tolerance, deferred)
-        evidence.first_difference = difference or "no value inside differs, and no gradient of one"
-    return evidence
+    return [
+        Ran([x for x in rank[:count] if isinstance(x, Tensor)], after, gradients=grads)
+        for rank, after, grads in zip(ranks, left, found, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Are two tensors the same, here, and are the inputs equal on all ranks?
+"""Are the inputs equal on all ranks?
 
 The values of the inputs are compared at the first call of each compiled graph: data in full, weights by a sample of
 each, the state of the generators that the graph draws from.  ``options={"check_inputs": True}`` compares at every call
@@ -8,9 +8,7 @@ each, the state of the generators that the graph draws from.  ``options={"check_
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +19,7 @@ from fxsp import torch_internals
 from fxsp.ranks.alike import Alike, random_states
 from fxsp.ranks.channel import Channel
 
-__all__ = ["TOLERANCE", "check_inputs", "fingerprint", "relative_error", "same_random_numbers", "value_topics"]
-
-#: Largest relative error (in the 2-norm) that ``verify`` accepts, by dtype.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+__all__ = ["check_inputs", "fingerprint", "value_topics"]
 
 #: Words in a row of the table whose sums a fingerprint is made of, and elements of a weight that a sample has.
 _ROW, _SAMPLE = 1024, 64
@@ -148,29 +143,3 @@ def _hexadecimal(numbers: Sequence[int]) -> str:
 
 def _is_data(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
-
-
-def relative_error(found: Tensor, expected: Tensor, usual: float = 0.0) -> float:
-    """``|found - expected| / |expected|`` in the 2-norm, in float64 (0 if both are zero).
-
-    Infinities of one sign, and NaN beside NaN, are equal; beside anything else they are an infinite error.  Where
-    ``expected`` is smaller than a hundredth of the norm ``usual``, the difference is divided by that instead: a
-    gradient that is zero but for rounding (of a bias before a softmax, say) has no relative error of its own.
-    """
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return float((found != expected).any())
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = found.detach().to(wide), expected.detach().to(wide)
-    same = (a == b) | (a.isnan() & b.isnan())
-    if not bool((same | (a.isfinite() & b.isfinite())).all()):
-        return math.inf
-    difference = (a - b).masked_fill(same, 0).norm().item()
-    scale = max(b.masked_fill(~b.isfinite(), 0).norm().item(), 1e-2 * usual)
-    return float(difference / scale if scale else difference)
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Random numbers are drawn as if what runs inside had not drawn any."""
-    with torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []):
-        yield

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.passes.graph import facts, type_of
-from fxsp.ranks.checks import relative_error, same_random_numbers
+from fxsp.simulation.compare import relative_error, same_random_numbers
 from fxsp.simulation.machine import assemble, simulate
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import trace_on_fakes

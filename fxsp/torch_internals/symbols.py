@@ -23,7 +23,8 @@ def size_hints(mode: Any) -> Mapping[Any, int]:
     env = getattr(mode, "shape_env", None)
     if env is None:
         return {}
-    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    known: Mapping[Any, int] = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return known
 
 
 def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:

@@ -16,7 +16,7 @@ import models
 from fxsp import SequenceParallelInput, SequenceParallelOutput
 from fxsp.config import Options
 from fxsp.errors import UnsupportedError
-from fxsp.inspection.report_text import bytes_sent
+from fxsp.inspection.wire import bytes_sent
 from fxsp.offline.partition import partition_offline
 from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program

@@ -10,7 +10,7 @@ import torch
 from test_attention import HEADS, MASKS, TOKENS, Config, assert_same, record
 
 from fxsp.config import Options
-from fxsp.inspection.report_text import bytes_sent
+from fxsp.inspection.wire import bytes_sent
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program

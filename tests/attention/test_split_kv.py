@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import fxsp
 from distributed import Pool
-from fxsp.inspection.report_text import bytes_sent
+from fxsp.inspection.wire import bytes_sent
 from fxsp.kernels import collectives
 from fxsp.kernels.attention import split_kv as merged
 from fxsp.passes.attention.decide import SDPA

@@ -288,6 +288,7 @@ def outcomes(
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_rank_gets_the_right_result_or_an_error(fault: str, outcomes: dict[str, Future[list[Seen]]]) -> None:
     row = FAULTS[fault]

@@ -126,6 +126,7 @@ def test_symbolic_lengths_compile_once(ranks: Ranks, arguments: dict[str, Any], 
         assert graphs == 1
 
 
+@pytest.mark.slow
 def test_inductor(ranks: Ranks) -> None:
     results = ranks(2).run(_steps, 2, {"kv": 2, "causal": True}, "none", [9, 14], "inductor", timeout=240)
     for errors, _, graphs, _ in results:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "bench_gpu.py"
 
 
@@ -15,6 +17,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_smoke() -> None:
     done = run("--smoke")
     assert done.returncode == 0, done.stderr

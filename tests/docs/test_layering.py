@@ -33,6 +33,7 @@ LAYERS = [
     ("fxsp.passes.annotate", "fxsp.passes.capture", "fxsp.passes.functionalize"),
     ("fxsp.passes.partition",),
     ("fxsp.passes.pipeline",),
+    ("fxsp.cost.formula",),
     ("fxsp.inspection",),
     ("fxsp.cost", "fxsp.inner"),
     ("fxsp.said",),

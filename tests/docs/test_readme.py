@@ -56,6 +56,7 @@ def missing_line(shown: list[str], printed: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks(README.read_text()), ids=lambda b: f"line{b.line}")
 def test_block(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "readme.py"

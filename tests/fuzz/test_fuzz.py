@@ -87,6 +87,7 @@ def smallest(case: Case, error: Exception) -> Case:
     return minimize(case, fails)
 
 
+@pytest.mark.slow
 def test_partitioned_programs_compute_the_same() -> None:
     seen: Counter[str] = Counter()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hooking import HookCase, run_hooked
+from hooking import HookCase, Hooked, run_hooked
 
 BOUND = 1e-5
 
@@ -14,9 +14,10 @@ BOUND = 1e-5
 MODELS = ["flux", "flux2", "wan", "wan_i2v", "qwen_image", "qwen_image_mask", "llama", "bert"]
 
 
-def check(ranks, size: int, case: HookCase) -> None:
+def check(ranks, size: int, case: HookCase) -> list[Hooked]:
     bound = 1e-12 if case.double else BOUND
-    for rank, seen in enumerate(ranks(size).run(run_hooked, case)):
+    ran = ranks(size).run(run_hooked, case)
+    for rank, seen in enumerate(ran):
         for mode, error in seen.errors.items():
             assert error <= bound, f"rank {rank}, {mode}: {error}"
         for mode, (error, name) in seen.gradient_errors.items():
@@ -27,6 +28,7 @@ def check(ranks, size: int, case: HookCase) -> None:
         if case.modes[-1] != "eager" and not case.checkpoint:  # a warning of transformers is a graph break
             assert "hooks of sequence parallelism stand aside: the plan is compiled" in seen.compiled_notes
             assert len(seen.compiled_attentions) == len(seen.attentions)
+    return ran
 
 
 def case_of(name: str, **options) -> HookCase:
@@ -120,8 +122,7 @@ DEGREES = [
 @pytest.mark.parametrize("name", ["qwen_image_mask", "llama"])
 def test_rings(ranks, name: str, size: int, degrees: tuple[int, int], method: str) -> None:
     case = case_of(name, degrees=degrees, modes=("eager",), gradients=True, double=True)
-    check(ranks, size, case)
-    assert set(ranks(size).run(run_hooked, case)[0].attentions) == {method}
+    assert set(check(ranks, size, case)[0].attentions) == {method}
 
 
 def test_a_ring_under_checkpoints_and_with_few_tokens(ranks) -> None:

@@ -30,6 +30,7 @@ def errors() -> dict[str, str]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", interpreted.cases())
 def test_interpreted(errors, case):
     if errors[case]:

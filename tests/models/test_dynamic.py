@@ -45,6 +45,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "case", "compiles", "single"), CASES, ids=[f"{size}-{case}" for size, case, *_ in CASES]
 )

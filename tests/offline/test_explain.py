@@ -35,9 +35,9 @@ def small_one(size: int = 2, tokens: int = 5, **arguments: Any) -> fxsp.Explanat
 def test_formulas_hold_at_other_lengths(tokens: int, size: int) -> None:
     one, other = small_one(tokens=6), small_one(tokens=tokens)
     assert one.measures[0] is not None
-    for formula, sent in zip(one.measures[0].formulas, other.measures[0].sent, strict=True):  # type: ignore[union-attr]
-        assert formula is not None
-        assert formula(2, {"<root>[x]": tokens}) == sent
+    for own, sent in zip(one.measures[0].forward, other.measures[0].forward, strict=True):  # type: ignore[union-attr]
+        assert own.formula is not None
+        assert own.formula(2, {"<root>[x]": tokens}) == sent.bytes
 
 
 def test_formulas_hold_for_other_ranks() -> None:
@@ -45,8 +45,8 @@ def test_formulas_hold_for_other_ranks() -> None:
     a, b = two.measures[0], four.measures[0]
     assert a is not None
     assert b is not None
-    assert [f and f(4) for f in a.formulas] == b.sent
-    assert [f and f(2) for f in b.formulas] == a.sent
+    assert [s.formula and s.formula(4) for s in a.forward] == [s.bytes for s in b.forward]
+    assert [s.formula and s.formula(2) for s in b.forward] == [s.bytes for s in a.forward]
 
 
 def test_operations() -> None:
@@ -78,7 +78,7 @@ def test_rings(options: dict[str, int], tmp_path: Path) -> None:
         assert "3 x rotation" in str(e)
     assert "head-tail tokens, " in str(e)
     assert sum(e.flops_per_rank) == e.flops_total
-    rotations = [f for r, f in zip(e.collectives, e.measures[0].formulas, strict=True) if r.kind == "rotation"]  # type: ignore[union-attr]
+    rotations = [s.formula for s in e.measures[0].forward if s.record.kind == "rotation"]  # type: ignore[union-attr]
     assert rotations
     assert all(f is not None and f.text(e.measures[0].names).endswith("·2⌈S/2P⌉") for f in rotations)  # type: ignore[union-attr]
     assert e.to_html(tmp_path / "ring.html").stat().st_size > 5000

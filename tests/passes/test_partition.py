@@ -54,7 +54,7 @@ def test_the_example_of_the_pass() -> None:
 
 def test_the_text_is_the_same_on_every_rank() -> None:
     def text(rank: int) -> str:
-        from fxsp.inspection.report_text import format_graph
+        from fxsp.inspection.printer import format_graph
 
         program = Program(trace(lambda x, w: F.linear(tokens(x), w).mean(1), X, W), Ranks(rank, 3, "simulated"))
         return format_graph(partition_program(program).gm, program.ranks)
@@ -427,12 +427,12 @@ def test_broadcast_from_one_token() -> None:
 
 
 def test_a_wrong_local_shape_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxsp.passes.partition import partition as module
+    from fxsp.passes.special import sized
 
-    def global_sizes(self: Any, node: Any, type_: Any) -> list[Any]:
+    def global_sizes(build: Any, node: Any, type_: Any) -> list[Any]:
         return list(node.meta["val"].shape)
 
-    monkeypatch.setattr(module._Partitioner, "_local_sizes", global_sizes)
+    monkeypatch.setattr(sized, "local_sizes", global_sizes)
     with pytest.raises((VerificationError, RuntimeError), match=r"local shape|invalid for input"):
         partition(lambda x: tokens(x).unsqueeze(0).expand(2, -1, -1, -1), X)
 

@@ -1,4 +1,4 @@
-"""Real ranks for tests: gloo processes on this machine, started once and used for many tests.
+"""Real ranks for tests: gloo processes on this machine, forked from a server and used for many tests.
 
 ``Pool(size).run(fn, *args)`` calls ``fn(rank, size, *args)`` in each of ``size`` processes and returns the list of
 results.  ``fn`` is a function at the top of a module; arguments and results are pickled.  An exception is raised here,
@@ -7,9 +7,10 @@ with the traceback of the rank that failed.  Tests take pools from the fixture `
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -20,23 +21,28 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import rank_server
+
 __all__ = ["Pool", "RankError", "run_ranks"]
 
 #: Seconds that the other ranks get to end once one has failed: they may wait for it in a collective.
 GRACE = 5.0
+#: Seconds that a rank waits in a collective: others may compile meanwhile, on a busy machine.
+TIMEOUT = 300.0
 
 
 class RankError(AssertionError):
     """A rank raised an exception, died, or did not end in time."""
 
 
-def _worker(rank: int, size: int, store: str, tasks: Connection) -> None:
+def _worker(tasks: Connection, rank: int, size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(60))
+    limit = timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
     while True:
         try:
             message = tasks.recv_bytes()
@@ -54,9 +60,6 @@ def _worker(rank: int, size: int, store: str, tasks: Connection) -> None:
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # nothing is left to do, and taking down an interpreter full of torch takes seconds
 
 
 class Pool:
@@ -65,24 +68,20 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._workers: list[multiprocessing.process.BaseProcess] = []
+        self._processes: list[int] = []
         self._tasks: list[Connection] = []
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="fxsp-ranks-")
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
-            ours, theirs = spawn.Pipe()
-            worker = spawn.Process(target=_worker, args=(rank, self.size, store, theirs), daemon=True)
-            worker.start()
-            theirs.close()
-            self._workers.append(worker)
-            self._tasks.append(ours)
+            tasks, process = rank_server.connect(rank, _worker, rank, self.size, store)
+            self._tasks.append(tasks)
+            self._processes.append(process)
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """The results of ``fn(rank, size, *args)``, by rank; :class:`RankError` if a rank fails or takes too long."""
-        if not self._workers:
+        if not self._tasks:
             self._start()
         message = pickle.dumps((fn, args))
         for tasks in self._tasks:
@@ -116,32 +115,35 @@ class Pool:
         raise RankError(text)
 
     def _kill(self) -> None:
-        for worker in self._workers:
-            worker.kill()
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):  # it is dead already
+                os.kill(process, signal.SIGKILL)
         self._forget()
 
     def close(self) -> None:
         """End the processes."""
         for tasks in self._tasks:
-            try:
+            with contextlib.suppress(OSError):  # it is dead already
                 tasks.send_bytes(b"")
-            except (BrokenPipeError, OSError):
-                continue  # it is dead already
-        for worker in self._workers:
-            worker.join(timeout=10)
-            if worker.is_alive():
-                worker.kill()
+        if not all(_ended(tasks) for tasks in self._tasks):
+            self._kill()
         self._forget()
 
     def _forget(self) -> None:
-        for worker in self._workers:
-            worker.join()
         for tasks in self._tasks:
             tasks.close()
-        self._workers, self._tasks = [], []
+        self._processes, self._tasks = [], []
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def _ended(tasks: Connection) -> bool:
+    """Whether a process that is told to end does so in ten seconds."""
+    try:
+        return tasks.poll(10) and not tasks.recv_bytes()
+    except (EOFError, OSError):
+        return True
 
 
 def run_ranks(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.config import Options
 from fxsp.errors import UnsupportedError, VerificationError
-from fxsp.inspection.report_text import format_graph
+from fxsp.inspection.printer import format_graph
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
 from fxsp.passes.graph import facts

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp.kernels.ops  # noqa: F401
 from fxsp.config import Options
-from fxsp.inspection.report_text import bytes_sent, format_graph
+from fxsp.inspection.printer import format_graph
+from fxsp.inspection.wire import bytes_sent
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
 from fxsp.passes.graph import facts

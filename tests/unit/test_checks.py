@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxsp.ranks.checks import fingerprint, relative_error
+from fxsp.ranks.checks import fingerprint
+from fxsp.simulation.compare import relative_error
 
 VALUES = [
     torch.randn(3, 5),

@@ -9,8 +9,12 @@ import pytest
 import sympy
 import torch
 
-import fxsp.kernels.ops  # noqa: F401
-from fxsp.inspection.report_text import bytes_sent, format_bytes, format_graph, format_report, local_shape, op_text
+import fxsp.kernels.ops
+import small
+from fxsp.inspection.printer import format_graph, op_text
+from fxsp.inspection.report_text import Section, format_report, sections
+from fxsp.inspection.wire import bytes_sent, format_bytes, local_shape
+from fxsp.offline.render.text import figures
 from fxsp.passes.graph import mark
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import Ranks, Replicate, Sequence, Shard, parse
@@ -208,3 +212,27 @@ def test_report_of_nothing_and_of_much() -> None:
     lines = format_report(Report(notes=[f"note {i}" for i in range(30)])).splitlines()
     assert len(lines) == 14
     assert lines[-1] == "  … and 18 more"
+
+
+def test_sections_are_cut_and_have_a_foot() -> None:
+    lines = [str(i) for i in range(6)]
+    assert Section("many", lines, limit=3, foot="end").text() == [
+        "many:",
+        "  0",
+        "  1",
+        "  2",
+        "  … and 3 more",
+        "  end",
+    ]
+    assert Section("one more is shown", lines[:4], limit=3).text()[-1] == "  3"
+    assert Section("none", []).text() == []
+
+
+def test_figures_change_lines_and_no_section() -> None:
+    e = fxsp.explain(small.Model(mix=True), small.inputs(), world_size=2, plan=small.SPLIT)
+    (result,), (measured,) = e.results, e.measures
+    assert measured is not None
+    plain, told = sections(result.report), sections(result.report, figures(measured))
+    assert [s.title for s in plain] == [s.title for s in told if s.title != "work and memory"]
+    assert [line for s in told for line in s.text()] == str(e).splitlines()[1:]
+    assert len(e.to_dict()["graphs"][0]["collectives"]) == len(result.report.collectives) == len(measured.forward)

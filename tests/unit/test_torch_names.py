@@ -189,3 +189,15 @@ def test_it_runs_as_a_program() -> None:
 def test_releases_that_are_supported() -> None:
     listed = "torch (2.16.0)\nAvailable versions: 2.16.0, 2.15.0, 2.14.1, 2.13.0+cpu, 2.13.0, 2.11.0, 2.10.0, 1.13.1"
     assert torch_versions.releases(listed) == ["2.11.0", "2.13.0", "2.14.1", "2.15.0"]
+
+
+def test_what_reversed_gives_of_a_graph_is_made_an_iterator() -> None:
+    """Up to 2.12 ``reversed(graph.nodes)`` is a list of nodes, which ``next`` does not take."""
+    offenders = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in ("fxsp", "passes", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "next(reversed(" in line
+    ]
+    assert not offenders

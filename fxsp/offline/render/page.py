@@ -10,14 +10,13 @@ import json
 from importlib import resources
 from typing import Any
 
-from fxsp.cost.formula import Formula, format_formulas
 from fxsp.cost.metrics import Measures
 from fxsp.cost.timeline import H100, timeline
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.partition import OfflineResult
+from fxsp.offline.render.data import graph_data
 from fxsp.offline.render.text import format_count, legend_text, one_screen
 from fxsp.passes.pipeline import STAGES
-from fxsp.report import CollectiveRecord
 from fxsp.source import node_source
 
 __all__ = ["page"]
@@ -47,26 +46,37 @@ def page(e: Any) -> str:
 
 
 def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
-    report = result.report
+    """What :func:`graph_data` has, as short rows."""
+    known = graph_data(result, m)
     data: dict[str, Any] = {
-        "whole": report.unsharded,
-        "plan": [[record.entry, record.applied, record.detail] for record in report.plan],
+        "whole": known["unsharded"],
+        "plan": [[record["entry"], record["applied"], record["detail"]] for record in known["plan"]],
         "attention": [
-            [a.module, a.method, a.source, [f"{name}: {why}" for name, why in a.rejected], a.detail]
-            for a in report.attentions
+            [
+                a["module"],
+                a["method"],
+                a["source"],
+                [f"{name}: {why}" for name, why in a["rejected"].items()],
+                a["detail"],
+            ]
+            for a in known["attentions"]
         ],
-        "implicit": [[g.op, g.module, g.source, g.reason] for g in report.implicit_gathers if g.kind == "implicit"],
-        "notes": report.notes,
+        "implicit": [
+            [g["op"], g["module"], g["source"], g["reason"]]
+            for g in known["implicit_gathers"]
+            if g["kind"] == "implicit"
+        ],
+        "notes": known["notes"],
         "cards": [],
     }
     program = result.program
     if m is None or program is None:
         return data
     sent: dict[str, int] = {}
-    for record, size in zip(report.collectives, m.sent, strict=True):  # a ring's rotations are one node
-        sent[record.value] = sent.get(record.value, 0) + size
-    data["collectives"] = _collectives(report.collectives, m.sent, m.formulas, m)
-    data["backward"] = _collectives(report.backward, m.sent_backward, m.formulas_backward, m)
+    for each in m.forward:  # a ring's rotations are one node
+        sent[each.record.value] = sent.get(each.record.value, 0) + each.bytes
+    data["collectives"] = [_collective(record) for record in known["collectives"]]
+    data["backward"] = [_collective(record) for record in known["backward"]]
     data["letters"] = legend_text(m)
     nodes = {node.name: node for node in program.graph.nodes}
     data["rows"] = [
@@ -77,38 +87,27 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     ]
     spans = timeline(program.gm, sent, m.number)
     data["time"] = [[s.node.name, round(s.start * 1e6, 2), round(s.end * 1e6, 2), int(s.communicates)] for s in spans]
-    data["cards"] = _cards(m, len(report.collectives))
+    data["cards"] = _cards(m)
     return data
 
 
-def _collectives(
-    records: list[CollectiveRecord], sent: list[int], formulas: list[Formula | None], m: Measures
-) -> list[list[Any]]:
+def _collective(record: dict[str, Any]) -> list[Any]:
     """Value, kind, module, line, bytes as text, formula, reason, bytes."""
-    return [
-        [
-            record.value,
-            record.kind,
-            record.module,
-            record.source,
-            format_bytes(size),
-            f"{format_formulas([formula], m.names)} B" if formula is not None else "",
-            record.reason,
-            size,
-        ]
-        for record, size, formula in zip(records, sent, formulas, strict=True)
-    ]
+    about = [record[key] for key in ("value", "kind", "module", "source")]
+    formula = f"{record['formula']} B" if record["formula"] is not None else ""
+    return [*about, format_bytes(record["bytes"]), formula, record["reason"], record["bytes"]]
 
 
-def _cards(m: Measures, collectives: int) -> list[list[str]]:
+def _cards(m: Measures) -> list[list[str]]:
     """Title, number, and a line about it."""
     size, busiest = len(m.flops_per_rank), max(m.flops_per_rank, default=0)
     even = m.flops_total / (size * busiest) if busiest else 1.0
     pads = sum(p for _, _, p in m.padding.values())
     rows = sum(t + p for t, _, p in m.padding.values())
-    backward = f"; {format_bytes(sum(m.sent_backward))} backward" if m.sent_backward else ""
+    forward, back = (format_bytes(sum(sent.bytes for sent in way)) for way in (m.forward, m.backward))
+    backward = f"; {back} backward" if m.backward else ""
     return [
-        ["sent per rank", format_bytes(sum(m.sent)), f"{collectives} collectives, forward{backward}"],
+        ["sent per rank", forward, f"{len(m.forward)} collectives, forward{backward}"],
         ["work per rank", format_count(busiest), f"{even:.0%} of an even split of {format_count(m.flops_total)}"],
         ["activations per rank", format_bytes(m.memory_rank), f"{format_bytes(m.memory_one)} on one device"],
         ["padding", f"{pads / rows:.1%}" if rows else "0.0%", f"{pads} of {rows} rows are pads"],
