@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -104,11 +105,16 @@ def add_module(root: torch.nn.Module, name: str, module: torch.nn.Module) -> str
     return name
 
 
-def untraced() -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
     """Inside a :func:`retrace`: run on fakes without writing nodes."""
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+    from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, disable_proxy_modes_tracing
+    from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
-    return disable_proxy_modes_tracing()
+    # Up to 2.12 this mode writes nodes for what vmap and grad do to their levels, whether there is a tracer or not.
+    writes = torch.__version__ < (2, 13) and isinstance(_get_current_function_mode(), PreDispatchTorchFunctionMode)
+    with disable_proxy_modes_tracing(), _pop_mode_temporarily() if writes else contextlib.nullcontext():
+        yield
 
 
 def python_dispatch() -> AbstractContextManager[Any]:
