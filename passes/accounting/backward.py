@@ -78,7 +78,7 @@ def _passes_on(node: Node) -> bool:
         return node.target is operator.getitem
     if (op := op_of(node)) is not None:
         return op.flops is None
-    return schema(node.target).name.partition("::")[2] in names_of("linear")
+    return schema(node.target).name.partition("::")[2] in names_of("affine")
 
 
 def _with_gradients(program: Program) -> list[Node]:

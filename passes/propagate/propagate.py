@@ -29,8 +29,9 @@ from fxsp.passes.attention.unfused import decide_written
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
-from fxsp.passes.rules.elementwise import draws
 from fxsp.passes.rules.families import family
+from fxsp.passes.rules.rule import draws
+from fxsp.passes.rules.summands import decide_summands
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.cat_and_cut import decide_structure
 from fxsp.passes.special.extremes import decide_extreme
@@ -104,11 +105,12 @@ class Propagate:
         call = Call(node)
         operands = call.operands
         _refuse_writes(call)
-        reads_no_data = decide_like(call, [type_of(n) for n in operands])
-        if reads_no_data is not None:
-            return reads_no_data
-        # A summand is summed before it is used.
-        types: list[Type] = [Replicate() if isinstance(type_of(n), Partial) else type_of(n) for n in operands]
+        given = [type_of(n) for n in operands]
+        early = decide_like(call, given) or decide_summands(call, given)
+        if early is not None:
+            return early
+        # Any other summand is summed before it is used.
+        types: list[Type] = [Replicate() if isinstance(t, Partial) else t for t in given]
         if not any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, "all operands are whole")
         if facts(node).row_wise and not _splits_rows(types[0], shape_of(operands[0])):

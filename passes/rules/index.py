@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import aligned
-from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
-from fxsp.types import Length, same_length
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
+from fxsp.types import as_length, same_length
 
 __all__ = ["RULES"]
 
 
 def _pass_except(call: Call, changed: dict[int, None] | list[int], operand: int = 0) -> OpRule | None:
     """One operand and results of its rank: the ``changed`` dimensions are whole, the others pass."""
-    shape = call.operand_shapes()[operand]
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}
+    dims = rows(len(call.operand_shapes()[operand]))
     out = tuple((f"w{i}",) if i in changed else d for i, d in enumerate(dims))
     whole = {f for i in changed for f in (f"d{i}", f"w{i}")}
-    return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), sizes, whole=frozenset(whole))
+    return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), whole=frozenset(whole))
 
 
 def cut(call: Call) -> OpRule | None:
@@ -39,10 +37,9 @@ def select(call: Call) -> OpRule | None:
     """``select(1, 0)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
     (shape,) = call.operand_shapes()
     dim = call.dim("dim", len(shape))
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
+    dims = rows(len(shape))
     out = tuple(d for i, d in enumerate(dims) if i != dim)
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}
-    return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), sizes, whole=frozenset({f"d{dim}"}))
+    return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), whole=frozenset({f"d{dim}"}))
 
 
 def cat(call: Call) -> OpRule | None:
@@ -57,18 +54,16 @@ def cat(call: Call) -> OpRule | None:
         tuple((f"x{k}",) if i == dim else (f"d{i}",) for i in range(rank)) for k in range(len(shapes))
     ]
     out: Dims = tuple(("y",) if i == dim else (f"d{i}",) for i in range(rank))
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(result) if i != dim}
-    return OpRule(tuple(operands), (out,), sizes, whole=frozenset({"y", *(f"x{k}" for k in range(len(shapes)))}))
+    return OpRule(tuple(operands), (out,), whole=frozenset({"y", *(f"x{k}" for k in range(len(shapes)))}))
 
 
 def stack(call: Call) -> OpRule | None:
     """``stack([x, y], 1)``: ``([d0, d1], [d0, d1]) -> ([d0, n, d1]) whole={n}``."""
     shapes = call.operand_shapes()
     dim = call.dim("dim", len(shapes[0]) + 1)
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shapes[0]))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shapes[0])}
+    dims = rows(len(shapes[0]))
     out = (*dims[:dim], ("n",), *dims[dim:])
-    return OpRule(tuple(tuple(dims) for _ in shapes), (out,), sizes, whole=frozenset("n"))
+    return OpRule(tuple(tuple(dims) for _ in shapes), (out,), whole=frozenset("n"))
 
 
 def pad(call: Call) -> OpRule | None:
@@ -85,23 +80,12 @@ def repeat(call: Call) -> OpRule | None:
     given = call["repeats"] if "repeats" in call.arguments else call["dims"]
     repeats = [*([1] * (len(shape) - len(given))), *given]  # tile may name fewer than there are
     extra = len(repeats) - len(shape)
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}
+    dims = rows(len(shape))
     changed = [i for i in range(len(shape)) if not (isinstance(repeats[extra + i], int) and repeats[extra + i] == 1)]
-    new = [(f"n{i}",) for i in range(extra)]
+    new = rows(extra, "n")
     out = (*new, *((f"w{i}",) if i in changed else d for i, d in enumerate(dims)))
     whole = {f for i in changed for f in (f"d{i}", f"w{i}")} | {f for d in new for f in d}
-    return OpRule((tuple(dims),), (out,), sizes, whole=frozenset(whole))
-
-
-def embedding(call: Call) -> OpRule | None:
-    """``([v, c], [d0, d1]) -> ([d0, d1, c]) whole={v}``."""
-    if call["scale_grad_by_freq"] or call["sparse"]:
-        return None  # its gradient counts all ids, or is sparse and cannot be summed over the ranks
-    weight, ids = call.operand_shapes()
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(ids))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(ids)} | {"v": weight[0], "c": weight[1]}
-    return OpRule(((("v",), ("c",)), tuple(dims)), ((*dims, ("c",)),), sizes, whole=frozenset("v"))
+    return OpRule((tuple(dims),), (out,), whole=frozenset(whole))
 
 
 def one_hot(call: Call) -> OpRule | None:
@@ -109,9 +93,8 @@ def one_hot(call: Call) -> OpRule | None:
     if not isinstance(call["num_classes"], int) or call["num_classes"] < 0:
         return None
     (shape,) = call.operand_shapes()
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}
-    return OpRule((tuple(dims),), ((*dims, ("n",)),), sizes, whole=frozenset("n"))
+    dims = rows(len(shape))
+    return OpRule((tuple(dims),), ((*dims, ("n",)),), whole=frozenset("n"))
 
 
 def index_select(call: Call) -> OpRule | None:
@@ -120,8 +103,7 @@ def index_select(call: Call) -> OpRule | None:
     dim = call.dim("dim", len(shape))
     dims: list[tuple[str, ...]] = [("w",) if i == dim else (f"d{i}",) for i in range(len(shape))]
     out = [("n",) if i == dim else d for i, d in enumerate(dims)]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape) if i != dim} | {"n": index[0] if index else 1}
-    return OpRule((tuple(dims), (("n",),) if index else ()), (tuple(out),), sizes, whole=frozenset("w"))
+    return OpRule((tuple(dims), (("n",),) if index else ()), (tuple(out),), whole=frozenset("w"))
 
 
 def index(call: Call) -> OpRule | None:
@@ -136,25 +118,18 @@ def index(call: Call) -> OpRule | None:
         return None  # boolean masks select a number of elements that depends on data
     (result,) = call.result_shapes()
     rank = len(result) - (len(shape) - len(used))
-    sizes: dict[str, Length] = {f"n{i}": result[used[0] + i] for i in range(rank)}
-    new = [(f"n{i}",) for i in range(rank)]
+    new = rows(rank, "n")
     dims: list[tuple[str, ...]] = [(f"w{i}",) if i in used else (f"d{i}",) for i in range(len(shape))]
-    sizes |= {f"d{i}": n for i, n in enumerate(shape) if i not in used}
     operands: list[Dims] = [tuple(dims)]
     for value in values:
         offset = rank - value.dim()
         from_right = tuple(
-            new[offset + i] if aligned(_length(n), sizes[f"n{offset + i}"]) else () for i, n in enumerate(value.shape)
+            new[offset + i] if aligned(as_length(n), result[used[0] + offset + i]) else ()
+            for i, n in enumerate(value.shape)
         )
         operands.append(from_right)
     out = [*dims[: used[0]], *new, *dims[used[-1] + 1 :]]
-    return OpRule(tuple(operands), (tuple(out),), sizes, whole=frozenset(f"w{i}" for i in used))
-
-
-def _length(size: object) -> Length:
-    from fxsp.types import as_length
-
-    return as_length(size)
+    return OpRule(tuple(operands), (tuple(out),), whole=frozenset(f"w{i}" for i in used))
 
 
 def gather(call: Call) -> OpRule | None:
@@ -177,8 +152,7 @@ def gather(call: Call) -> OpRule | None:
             left.append((f"l{i}",))
             right.append((f"r{i}",))
             whole |= {f"l{i}", f"r{i}"}
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)} | {"n": index[dim]}
-    return OpRule((tuple(left), tuple(right)), (tuple(right),), sizes, whole=frozenset(whole))
+    return OpRule((tuple(left), tuple(right)), (tuple(right),), whole=frozenset(whole))
 
 
 def scatter_into(call: Call) -> OpRule | None:
@@ -191,9 +165,8 @@ def scatter_into(call: Call) -> OpRule | None:
         if len(part) == len(shape)
         else [d for i, d in enumerate(dims) if i != dim]
     )
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape) if i != dim}
     whole = {"x", "y"} if len(part) == len(shape) else {"x"}
-    return OpRule((tuple(dims), tuple(inner)), (tuple(dims),), sizes, whole=frozenset(whole))
+    return OpRule((tuple(dims), tuple(inner)), (tuple(dims),), whole=frozenset(whole))
 
 
 #: Family of operators -> its rule.
@@ -204,7 +177,6 @@ RULES: dict[str, RuleFunction] = {
     "stack": stack,
     "pad": pad,
     "repeat": repeat,
-    "embedding": embedding,
     "one_hot": one_hot,
     "index_select": index_select,
     "index": index,

@@ -8,58 +8,10 @@ import string
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import aligned, broadcast
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
 from fxsp.types import Length, same_length
 
 __all__ = ["RULES", "reduced_dims"]
-
-
-def _rows(prefix: str, shape: tuple[Length, ...]) -> tuple[list[tuple[str, ...]], dict[str, Length]]:
-    return [(f"{prefix}{i}",) for i in range(len(shape))], {f"{prefix}{i}": n for i, n in enumerate(shape)}
-
-
-def linear(call: Call) -> OpRule | None:
-    """``([d0, d1, i], [o, i], [o]) -> ([d0, d1, o]) reduction={i}``."""
-    x, w = call.shape("input"), call.shape("weight")
-    if len(w) != 2:
-        return None
-    lead, sizes = _rows("d", x[:-1])
-    sizes |= {"i": x[-1], "o": w[0]}
-    operands: list[Dims] = [(*lead, ("i",)), (("o",), ("i",))]
-    if len(call.operands) > 2:
-        operands.append((("o",),))
-    # The bias would be added once per rank: the contraction must stay whole where there is one.
-    kind = "whole" if len(operands) > 2 else "reduction"
-    return OpRule(tuple(operands), ((*lead, ("o",)),), sizes, **{kind: frozenset("i")})
-
-
-def matmul(call: Call) -> OpRule | None:
-    """``matmul``: ``([b0, m, k], [b0, k, n]) -> ([b0, m, n]) reduction={k}``, batch dimensions broadcast."""
-    a, b = call.operand_shapes()
-    sizes: dict[str, Length] = {"k": a[-1]}
-    left: list[tuple[str, ...]] = [("k",)]
-    right: list[tuple[str, ...]] = [("k",)]
-    out: list[tuple[str, ...]] = []
-    if len(a) > 1:
-        left.insert(0, ("m",))
-        sizes["m"] = a[-2]
-        out.append(("m",))
-    if len(b) > 1:
-        right.append(("n",))
-        sizes["n"] = b[-1]
-        out.append(("n",))
-    (result,) = call.result_shapes()
-    batch = result[: len(result) - len(out)]
-    (batch_a, batch_b), lead, lead_sizes = broadcast([a[:-2], b[:-2]], batch, "b")
-    return OpRule(
-        ((*batch_a, *left), (*batch_b, *right)), ((*lead, *out),), {**lead_sizes, **sizes}, reduction=frozenset("k")
-    )
-
-
-def outer(call: Call) -> OpRule | None:
-    """``([m], [n]) -> ([m, n])``."""
-    (m,), (n,) = call.operand_shapes()
-    return OpRule(((("m",),), (("n",),)), ((("m",), ("n",)),), {"m": m, "n": n})
 
 
 def addmm(call: Call) -> OpRule | None:
@@ -73,16 +25,9 @@ def addmm(call: Call) -> OpRule | None:
     )
 
 
-def int_mm(call: Call) -> OpRule | None:
-    """``([m, k], [k, n]) -> ([m, n]) whole={k}``: bytes in, 32-bit integers out."""
-    (m, k), (_, n) = call.operand_shapes()
-    sizes = {"m": m, "k": k, "n": n}
-    return OpRule(((("m",), ("k",)), (("k",), ("n",))), ((("m",), ("n",)),), sizes, whole=frozenset("k"))
-
-
 def scaled_mm(call: Call) -> OpRule | None:
     """``([m, k], [k, n], [m, 1], [1, n]) -> ([m, n]) whole={k}``: scales for each row, or one for all."""
-    (m, k), (_, n) = call.shape("self"), call.shape("mat2")
+    m, n = call.shape("self")[0], call.shape("mat2")[1]
     one: Length = 1
 
     def scale(shape: tuple[Length, ...], of: tuple[Length, Length], factors: tuple[str, str]) -> Dims | None:
@@ -99,7 +44,6 @@ def scaled_mm(call: Call) -> OpRule | None:
     return OpRule(
         ((("m",), ("k",)), (("k",), ("n",)), *scales, *bias),
         ((("m",), ("n",)),),
-        {"m": m, "k": k, "n": n},
         whole=frozenset("k"),
     )
 
@@ -163,13 +107,13 @@ def _reduction(call: Call, kind: str) -> OpRule | None:
     shape = call.operand_shapes()[0]
     if len(call.operands) != 1:
         return None
-    dims, sizes = _rows("d", shape)
+    dims = rows(len(shape))
     reduced = reduced_dims(call, len(shape))
     keep = bool(call.get("keepdim", False))
     out = [() if i in reduced else d for i, d in enumerate(dims) if keep or i not in reduced]
     factors = frozenset(f"d{i}" for i in reduced)
     results = tuple(tuple(out) for _ in call.result_shapes())
-    return OpRule((tuple(dims),), results, sizes, **{kind: factors})
+    return OpRule((tuple(dims),), results, {}, **{kind: factors})
 
 
 def total(call: Call) -> OpRule | None:
@@ -193,12 +137,12 @@ def layer_norm(call: Call) -> OpRule | None:
     """``([d0, d1, d2], [d2], [d2]) -> ([d0, d1, d2]) whole={d2}``."""
     x = call.shape("input")
     count = len(call["normalized_shape"])
-    dims, sizes = _rows("d", x)
+    dims = rows(len(x))
     tail = tuple(dims[len(x) - count :])
     operands = (tuple(dims), *(tail for _ in call.operands[1:]))
     results: list[Dims] = [tuple(dims)]
     results += [(*dims[: len(x) - count], *(() for _ in range(count))) for _ in call.result_shapes()[1:]]
-    return OpRule(operands, tuple(results), sizes, whole=frozenset(f for d in tail for f in d))
+    return OpRule(operands, tuple(results), whole=frozenset(f for d in tail for f in d))
 
 
 def group_norm(call: Call) -> OpRule | None:
@@ -206,10 +150,10 @@ def group_norm(call: Call) -> OpRule | None:
     x, *others = call.operand_shapes()
     if call.get("running_mean") is not None and call.get("use_input_stats"):
         return None  # it writes statistics of the whole batch
-    dims, sizes = _rows("d", x)
+    dims = rows(len(x))
     operands = (tuple(dims), *((("c",),) for _ in others))
     whole = {f"d{i}" for i in range(1, len(x))} | ({"c"} if others else set())
-    return OpRule(operands, (tuple(dims),), sizes | {"c": x[1]}, whole=frozenset(whole))
+    return OpRule(operands, (tuple(dims),), whole=frozenset(whole))
 
 
 def along(call: Call) -> OpRule | None:
@@ -219,10 +163,10 @@ def along(call: Call) -> OpRule | None:
     (shape,) = call.operand_shapes()
     rank = len(shape)
     mixed = [rank - 2, rank - 1] if call.op in family("triangle") else reduced_dims(call, rank)
-    dims, sizes = _rows("d", shape)
+    dims = rows(rank)
     results = tuple(tuple((f"w{i}",) if i in mixed else d for i, d in enumerate(dims)) for _ in call.result_shapes())
     whole = {f for i in mixed for f in (f"d{i}", f"w{i}")}
-    return OpRule((tuple(dims),), results, sizes, whole=frozenset(whole))
+    return OpRule((tuple(dims),), results, whole=frozenset(whole))
 
 
 def convolution(call: Call) -> OpRule | None:
@@ -237,9 +181,8 @@ def convolution(call: Call) -> OpRule | None:
     operands += [tuple((f"p{k}_{i}",) for i in range(len(o))) for k, o in enumerate(others)]
     alone = {i for i in range(2, len(x)) if others[0][i] == 1 and _is_step_by_step(call, i - 2)}
     out: Dims = (("b",), *((f"{'x' if i in alone else 'y'}{i}",) for i in range(1, len(result))))
-    passed = {"b": x[0], **{f"x{i}": x[i] for i in sorted(alone)}}
-    whole = {f for dims in (*operands, out) for d in dims for f in d} - passed.keys()
-    return OpRule(tuple(operands), (out,), passed, whole=frozenset(whole))
+    whole = {f for dims in (*operands, out) for d in dims for f in d} - {"b", *(f"x{i}" for i in alone)}
+    return OpRule(tuple(operands), (out,), whole=frozenset(whole))
 
 
 def _is_step_by_step(call: Call, i: int) -> bool:
@@ -256,11 +199,7 @@ def _is_step_by_step(call: Call, i: int) -> bool:
 
 #: Family of operators -> its rule.
 RULES: dict[str, RuleFunction] = {
-    "linear_layer": linear,
-    "matmul": matmul,
-    "outer": outer,
     "addmm": addmm,
-    "int_mm": int_mm,
     "scaled_mm": scaled_mm,
     "einsum": einsum,
     "total": total,

@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from fxsp.passes.graph import Call
 from fxsp.types import Length
 
-__all__ = ["Dims", "Factors", "OpRule", "RuleFunction", "names"]
+__all__ = ["Dims", "Factors", "OpRule", "RuleFunction", "draws", "rows"]
 
 #: Factors of one dimension, outermost first.
 Factors = tuple[str, ...]
@@ -34,6 +36,7 @@ class OpRule:
 
     operands: tuple[Dims | None, ...]
     results: tuple[Dims, ...]
+    #: Of factors that share a dimension, and of those of products.
     sizes: dict[str, Length] = field(default_factory=dict, hash=False, compare=False)
     reduction: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
@@ -67,6 +70,15 @@ class OpRule:
 RuleFunction = Callable[[Call], "OpRule | None"]
 
 
-def names(prefix: str, count: int) -> list[str]:
-    """``count`` factor names: ``a0, a1, ...``."""
-    return [f"{prefix}{i}" for i in range(count)]
+def draws(call: Call) -> bool:
+    """Whether this call draws random numbers: dropout does not at p = 0, nor outside training (None is training)."""
+    if torch.Tag.nondeterministic_seeded not in call.op.tags:
+        return False
+    if "dropout_p" in call.arguments:  # attention
+        return bool(call["dropout_p"])
+    return not ("p" in call.arguments and "train" in call.arguments) or bool(call["train"] is not False and call["p"])
+
+
+def rows(count: int, prefix: str = "d") -> list[Factors]:
+    """``count`` dimensions, each one factor: ``d0``, ``d1``, ..."""
+    return [(f"{prefix}{i}",) for i in range(count)]

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
-from fxsp.types import Length, same_length
+from fxsp.types import same_length
 
 __all__ = ["RULES"]
 
@@ -21,16 +21,14 @@ def scatter(call: Call) -> OpRule | None:
     if rank == 0 or any(len(s) != rank for s in shapes):
         return None
     dim = call.dim("dim", rank)
-    sizes: dict[str, Length] = {}
     operands: list[list[tuple[str, ...]]] = [[] for _ in shapes]
     for i in range(rank):
         together = i != dim and all(same_length(s[i], shapes[0][i]) for s in shapes)
-        for k, s in enumerate(shapes):
+        for k in range(len(shapes)):
             name = f"d{i}" if together else f"{'xiy'[k]}{i}"
             operands[k].append((name,))
-            sizes[name] = s[i]
     dims = tuple(tuple(o) for o in operands)
-    return OpRule(dims, (dims[0],), sizes, whole=frozenset(f for f in sizes if f[0] != "d"))
+    return OpRule(dims, (dims[0],), whole=frozenset(f for o in dims for (f,) in o if f[0] != "d"))
 
 
 def index_add(call: Call) -> OpRule | None:
@@ -46,9 +44,8 @@ def index_add(call: Call) -> OpRule | None:
         if source and len(source) != len(shape):
             return None
         operands.append(tuple(("n",) if i == dim else d for i, d in enumerate(dims)) if source else ())
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape) if i != dim}
     known = {f for d in operands for dim_ in d for f in dim_}
-    return OpRule(tuple(operands), (dims,), sizes, whole=frozenset({"n", "w"} & known))
+    return OpRule(tuple(operands), (dims,), whole=frozenset({"n", "w"} & known))
 
 
 def index_put(call: Call) -> OpRule | None:
@@ -65,7 +62,6 @@ def index_put(call: Call) -> OpRule | None:
     shapes = [shape_of(n) for n in index_nodes]
     rank = max(len(s) for s in shapes)
     dims: list[tuple[str, ...]] = [(f"w{i}",) if i in used else (f"d{i}",) for i in range(len(shape))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape) if i not in used}
     written = [*dims[: used[0]], *((f"n{i}",) for i in range(rank)), *dims[used[-1] + 1 :]]
     offset = len(written) - len(values)
     if offset < 0:
@@ -74,13 +70,13 @@ def index_put(call: Call) -> OpRule | None:
     source: list[tuple[str, ...]] = []
     for d, n in zip(written[offset:], values, strict=True):
         # Values are broadcast; what lies along the written positions is whole anyway.
-        fits = d[0][0] == "n" or same_length(n, sizes[d[0]])
+        fits = d[0][0] == "n" or same_length(n, shape[int(d[0][1:])])
         source.append(d if fits else ())
     operands: list[Dims] = [tuple(dims)]
     operands += [tuple((f"n{rank - len(s) + i}",) for i in range(len(s))) for s in shapes]
     operands.append(tuple(source))
     known = {f for o in operands for d in o for f in d}
-    return OpRule(tuple(operands), (tuple(dims),), sizes, whole=frozenset(whole & known))
+    return OpRule(tuple(operands), (tuple(dims),), whole=frozenset(whole & known))
 
 
 #: Family of operators -> its rule.

@@ -10,8 +10,7 @@ import torch
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import broadcast
 from fxsp.passes.rules.families import traits_of
-from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
-from fxsp.types import Length
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
 
 __all__ = ["RULES"]
 
@@ -25,33 +24,11 @@ def last_dims(call: Call) -> OpRule | None:
     (count,) = (_COUNTS[trait] for trait in traits_of(call.op) if trait in _COUNTS)
     if call.op is torch.ops.aten.diag_embed.default and (call["dim1"], call["dim2"]) != (-2, -1):
         return None
-    lead: Dims = tuple((f"d{i}",) for i in range(len(shape) - count))
+    lead = rows(len(shape) - count)
     x: Dims = (*lead, *((f"x{i}",) for i in range(len(lead), len(shape))))
     results = tuple((*lead, *((f"y{i}",) for i in range(len(lead), len(r)))) for r in call.result_shapes())
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape[: len(lead)])}
     whole = {f for dims in (x, *results) for d in dims[len(lead) :] for f in d}
-    return OpRule((x,), results, sizes, whole=frozenset(whole))
-
-
-def batch_norm(call: Call) -> OpRule | None:
-    """Outside training ``([d0, d1, d2], [d1], [d1], [d1], [d1]) -> ([d0, d1, d2])``; training mixes the batch."""
-    if call["training"] or call["running_mean"] is None:
-        return None
-    x = call.shape("input")
-    dims: Dims = tuple((f"d{i}",) for i in range(len(x)))
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(x)}
-    return OpRule((dims, *((("d1",),) for _ in call.operands[1:])), (dims,), sizes)
-
-
-def prelu(call: Call) -> OpRule | None:
-    """``([d0, d1, d2], [d1]) -> ([d0, d1, d2])``, or one slope for all."""
-    x, weight = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(x)))
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(x)}
-    if len(weight) == len(x):
-        return OpRule((dims, broadcast([weight], x)[0][0]), (dims,), sizes)
-    slopes: Dims = () if not weight else (((f"d{1}",),) if len(x) > 1 and weight[0] == x[1] else ((),))
-    return OpRule((dims, slopes), (dims,), sizes) if len(weight) <= 1 else None
+    return OpRule((x,), results, whole=frozenset(whole))
 
 
 def meshgrid(call: Call) -> OpRule | None:
@@ -63,55 +40,36 @@ def meshgrid(call: Call) -> OpRule | None:
     if call.get("indexing", "ij") == "xy" and len(order) > 1:
         order[:2] = [1, 0]
     grid: Dims = tuple((f"a{i}",) for i in order)
-    sizes: dict[str, Length] = {f"a{i}": s[0] if s else 1 for i, s in enumerate(shapes)}
     operands: tuple[Dims, ...] = tuple(((f"a{i}",),) if s else () for i, s in enumerate(shapes))
-    return OpRule(operands, tuple(grid for _ in shapes), sizes)
+    return OpRule(operands, tuple(grid for _ in shapes))
 
 
 def unfold(call: Call) -> OpRule | None:
     """``unfold(1, 2, 1)``: ``([d0, x, d2]) -> ([d0, y, d2, n]) whole={n, x, y}``."""
     (shape,) = call.operand_shapes()
     dim = call.dim("dimension", len(shape))
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
-    sizes: dict[str, Length] = {f"d{i}": n for i, n in enumerate(shape)}
+    dims = rows(len(shape))
     x: Dims = tuple(("x",) if i == dim else d for i, d in enumerate(dims))
     y: Dims = tuple(("y",) if i == dim else d for i, d in enumerate(dims))
-    return OpRule((x,), ((*y, ("n",)),), sizes, whole=frozenset("nxy"))
+    return OpRule((x,), ((*y, ("n",)),), whole=frozenset("nxy"))
 
 
-def cdist(call: Call) -> OpRule | None:
-    """``([b0, m, c], [b0, n, c]) -> ([b0, m, n]) whole={c}``."""
+def cosine_similarity(call: Call) -> OpRule | None:
+    """It contracts one dimension: ``([d0, d1], [d0, d1]) -> ([d0]) whole={d1}``."""
     a, b = call.operand_shapes()
-    (result,) = call.result_shapes()
-    (lead_a, lead_b), lead, sizes = broadcast([a[:-2], b[:-2]], result[:-2], "b")
-    sizes |= {"m": a[-2], "n": b[-2], "c": a[-1]}
-    return OpRule(
-        ((*lead_a, ("m",), ("c",)), (*lead_b, ("n",), ("c",))), ((*lead, ("m",), ("n",)),), sizes, whole=frozenset("c")
-    )
-
-
-def beside(call: Call) -> OpRule | None:
-    """``bucketize``: ``([d0, d1], [n]) -> ([d0, d1]) whole={n}``; ``cosine_similarity`` contracts one dimension."""
-    a, b = call.operand_shapes()
-    if "dim" not in call.arguments:
-        dims: Dims = tuple((f"d{i}",) for i in range(len(a)))
-        return OpRule((dims, (("n",),)), (dims,), {f"d{i}": n for i, n in enumerate(a)}, whole=frozenset("n"))
     if len(a) != len(b) or not a:
         return None
     dim = call.dim("dim", len(a))
     joint = tuple(n if m == 1 else m for m, n in zip(a, b, strict=True))
-    (left, right), out, sizes = broadcast([a, b], joint)
+    (left, right), out, _ = broadcast([a, b], joint)
     whole = {f for d in (left[dim], right[dim]) for f in d}
-    return OpRule((left, right), (tuple(d for i, d in enumerate(out) if i != dim),), sizes, whole=frozenset(whole))
+    return OpRule((left, right), (tuple(d for i, d in enumerate(out) if i != dim),), whole=frozenset(whole))
 
 
 #: Family of operators -> its rule.
 RULES: dict[str, RuleFunction] = {
+    "cosine_similarity": cosine_similarity,
     "last_dims": last_dims,
-    "batch_norm": batch_norm,
-    "prelu": prelu,
     "meshgrid": meshgrid,
     "unfold": unfold,
-    "cdist": cdist,
-    "beside": beside,
 }

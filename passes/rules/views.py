@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fxsp.passes.graph import Call
-from fxsp.passes.rules.dims import aligned, order, reshape_factors
-from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
+from fxsp.passes.rules.dims import order, reshape_factors
+from fxsp.passes.rules.rule import OpRule, RuleFunction, rows
 from fxsp.types import same_length
 
 __all__ = ["RULES"]
@@ -14,11 +14,9 @@ __all__ = ["RULES"]
 
 def _unsqueeze(call: Call) -> OpRule | None:
     """``unsqueeze(1)``: ``([d0, d1]) -> ([d0, 1, d1])``; which 1 is the new one is known, also beside one token."""
-    shape = call.operand_shapes()[0]
-    dims: list[tuple[str, ...]] = [(f"d{i}",) for i in range(len(shape))]
-    at = call.dim("dim", len(shape) + 1)
-    out = (*dims[:at], (), *dims[at:])
-    return OpRule((tuple(dims),), (out,), {f"d{i}": n for i, n in enumerate(shape)})
+    dims = rows(len(call.operand_shapes()[0]))
+    at = call.dim("dim", len(dims) + 1)
+    return OpRule((tuple(dims),), ((*dims[:at], (), *dims[at:]),))
 
 
 def reshape(call: Call) -> OpRule | None:
@@ -35,45 +33,12 @@ def reshape(call: Call) -> OpRule | None:
 
 def permute(call: Call) -> OpRule | None:
     """``transpose(1, 2)``: ``([d0, d1, d2]) -> ([d0, d2, d1])``."""
-    (shape,) = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(shape)))
-    moved = order(call.op, call.arguments, len(shape))
-    return OpRule((dims,), (tuple(dims[d] for d in moved),), {f"d{i}": n for i, n in enumerate(shape)})
-
-
-def expand(call: Call) -> OpRule | None:
-    """``expand`` to ``[b, n, c]`` from ``[b, 1, c]``: ``([d0, 1, d2]) -> ([d0, d1, d2])``."""
-    (result,) = call.result_shapes()
-    rank = len(result)
-    out: Dims = tuple((f"d{i}",) for i in range(rank))
-    shape = call.operand_shapes()[0]
-    offset = rank - len(shape)
-    dims = tuple(out[offset + i] if aligned(n, result[offset + i]) else () for i, n in enumerate(shape))
-    others: tuple[None, ...] = (None,) * (len(call.operands) - 1)  # expand_as reads a shape only
-    return OpRule((dims, *others), (out,), {f"d{i}": n for i, n in enumerate(result)})
-
-
-def view_as_complex(call: Call) -> OpRule | None:
-    """``([d0, d1, c]) -> ([d0, d1]) whole={c}``."""
-    (shape,) = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(shape) - 1))
-    sizes = {f"d{i}": n for i, n in enumerate(shape[:-1])} | {"c": shape[-1]}
-    return OpRule(((*dims, ("c",)),), (dims,), sizes, whole=frozenset("c"))
-
-
-def view_as_real(call: Call) -> OpRule | None:
-    """``([d0, d1]) -> ([d0, d1, c]) whole={c}``."""
-    (shape,) = call.operand_shapes()
-    dims: Dims = tuple((f"d{i}",) for i in range(len(shape)))
-    sizes = {f"d{i}": n for i, n in enumerate(shape)} | {"c": 2}
-    return OpRule((dims,), ((*dims, ("c",)),), sizes, whole=frozenset("c"))
+    dims = rows(len(call.operand_shapes()[0]))
+    return OpRule((tuple(dims),), (tuple(dims[d] for d in order(call.op, call.arguments, len(dims))),))
 
 
 #: Family of operators -> its rule.
 RULES: dict[str, RuleFunction] = {
     "reshape": reshape,
     "permute": permute,
-    "expand": expand,
-    "view_as_complex": view_as_complex,
-    "view_as_real": view_as_real,
 }

@@ -61,7 +61,7 @@ SPELLINGS: dict[str, tuple[Loss, int]] = {
             F.cross_entropy(x[:, :-2].reshape(-1, V), y[:, 2:].reshape(-1))
             + F.cross_entropy(x[:, 1:].reshape(-1, V), y[:, :-1].reshape(-1))
         ),
-        4,
+        3,  # of two counts, and of the sum of both losses
     ),
 }
 

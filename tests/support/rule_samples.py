@@ -6,13 +6,16 @@ or outer part of a dimension.  Elementwise operators get their samples from thei
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fxsp.passes.attention.operators import BANDED
-from fxsp.passes.rules.families import family, overloads
+from fxsp.passes.rules.families import TABLE, Row, family, overloads
+from fxsp.passes.rules.notation import Pattern
 from rule_validation import Sample, T
 
 __all__ = ["SAMPLES", "elementwise_samples"]
@@ -429,3 +432,34 @@ SAMPLES[BANDED] = [
         )
     )
 ]
+
+
+def samples_of(op: Any, row: Row) -> list[Sample]:
+    """Calls of an operator, made of its rule in notation: each alternative, on operands of two ranks."""
+    found = []
+    for alternative in row.rule.split("|"):
+        rule = Pattern.parse(alternative).rule
+        factors = dict.fromkeys(f for dims in rule.operands for d in dims or () for f in d)
+        for star in ((2, 5), (5,)):
+            sizes = {f: star if f[0] == "*" else (n,) for f, n in zip(factors, itertools.cycle((4, 6, 3, 5, 2)))}
+            shapes = [tuple(n for d in dims or () for n in (sizes[d[0]] if d else (1,))) for dims in rule.operands]
+            found.append(_call_of(op, shapes, row.given))
+    return list({str(sample): sample for sample in found}.values())
+
+
+def _call_of(op: Any, shapes: list[tuple[int, ...]], given: Mapping[str, Any]) -> Sample:
+    left = iter(shapes)
+    arguments: dict[str, Any] = {}
+    for argument in op._schema.arguments:
+        shape = next(left, None) if "Tensor" in str(argument.type) else None
+        if shape is not None:
+            arguments[argument.name] = T(shape)
+        elif argument.name in given:
+            arguments[argument.name] = given[argument.name]
+    return Sample(op, (), arguments)
+
+
+for _row in TABLE:
+    for _op in overloads(*_row.operators.split()) if _row.rule and "elementwise" not in _row.traits else ():
+        if _op not in SAMPLES:
+            SAMPLES[_op] = samples_of(_op, _row)
