@@ -108,12 +108,11 @@ def add_module(root: torch.nn.Module, name: str, module: torch.nn.Module) -> str
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """Inside a :func:`retrace`: run on fakes without writing nodes."""
-    from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, disable_proxy_modes_tracing
-    from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    # Up to 2.12 this mode writes nodes for what vmap and grad do to their levels, whether there is a tracer or not.
-    writes = torch.__version__ < (2, 13) and isinstance(_get_current_function_mode(), PreDispatchTorchFunctionMode)
-    with disable_proxy_modes_tracing(), _pop_mode_temporarily() if writes else contextlib.nullcontext():
+    # Up to 2.12 a function mode writes nodes for what vmap and grad do to their levels, whether there is a tracer or not.
+    writes = torch.__version__ < "2.13"
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction() if writes else contextlib.nullcontext():
         yield
 
 
