@@ -110,7 +110,7 @@ def untraced() -> Iterator[None]:
     """Inside a :func:`retrace`: run on fakes without writing nodes."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    # Up to 2.12 a function mode writes nodes for what vmap and grad do to their levels, whether there is a tracer or not.
+    # Up to 2.12 a function mode writes nodes for what vmap and grad do to their levels, tracer or not.
     writes = torch.__version__ < "2.13"
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction() if writes else contextlib.nullcontext():
         yield
