@@ -89,15 +89,15 @@ class Memory:
         return sum(move.reads + move.writes for move in self.moves if move.op in ops)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AttentionRecord:
-    """One attention: the method chosen, and the methods rejected with the reason."""
+    """One attention: the method chosen, and the methods rejected with the reason; passes fill in what they find out."""
 
     module: str
     source: str
-    method: str
+    method: str = ""
     #: Bytes that each rank sends, forward.
-    bytes: Any
+    bytes: Any = 0
     rejected: tuple[tuple[str, str], ...] = ()
     detail: str = ""
     #: What it moves through device memory; None where that is not known (eager hooks).

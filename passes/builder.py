@@ -84,7 +84,8 @@ class Builder:
 
     # The fxsp ops.
 
-    def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
+    def sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
+        """Arguments of an op: the lengths of segments, and which of them are whole."""
         return self.sizes(sequence.lengths), list(sequence.whole)
 
     def layouts(self, *sequences: Sequence) -> list[list[bool]]:
@@ -97,7 +98,8 @@ class Builder:
             return list(self.layouts(sequence))
         return [list(sequence.head_tail), self.sizes(sequence.units)]
 
-    def _ranks(self) -> tuple[int, int, str]:
+    def at_rank(self) -> tuple[int, int, str]:
+        """Arguments of an op: this rank, the number of ranks, and their group."""
         return self.ranks.rank, self.ranks.size, self.ranks.group
 
     def deal(self, x: Node, dim: int, lengths: Seq[Length], head_tail: Seq[bool], size: int) -> Node:
@@ -130,16 +132,16 @@ class Builder:
     def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
         size = self.ranks.size
         x = self._dealt(x, dim, sequence)
-        return self.call(_ops.shard.default, x, dim, *self._sequence(sequence.dealt(size)), False, *self._ranks())
+        return self.call(_ops.shard.default, x, dim, *self.sequence(sequence.dealt(size)), False, *self.at_rank())
 
     def gather(self, x: Node, dim: int, sequence: Sequence, *, used: bool) -> Node:
         op, size = _ops.gather_used if used else _ops.gather, self.ranks.size
-        new = self.call(op.default, x, dim, *self._sequence(sequence.dealt(size)), *self._ranks())
+        new = self.call(op.default, x, dim, *self.sequence(sequence.dealt(size)), *self.at_rank())
         return self._undealt(new, dim, sequence)
 
     def leave(self, x: Node, length: Length) -> Node:
         """Rows that are whole on every rank, as a replicated value: the same data, the gradient is shared out."""
-        return self.call(_ops.gather.default, x, 0, [self.size(length)], [True], *self._ranks())
+        return self.call(_ops.gather.default, x, 0, [self.size(length)], [True], *self.at_rank())
 
     def use(self, x: Node) -> Node:
         return self.call(_ops.use.default, x, self.ranks.group)
@@ -153,26 +155,30 @@ class Builder:
     def at_extreme(self, x: Node, value: Node, hit: Node, dims: Seq[int], keepdim: bool, *, ties: bool) -> Node:
         return self.call(_ops.at_extreme.default, x, value, hit, list(dims), keepdim, ties, self.ranks.group)
 
-    def all_to_all(self, x: Node) -> Node:
-        return self.call(_ops.all_to_all.default, x, self.ranks.group)
+    def all_to_all(self, x: Node, members: int) -> Node:
+        """Among so many consecutive ranks."""
+        if members == self.ranks.size:
+            return self.call(_ops.all_to_all.default, x, self.ranks.group)
+        return self.call(_ops.all_to_all_within.default, x, *self.at_rank())
 
     def mask_pads(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        rank, size, _ = self._ranks()
+        rank, size, _ = self.at_rank()
         placed = self.placed(sequence)
-        return self.call(_ops.mask_pads.default, x, dim, *self._sequence(sequence), rank, size, *placed)
+        return self.call(_ops.mask_pads.default, x, dim, *self.sequence(sequence), rank, size, *placed)
 
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
-        rank, size, _ = self._ranks()
+        rank, size, _ = self.at_rank()
         placed = self.placed(sequence)
-        return self.call(_ops.positions.default, *self._sequence(sequence), rank, size, device, *placed)
+        return self.call(_ops.positions.default, *self.sequence(sequence), rank, size, device, *placed)
 
     def seed(self, device: torch.device) -> Node:
         """A number that the generators of all ranks agree on, int64 ``[1]``."""
         return self.call(aten.randint.default, 2**62, [1], dtype=torch.int64, device=device)
 
-    def take(self, x: Node, dim: int) -> Node:
-        rank, size, _ = self._ranks()
-        return self.call(_ops.take.default, x, dim, rank, size)
+    def take(self, x: Node, dim: int, members: int = 0) -> Node:
+        """This rank's part of ``dim``, which consecutive ranks share: ``members`` of them, or all."""
+        members = members or self.ranks.size
+        return self.call(_ops.take.default, x, dim, self.ranks.rank % members, members)
 
     def unpack(self, x: Node, sequence: Sequence) -> Node:
         size = self.ranks.size

@@ -60,6 +60,8 @@ class Decision:
     detail: Any = None
     #: What would avoid the gather that ``reason`` speaks of, if that is known.
     remedy: str = ""
+    #: Who writes the local call (a :class:`~fxsp.passes.special.special.Special`); None: it is the same call.
+    special: Any = None
 
 
 @dataclass(frozen=True, slots=True)

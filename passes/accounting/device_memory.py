@@ -25,7 +25,7 @@ from fxsp.passes.accounting.memory_traffic import attended, attention_output, co
 from fxsp.passes.accounting.prologue import producers_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value
-from fxsp.report import Memory, Move
+from fxsp.report import AttentionRecord, Memory, Move
 from fxsp.torch_internals import fake_mode_of, is_operator, schema, size_hint
 from fxsp.types import Sequence, Shard, as_length
 
@@ -42,16 +42,14 @@ class DeviceMemory:
     name: str = "device_memory"
 
     def apply(self, program: Program) -> Program:
-        records = program.report.attentions
-        positions = {id(record): i for i, record in enumerate(records)}
-        groups: dict[int, list[Node]] = {}
+        groups: dict[AttentionRecord, list[Node]] = {}
         for node in program.graph.nodes:
             record = facts(node).attention_record
             if record is not None:
-                groups.setdefault(positions[id(record)], []).append(node)
+                groups.setdefault(record, []).append(node)
         number = _reader(program)
         known: dict[Any, Memory] = {}
-        for index, nodes in groups.items():
+        for record, nodes in groups.items():
             attention = next(filter(is_attention, nodes), None)
             if attention is None:
                 continue
@@ -64,7 +62,7 @@ class DeviceMemory:
             for node in nodes:
                 if made and node.target is _PACK:
                     node.args = (*node.args[:4], True)
-            records[index] = replace(records[index], memory=Memory(moves), producers=made)
+            record.memory, record.producers = Memory(moves), made
         program.gm.recompile()
         return program
 

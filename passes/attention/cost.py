@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from fxsp.passes.rules.decide import hint
 from fxsp.types import Length, as_length
 
-__all__ = ["Candidate", "Link", "exchange_bytes", "factorizations"]
+__all__ = ["Link", "Way"]
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,37 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to run an attention; ``refusal`` says why it is not legal."""
+class Way:
+    """One way to run an attention: a method with its degrees; ``refusal`` says why it is not legal."""
 
     method: str
-    ulysses: int
-    ring: int
     #: Bytes that a rank sends, forward and (None: it is not asked for) backward.
     sent: Length
     backward: Length | None = None
-    spread: int = 1
+    #: One after the other, forward.
+    messages: int = 1
     refusal: str = ""
+    #: Ranks that exchange heads, and ranks in a ring.  ulysses is (P, 1), ring (1, P), hybrid has both above 1: ranks
+    #: ``i*u .. (i+1)*u`` exchange heads, and pass keys and values on to the ranks ``u`` further.
+    ulysses: int = 1
+    ring: int = 1
+    #: How often key/value heads are repeated before they travel.
+    spread: int = 1
+    #: Bytes of keys and values that a rank holds gathered.
+    held: Length = 0
+    #: Another way is taken instead only if it takes at most this part of the time; 0: none is; None: the faster.
+    margin: float | None = None
+    #: More to say of it in the report.
+    note: str = ""
 
     @property
     def name(self) -> str:
-        return f"hybrid {self.ulysses} x {self.ring}" if self.method == "hybrid" else self.method
-
-    @property
-    def messages(self) -> int:
-        """One after the other, forward."""
-        if self.method in ("gather_kv", "merged"):
-            return 1
-        return (2 if self.ulysses > 1 else 0) + self.ring - 1
+        both = self.ulysses > 1 and self.ring > 1
+        return f"{self.method} {self.ulysses} x {self.ring}" if both else self.method
 
     @property
     def messages_backward(self) -> int:
+        """As many, and a ring passes gradients on, too."""
         return 0 if not self.backward else self.messages + (self.ring - 1)
 
     def seconds(self, link: Link) -> float:
@@ -88,18 +94,3 @@ class Candidate:
         count = "1 message" if self.messages == 1 else f"{self.messages} messages"
         back = "" if self.backward is None else f" and {self.backward} bytes in {self.messages_backward} backward"
         return f"{count}{back}, {self.seconds(link) * 1e6:.3g} us"
-
-
-def exchange_bytes(q_bytes: Length, kv_bytes: Length, ulysses: int, ring: int, times: float = 1) -> Length:
-    """Bytes that a rank sends: ``u`` ranks exchange heads, then keys and values go ``times`` around ``r`` ranks.
-
-    ``q_bytes`` are the local bytes of queries and output, ``kv_bytes`` those of keys and values.
-    """
-    sent = (q_bytes + kv_bytes) * (ulysses - 1) / ulysses + kv_bytes * (ring - 1) * times
-    return round(sent) if isinstance(sent, float) else as_length(sent)
-
-
-def factorizations(size: int) -> list[tuple[str, int, int]]:
-    """``(method, u, r)`` for each ``u * r == size``, the largest exchange of heads first."""
-    pairs = [(u, size // u) for u in range(size, 0, -1) if size % u == 0]
-    return [("ulysses" if r == 1 else "ring" if u == 1 else "hybrid", u, r) for u, r in pairs]

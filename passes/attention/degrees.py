@@ -11,26 +11,18 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from fxsp.config import Degrees as Asked
 from fxsp.errors import StrictError
+from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.base import Program
 from fxsp.source import place
 
-__all__ = ["Degrees", "note_degree"]
+__all__ = ["Degrees", "asked_of", "note_degree"]
 
 
-def _asked(program: Program) -> tuple[str, str]:
+def asked_of(degrees: Asked) -> tuple[str, str]:
     """The options as text, and the method that they ask for; empty if none does."""
-    degrees = program.degrees
-    ulysses, ring, gather = degrees.ulysses, degrees.ring, degrees.allgather
-    if gather is not None and gather > 1:
-        return f"allgather_degree={gather}", "gather_kv"
-    if ulysses is None or ring is None or ulysses * ring == 1:
-        return "", ""
-    if ring == 1:
-        return f"ulysses_degree={ulysses}", "ulysses"
-    if ulysses == 1:
-        return f"ring_degree={ring}", "ring"
-    return f"ulysses_degree={ulysses} and ring_degree={ring}", "hybrid"
+    return next(((text, method.name) for method in METHODS.values() if (text := method.asked(degrees))), ("", ""))
 
 
 def note_degree(
@@ -40,8 +32,8 @@ def note_degree(
 
     Nothing is asked of one that is local (its keys are whole already), nor of whole queries.
     """
-    options, wanted = _asked(program)
-    if not options or method.startswith(wanted) or method in ("local", "merged"):
+    options, wanted = asked_of(program.degrees)
+    if not options or method.startswith(wanted) or (method in METHODS and METHODS[method].beyond_degrees):
         return
     why = why or next((reason for name, reason in rejected if name.startswith(wanted)), "it is not legal here")
     sentence = f"{options} cannot be followed by {node.target} in {place(node)}: {why}; it runs as {method} instead"
@@ -62,7 +54,7 @@ class Degrees:
                 "chooses."
             )
         program.report.notes.extend(sentences)
-        options, _ = _asked(program)
+        options, _ = asked_of(program.degrees)
         if options and not program.report.attentions:
             program.report.notes.append(f"{options}: there is no attention of split tokens in this graph")
         return program

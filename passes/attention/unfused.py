@@ -11,7 +11,7 @@ the dimension of the softmax::
 
 Rows stay split by the tokens of the queries, so keys and values are needed whole.  The general rules would gather
 whatever is smallest, which may be the queries; then a softmax over split keys would gather the scores.  Here that is
-decided once for the whole of it (:func:`decide_written`).
+decided once for the whole of it (:class:`UnfusedProducts`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch.fx import Graph, Node
 
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, reachable, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.rules.decide import Decision, decide, hint, locate
+from fxsp.passes.rules.decide import Decision, decide, hint, locate, weights
 from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule_of
+from fxsp.passes.special.special import Special
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length
 
@@ -37,8 +38,8 @@ __all__ = [
     "PRODUCTS",
     "VIEWS",
     "Product",
+    "UnfusedProducts",
     "Written",
-    "decide_written",
     "find_written",
     "is_computed",
     "source_of",
@@ -238,35 +239,38 @@ def is_computed(node: Node) -> bool:
     return not (isinstance(node.meta.get("val"), torch.nn.Parameter) or facts(node).is_parameter)
 
 
-def decide_written(
-    call: Call, types: list[Type], bytes_of: list[int], free: list[bool], program: Program
-) -> Decision | None:
-    """How a product of an attention that is written out is split; None for anything else, and where rules will do."""
-    rule = rule_of(call.node) if call.op in PRODUCTS else None
-    found = unfused_of(program).products.get(call.node) if rule is not None else None
-    if rule is None or found is None:
-        return None
-    one, it = found
-    types = list(types)
-    keys = types[it.right]
-    if it.row and not isinstance(types[it.left], Shard):
-        placed = locate(keys, rule.operands[it.right], rule.sizes) if isinstance(keys, Shard) else None
-        sequence = _split_of_queries(it, rule, keys, program) if placed and placed.factor == it.column else None
-        dims = rule.operands[it.left]
-        if sequence is None or dims is None:
+class UnfusedProducts(Special):
+    """Products of attentions that are written out: rows stay split by the tokens of the queries."""
+
+    ops = PRODUCTS
+
+    def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
+        """A decision by another rule; None for anything else, and where the operator's own will do."""
+        rule = rule_of(call.node)
+        found = unfused_of(program).products.get(call.node) if rule is not None else None
+        if rule is None or found is None:
             return None
-        types[it.left] = Shard(dims.index((it.row,)), sequence, origin=f"queries of the attention{one.place}")
-    queries = types[it.left]
-    located = locate(queries, rule.operands[it.left], rule.sizes) if isinstance(queries, Shard) else None
-    if located is None or located.factor == it.column:
-        return None
-    rule = replace(rule, whole=rule.whole | {it.column}, reduction=rule.reduction - {it.column})
-    decision = decide(call, rule, types, bytes_of, free)
-    if not isinstance(keys, Shard) or keys.same_as(decision.operands[it.right]):
-        return decision
-    what = "keys" if it.row else "values"
-    reason = f"the {what} of the attention that is written out{one.place} are needed whole"
-    return replace(decision, reason=reason, remedy="" if one.strange else _REMEDY)
+        one, it = found
+        types = list(types)
+        keys = types[it.right]
+        if it.row and not isinstance(types[it.left], Shard):
+            placed = locate(keys, rule.operands[it.right], rule.sizes) if isinstance(keys, Shard) else None
+            sequence = _split_of_queries(it, rule, keys, program) if placed and placed.factor == it.column else None
+            dims = rule.operands[it.left]
+            if sequence is None or dims is None:
+                return None
+            types[it.left] = Shard(dims.index((it.row,)), sequence, origin=f"queries of the attention{one.place}")
+        queries = types[it.left]
+        located = locate(queries, rule.operands[it.left], rule.sizes) if isinstance(queries, Shard) else None
+        if located is None or located.factor == it.column:
+            return None
+        rule = replace(rule, whole=rule.whole | {it.column}, reduction=rule.reduction - {it.column})
+        decision = decide(call, rule, types, *weights(call))
+        if not isinstance(keys, Shard) or keys.same_as(decision.operands[it.right]):
+            return decision
+        what = "keys" if it.row else "values"
+        reason = f"the {what} of the attention that is written out{one.place} are needed whole"
+        return replace(decision, reason=reason, remedy="" if one.strange else _REMEDY)
 
 
 def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -> Sequence | None:

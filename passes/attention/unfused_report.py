@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from fxsp.passes.attention.choose import Question, choose
+from fxsp.passes.attention.choose import choose
 from fxsp.passes.attention.cost import Link
-from fxsp.passes.attention.decide import AttentionChoice
 from fxsp.passes.attention.degrees import note_degree
+from fxsp.passes.attention.question import Question
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, decision_of, facts, is_split, mark, reachable, shape_of, type_of
-from fxsp.passes.rules.decide import Decision, locate
+from fxsp.passes.rules.decide import locate
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.repeats import repeated
@@ -32,7 +32,7 @@ from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
 
-__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "UnfusedReport", "mark_written"]
+__all__ = ["GATHERED", "LINEAR", "LOCAL", "SCORES", "WHOLE", "UnfusedReport", "mark_written", "record_written"]
 
 #: Methods of attentions that are written out.
 GATHERED = "gather_kv (written out)"
@@ -42,25 +42,39 @@ WHOLE = "whole (written out)"
 LINEAR = "linear"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Found:
-    """One attention: its first node, its nodes, and (None: it is linear) what is known of it."""
+    """One attention: its first node, its nodes, what is known of it (None: it is linear), and its record."""
 
     first: Node
     nodes: frozenset[Node]
     written: Written | None
+    record: AttentionRecord
 
 
 def mark_written(program: Program) -> None:
     """Mark the nodes of attentions that are written out, before partitioning."""
     unfused = unfused_of(program)
-    found = [_Found(one.scores[0].node, one.nodes, one) for one in unfused.attentions if _is_split(one)]
+    found = [_found(program, one.scores[0].node, one.nodes, one) for one in unfused.attentions if _is_split(one)]
     taken = {node for one in found for node in one.nodes}
-    found += [one for node in program.graph.nodes if (one := _linear(node)) is not None and node not in taken]
+    others = (node for node in program.graph.nodes if node not in taken)
+    found += [_found(program, node, nodes, None) for node in others if (nodes := _linear(node)) is not None]
     unfused.reported = found
     for one in found:
         for node in one.nodes:
             mark(node, written_attention=one)
+
+
+def _found(program: Program, first: Node, nodes: frozenset[Node], written: Written | None) -> _Found:
+    record = AttentionRecord(module_path(first) or program.report.root, node_source(first))
+    return _Found(first, nodes, written, record)
+
+
+def record_written(program: Program, node: Node) -> None:
+    """Add the record of the attention that begins with ``node`` to the report, if one does."""
+    one = facts(node).written_attention
+    if one is not None and one.first is node:
+        program.report.attentions.append(one.record)
 
 
 def _is_split(one: Written) -> bool:
@@ -68,8 +82,8 @@ def _is_split(one: Written) -> bool:
     return any(is_split(x) for p in products for x in (p.node, *p.operands))
 
 
-def _linear(first: Node) -> _Found | None:
-    """The linear attention whose sums of keys and values are made by ``first``."""
+def _linear(first: Node) -> frozenset[Node] | None:
+    """The nodes of the linear attention whose sums of keys and values are made by ``first``."""
     if first.target not in PRODUCTS or not isinstance(facts(first).type, Partial):
         return None
     operands = Call(first).operands
@@ -86,7 +100,7 @@ def _linear(first: Node) -> _Found | None:
     ]
     if not ends:
         return None
-    return _Found(first, frozenset({*inside, *ends, *_normalizers(operands)}), None)
+    return frozenset({*inside, *ends, *_normalizers(operands)})
 
 
 def _normalizers(operands: list[Node]) -> Iterator[Node]:
@@ -101,43 +115,34 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
 
 @dataclass(frozen=True)
 class UnfusedReport:
-    """After this pass the report has a record for each attention that is written out, in the order of the program."""
+    """After this pass the records of attentions that are written out are complete."""
 
     name: str = "unfused_report"
 
     def apply(self, program: Program) -> Program:
         found: list[_Found] = program.unfused.reported if program.unfused is not None else []
-        if found:
-            _report(found, program)
+        names: dict[_Found, set[str]] = {one: set() for one in found}
+        for node in program.graph.nodes if names else ():
+            if (one := facts(node).written_attention) is not None:
+                names[one].add(node.name)
+        for one, own in names.items():
+            _complete(one, own, program)
         return program
 
 
-def _report(found: list[_Found], program: Program) -> None:
-    records = {one.first: _record(one, program) for one in found}
-    others = iter(list(program.report.attentions))
-    ordered: list[AttentionRecord] = []
-    for node in program.whole.graph.nodes:
-        decision = facts(node).decision
-        if node in records:
-            ordered.append(records[node])
-        elif isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
-            ordered.append(next(others))
-    program.report.attentions[:] = [*ordered, *others]
-
-
-def _record(one: _Found, program: Program) -> AttentionRecord:
-    own = {n.name for n in program.graph.nodes if facts(n).written_attention is one}
+def _complete(one: _Found, own: set[str], program: Program) -> None:
+    record = one.record
     forward = [r.bytes for r in program.report.collectives if r.value in own]
     backward = [r.bytes for r in program.report.backward if r.value in own]
-    method = LINEAR if one.written is None else _method(one.written)
-    detail = _cost(forward, backward, program, one.first)
+    record.method = LINEAR if one.written is None else _method(one.written)
+    record.bytes = as_length(sum(forward, start=0))
+    record.detail = _cost(forward, backward, program, one.first)
     if one.written is None:
-        detail += "; sums of keys and values over the tokens"
-    rejected = () if one.written is None or method != GATHERED else _instead(one.written, program)
-    if method in (GATHERED, SCORES, WHOLE):
-        note_degree(program, one.first, method, (), "this attention is written out, and is not exchanged")
-    place = module_path(one.first) or program.report.root, node_source(one.first)
-    return AttentionRecord(*place, method, as_length(sum(forward, start=0)), rejected, detail)
+        record.detail += "; sums of keys and values over the tokens"
+    elif record.method == GATHERED:
+        record.rejected = _instead(one.written, program)
+    if record.method in (GATHERED, SCORES, WHOLE):
+        note_degree(program, one.first, record.method, (), "this attention is written out, and is not exchanged")
 
 
 def _cost(forward: list[Length], backward: list[Length], program: Program, node: Node) -> str:

@@ -24,6 +24,10 @@ is read from the fakes (``reshape`` may copy), how they share it from the operat
 Gradients are those of eager mode: each write is a differentiable operator.  Raises :class:`UnsupportedError` for a
 write by an operator that is not known, through a view that is not known, or through ``detach`` while gradients are
 recorded.
+
+Torch's own functionalization in the re-trace (``FunctionalTensorMode(pre_dispatch=True, export=True)`` of torch 2.13)
+is no substitute: the halves above become ``slice_scatter`` of uninitialized memory, not a ``stack``; a write through
+``detach`` is not refused and comes out without history; ``chunk``, ``reshape`` and ``contiguous`` are taken apart.
 """
 
 from __future__ import annotations

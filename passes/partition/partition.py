@@ -25,29 +25,17 @@ from torch.fx import GraphModule, Node
 
 from fxsp.capture.graph_breaks import Split
 from fxsp.errors import UnsupportedError
-from fxsp.kernels.ops import local_ops
-from fxsp.passes.attention.decide import AttentionChoice, distributed_attention
-from fxsp.passes.attention.degrees import note_degree
-from fxsp.passes.attention.unfused_report import mark_written
+from fxsp.passes.attention.unfused_report import mark_written, record_written
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.inplace import written_arguments
-from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
+from fxsp.passes.graph import Call, facts, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
-from fxsp.passes.propagate.zigzag import ring_work
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.reduce import reduced_dims
-from fxsp.passes.special.extremes import ExtremePlan, write_extreme
-from fxsp.passes.special.likes import LikePlan, write_like
-from fxsp.passes.special.losses import LossPlan, write_loss
-from fxsp.passes.special.select import PickPlan, write_pick
-from fxsp.passes.special.slice_scatter import OverwritePlan, write_overwrite
-from fxsp.report import AttentionRecord
-from fxsp.source import module_path, node_source
 from fxsp.torch_internals import is_wrapper_subclass
-from fxsp.types import Partial, Replicate, Shard, Type, Used, as_length, product
+from fxsp.types import Partial, Replicate, Shard, Type, Used, as_length
 
 __all__ = ["Partition"]
 
@@ -215,37 +203,39 @@ class _Partitioner(Converter):
     def _call(self, node: Node, decision: Decision) -> None:
         call = Call(node)
         self.reason, self.remedy = decision.reason, decision.remedy
-        if isinstance(decision.detail, LikePlan):
-            self._like(node, call, decision.results[0])
+        record_written(self.program, node)
+        if decision.special is not None:
+            results = decision.special.write(self, call, decision)
+        elif not all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
+            results = self.same_call(call, decision)
+        else:
+            # The epilogue of a written input is as an output: nobody asked for split data there.
+            epilogue = call.op is aten.copy_.default
+            self.reason = _WRITTEN if epilogue else self.reason
+            self._whole_call(node, "output" if epilogue else "implicit")
             return
-        if all(isinstance(t, Replicate) for t in (*decision.operands, *decision.results)):
-            if call.op is aten.copy_.default:
-                # The epilogue of a written input: as for an output, nobody asked for split data there.
-                self.reason = _WRITTEN
-                self._whole_call(node, "output")
-            else:
-                self._whole_call(node)
-            return
+        if isinstance(results, list) or isinstance(node.meta["val"], (tuple, list)):
+            self.copies[node] = results
+        else:
+            self.values[node] = Value(node, [(decision.results[0], self.typed(results, decision.results[0], node))])
+
+    def arguments(self, call: Call, decision: Decision) -> dict[str, Any]:
+        """The arguments of ``call`` by name, operands local and of the types that ``decision`` asks for."""
         operands: dict[Node, list[Node]] = {}
         for i, (old, needed) in enumerate(zip(call.operands, decision.operands, strict=True)):
             new = self.get(self.values[old], needed)
             if i in decision.masked[:1] and isinstance(needed, Shard):
                 new = self.masked(new, shape_of(old), needed)
             operands.setdefault(old, []).append(new)
-        mapped = _map_in_order(call.arguments, operands, self.copies)
-        results = self._local(node, call, decision, mapped)
-        if isinstance(results, list) or isinstance(node.meta["val"], (tuple, list)):
-            self.copies[node] = results
-        else:
-            self.values[node] = Value(node, [(decision.results[0], self.typed(results, decision.results[0], node))])
+        return _map_in_order(call.arguments, operands, self.copies)
 
-    def _like(self, node: Node, call: Call, type_: Type) -> None:
-        """What reads a shape only: nothing is asked of its operand."""
-        split = any(isinstance(type_of(n), Shard) for n in call.operands)
-        if call.op in family("drawn") and split and self.program.options.rng == "per_rank":
-            self._note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
-        new = write_like(self.build, node, type_, self.copies)
-        self.values[node] = Value(node, [(type_, self.typed(new, type_, node))])
+    def same_call(self, call: Call, decision: Decision) -> Node:
+        """The same call on these arguments; a summand is wide."""
+        args, kwargs = call.bound_to(self.arguments(call, decision)).rebuild()
+        new = self.build.call(call.op, *args, **kwargs)
+        if isinstance(decision.results[0], Partial) and call.node.meta["val"].dtype in LOW_PRECISION:
+            new = self.build.call(aten.to.dtype, new, torch.float32)
+        return new
 
     def _whole_call(self, node: Node, kind: str = "implicit") -> None:
         by_strides = node.args[0] if node.target in family("by_strides") else None
@@ -256,117 +246,10 @@ class _Partitioner(Converter):
 
         self._copied(node, self.graph.node_copy(node, argument))
 
-    def _local(self, node: Node, call: Call, decision: Decision, arguments: dict[str, Any]) -> Any:
-        """Write the call for local operands."""
-        result = decision.results[0]
-        first = next(iter(arguments.values()))
-        if isinstance(decision.detail, AttentionChoice):
-            return self._attention(node, arguments, decision.detail)
-        if isinstance(decision.detail, LossPlan):
-            return write_loss(self.build, call, arguments, decision.detail, self.masked)
-        if isinstance(decision.detail, OverwritePlan):
-            return write_overwrite(self.build, call, arguments, decision.detail)
-        if isinstance(decision.detail, PickPlan):
-            return write_pick(self.build, call, first, decision.detail)
-        if isinstance(decision.detail, ExtremePlan):
-            return write_extreme(self.build, call, first, decision.detail)
-        if isinstance(result, Shard) and decision.detail == "dropout":
-            return self._dropout(node, call, arguments, result)
-        if call.op in family("slice", "split") and decision.detail is not None:
-            return self._cut(node, call, decision, first)
-        if isinstance(result, Partial) and call.op in family("total"):
-            return self._sum(call, arguments)
-        # Always where a second operand (of expand_as, view_as) lends a shape, because that may be local.
-        expands = call.op in family("expand")
-        if expands or (call.op in family("reshape") and (isinstance(result, Shard) or len(call.operands) > 1)):
-            op = aten.expand.default if expands else aten.reshape.default
-            return self.build.call(op, first, self._local_sizes(node, result))
-        args, kwargs = call.bound_to(arguments).rebuild()
-        new = self.build.call(call.op, *args, **kwargs)
-        if isinstance(result, Partial) and node.meta["val"].dtype in LOW_PRECISION:
-            new = self.build.call(aten.to.dtype, new, torch.float32)
-        return new
-
-    def _local_sizes(self, node: Node, type_: Type) -> list[int | Node]:
-        sizes = list(shape_of(node))
-        if isinstance(type_, Shard):
-            sizes[type_.dim] = type_.local_size(self.ranks.size)
-        return self.build.sizes(sizes)
-
-    def _cut(self, node: Node, call: Call, decision: Decision, x: Node) -> Node | list[Node]:
-        """Segments of a sequence: a narrow of the local rows."""
-        source = decision.operands[0]
-        assert isinstance(source, Shard)
-        pieces = []
-        locals_ = [s.local_length(self.ranks.size) for s in source.sequence.segments]
-        for (first, last), type_ in zip(decision.detail, decision.results, strict=True):
-            if (first, last) == (0, len(locals_)):
-                piece = x
-            else:
-                start, count = (as_length(sum(part, start=0)) for part in (locals_[:first], locals_[first:last]))
-                piece = self.build.narrow(x, source.dim, start, count)
-            if isinstance(type_, Replicate) and self.build.training:
-                length = as_length(sum((s.length for s in source.sequence.segments[first:last]), start=0))
-                moved = self.build.call(aten.movedim.int, piece, source.dim, 0)
-                piece = self.build.call(aten.movedim.int, self.build.leave(moved, length), 0, source.dim)
-            pieces.append(piece)
-        return pieces if isinstance(node.meta["val"], (tuple, list)) else pieces[0]
-
-    def _sum(self, call: Call, arguments: dict[str, Any]) -> Node:
-        """A sum or mean over tokens: this rank's summand, accumulated in fp32 at least, divided by the global count."""
-        value = call.node.meta["val"]
-        wide = torch.float32 if value.dtype in LOW_PRECISION else value.dtype
-        shape = shape_of(call.operands[0])
-        dims = reduced_dims(call, len(shape))
-        new = self.build.call(
-            aten.sum.dim_IntList, arguments["self"], dims, bool(call.get("keepdim", False)), dtype=wide
-        )
-        if call.op in family("mean"):
-            count = product(shape[d] for d in dims)
-            new = self.build.call(aten.div.Tensor, new, self.build.size(count))
-        return new
-
-    def _dropout(self, node: Node, call: Call, arguments: dict[str, Any], type_: Shard) -> Node:
-        """Active dropout: every rank draws for the whole value, as one device does, and uses its own rows.
-
-        With ``rng="per_rank"`` a rank draws for its own rows only, by their positions.
-        """
-        if self.program.options.rng == "per_rank":
-            self._note_draw()
-            x, p = arguments["input"], arguments["p"]
-            own, dim, back = self.expose(x, shape_of(node), type_)
-            device = node.meta["val"].device
-            rows = self.build.positions(type_.sequence, device)
-            return back(self.build.call(local_ops.dropout.default, own, self.build.seed(device), rows, dim, p))
-        like = node.meta["val"]
-        sizes = self.build.sizes(shape_of(node))
-        ones = self.build.call(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
-        draw = self.build.call(call.op, ones, *[arguments[n] for n in list(arguments)[1:]])
-        exposed, dim, back = self.expose(draw, shape_of(node), type_, whole=True)
-        own = self.build.shard(exposed, dim, type_.sequence)
-        own = own if type_.plain else back(own, type_.sequence.local_length(self.ranks.size))
-        return self.build.call(aten.mul.Tensor, arguments["input"], own)
-
-    def _note_draw(self) -> None:
-        self._note("dropout of split values draws by position (rng='per_rank'): not the draw of one device")
-
-    def _note(self, note: str) -> None:
-        if note not in self.program.report.notes:
-            self.program.report.notes.append(note)
-
-    def _attention(self, node: Node, arguments: dict[str, Any], choice: AttentionChoice) -> Any:
-        place = module_path(node) or self.program.report.root, node_source(node)
-        if choice.op.dropout is not None and arguments.get(choice.op.dropout):
-            self._note_draw()
-        note_degree(self.program, node, choice.method, choice.rejected)
-        detail = "; ".join(filter(None, [choice.detail, ring_work(Call(node), choice)]))
-        record = AttentionRecord(*place, choice.method, choice.sent, choice.rejected, detail)
-        self.program.report.attentions.append(record)
-        new = self.build.call(distributed_attention, **arguments)
-        mark(new, attention=choice, attention_record=record)
-        if isinstance(node.meta["val"], (tuple, list)):
-            return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
-        return new
+    def note(self, sentence: str) -> None:
+        """Say it in the report, once."""
+        if sentence not in self.program.report.notes:
+            self.program.report.notes.append(sentence)
 
 
 def _is_parameter(node: Node) -> bool:

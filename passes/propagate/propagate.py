@@ -24,21 +24,23 @@ from torch.fx import Node
 
 from fxsp.errors import PlanError, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
-from fxsp.passes.attention.decide import decide_attention
-from fxsp.passes.attention.unfused import decide_written
+from fxsp.passes.attention.decide import Attention
+from fxsp.passes.attention.unfused import UnfusedProducts
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
-from fxsp.passes.rules.decide import Decision, decide, hint, replicate_all
+from fxsp.passes.rules.decide import Decision, decide_by_rule, replicate_all
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import draws
-from fxsp.passes.rules.summands import decide_summands
-from fxsp.passes.rules.table import rule_of
-from fxsp.passes.special.cat_and_cut import decide_structure
-from fxsp.passes.special.extremes import decide_extreme
-from fxsp.passes.special.likes import decide_like, is_constant
-from fxsp.passes.special.losses import decide_loss
-from fxsp.passes.special.select import decide_pick
-from fxsp.passes.special.slice_scatter import decide_overwrite
+from fxsp.passes.special.cat_and_cut import Cats, Cuts
+from fxsp.passes.special.dropout import Dropout
+from fxsp.passes.special.extremes import Extremes
+from fxsp.passes.special.likes import Likes, is_constant
+from fxsp.passes.special.losses import Losses
+from fxsp.passes.special.select import Select
+from fxsp.passes.special.sized import Sized
+from fxsp.passes.special.slice_scatter import SliceScatter
+from fxsp.passes.special.special import Special
+from fxsp.passes.special.summands import Summands
+from fxsp.passes.special.sums import Sums
 from fxsp.source import place
 from fxsp.types import (
     Layout,
@@ -50,11 +52,17 @@ from fxsp.types import (
     Shard,
     Type,
     as_length,
-    product,
     same_length,
 )
 
-__all__ = ["Propagate", "is_annotate", "is_random"]
+__all__ = ["SPECIALS", "Propagate", "is_annotate", "is_random"]
+
+
+#: Who is asked before the rules, in this order: the first that decides has decided.
+SPECIALS: tuple[Special, ...] = (
+    Likes(), Summands(), Cats(), Cuts(), SliceScatter(), Losses(), Attention(), Select(), Extremes(), Dropout(),
+    Sums(), Sized(), UnfusedProducts(),
+)  # fmt: skip
 
 
 def is_annotate(node: Node) -> bool:
@@ -106,31 +114,17 @@ class Propagate:
         operands = call.operands
         _refuse_writes(call)
         given = [type_of(n) for n in operands]
-        early = decide_like(call, given) or decide_summands(call, given)
-        if early is not None:
-            return early
-        # Any other summand is summed before it is used.
+        if all(isinstance(t, Replicate) for t in given) and call.op not in Likes.ops:
+            return replicate_all(call, given, "all operands are whole")
+        # A summand is summed before it is used, unless what uses it is linear.
         types: list[Type] = [Replicate() if isinstance(t, Partial) else t for t in given]
-        if not any(isinstance(t, Shard) for t in types):
-            return replicate_all(call, types, "all operands are whole")
-        if facts(node).row_wise and not _splits_rows(types[0], shape_of(operands[0])):
+        alone = facts(node).row_wise and any(isinstance(t, Shard) for t in types)
+        if alone and not _splits_rows(types[0], shape_of(operands[0])):
             return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
-        structural = (
-            decide_structure(call, types)
-            or decide_overwrite(call, types)
-            or decide_loss(call, types)
-            or decide_attention(call, types, program)
-        )
-        if structural is None and not facts(operands[0]).free:
-            structural = decide_pick(call, types) or decide_extreme(call, types)
-        if structural is not None:
-            return structural
-        if call.op is torch.ops.aten.dropout.default and draws(call) and isinstance(types[0], Shard):
-            return Decision((types[0],), (types[0],), detail="dropout")
-        free = [facts(n).free for n in operands]
-        bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
-        rule = None if draws(call) else rule_of(node)
-        return decide_written(call, types, bytes_of, free, program) or decide(call, rule, types, bytes_of, free)
+        for special in SPECIALS:
+            if call.op in special.ops and (decision := special.decide(call, types, program)) is not None:
+                return decision
+        return decide_by_rule(call, types)
 
 
 def _splits_rows(x: Type, shape: tuple[Length, ...]) -> bool:

@@ -20,20 +20,19 @@ After this pass ``program.head_tail`` are the lengths of the segments that are s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from torch.fx import Node
 
-from fxsp.kernels.attention.ring_blocks import pairs_of
-from fxsp.passes.attention.decide import AttentionChoice
+from fxsp.passes.attention.methods.ring import is_causal_ring, pairs
+from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, shape_of, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import Decision, hint
 from fxsp.types import Length, Shard, product, same_length
 
-__all__ = ["Zigzag", "ring_work"]
+__all__ = ["Zigzag"]
 
 
 @dataclass(frozen=True)
@@ -64,47 +63,20 @@ class Zigzag:
         return program
 
 
-def ring_work(call: Call, choice: AttentionChoice) -> str:
-    """For the report: the layout of a causal ring, and how many pairs of a query and a key the ranks compute."""
-    if choice.queries is None or choice.keys is None or not _is_causal_ring(call, choice):
-        return ""
-    text = f"{choice.queries.layout} tokens"
-    if not all(isinstance(n, int) for n in choice.queries.lengths):
-        return text
-    pairs = _pairs(call, choice, choice.queries.head_tail)
-    return f"{text}, {min(pairs):,} to {max(pairs):,} pairs of a query and a key for each head on a rank"
-
-
-def _pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
-    """Pairs that the places of the ring compute, by size hints; the ranks of one compute the same, of other heads."""
-    assert choice.queries is not None
-    lengths, units = (tuple(map(hint, n)) for n in (choice.queries.lengths, choice.queries.units))
-    tokens = lengths, tuple(choice.queries.whole), tuple(head_tail), units
-    window = choice.op.window_in(call)
-    return [pairs_of(tokens, tokens, True, choice.ulysses, choice.ring, place, window) for place in range(choice.ring)]
-
-
 def _is_balanced(call: Call, choice: AttentionChoice) -> bool:
     """Whether heads and tails would give the busiest rank no less to do: with a window ranks may have the same."""
     if choice.op.window_in(call) is None:
         return False
     assert choice.queries is not None
     contiguous, dealt = ([flag and s.sharded for s in choice.queries.segments] for flag in (False, True))
-    return max(_pairs(call, choice, contiguous)) <= max(_pairs(call, choice, dealt))
-
-
-def _is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
-    """Whether ranks would have unequal work if their tokens were contiguous."""
-    if choice.queries is None or choice.keys is None or choice.ring == 1:
-        return False
-    return choice.op.causal_in(call) and choice.queries.same_as(choice.keys)
+    return max(pairs(call, choice, contiguous)) <= max(pairs(call, choice, dealt))
 
 
 def _lengths(node: Node) -> Iterator[Length]:
     decision = facts(node).decision
     if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
         call, choice = Call(node), decision.detail
-        if choice.queries is not None and _is_causal_ring(call, choice) and not _is_balanced(call, choice):
+        if choice.queries is not None and is_causal_ring(call, choice) and not _is_balanced(call, choice):
             yield from (s.units for s in choice.queries.segments if s.sharded)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsp.passes.graph import Call, Decision
-from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.graph import Call, Decision, facts, shape_of
+from fxsp.passes.rules.rule import Dims, OpRule, draws
+from fxsp.passes.rules.table import rule_of
 from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 
-__all__ = ["Decision", "decide", "hint", "locate", "replicate_all"]
+__all__ = ["Decision", "decide", "decide_by_rule", "hint", "locate", "replicate_all", "weights"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,19 @@ def decide(call: Call, rule: OpRule | None, types: list[Type], bytes_of: list[in
     if best is None or best[0][0] > everything:
         return replicate_all(call, types, _why(name, rule, types))
     return best[1]
+
+
+def decide_by_rule(call: Call, types: list[Type]) -> Decision:
+    """The cheapest way by the operator's own rule; a call that draws random numbers has none."""
+    rule = None if draws(call) else rule_of(call.node)
+    return decide(call, rule, types, *weights(call))
+
+
+def weights(call: Call) -> tuple[list[int], list[bool]]:
+    """Global bytes of the operands, as hints, and whether each can be had whole without communication."""
+    operands = call.operands
+    bytes_of = [hint(product((*shape_of(n), n.meta["val"].element_size()))) for n in operands]
+    return bytes_of, [facts(n).free for n in operands]
 
 
 def _with(

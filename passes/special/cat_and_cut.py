@@ -1,4 +1,4 @@
-"""Decisions for operators that join and cut the sharded dimension itself.
+"""Operators that join and cut the sharded dimension itself.
 
 ``cat`` of sequences along their tokens makes a sequence of more segments, a cut at segment boundaries gives segments
 back; both are local.  Along any other dimension these operators follow their factor rule.
@@ -6,22 +6,73 @@ back; both are local.  Along any other dimension these operators follow their fa
 
 from __future__ import annotations
 
-from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.rules.decide import Decision
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxsp.passes.base import Program
+from fxsp.passes.graph import Call, Decision, shape_of
 from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
+from fxsp.passes.special.special import Local, Special
 from fxsp.types import Layout, Length, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
-__all__ = ["decide_structure", "segments_between"]
+__all__ = ["Cats", "Cuts", "segments_between"]
+
+aten = torch.ops.aten
 
 
-def decide_structure(call: Call, types: list[Type]) -> Decision | None:
-    """A decision, or None where the factor rule decides."""
-    if call.op in family("cat"):
+class Cats(Special):
+    """Sequences along their tokens: one of more segments; the local call is the same."""
+
+    ops = family("cat")
+
+    def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
         return _cat(call, types)
-    if call.op in family("slice", "split"):
-        return _cut(call, types)
-    return None
+
+
+class Cuts(Special):
+    """Cuts at segment boundaries: a narrow of the local rows."""
+
+    ops = family("slice", "split")
+
+    def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
+        (type_,) = types
+        if not isinstance(type_, Shard):
+            return None
+        shape = shape_of(call.operands[0])
+        dim = call.dim("dim", len(shape))
+        bounds = cut_bounds(call, shape[dim], dim) if type_.dim == dim and type_.plain else None
+        pieces = [segments_between(type_.sequence, *bound) for bound in bounds or []]
+        if bounds is None or None in pieces:
+            return None
+        results: list[Type] = []
+        for first, last in filter(None, pieces):
+            segments = type_.sequence.segments[first:last]
+            if any(s.sharded for s in segments):
+                results.append(Shard(dim, Sequence(segments), origin=f"{call.op} at segment boundaries"))
+            else:
+                results.append(Replicate(origin=f"{call.op}: the segment is whole on every rank"))
+        return Decision((type_,), tuple(results), detail=pieces, special=self)
+
+    def write(self, local: Local, call: Call, decision: Decision) -> Node | list[Any]:
+        build, (source,) = local.build, decision.operands
+        assert isinstance(source, Shard)
+        x, *_ = local.arguments(call, decision).values()
+        pieces = []
+        rows = [s.local_length(build.ranks.size) for s in source.sequence.segments]
+        for (first, last), type_ in zip(decision.detail, decision.results, strict=True):
+            piece = x
+            if (first, last) != (0, len(rows)):
+                start, count = (as_length(sum(part, start=0)) for part in (rows[:first], rows[first:last]))
+                piece = build.narrow(x, source.dim, start, count)
+            if isinstance(type_, Replicate) and build.training:
+                length = as_length(sum(source.sequence.lengths[first:last], start=0))
+                moved = build.call(aten.movedim.int, piece, source.dim, 0)
+                piece = build.call(aten.movedim.int, build.leave(moved, length), 0, source.dim)
+            pieces.append(piece)
+        return pieces if isinstance(call.node.meta["val"], (tuple, list)) else pieces[0]
 
 
 def _cat(call: Call, types: list[Type]) -> Decision | None:
@@ -49,32 +100,6 @@ def _cat(call: Call, types: list[Type]) -> Decision | None:
         segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
     result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
     return Decision(tuple(operands), (result,))
-
-
-def _cut(call: Call, types: list[Type]) -> Decision | None:
-    (type_,) = types
-    if not isinstance(type_, Shard):
-        return None
-    shape = shape_of(call.operands[0])
-    dim = call.dim("dim", len(shape))
-    if type_.dim != dim or not type_.plain:
-        return None
-    bounds = cut_bounds(call, shape[dim], dim)
-    if bounds is None:
-        return None
-    results: list[Type] = []
-    pieces: list[tuple[int, int]] = []
-    for start, end in bounds:
-        piece = segments_between(type_.sequence, start, end)
-        if piece is None:
-            return None
-        pieces.append(piece)
-        segments = type_.sequence.segments[piece[0] : piece[1]]
-        if any(s.sharded for s in segments):
-            results.append(Shard(dim, Sequence(segments), origin=f"{call.op} at segment boundaries"))
-        else:
-            results.append(Replicate(origin=f"{call.op}: the segment is whole on every rank"))
-    return Decision((type_,), tuple(results), detail=pieces)
 
 
 def segments_between(sequence: Sequence, start: Length, end: Length) -> tuple[int, int] | None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +24,17 @@ from torch.fx import Node
 
 from fxsp.kernels.counts import reduced_bytes
 from fxsp.kernels.extremes import travels_as
+from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.rules.decide import Decision, locate
+from fxsp.passes.graph import Call, Decision, facts, shape_of
+from fxsp.passes.rules.decide import locate
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.reduce import reduced_dims
 from fxsp.passes.rules.table import rule_of
+from fxsp.passes.special.special import Local, Special
 from fxsp.types import Length, Replicate, Shard, Type, ceil_div, product
 
-__all__ = ["ExtremePlan", "decide_extreme", "write_extreme"]
+__all__ = ["Extremes"]
 
 aten = torch.ops.aten
 #: No position.
@@ -41,32 +42,30 @@ _NOWHERE = 2**62
 _WORD = {"max": "maximum", "min": "minimum"}
 
 
-@dataclass(frozen=True)
-class ExtremePlan:
-    """``Decision.detail``: how the operand is split."""
+class Extremes(Special):
+    """Reductions of tokens that are not free which combine what the ranks find; the result is on every rank."""
 
-    source: Shard
+    ops = family("combined")
 
+    def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
+        if len(types) != 1 or facts(call.operands[0]).free:
+            return None
+        (type_,), rule = types, rule_of(call.node)
+        dtype = call.operands[0].meta["val"].dtype
+        numbers = call.op in family("norm") or call.op is aten.logsumexp.default
+        refused = dtype.is_complex or (numbers and not dtype.is_floating_point)
+        if not isinstance(type_, Shard) or rule is None or refused:
+            return None
+        placement = locate(type_, rule.operands[0], rule.sizes)
+        if placement is None or placement.factor not in rule.combined:
+            return None
+        results = tuple(Replicate(origin=f"{call.op} of all ranks' tokens") for _ in rule.results)
+        return Decision((type_,), results, special=self)
 
-def decide_extreme(call: Call, types: list[Type]) -> Decision | None:
-    """A decision where a reduction combines what the ranks find among their tokens; else None."""
-    if call.op not in family("combined") or len(types) != 1:
-        return None
-    (type_,), rule = types, rule_of(call.node)
-    dtype = call.operands[0].meta["val"].dtype
-    numbers = call.op in family("norm") or call.op is aten.logsumexp.default
-    if not isinstance(type_, Shard) or rule is None or dtype.is_complex or (numbers and not dtype.is_floating_point):
-        return None
-    placement = locate(type_, rule.operands[0], rule.sizes)
-    if placement is None or placement.factor not in rule.combined:
-        return None
-    results = tuple(Replicate(origin=f"{call.op} of all ranks' tokens") for _ in rule.results)
-    return Decision((type_,), results, detail=ExtremePlan(type_))
-
-
-def write_extreme(build: Builder, call: Call, x: Node, plan: ExtremePlan) -> Node | list[Node]:
-    """The result on every rank, of ``x``, this rank's rows."""
-    return _Written(build, call, x, plan.source).result()
+    def write(self, local: Local, call: Call, decision: Decision) -> Node | list[Any]:
+        (source,), (x, *_) = decision.operands, local.arguments(call, decision).values()
+        assert isinstance(source, Shard)
+        return _Written(local.build, call, x, source).result()
 
 
 class _Written:

@@ -17,36 +17,43 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.rules.decide import Decision, hint
+from fxsp.passes.graph import Call, Decision, shape_of, type_of
+from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.families import family
+from fxsp.passes.special.special import Local, Special
 from fxsp.types import Replicate, Shard, Type, as_length
 
-__all__ = ["LikePlan", "decide_like", "is_constant", "write_like"]
+__all__ = ["Likes", "is_constant", "write_like"]
 
 aten = torch.ops.aten
 
 
-class LikePlan:
-    """``Decision.detail``: no operand is read."""
+class Likes(Special):
+    """They ask nothing of their operand."""
+
+    ops = family("constant", "drawn", "factory")
+
+    def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
+        if call.node.meta["val"].layout != torch.strided:
+            return None
+        result: Type = Replicate(origin=f"{call.op} reads a shape only")
+        given = tuple(type_of(x) for x in call.operands)  # a summand, say, stays one
+        if call.op in family("constant") and isinstance(given[0], Shard):
+            result = given[0]
+        return Decision(given, (result,), special=self)
+
+    def write(self, local: Local, call: Call, decision: Decision) -> Node:
+        split = any(isinstance(t, Shard) for t in decision.operands)
+        if call.op in family("drawn") and split and local.program.options.rng == "per_rank":
+            local.note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
+        return write_like(local.build, call.node, decision.results[0], local.copies)
 
 
 def is_constant(node: Node) -> bool:
     """Whether a value is made of its shape alone, the same wherever it is made."""
     return node.op == "call_function" and node.target in family("constant")
-
-
-def decide_like(call: Call, types: list[Type]) -> Decision | None:
-    """A decision that asks nothing of the operand; None for other operators."""
-    if call.op not in family("constant", "drawn", "factory"):
-        return None
-    if call.node.meta["val"].layout != torch.strided:
-        return None
-    result: Type = Replicate(origin=f"{call.op} reads a shape only")
-    if call.op in family("constant") and isinstance(types[0], Shard):
-        result = types[0]
-    return Decision(tuple(types), (result,), detail=LikePlan())
 
 
 def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]) -> Node:

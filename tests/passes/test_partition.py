@@ -427,12 +427,12 @@ def test_broadcast_from_one_token() -> None:
 
 
 def test_a_wrong_local_shape_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxsp.passes.partition import partition as module
+    from fxsp.passes.special import sized
 
-    def global_sizes(self: Any, node: Any, type_: Any) -> list[Any]:
+    def global_sizes(build: Any, node: Any, type_: Any) -> list[Any]:
         return list(node.meta["val"].shape)
 
-    monkeypatch.setattr(module._Partitioner, "_local_sizes", global_sizes)
+    monkeypatch.setattr(sized, "local_sizes", global_sizes)
     with pytest.raises((VerificationError, RuntimeError), match=r"local shape|invalid for input"):
         partition(lambda x: tokens(x).unsqueeze(0).expand(2, -1, -1, -1), X)
 

@@ -13,7 +13,6 @@ from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED, SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call
 from fxsp.passes.pipeline import partition_program
-from fxsp.passes.propagate import propagate
 from fxsp.passes.rules import decide as decisions
 from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import RULES
@@ -181,7 +180,7 @@ def test_a_promise_that_is_not_kept_is_found(monkeypatch: pytest.MonkeyPatch) ->
     def gather(call: Call, rule: Any, types: Any, bytes_of: Any, free: Any) -> decisions.Decision:
         return decisions.replicate_all(call, types, "because")
 
-    monkeypatch.setattr(propagate, "decide", gather)
+    monkeypatch.setattr(decisions, "decide", gather)
     found = problems(list(cases_of(Sample(aten.exp.default, (T((5, 2)),)), 2)))
     assert found
     assert all("operand 0 is wanted as R" in line for line in found)

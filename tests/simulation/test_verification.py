@@ -16,7 +16,7 @@ import small
 from fxsp.kernels import collectives
 from fxsp.offline.partition import partition_offline
 from fxsp.passes.builder import Builder
-from fxsp.passes.partition import partition
+from fxsp.passes.special import sums
 from fxsp.simulation import divergence as differences
 from fxsp.simulation.compare import random_seeds
 from fxsp.simulation.divergence import first_difference
@@ -62,7 +62,7 @@ def test_a_wrong_rule_is_found_and_its_place_is_named() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.last(self.inner(x).mean(1))
 
-    wrong = mock.patch.object(partition, "product", lambda sizes: 2 * product(sizes))
+    wrong = mock.patch.object(sums, "product", lambda sizes: 2 * product(sizes))
     with wrong, torch.no_grad():
         evidence = fxsp.verify(Pooled(), small.inputs(), world_size=2, plan=small.SPLIT)
     assert not evidence
@@ -140,7 +140,7 @@ def _checked(rank: int, size: int, how: str, inner: str) -> dict[str, Any]:
     """A step with ``verify``, of a right program or of one that is wrong in some way."""
     wrong: Any = contextlib.nullcontext()
     if how == "output":
-        wrong = mock.patch.object(partition, "product", lambda sizes: 2 * product(sizes))
+        wrong = mock.patch.object(sums, "product", lambda sizes: 2 * product(sizes))
     elif how == "gradient":
         wrong = mock.patch.object(Builder, "use", lambda self, x: x)
     elif how == "transport" and rank == 1:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxsp
 import small
-from fxsp.passes.partition import partition
+from fxsp.passes.special import sums
 from fxsp.types import product
 
 SPLIT = fxsp.SequenceParallelInput(1)
@@ -68,7 +68,7 @@ def _explain(what: str = "", plan: Any = None, dropout: float = 0.0, size: int =
 
 
 def _verified() -> str:
-    with mock.patch.object(partition, "product", lambda sizes: 3 * product(sizes)):
+    with mock.patch.object(sums, "product", lambda sizes: 3 * product(sizes)):
         evidence = fxsp.verify(Whole("mean"), small.inputs(), world_size=2, plan={"": {"x": SPLIT}})
     assert not evidence
     return str(evidence)

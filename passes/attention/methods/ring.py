@@ -1,4 +1,4 @@
-"""Ring attention, and Ulysses within a ring, as nodes of the local graph.
+"""Ring attention, and Ulysses within a ring (USP), as nodes of the local graph.
 
 Ring, for two ranks, four heads of 8, five tokens::
 
@@ -6,193 +6,150 @@ Ring, for two ranks, four heads of 8, five tokens::
     %ring_attention: [B, 4, 3, 8], [B, 4, 3], [B, 4, 3]    one node until *emit*: what it does differs by rank
 
 Hybrid, for ``u * r`` ranks: ``u`` consecutive ranks exchange heads for tokens, so that together they are one place of a
-ring of ``r``; keys and values go from rank ``i`` to ``i + u``; then the output is exchanged back.  The heads and tails
-of ``u`` ranks, put in order, are the head and the tail of the place.
+ring of ``r``; keys and values go from rank ``i`` to ``i + u``; then the output is exchanged back.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from fxsp.config import Degrees
+from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.kernels.ops import fxsp_ops as _ops
-from fxsp.passes.attention.decide import AttentionChoice
-from fxsp.passes.attention.methods.ulysses import apart, share
-from fxsp.passes.builder import Builder
-from fxsp.passes.graph import facts, mark
-from fxsp.types import Length, Sequence, as_length, product, same_length
+from fxsp.passes.attention.attend import Attend, global_shape
+from fxsp.passes.attention.cost import Way
+from fxsp.passes.attention.exchange import HeadExchange, exchanging
+from fxsp.passes.attention.method import Method
+from fxsp.passes.attention.question import AttentionChoice, Question
+from fxsp.passes.graph import Call, mark
+from fxsp.passes.rules.decide import hint
+from fxsp.types import Type, Used, as_length, product, same_length
 
-__all__ = ["lower_ring"]
+__all__ = ["Hybrid", "Ring", "is_causal_ring", "pairs"]
 
 aten = torch.ops.aten
 
 
-def lower_ring(
-    build: Builder, choice: AttentionChoice, q: Node, k: Node, v: Node, arguments: dict[str, Any], exact: bool
-) -> Node:
-    """The attention of ``choice`` (ring or hybrid) on local operands; its local output.
+class Ring(Method):
+    """Legal where blocks of the attention can be merged."""
 
-    ``exact``: one device would write it out (:mod:`fxsp.kernels.attention.own_kernel`).
-    """
-    return _Ring(build, choice, [q, k, v]).lower(q, k, v, arguments, {"exact": True} if exact else {})
+    name = "ring"
 
+    def ways(self, question: Question) -> Iterator[Way]:
+        if question.queries is not None and question.keys is not None:
+            for u in self._heads_among(question.size):
+                yield exchanging(self.name, question, u, question.size // u)
 
-class _Ring:
-    def __init__(self, build: Builder, choice: AttentionChoice, tensors: Seq[Node]) -> None:
-        assert choice.keys is not None
+    def _heads_among(self, size: int) -> Iterator[int]:
+        """Between how many ranks heads may be exchanged, the most first."""
+        yield from (1,) if size > 1 else ()
+
+    def asked(self, degrees: Degrees) -> str:
+        return f"ring_degree={degrees.ring}" if (degrees.ring or 1) > 1 and degrees.ulysses == 1 else ""
+
+    def work(self, call: Call, choice: AttentionChoice) -> str:
+        """The layout of a causal ring, and how many pairs of a query and a key the ranks compute."""
+        if choice.queries is None or not is_causal_ring(call, choice):
+            return ""
+        text = f"{choice.queries.layout} tokens"
+        if not all(isinstance(n, int) for n in choice.queries.lengths):
+            return text
+        found = pairs(call, choice, choice.queries.head_tail)
+        return f"{text}, {min(found):,} to {max(found):,} pairs of a query and a key for each head on a rank"
+
+    def lower(self, x: Attend) -> Node:
+        return self._node(x, x.q, x.k, x.v, x.args.get("attn_mask"))
+
+    def _node(self, x: Attend, q: Node, k: Node, v: Node, mask: Any) -> Node:
+        build, choice = x.build, x.choice
         assert choice.queries is not None
-        self.build = build
-        self.queries, self.keys = choice.queries, choice.keys
-        self.ulysses, self.ring = choice.ulysses, choice.ring
-        self.shapes = [[as_length(n) for n in facts(x).whole.shape] for x in tensors]
-        self.itemsize = facts(tensors[0]).whole.element_size()
-        self.device = facts(tensors[0]).whole.device
-
-    def lower(self, q: Node, k: Node, v: Node, arguments: dict[str, Any], more: dict[str, Any]) -> Node:
-        mask = arguments.get("attn_mask")
-        if self.ulysses > 1:
-            q, k, v = self._to_places(q, k, v)
-            mask = self._mask_of_place(mask) if isinstance(mask, Node) else mask
-        ranks = self.build.ranks
-        both = self.build.call(
-            _ops.ring_attention.default, q, k, v, mask, *self._sequence(self.queries), *self._sequence(self.keys),
-            bool(arguments.get("is_causal")), arguments.get("scale"), self.ulysses, ranks.rank, ranks.size, ranks.group,
-            *self._more(arguments.get("window"), arguments.get("dropout_p")), **more,
+        assert choice.keys is not None
+        both = build.call(
+            _ops.ring_attention.default, q, k, v, mask, *build.sequence(choice.queries), *build.sequence(choice.keys),
+            bool(x.args.get("is_causal")), x.args.get("scale"), choice.ulysses, *build.at_rank(), *_more(x), **x.exact,
         )  # fmt: skip
-        out = self.build.call(operator.getitem, both, 0)
-        self._record_rotations(both)
-        return self._to_ranks(out) if self.ulysses > 1 else out
-
-    def _more(self, window: Any, dropout_p: Any) -> list[Any]:
-        """Layouts, window, dropout and units, as far as they are not the default."""
-        layouts = self.build.layouts(self.queries, self.keys)
-        units = [self.build.sizes(s.units) if any(n != 1 for n in s.units) else [] for s in (self.queries, self.keys)]
-        if dropout_p or any(units):
-            seed = self.build.seed(self.device) if dropout_p else None
-            last = units if any(units) else []
-            return [*(layouts or ([], [])), window, float(dropout_p or 0.0), seed, *last]
-        return layouts if window is None else [*(layouts or ([], [])), window]
-
-    def _sequence(self, sequence: Sequence) -> tuple[list[int | Node], list[bool]]:
-        return self.build.sizes(sequence.lengths), list(sequence.whole)
-
-    def _record_rotations(self, both: Node) -> None:
-        (batch, heads, _, width), value = self.shapes[1], self.shapes[2]
+        out = build.call(operator.getitem, both, 0)
+        (batch, heads, _, width), value = global_shape(x.k), global_shape(x.v)
         # After an exchange, u times the rows of a u-th of the heads.
-        rows = self.keys.split_length(self.build.ranks.size)
-        sent = product((batch, heads, rows, as_length(width + value[3]), self.itemsize))
-        for _ in range(self.ring - 1):
-            self.build.record("rotation", both, sent, "keys and values of an attention, one place on", self.keys)
-        mark(both, sent=as_length(sent * (self.ring - 1)))
+        rows = choice.keys.split_length(build.ranks.size)
+        sent = product((batch, heads, rows, as_length(width + value[3]), x.itemsize))
+        for _ in range(choice.ring - 1):
+            build.record("rotation", both, sent, "keys and values of an attention, one place on", choice.keys)
+        mark(both, sent=as_length(sent * (choice.ring - 1)))
+        return out
 
-    # Ulysses within a place of the ring.
 
-    def _to_places(self, q: Node, k: Node, v: Node) -> list[Node]:
-        """``[B, H, L, D]`` of each rank -> ``[B, H/u, u*L, D]`` of each place, tokens in the order of the sequence."""
-        widths = [s[3] for s in self.shapes]
-        if self.queries.same_as(self.keys) and all(same_length(w, widths[0]) for w in widths):
-            return self._to_heads([q, k, v], self.shapes, self.queries)
-        (q,) = self._to_heads([q], self.shapes[:1], self.queries)
-        if same_length(widths[1], widths[2]):
-            return [q, *self._to_heads([k, v], self.shapes[1:], self.keys)]
-        return [q, *self._to_heads([k], self.shapes[1:2], self.keys), *self._to_heads([v], self.shapes[2:], self.keys)]
+class Hybrid(Ring):
+    """Legal where besides heads divide over some of the ranks."""
 
-    def _to_heads(self, tensors: list[Node], shapes: Seq[Seq[Length]], sequence: Sequence) -> list[Node]:
-        call, u = self.build.call, self.ulysses
-        heads = [share(shape[1], u) for shape in shapes]
-        packed = self.build.pack_heads(tensors, sequence.local_length(self.build.ranks.size), u)  # [u, L, B h, D]
-        places = self._places(sequence)
-        split = [p for p, s in zip(places, sequence.segments, strict=True) if s.sharded]
-        head_tail = [s.head_tail for s in sequence.segments if s.sharded]
-        moved = packed
-        if len(split) < len(places):
-            moved = call(aten.cat.default, [self.build.narrow(packed, 1, start, n) for start, n in split], 1)
-        width = as_length(product((shapes[0][0], sum(heads), shapes[0][3])))
-        tokens_sent = Sequence(tuple(s for s in sequence.segments if s.sharded))
-        received = self._exchange(moved, as_length(sum((n for _, n in split), start=0)), width, tokens_sent)
-        tokens = self._unpacked(received, [n for _, n in split], head_tail)
-        if len(split) < len(places):
-            # A whole segment stays at home: of its rows each rank keeps those of its own heads.
-            parts = []
-            start: Length = 0
-            for (local, n), segment in zip(places, sequence.segments, strict=True):
-                if segment.sharded:
-                    parts.append(self.build.narrow(tokens, 0, start, as_length(u * n)))
-                    start = as_length(start + u * n)
-                else:
-                    own = call(
-                        _ops.take.default, self.build.narrow(packed, 1, local, n), 0, self.build.ranks.rank % u, u
-                    )
-                    parts.append(call(aten.squeeze.dim, own, 0))
-            tokens = call(aten.cat.default, parts, 0)
-        return apart(self.build, tokens, shapes[0][0], heads)
+    name = "hybrid"
 
-    def _to_ranks(self, out: Node) -> Node:
-        """``[B, H/u, u*L, E]`` of a place -> ``[B, H, L, E]`` of each of its ranks."""
-        call, u = self.build.call, self.ulysses
-        batch, width = self.shapes[0][0], self.shapes[2][3]
-        heads = share(self.shapes[0][1], u)
-        rows = call(aten.permute.default, out, [2, 0, 1, 3])
-        counts = [
-            as_length(u * n) if segment.sharded else n
-            for (_, n), segment in zip(self._places(self.queries), self.queries.segments, strict=True)
-        ]
-        rows = self.build.deal(rows, 0, counts, self.queries.head_tail, u)
-        blocks = []
-        start: Length = 0
-        for count, (_, n), segment in zip(counts, self._places(self.queries), self.queries.segments, strict=True):
-            part = self.build.narrow(rows, 0, start, count)
-            start = as_length(start + count)
-            sizes = self.build.sizes([u, n, batch, heads, width])
-            blocks.append(call(aten.reshape.default if segment.sharded else aten.expand.default, part, sizes))
-        packed = call(aten.cat.default, blocks, 1) if len(blocks) > 1 else call(aten.contiguous.default, blocks[0])
-        packed = call(aten.flatten.using_ints, packed, 2, 3)
-        length = self.queries.local_length(self.build.ranks.size)
-        # Rows of whole segments travel to every rank of the place with these heads.
-        received = self._exchange(packed, length, as_length(product((batch, heads, width))), self.queries)
-        return call(aten.transpose.int, self.build.unpack_heads(received, [heads], length), 1, 2)
+    def _heads_among(self, size: int) -> Iterator[int]:
+        yield from (u for u in range(size // 2, 1, -1) if size % u == 0)
 
-    def _places(self, sequence: Sequence) -> list[tuple[Length, Length]]:
-        """Per segment: its first row on a rank, and the number of its rows there."""
-        result = []
-        start: Length = 0
-        for segment in sequence.segments:
-            rows = segment.local_length(self.build.ranks.size)
-            result.append((start, rows))
-            start = as_length(start + rows)
-        return result
+    def asked(self, degrees: Degrees) -> str:
+        ulysses, ring = degrees.ulysses or 1, degrees.ring or 1
+        return f"ulysses_degree={ulysses} and ring_degree={ring}" if ring > 1 and ulysses > 1 else ""
 
-    def _unpacked(self, received: Node, rows: list[Length], head_tail: list[bool]) -> Node:
-        """``[u, L, ...]`` by rank -> ``[u*L, ...]``, each segment in order; pads stay."""
-        lengths = [as_length(self.ulysses * n) for n in rows]
-        if len(rows) == 1:
-            tokens = self.build.call(aten.flatten.using_ints, received, 0, 1)
-        else:
-            tokens = self.build.call(_ops.unpack.default, received, self.build.sizes(lengths), self.ulysses)
-        return self.build.undeal(tokens, 0, lengths, head_tail, self.ulysses)
+    def mask(self, call: Call, choice: AttentionChoice) -> Type:
+        return Used()
 
-    def _exchange(self, x: Node, rows: Length, width: Length, tokens: Sequence) -> Node:
-        ranks = self.build.ranks
-        new = self.build.call(_ops.all_to_all_within.default, x, ranks.rank, ranks.size, ranks.group)
-        sent = product((self.ulysses - 1, rows, width, self.itemsize))
-        why = "tokens and heads of an attention, within a place of the ring"
-        self.build.record("all_to_all", new, sent, why, tokens, self.ulysses)
-        return new
+    def lower(self, x: Attend) -> Node:
+        assert x.choice.queries is not None
+        exchange = HeadExchange(x, x.choice.ulysses)
+        q, k, v = exchange.operands()
+        mask = x.args.get("attn_mask")
+        mask = _mask_of_place(x, mask) if isinstance(mask, Node) else mask
+        return exchange.to_tokens(self._node(x, q, k, v, mask), x.choice.queries)
 
-    def _mask_of_place(self, mask: Node) -> Node:
-        """A whole mask -> the rows of this place's queries, and the heads of this rank."""
-        shape = [as_length(n) for n in facts(mask).whole.shape]
-        ranks, device = self.build.ranks, facts(mask).whole.device
-        if len(shape) >= 3 and not same_length(shape[-3], 1):
-            mask = self.build.call(_ops.take.default, mask, len(shape) - 3, ranks.rank % self.ulysses, self.ulysses)
-        if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(self.queries.length, 1)):
-            rows = self.build.call(
-                _ops.place_positions.default, *self._sequence(self.queries), self.ulysses, ranks.rank, ranks.size,
-                device, *self.build.placed(self.queries),
-            )  # fmt: skip
-            mask = self.build.call(aten.index_select.default, mask, len(shape) - 2, rows)
-        return mask
+
+def _more(x: Attend) -> list[Any]:
+    """Layouts, window, dropout and units, as far as they are not the default."""
+    build, window, dropout_p = x.build, x.args.get("window"), x.args.get("dropout_p")
+    tokens = [s for s in (x.choice.queries, x.choice.keys) if s is not None]
+    layouts = build.layouts(*tokens)
+    units = [build.sizes(s.units) if any(n != 1 for n in s.units) else [] for s in tokens]
+    if dropout_p or any(units):
+        seed = build.seed(x.device) if dropout_p else None
+        last = units if any(units) else []
+        return [*(layouts or ([], [])), window, float(dropout_p or 0.0), seed, *last]
+    return layouts if window is None else [*(layouts or ([], [])), window]
+
+
+def _mask_of_place(x: Attend, mask: Node) -> Node:
+    """A whole mask -> the rows of this place's queries, and the heads of this rank."""
+    build, queries, u = x.build, x.choice.queries, x.choice.ulysses
+    assert queries is not None
+    shape = global_shape(mask)
+    if len(shape) >= 3 and not same_length(shape[-3], 1):
+        mask = build.take(mask, len(shape) - 3, u)
+    if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(queries.length, 1)):
+        rank, size, _ = build.at_rank()
+        rows = build.call(
+            _ops.place_positions.default, *build.sequence(queries), u, rank, size, x.device, *build.placed(queries)
+        )
+        mask = build.call(aten.index_select.default, mask, len(shape) - 2, rows)
+    return mask
+
+
+def pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
+    """Pairs that the places of the ring compute, by size hints; the ranks of one compute the same, of other heads."""
+    assert choice.queries is not None
+    lengths, units = (tuple(map(hint, n)) for n in (choice.queries.lengths, choice.queries.units))
+    tokens = lengths, tuple(choice.queries.whole), tuple(head_tail), units
+    window = choice.op.window_in(call)
+    return [pairs_of(tokens, tokens, True, choice.ulysses, choice.ring, place, window) for place in range(choice.ring)]
+
+
+def is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
+    """Whether ranks would have unequal work if their tokens were contiguous."""
+    queries, keys = choice.queries, choice.keys
+    if queries is None or keys is None or choice.ring == 1:
+        return False
+    return choice.op.causal_in(call) and queries.same_as(keys)

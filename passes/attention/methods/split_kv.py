@@ -15,29 +15,50 @@ queries that are split.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+
+from torch.fx import Node
+
 from fxsp.kernels.attention.split_kv import packed_width
 from fxsp.kernels.counts import reduced_bytes
-from fxsp.passes.attention.choose import Question, limited
-from fxsp.passes.attention.cost import Candidate, Link
-from fxsp.types import as_length, product
+from fxsp.kernels.ops import fxsp_ops
+from fxsp.passes.attention.attend import Attend
+from fxsp.passes.attention.cost import Way
+from fxsp.passes.attention.method import Method, beside_whole_queries
+from fxsp.passes.attention.question import AttentionChoice, Question
+from fxsp.passes.graph import Call
+from fxsp.types import Type, Used, as_length, product
 
-__all__ = ["choose_for_whole_queries"]
+__all__ = ["Merged"]
 
 
-def choose_for_whole_queries(question: Question) -> tuple[Candidate, tuple[tuple[str, str], ...], str]:
-    """As :func:`fxsp.passes.attention.choose.choose`; one way is always legal."""
-    program, like = question.program, question.like
-    size, (*lead, rows, width), out = program.ranks.size, question.q, question.v[-1]
-    sent = product((size - 1, *lead, rows, as_length(packed_width(out, like.dtype)), like.element_size()))
-    back = reduced_bytes(product((*lead, rows, width)), like.dtype, size) if program.training else None
-    merged = Candidate("merged", 1, 1, sent, back, 1, question.blocks or question.ring_refusal)
-    gathered = as_length((size - 1) * question.kv_bytes)
-    gather = Candidate("gather_kv", 1, 1, gathered, 0 if program.training else None)
-    asked = program.degrees.allgather is not None and program.degrees.allgather > 1
-    if not asked:
-        gather = limited(question, gather, [merged])
-    link = Link.of(like.device.type, program.options.latency, program.options.bandwidth)
-    legal = [way for way in (merged, gather) if not way.refusal]
-    best = gather if asked else min(legal, key=lambda way: way.seconds(link))
-    rejected = tuple((way.name, way.text(link)) for way in (merged, gather) if way is not best)
-    return best, rejected, f"{best.cost(link)}; the queries are whole on every rank"
+class Merged(Method):
+    """Legal where blocks of the attention can be merged, and queries are whole."""
+
+    name = "merged"
+    beyond_degrees = True
+
+    def ways(self, question: Question) -> Iterator[Way]:
+        if question.queries is not None or question.keys is None:
+            return
+        like, size, (*lead, rows, width) = question.like, question.size, question.q
+        packed = as_length(packed_width(question.v[-1], like.dtype))
+        sent = product((size - 1, *lead, rows, packed, like.element_size()))
+        back = reduced_bytes(product((*lead, rows, width)), like.dtype, size) if question.program.training else None
+        yield Way(self.name, sent, back, refusal=question.blocks_refusal)
+
+    def needs(self, call: Call, choice: AttentionChoice, queries: Type, tokens: int) -> dict[str, Type]:
+        return beside_whole_queries(call, choice, tokens, Used())
+
+    def lower(self, x: Attend) -> Node:
+        build, keys, ranks = x.build, x.choice.keys, x.build.ranks
+        assert keys is not None
+        both = build.call(
+            fxsp_ops.merged_attention.default, x.q, x.k, x.v, x.mask, build.sizes(keys.lengths),
+            list(keys.whole), bool(x.causal), x.args.get("scale"), ranks.rank, ranks.size, ranks.group,
+            *build.placed(keys), **x.exact,
+        )  # fmt: skip
+        why = "outputs of an attention to each rank's own keys, merged by their log-sum-exps"
+        build.record("all_gather", both, x.choice.way.sent, why)
+        return build.call(operator.getitem, both, 0)

@@ -1,0 +1,41 @@
+"""Local attention: queries stay, keys and values are whole on every rank; nothing moves.
+
+Keys and values among the graph's outputs (the cache of a language model) become whole anyway: then nothing else is
+sent, and what they cost is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from fxsp.passes.attention.attend import Attend
+from fxsp.passes.attention.cost import Link, Way
+from fxsp.passes.attention.method import Method
+from fxsp.passes.attention.question import Question
+
+__all__ = ["Local"]
+
+
+@dataclass(frozen=True)
+class _Local(Way):
+    def cost(self, link: Link) -> str:
+        return ""
+
+
+class Local(Method):
+    """Legal where the operator runs on some of the queries."""
+
+    name = "local"
+    beyond_degrees = True
+
+    def ways(self, question: Question) -> Iterator[Way]:
+        if question.keys is None:
+            outputs = question.outputs is not None
+            note = "its keys and values are outputs of the graph, gathered once for both" if outputs else ""
+            yield _Local(self.name, question.outputs or 0, refusal=question.per_rows, note=note)
+
+    def lower(self, x: Attend) -> Node:
+        return x.rows(x.k, x.v)
