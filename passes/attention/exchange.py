@@ -122,7 +122,9 @@ class HeadExchange:
         packed = build.pack_heads(tensors, sequence.local_length(build.ranks.size), self.members)  # [u, L, B h, D]
         moved, split = packed, Sequence(tuple(s for s in sequence.segments if s.sharded))
         if any(sequence.whole):
-            kept = [build.narrow(packed, 1, at, n) for at, n, s in self._local(sequence) if s.sharded]
+            kept = [
+                build.narrow(packed, 1, at, n) for at, n, s in sequence.placed(self.x.build.ranks.size) if s.sharded
+            ]
             moved = build.call(aten.cat.default, kept, 1)
         received = self._all_to_all(moved, split, sum(heads), global_shape(tensors[0])[-1])  # by source
         batch = self.x.shape[0]
@@ -160,16 +162,13 @@ class HeadExchange:
 
     # Where segments begin, and how many rows they have.
 
-    def _local(self, sequence: Sequence) -> list[tuple[Length, Length, Segment]]:
-        """On a rank."""
-        return _placed(sequence, [s.local_length(self.x.build.ranks.size) for s in sequence.segments])
-
     def _global(self, sequence: Sequence) -> list[tuple[Length, Length, Segment]]:
         """In between: all tokens, or all rows of the ranks of a place."""
         if self.among_all:
             return _placed(sequence, sequence.lengths)
         return _placed(
-            sequence, [as_length(n * (self.members if s.sharded else 1)) for _, n, s in self._local(sequence)]
+            sequence,
+            [as_length(n * (self.members if s.sharded else 1)) for _, n, s in sequence.placed(self.x.build.ranks.size)],
         )
 
     # Pieces.
@@ -195,7 +194,9 @@ class HeadExchange:
         """A segment that is whole on every rank stays at home: of its rows each rank keeps those of its own heads."""
         build, parts = self.x.build, []
         start: Length = 0
-        for (local, _, segment), (_, count, _) in zip(self._local(sequence), self._global(sequence), strict=True):
+        for (local, _, segment), (_, count, _) in zip(
+            sequence.placed(self.x.build.ranks.size), self._global(sequence), strict=True
+        ):
             if segment.sharded:
                 parts.append(build.narrow(tokens, 0, start, count))
                 start = as_length(start + count)
@@ -209,7 +210,9 @@ class HeadExchange:
         build, blocks = self.x.build, []
         batch, _, _, width = self.x.shape
         inner = [1, product((batch, heads))] if self.batch_as_heads else [batch, heads]
-        for (_, n, _), (start, count, segment) in zip(self._local(sequence), self._global(sequence), strict=True):
+        for (_, n, _), (start, count, segment) in zip(
+            sequence.placed(self.x.build.ranks.size), self._global(sequence), strict=True
+        ):
             part = build.narrow(rows, 0, start, count)
             if segment.sharded and self.among_all:
                 blocks.append(build.pack(part, Sequence((segment,))))
