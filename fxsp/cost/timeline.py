@@ -10,7 +10,8 @@ each collective
     time = latency + bytes sent per rank / link
 
 Computing goes in the order of the graph; a collective starts once its operand is there and the wire is free, beside the
-computing, and the first value that needs it waits.  The numbers of :data:`H100` are peak rates by the data sheet
+computing, and the first value that needs it waits.  The link is the one that ways to attend are chosen with, where the
+options describe it.  The numbers of :data:`H100` are peak rates by the data sheet
 (dense bf16, HBM3, NVLink in one direction); sustained rates are lower, all alike, so the proportions hold better than
 the milliseconds.
 """
@@ -18,7 +19,7 @@ the milliseconds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import Shape, node_flops
 from fxsp.kernels.ops import op_of
+from fxsp.passes.attention.cost import Link
 from fxsp.passes.graph import facts
 from fxsp.torch_internals import is_operator, is_pointwise, storage_key
 
@@ -35,17 +37,29 @@ __all__ = ["H100", "Device", "Span", "timeline"]
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of one device: operations and bytes per second, seconds."""
+    """Operations and bytes of its memory per second, seconds to start a kernel, and the link to the other ranks."""
 
     name: str
     flops: float
     bandwidth: float
-    link: float
     launch: float
-    latency: float
+    link: Link
+
+    def seconds(self, operations: int, moved: int) -> float:
+        """What a kernel takes that computes and moves so much: the longer of the two."""
+        return self.launch + max(operations / self.flops, moved / self.bandwidth)
+
+    def linked(self, latency: float | None, bandwidth: float | None) -> Device:
+        """The device with the link that ways to attend are chosen with, where options describe it."""
+        if latency is None and bandwidth is None:
+            return self
+        own = self.link
+        link = Link(own.latency if latency is None else latency, own.bandwidth if bandwidth is None else bandwidth)
+        name = f"{self.name.partition(',')[0]}, {link.latency * 1e6:g} us and {link.bandwidth / 1e9:g} GB/s to others"
+        return replace(self, name=name, link=link)
 
 
-H100 = Device("H100 SXM, NVLink", flops=989e12, bandwidth=3.35e12, link=450e9, launch=2e-6, latency=10e-6)
+H100 = Device("H100 SXM, NVLink", flops=989e12, bandwidth=3.35e12, launch=2e-6, link=Link(10e-6, 450e9))
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ def timeline(
             ready[node] = begin
         elif node.name in sent:
             start = max(begin, wire)
-            wire = ready[node] = start + device.latency + sent[node.name] / device.link
+            wire = ready[node] = start + device.link.seconds(1, sent[node.name])
             spans.append(Span(node, start, wire, True))
             op = op_of(node)
             if op is not None and op.flops is not None:  # blocks are computed while others travel
@@ -103,7 +117,7 @@ def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
     if fused and node.users and all(_pointwise(user) for user in node.users):
         return 0.0
     moved = own + sum(_bytes(n, number) for n in node.all_input_nodes if not (fused and _pointwise(n)))
-    return device.launch + max(node_flops(node, shape_of) / device.flops, moved / device.bandwidth)
+    return device.seconds(node_flops(node, shape_of), moved)
 
 
 def _bytes(node: Node, number: Callable[[Any], int]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -104,11 +105,15 @@ def add_module(root: torch.nn.Module, name: str, module: torch.nn.Module) -> str
     return name
 
 
-def untraced() -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
     """Inside a :func:`retrace`: run on fakes without writing nodes."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    return disable_proxy_modes_tracing()
+    # Up to 2.12 a function mode writes nodes for what vmap and grad do to their levels, tracer or not.
+    writes = torch.__version__ < "2.13"
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction() if writes else contextlib.nullcontext():
+        yield
 
 
 def python_dispatch() -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from fxsp.cost.metrics import Measures
-from fxsp.cost.timeline import H100, timeline
+from fxsp.cost.timeline import H100, Device, timeline
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.partition import OfflineResult
 from fxsp.offline.render.data import graph_data
@@ -27,7 +27,7 @@ def page(e: Any) -> str:
     data = {
         "model": e.model,
         "ranks": e.world_size,
-        "device": H100.name,
+        "device": next((_device(r).name for r in e.results), H100.name),
         "screen": one_screen(e),
         "graphs": [_graph(r, m) for r, m in zip(e.results, e.measures, strict=True)],
     }
@@ -85,10 +85,16 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
         for row in result.stages.get(STAGES[-1], [])
         if row.op != "input"
     ]
-    spans = timeline(program.gm, sent, m.number)
+    spans = timeline(program.gm, sent, m.number, _device(result))
     data["time"] = [[s.node.name, round(s.start * 1e6, 2), round(s.end * 1e6, 2), int(s.communicates)] for s in spans]
     data["cards"] = _cards(m)
     return data
+
+
+def _device(result: OfflineResult) -> Device:
+    """What time is drawn for."""
+    options = None if result.program is None else result.program.options
+    return H100 if options is None else H100.linked(options.latency, options.bandwidth)
 
 
 def _collective(record: dict[str, Any]) -> list[Any]:
