@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import sympy
 import torch
 
-__all__ = ["Length", "as_length", "ceil_div", "equal_lengths", "parse_length", "product", "quotient", "same_length"]
+__all__ = [
+    "Length",
+    "as_length",
+    "ceil_div",
+    "equal_lengths",
+    "hint",
+    "parse_length",
+    "product",
+    "quotient",
+    "same_length",
+    "sizes_at_hand",
+]
 
 Length = int | sympy.Expr
 
@@ -24,6 +36,39 @@ Length = int | sympy.Expr
 _equal: ContextVar[tuple[dict[sympy.Expr, sympy.Expr], dict[sympy.Expr, sympy.Expr]]] = ContextVar(
     "equal lengths", default=({}, {})
 )
+
+
+#: What symbols are for the inputs at hand.
+_sizes: ContextVar[Mapping[Any, int]] = ContextVar("sizes at hand", default=MappingProxyType({}))
+#: So many tokens count where nothing is known.
+_TYPICAL = 1024
+
+
+@contextmanager
+def sizes_at_hand(sizes: Mapping[Any, int]) -> Iterator[None]:
+    """Inside, :func:`hint` reads symbols as these numbers."""
+    token = _sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _sizes.reset(token)
+
+
+def hint(size: Any, sizes: Mapping[Any, int] | None = None) -> int:
+    """A length, or a ``SymInt``, as a number: to compare costs, and to tell them; it adds no guard.
+
+    Symbols are what ``sizes`` says, or :func:`sizes_at_hand`.  One of which nothing is known (how many places of a mask
+    are true) counts as a typical 1024.
+    """
+    if type(size) is int:
+        return size
+    if isinstance(size, torch.SymInt) and size.node.hint is not None:
+        return int(size.node.hint)
+    length = as_length(size)
+    if isinstance(length, int):
+        return length
+    value = sympy.sympify(length.xreplace(_sizes.get() if sizes is None else sizes))
+    return int(value.subs(dict.fromkeys(value.free_symbols, _TYPICAL)))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from fxsp.cost.share import LEAST, number_in, on_shards, share_of
+from fxsp.cost.share import LEAST, on_shards, share_of
 from fxsp.errors import DegreeWarning, ImplicitGatherWarning, OutputGatherWarning, StrictError, UnshardedWarning
 from fxsp.inspection.wire import format_bytes
 from fxsp.kernels.counts import split_bytes
@@ -93,7 +93,7 @@ def say_outputs(program: Program) -> None:
     models, and is often all that a small one sends.  A graph that ends in a graph break returns what the code after it
     needs: that is said elsewhere.  Raises ``StrictError`` under ``strict``.
     """
-    report, number = program.report, number_in(program)
+    report, number = program.report, program.number
     named = [gather for gather in report.implicit_gathers if gather.kind == "output" and gather.name]
     cached = _attended(program)
     caches = [gather for gather in named if gather.value in cached]
@@ -151,7 +151,7 @@ def _attended(program: Program) -> set[str]:
 
 def _states(program: Program) -> Iterator[int]:
     """Bytes that a rank sends to gather a hidden state: queries and results of attentions, or what is multiplied."""
-    number, size = number_in(program), program.ranks.size
+    number, size = program.number, program.ranks.size
     nodes = [n for n in program.whole.graph.nodes if on_shards(n)]
     attentions = [n for n in nodes if n.target in ATTENTION_OPS]
     values = [v for n in attentions for v in (n, Call(n)[ATTENTION_OPS[n.target].query])]

@@ -13,7 +13,7 @@ What passes know about a node is in :mod:`fxsp.passes.graph`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +23,10 @@ from torch.nn import Module
 
 from fxsp.capture.module_calls import Captured
 from fxsp.config import Degrees, Options, resolve_degrees
+from fxsp.lengths import hint
+from fxsp.passes.graph import global_value
 from fxsp.report import PlanRecord, Report
+from fxsp.torch_internals import fake_mode_of, size_hints
 from fxsp.types import Length, Ranks
 
 __all__ = ["Pass", "Program"]
@@ -75,6 +78,16 @@ class Program:
     def degrees(self) -> Degrees:
         """The degrees that the user fixed."""
         return resolve_degrees(self.options, self.ranks.size)
+
+    @cached_property
+    def sizes(self) -> Mapping[Any, int]:
+        """What symbolic sizes are for the inputs at hand."""
+        modes = (fake_mode_of(global_value(node)) for node in self.whole.graph.nodes)
+        return size_hints(next((mode for mode in modes if mode is not None), None))
+
+    def number(self, size: Any) -> int:
+        """A size as a number, for the inputs at hand."""
+        return hint(size, self.sizes)
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fxsp.lengths import equal_lengths, sizes_at_hand
 from fxsp.passes.accounting.backward import Backward
 from fxsp.passes.accounting.device_memory import DeviceMemory
 from fxsp.passes.annotate.annotate import Annotate
@@ -30,7 +31,6 @@ from fxsp.passes.propagate.shifted_losses import ShiftedLosses
 from fxsp.passes.propagate.zigzag import Zigzag
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
 from fxsp.torch_internals import known_equalities
-from fxsp.types import equal_lengths
 
 __all__ = [
     "FORMER_NAMES",
@@ -140,5 +140,5 @@ def compile_program(program: Program, runner: Runner) -> Program:
 def partition_program(program: Program, runner: Runner | None = None) -> Program:
     """An annotated, normalized, functional program -> the program of one rank, with visible collectives."""
     # What tracing has found out about lengths is known now, and holds for all that reads them.
-    with equal_lengths(known_equalities(program.gm)):
+    with equal_lengths(known_equalities(program.gm)), sizes_at_hand(program.sizes):
         return (runner or Runner()).run(program, PIPELINE[_FUNCTIONAL:])

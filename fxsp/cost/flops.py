@@ -20,8 +20,9 @@ from torch.utils.flop_counter import flop_registry
 from fxsp.kernels.counts import attention_flops
 from fxsp.kernels.op import sizes_of
 from fxsp.kernels.ops import record_of
+from fxsp.lengths import hint
 from fxsp.passes.graph import Call, facts
-from fxsp.torch_internals import is_operator, packet_of, schema, symint_hint
+from fxsp.torch_internals import is_operator, packet_of, schema
 
 __all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops"]
 
@@ -92,7 +93,7 @@ def _einsum(call: Call, shape_of: ShapeOf) -> int:
 def _length(size: Node) -> int | None:
     """A length that a node computes counts as the hint of its value."""
     value = facts(size).local
-    return None if value is None else symint_hint(value)
+    return None if value is None else hint(value)
 
 
 #: Name of an operator -> its count; entries may be added for operators of one's own.

@@ -17,8 +17,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value, local_value
 from fxsp.passes.verify import infer_local
 from fxsp.report import CollectiveRecord
-from fxsp.torch_internals import fake_mode_of, size_hint
-from fxsp.types import Shard, as_length
+from fxsp.types import Shard
 
 __all__ = ["Measures", "measure"]
 
@@ -49,12 +48,7 @@ def measure(program: Program) -> Measures:
     """Measure a partitioned program."""
     infer_local(program)
     whole: Graph = program.whole.graph
-    values = (n.meta.get("val") for n in whole.nodes if n.op == "placeholder")
-    mode = next((m for v in values if (m := fake_mode_of(v)) is not None), None)
-
-    def number(size: Any) -> int:
-        return size if type(size) is int else size_hint(as_length(size), mode)
-
+    number = program.number
     found = Measures(number=number)
     found.flops_total = _flops(whole, global_value, number)
     found.flops_per_rank = _flops_of_ranks(program, number)

@@ -26,10 +26,10 @@ from fxsp.passes.rules.families import family
 from fxsp.passes.rules.table import RULES
 from fxsp.passes.rules.whole import WHOLE
 from fxsp.source import module_path, node_source
-from fxsp.torch_internals import fake_mode_of, is_operator, is_pointwise, schema, size_hint
-from fxsp.types import Partial, Shard, as_length
+from fxsp.torch_internals import is_operator, is_pointwise, schema
+from fxsp.types import Partial, Shard
 
-__all__ = ["LEAST", "Share", "number_in", "on_shards", "share_of"]
+__all__ = ["LEAST", "Share", "on_shards", "share_of"]
 
 #: A plan that puts less of the work on shards than this is said to split nothing of weight.
 LEAST = 0.05
@@ -61,7 +61,7 @@ class Share:
 def share_of(program: Program) -> Share:
     """The share of a partitioned program; sizes that are symbols count as those that were traced."""
     nodes = [n for n in program.whole.graph.nodes if n.op == "call_function" and not is_annotate(n)]
-    number = number_in(program)
+    number = program.number
 
     def shape_of(node: Any) -> Shape | None:
         value = node.meta.get("val") if isinstance(node, Node) else None
@@ -73,13 +73,6 @@ def share_of(program: Program) -> Share:
     # What is cheap is computed whole where that saves a gather, whatever its type says.
     names = {facts(n).stands_for for n in program.graph.nodes if isinstance(facts(n).type, (Shard, Partial))}
     return _sum(nodes, lambda n: _written(n, shape_of), lambda n: n.name in names)
-
-
-def number_in(program: Program) -> Callable[[Any], int]:
-    """Reads a size as the number that it was when the graph was traced."""
-    modes = (fake_mode_of(n.meta.get("val")) for n in program.whole.graph.nodes)
-    mode = next((m for m in modes if m is not None), None)
-    return lambda size: size if type(size) is int else size_hint(as_length(size), mode)
 
 
 def _sum(nodes: list[Node], work: Callable[[Node], int], on_shards: Callable[[Node], bool]) -> Share:

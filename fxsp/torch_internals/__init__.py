@@ -131,7 +131,7 @@ from fxsp.torch_internals.subclasses import (
     trace_opened,
 )
 from fxsp.torch_internals.substitutes import keep_lengths_symbolic, mask_helpers, substitute_functions
-from fxsp.torch_internals.symbols import depends_on_data, known_equalities, size_hint, symint_hint, sympy_to_fx
+from fxsp.torch_internals.symbols import depends_on_data, known_equalities, size_hints, sympy_to_fx
 from fxsp.torch_internals.trace import (
     add_module,
     carry_dynamo_facts,
@@ -252,11 +252,10 @@ __all__ = [
     "saved_tag",
     "schema",
     "set_compiler",
-    "size_hint",
+    "size_hints",
     "storage_key",
     "storage_ref",
     "substitute_functions",
-    "symint_hint",
     "sympy_to_fx",
     "through_dynamo",
     "to_fake",

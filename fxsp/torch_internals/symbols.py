@@ -18,24 +18,13 @@ def depends_on_data(size: Any) -> bool:
     return isinstance(size, sympy.Expr) and bool(free_unbacked_symbols(size))
 
 
-def size_hint(size: Any, mode: Any) -> int:
-    """A size (a number or an expression) as a number, for the inputs at hand; ``mode`` is the fake mode it is from.
-
-    A size that depends on data counts as 1: how many there will be is not known.
-    """
-    import sympy
-
-    if not isinstance(size, sympy.Expr):
-        return int(size)
+def size_hints(mode: Any) -> Mapping[Any, int]:
+    """What the symbols of a fake mode are for the inputs at hand; those that depend on data are not in it."""
     env = getattr(mode, "shape_env", None)
-    known = {} if env is None else getattr(env, "backed_var_to_val", None) or env.var_to_val
-    value = size.xreplace(known)
-    return int(value.subs(dict.fromkeys(value.free_symbols, 1)))
-
-
-def symint_hint(size: Any) -> int:
-    """A ``SymInt`` as a number, for the inputs at hand."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    if env is None:
+        return {}
+    known: Mapping[Any, int] = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return known
 
 
 def known_equalities(gm: torch.fx.GraphModule) -> list[Any]:

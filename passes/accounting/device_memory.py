@@ -26,7 +26,7 @@ from fxsp.passes.accounting.prologue import producers_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value
 from fxsp.report import AttentionRecord, Memory, Move
-from fxsp.torch_internals import fake_mode_of, is_operator, schema, size_hint
+from fxsp.torch_internals import is_operator, schema
 from fxsp.types import Sequence, Shard, as_length
 
 __all__ = ["DeviceMemory"]
@@ -47,7 +47,7 @@ class DeviceMemory:
             record = facts(node).attention_record
             if record is not None:
                 groups.setdefault(record, []).append(node)
-        number = _reader(program)
+        number = program.number
         known: dict[Any, Memory] = {}
         for record, nodes in groups.items():
             attention = next(filter(is_attention, nodes), None)
@@ -67,23 +67,12 @@ class DeviceMemory:
         return program
 
 
-def _reader(program: Program) -> Callable[[Any], int]:
-    """Reads a size as a number."""
-    values = (_global(node) for node in program.graph.find_nodes(op="placeholder"))
-    mode = next((m for value in values if (m := fake_mode_of(value)) is not None), None)
-    return lambda size: size if type(size) is int else size_hint(as_length(size), mode)
-
-
-def _global(node: Node) -> Any:
-    return global_value(node)
-
-
 def _is_size(node: Node) -> bool:
     """Whether a node is a number: a size, or computed from sizes."""
-    if isinstance(_global(node), (Tensor, tuple, list)):
+    if isinstance(global_value(node), (Tensor, tuple, list)):
         return False
     if node.op != "call_function":
-        return isinstance(_global(node), torch.SymInt)
+        return isinstance(global_value(node), torch.SymInt)
     return node.target is aten.sym_size.int or not (is_operator(node.target) or node.target is operator.getitem)
 
 
@@ -184,7 +173,7 @@ class _Attention:
     def _run(self, node: Node) -> Any:
         if node is self.attention:
             q, _, v = (self._value(x) for x, _ in attended(node))
-            return attention_output(node, q, v, _global(self.operands["q"]).device.type)
+            return attention_output(node, q, v, global_value(self.operands["q"]).device.type)
         if not _is_size(node) and not (node in self.inside and node in self.tensors):
             return self._given(node)
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._value)
@@ -192,7 +181,7 @@ class _Attention:
 
     def _given(self, node: Node) -> Any:
         """An input, or a local operand, without data; a size as a number."""
-        value, type_ = _global(node), facts(node).type
+        value, type_ = global_value(node), facts(node).type
         if not isinstance(value, Tensor):
             return self.number(value)
         shape = [as_length(n) for n in value.shape]

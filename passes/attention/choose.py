@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fxsp.lengths import hint
 from fxsp.passes.attention.cost import Link, Way
 from fxsp.passes.attention.degrees import asked_of
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.question import Question
-from fxsp.passes.rules.decide import hint
 
 __all__ = ["GATHER_LIMIT", "choose"]
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsp.passes.rules.decide import hint
+from fxsp.lengths import hint
 from fxsp.types import Length, as_length
 
 __all__ = ["Link", "Way"]

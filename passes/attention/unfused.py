@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fxsp.lengths import hint
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, reachable, shape_of, tensor_nodes, tensor_value
-from fxsp.passes.rules.decide import Decision, decide, hint, locate, weights
+from fxsp.passes.rules.decide import Decision, decide, locate, weights
 from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule_of

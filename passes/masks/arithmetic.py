@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from fxsp.passes.graph import Call, shape_of
+from fxsp.passes.masks import values
 from fxsp.passes.masks.terms import Affine, Term, Where, combine, equal
-from fxsp.passes.masks.values import Terms, affine_of, number_of, on, where_of
+from fxsp.passes.masks.values import Terms, Transfer, affine_of, number_of, where_of
 from fxsp.passes.rules.families import family, names_of, overloads
 from fxsp.types import same_length
 
-__all__: list[str] = []
+__all__ = ["TABLE"]
 
 aten = torch.ops.aten
+TABLE: dict[Any, Transfer] = {}
+on = partial(values.on, table=TABLE)
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "rsub": lambda a, b: b - a,
     "logical_and": lambda a, b: bool(a) and bool(b), "logical_or": lambda a, b: bool(a) or bool(b),

@@ -37,9 +37,8 @@ from fxsp.passes.attention.operators import BANDED, SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.calls import erase_unused
 from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.masks import arithmetic as index_arithmetic  # noqa: F401  (it fills the table)
 from fxsp.passes.masks.terms import Leaf, Term, Where, equal
-from fxsp.passes.masks.values import terms_of
+from fxsp.passes.masks.transfer import terms_of
 from fxsp.passes.rules.families import family
 from fxsp.types import Length, same_length
 

@@ -5,7 +5,6 @@ One function per family of operators, in a table; an operator that is not in the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.graph import Call, shape_of, tensor_value
-from fxsp.passes.masks.terms import Affine, Leaf, Source, Term, Where, equal, minimum, remapped, simplified
+from fxsp.passes.masks.terms import Affine, Leaf, Source, Term, Where, equal, minimum, remapped
 from fxsp.passes.rules.dims import kept, order, position
 from fxsp.passes.rules.families import family
 from fxsp.types import Length, as_length, same_length
 
-__all__ = ["TABLE", "Terms", "affine_of", "is_integer", "number_of", "on", "terms_of", "where_of"]
+__all__ = ["TABLE", "Terms", "Transfer", "affine_of", "is_integer", "number_of", "on", "where_of"]
 
 aten = torch.ops.aten
 Terms = dict[Node, Term]
@@ -26,56 +25,19 @@ Transfer = Callable[[Call, Terms], "Term | None"]
 TABLE: dict[Any, Transfer] = {}
 
 
-def terms_of(graph: torch.fx.Graph) -> Terms:
-    """The terms of all nodes that have one."""
-    found: Terms = {}
-    for node in graph.nodes:
-        transfer = TABLE.get(node.target) if node.op == "call_function" else None
-        if transfer is None or tensor_value(node) is None:
-            continue
-        term = transfer(Call(node), found)
-        if term is not None:
-            term = _fitted(simplified(term.aligned(len(shape_of(node))), shape_of(node)), node)
-        if term is not None:
-            found[node] = term
-    return found
-
-
-def on(*ops: Any) -> Callable[[Transfer], Transfer]:
-    """Put a function into the table, for these operators."""
+def on(*ops: Any, table: dict[Any, Transfer] = TABLE) -> Callable[[Transfer], Transfer]:
+    """Put a function into a table, for these operators."""
 
     def register(function: Transfer) -> Transfer:
-        TABLE.update(dict.fromkeys(ops, function))
+        table.update(dict.fromkeys(ops, function))
         return function
 
     return register
 
 
-def _fitted(term: Term, node: Node) -> Term | None:
-    """The term with its numbers in the node's dtype; None where that would round them."""
-    dtype = node.meta["val"].dtype
-    if isinstance(term, Affine):
-        return term if is_integer(dtype) else None
-    values = [_cast(v, dtype) for v in (term.yes, term.no)]
-    return None if None in values else Where(term.conditions, *values)
-
-
 def is_integer(dtype: torch.dtype) -> bool:
     """Whether affine terms are held in this dtype."""
     return dtype in (torch.int64, torch.int32)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if dtype is torch.bool:
-        return bool(value) if isinstance(value, (bool, int, float)) else None
-    if dtype.is_floating_point:
-        rounds = not isinstance(value, (bool, int, float)) or torch.finfo(dtype).max < abs(value) < math.inf
-        return None if rounds else float(value)
-    if is_integer(dtype):
-        if isinstance(value, float):
-            return int(value) if value.is_integer() else None
-        return int(value) if isinstance(value, bool) else value
-    return None
 
 
 def number_of(value: Any) -> Any:

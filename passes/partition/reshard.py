@@ -15,11 +15,11 @@ from torch.fx import Graph, Node
 
 from fxsp.errors import RunsWhole, StrictError, UnsupportedError
 from fxsp.kernels.counts import reduced_bytes, split_bytes
+from fxsp.lengths import hint
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, is_split, mark, reachable, shape_of, tensor_nodes
-from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.likes import is_constant, write_like
 from fxsp.passes.special.repeats import repeats_of

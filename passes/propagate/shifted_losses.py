@@ -33,11 +33,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.lengths import hint
 from fxsp.passes.base import Program
 from fxsp.passes.calls import Writer, erase_unused
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_value, type_of
 from fxsp.passes.propagate.propagate import Propagate
-from fxsp.passes.rules.decide import decide, hint
+from fxsp.passes.rules.decide import decide
 from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.reduce import reduced_dims

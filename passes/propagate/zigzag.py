@@ -24,12 +24,13 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from fxsp.lengths import hint
 from fxsp.passes.attention.methods.ring import is_causal_ring, pairs
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, shape_of, type_of
 from fxsp.passes.propagate.propagate import Propagate
-from fxsp.passes.rules.decide import Decision, hint
+from fxsp.passes.rules.decide import Decision
 from fxsp.types import Length, Shard, product, same_length
 
 __all__ = ["Zigzag"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxsp.lengths import hint
 from fxsp.passes.graph import Call, Decision, facts, shape_of
 from fxsp.passes.rules.rule import Dims, OpRule, draws
 from fxsp.passes.rules.table import rule_of
 from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 
-__all__ = ["Decision", "decide", "decide_by_rule", "hint", "locate", "replicate_all", "weights"]
+__all__ = ["Decision", "decide", "decide_by_rule", "locate", "replicate_all", "weights"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,6 @@ class _Placement:
             and self.sequence.same_as(other.sequence)
             and same_length(self.outer, other.outer)
         )
-
-
-def hint(length: Length) -> int:
-    """A number for a length, for comparing costs only: symbols count as a typical 1024 tokens."""
-    if isinstance(length, int):
-        return length
-    return int(length.subs(dict.fromkeys(length.free_symbols, 1024)))
 
 
 def locate(shard: Shard, dims: Dims | None, sizes: dict[str, Length]) -> _Placement | None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from fxsp.lengths import hint
 from fxsp.passes.graph import Call, tensor_nodes
-from fxsp.passes.rules.decide import Decision, hint
+from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.families import family
 from fxsp.types import Partial, Type, product
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxsp.lengths import hint
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import Call, Decision, shape_of, type_of
-from fxsp.passes.rules.decide import hint
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
 from fxsp.types import Replicate, Shard, Type, as_length

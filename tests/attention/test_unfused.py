@@ -13,11 +13,12 @@ from torch import Tensor
 import fxsp
 from fxsp.errors import StrictError
 from fxsp.inspection.report_text import attention_lines
+from fxsp.lengths import hint
 from fxsp.passes.attention.unfused_report import GATHERED, LINEAR, LOCAL, SCORES
 from fxsp.passes.base import Program
 from fxsp.passes.graph import mark
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.torch_internals import fake_mode_of, size_hint
+from fxsp.torch_internals import fake_mode_of, size_hints
 from fxsp.types import Ranks
 from tracing import check, collectives, gather, partition, shard, trace
 
@@ -328,4 +329,4 @@ def test_lengths_may_be_symbols(attend: Attention) -> None:
     assert record.method == (LINEAR if attend is linear else GATHERED)
     if attend is not linear:
         mode = fake_mode_of(next(iter(gm.graph.nodes)).meta["val"])
-        assert size_hint(record.bytes, mode) == kv_bytes(7, 3)
+        assert hint(record.bytes, size_hints(mode)) == kv_bytes(7, 3)

@@ -22,13 +22,13 @@ from torch.fx import Node
 from fxsp.config import Degrees
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.kernels.ops import fxsp_ops as _ops
+from fxsp.lengths import hint
 from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
 from fxsp.passes.attention.method import Method
 from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.graph import Call, mark
-from fxsp.passes.rules.decide import hint
 from fxsp.types import Type, Used, as_length, product, same_length
 
 __all__ = ["Hybrid", "Ring", "is_causal_ring", "pairs"]
