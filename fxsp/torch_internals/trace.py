@@ -26,6 +26,7 @@ def retrace(
     ``inputs`` are fakes of ``mode`` or numbers; ``decompositions`` is asked for each operator when it is called.
     Nodes get the metadata of the node that is being interpreted.
     """
+    from torch._functorch.predispatch import lazy_load_decompositions
     from torch.fx.experimental.proxy_tensor import decompose, get_proxy_mode, make_fx
     from torch.fx.traceback import preserve_node_meta
 
@@ -36,7 +37,11 @@ def retrace(
             return function(*args)
 
     with mode, preserve_node_meta():
-        return make_fx(run, tracing_mode="real", pre_dispatch=True)(*inputs)
+        traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*inputs)
+    # Up to 2.12 what vmap loads for itself is a node.
+    for node in traced.graph.find_nodes(op="call_function", target=lazy_load_decompositions):
+        traced.graph.erase_node(node)
+    return traced
 
 
 def traced_graph() -> torch.fx.Graph:
