@@ -89,7 +89,7 @@ def equal_lengths(differences: Iterable[sympy.Expr]) -> Iterator[None]:
             if _exactly(difference, {**quotients, quotient: exact}) == 0:
                 quotients[quotient] = exact
     for difference in differences:
-        rest = sympy.expand(difference.xreplace(known))
+        rest = sympy.expand(_without(difference, quotients).xreplace(known))
         for symbol in sorted(rest.free_symbols, key=str):
             factor = rest.coeff(symbol)
             others = rest - factor * symbol
@@ -112,13 +112,7 @@ def as_length(size: Any) -> Length:
     if not isinstance(size, sympy.Expr):
         return int(size)
     known, quotients = _equal.get()
-    if quotients and any(size.has(quotient) for quotient in quotients):
-        exact = _exactly(size, quotients)
-        # A quotient that is left over stays one: lengths are computed in whole numbers.
-        if all(n.is_Integer for n in exact.atoms(sympy.Number)) and not any(
-            p.exp.is_negative for p in exact.atoms(sympy.Pow)
-        ):
-            size = exact
+    size = _without(size, quotients)
     if known and not known.keys().isdisjoint(size.free_symbols):
         size = sympy.expand(size.xreplace(known))
     if not size.is_Atom:
@@ -136,6 +130,15 @@ def _divided(size: sympy.Expr) -> sympy.Expr:
         if exact.is_polynomial() and exact.as_numer_denom()[1] == 1:
             size = size.xreplace({quotient: exact})
     return size
+
+
+def _without(size: sympy.Expr, quotients: dict[sympy.Expr, sympy.Expr]) -> sympy.Expr:
+    """``size`` without the quotients that are exact, where it is in whole numbers then, as lengths are computed."""
+    if not any(size.has(quotient) for quotient in quotients):
+        return size
+    exact = _exactly(size, quotients)
+    fractions = any(p.exp.is_negative for p in exact.atoms(sympy.Pow))
+    return size if fractions or not all(n.is_Integer for n in exact.atoms(sympy.Number)) else exact
 
 
 def _exactly(size: sympy.Expr, quotients: dict[sympy.Expr, sympy.Expr]) -> sympy.Expr:

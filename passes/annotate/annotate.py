@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fxsp import torch_internals
 from fxsp.capture.module_calls import Captured, ModuleCall
@@ -280,7 +281,8 @@ class _Writer:
             text_len = self._text_length(spec.text_len_source, call)
             if isinstance(text_len, Opaque):
                 return _Outcome(False, f"text_len_source: {text_len.why}")
-            if isinstance(text_len, int) and isinstance(shape[dim], int) and text_len >= shape[dim]:
+            # Of a size that may vary this is a guard: what splits the rest needs a rest.
+            if isinstance(text_len, int) and guard_or_false(shape[dim] <= text_len):
                 return _Outcome(
                     False, f"{text_len} text tokens leave nothing to split of {described(value)} along {dim}"
                 )

@@ -66,7 +66,7 @@ def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
     """The view that ``node``, or its result ``index``, makes of ``whole``; None for an unknown one."""
     name = torch_internals.schema(node.target).name
     if is_annotation(node.target):
-        return View(_again(node, whole), _value, complete=True)
+        return View(_again(node), _value, complete=True)
     if index is None and name != "aten::detach" and _same_place(node.meta["val"], whole.meta["val"]):
         return _IDENTITY
     make = _maker(name.removeprefix("aten::").removesuffix("_"))
@@ -81,16 +81,15 @@ def _same_place(a: Any, b: Any) -> bool:
     return all(same_length(as_length(x), as_length(y)) for x, y in zip(*facts, strict=True))
 
 
-def _again(node: Node, whole: Node) -> Callable[[Writer, Node], Node]:
-    """See by calling the same operator again."""
-    target, args, kwargs = node.target, node.args, node.kwargs
+def _again(node: Node) -> Callable[[Writer, Node], Node]:
+    """See by calling the same operator again, on another whole.
+
+    The whole is the first argument, whichever of its values that is by now: what has several results was made to read
+    the value of its time before its results are looked at.
+    """
+    target, args, kwargs = node.target, node.args[1:], node.kwargs
     assert callable(target)
-
-    def see(w: Writer, base: Node) -> Node:
-        swap = lambda n: base if n is whole else n  # noqa: E731
-        return w.call(target, *torch.fx.map_arg(args, swap), **torch.fx.map_arg(kwargs, swap))
-
-    return see
+    return lambda w, base: w.call(target, base, *args, **kwargs)
 
 
 def _value(_: Writer, __: Node, value: Node) -> Node:
@@ -98,17 +97,17 @@ def _value(_: Writer, __: Node, value: Node) -> Node:
 
 
 def _reshaped(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-    return View(_again(node, whole), lambda w, base, v: w.call(aten.reshape.default, v, w.sizes(base)), complete=True)
+    return View(_again(node), lambda w, base, v: w.call(aten.reshape.default, v, w.sizes(base)), complete=True)
 
 
 def _detached(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-    return View(_again(node, whole), _value, complete=True, detaches=True)
+    return View(_again(node), _value, complete=True, detaches=True)
 
 
 def _permuted(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
     moved = order(node.target, a, whole.meta["val"].ndim)
     inverse = [moved.index(d) for d in range(len(moved))]
-    return View(_again(node, whole), lambda w, base, v: w.call(aten.permute.default, v, inverse), complete=True)
+    return View(_again(node), lambda w, base, v: w.call(aten.permute.default, v, inverse), complete=True)
 
 
 def _sliced(whole: Node, dim: int, start: Any, stop: Any, step: Any = 1) -> View | None:
@@ -153,7 +152,7 @@ def _narrow(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View |
     def put(w: Writer, base: Node, v: Node) -> Node:
         return w.call(aten.slice_scatter.default, base, v, dim, start, w.call(operator.add, start, length))
 
-    return View(_again(node, whole), put)
+    return View(_again(node), put)
 
 
 def _parts(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View | None:
@@ -166,7 +165,7 @@ def _parts(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> Vie
     if all(isinstance(size, int) for size in sizes):
         start = sum(sizes[:index])
         return _sliced(whole, dim, start, start + sizes[index])
-    again = _again(node, whole)
+    again = _again(node)
 
     def part(w: Writer, base: Node) -> Node:
         return w.call(operator.getitem, again(w, base), index)
@@ -196,12 +195,12 @@ def _selected(dim: int, index: Any) -> View:
 
 def _diagonal(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
     rest = (a["offset"], a["dim1"], a["dim2"])
-    return View(_again(node, whole), lambda w, base, v: w.call(aten.diagonal_scatter.default, base, v, *rest))
+    return View(_again(node), lambda w, base, v: w.call(aten.diagonal_scatter.default, base, v, *rest))
 
 
 def _unary(inverse: Any) -> Callable[..., View]:
     def make(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-        return View(_again(node, whole), lambda w, base, v: w.call(inverse, v), complete=True)
+        return View(_again(node), lambda w, base, v: w.call(inverse, v), complete=True)
 
     return make
 
@@ -210,14 +209,14 @@ def _real(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View | 
     if not whole.meta["val"].is_complex():
         return None
     return View(
-        _again(node, whole),
+        _again(node),
         lambda w, base, v: w.call(aten.complex.default, v, w.call(aten.imag.default, base)),
     )
 
 
 def _imag(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
     return View(
-        _again(node, whole),
+        _again(node),
         lambda w, base, v: w.call(aten.complex.default, w.call(aten.real.default, base), v),
     )
 
@@ -225,7 +224,7 @@ def _imag(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
 def _view(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View:
     if "dtype" in a:
         dtype = whole.meta["val"].dtype
-        return View(_again(node, whole), lambda w, base, v: w.call(aten.view.dtype, v, dtype), complete=True)
+        return View(_again(node), lambda w, base, v: w.call(aten.view.dtype, v, dtype), complete=True)
     return _reshaped(node, whole, a, index)
 
 

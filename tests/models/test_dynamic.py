@@ -14,7 +14,7 @@ import torch
 
 import fxsp
 from distributed import Pool
-from fxsp import SequenceParallelInput
+from fxsp import SequenceParallelInput, SequenceParallelPartialInput
 from running import Case, build, compiled, error_of, run_case
 from small import SPLIT, Model, inputs
 
@@ -88,10 +88,13 @@ def test_training_with_other_lengths(ranks: Ranks) -> None:
         assert compiles[2:] == [0, 0]
 
 
-def _every_length(rank: int, size: int, lengths: list[int], dynamic: bool | None) -> tuple[list[float], list[int]]:
+def _every_length(
+    rank: int, size: int, lengths: list[int], dynamic: bool | None, text: int = 0
+) -> tuple[list[float], list[int]]:
     torch.manual_seed(1)
     model = Model().eval()  # in training, the rate of its dropout would be a symbol too, and cost an attempt
-    options = {"inner": "aot_eager", "plan": SPLIT}
+    behind = {"": {"x": SequenceParallelPartialInput(1, text_len_source=text)}}
+    options = {"inner": "aot_eager", "plan": behind if text else SPLIT}
     fast, errors, compiles = torch.compile(model, backend="sp", options=options, dynamic=dynamic), [], []
     with torch.no_grad():
         for length in lengths:
@@ -116,6 +119,13 @@ def test_symbolic_from_the_start(ranks: Ranks) -> None:
     for errors, compiles in ranks(2).run(_every_length, [9, 10, 5, 23], True, timeout=600.0):
         assert max(errors) <= 1e-5, errors
         assert compiles == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_text_that_leaves_nothing_to_split(ranks: Ranks, dynamic: bool | None) -> None:
+    """The graph of longer sequences is not for those that are no longer than their text."""
+    for errors, _ in ranks(2).run(_every_length, [17, 20, 7, 3, 1, 12], dynamic, 7):
+        assert max(errors) <= 1e-5, errors
 
 
 def _other_batch(rank: int, size: int) -> list[int]:

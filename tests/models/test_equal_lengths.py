@@ -48,6 +48,8 @@ def test_a_length_that_divides_is_a_multiple_of_its_quotient() -> None:
         assert not same_length(as_length(4 * FloorDiv(B, 4)), as_length(B))
     with equal_lengths([8 * A - 32 * quotient, A - 8]):
         assert as_length(4 * quotient) == 8
+    with equal_lengths([A - 4 * quotient, B - 4 * quotient]):  # what equals it by way of the quotient, too
+        assert same_length(as_length(A), as_length(B))
 
 
 def test_quotients_inside_of_other_functions_stay_whole_numbers() -> None:

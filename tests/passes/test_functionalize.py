@@ -206,6 +206,16 @@ def both_written(x, y):
     return x.add_(1), y.mul_(x)
 
 
+def parts_of_what_was_written(x, y):
+    out = x * 2
+    out.mul_(0.5)
+    first, second = out.chunk(2)
+    second.mul_(y[2:])
+    one, rest = torch.tensor_split(out, [1], 1)
+    rest.add_(one)
+    return first, second * 1, rest, out.clone()
+
+
 PROGRAMS = [
     *(rotary, halves, gap, overlap, views, nested, permuted, identities, diagonal, complex_numbers, shape_changes),
     *(masks, indices, integers, dtypes, layouts, loop, overwritten, dropout),
@@ -222,6 +232,11 @@ def test_same_as_eager(program: Any, train: bool) -> None:
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
 def test_same_as_eager_with_symbolic_sizes(program: Any) -> None:
     compare(program, X, Y, dynamic=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_writes_to_parts_of_what_was_written_before(dynamic: bool) -> None:
+    compare(parts_of_what_was_written, X, Y, dynamic=dynamic)
 
 
 def test_parts_of_a_split() -> None:
