@@ -6,9 +6,8 @@ own (:meth:`fxsp.types.Sequence.placed`), and the oracle has, so that a mistake 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,18 @@ __all__ = ["Part", "Size", "local_length", "placed"]
 
 #: An ``int`` or a ``SymInt``; torch's annotations do not know that the latter is welcome wherever the former is.
 Size = Any
+
+
+def _once(compute: Callable[[Part], Size]) -> Any:
+    """A property that is computed when it is first asked for.  (Dynamo does not trace ``cached_property``.)"""
+    name = compute.__name__
+
+    def get(part: Part) -> Size:
+        if name not in part.known:
+            part.known[name] = compute(part)
+        return part.known[name]
+
+    return property(get, doc=compute.__doc__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Part:
     head_tail: bool = False
     unit: Size = 1
     before: Part | None = None
+    known: dict[str, Size] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def dealt(self) -> bool:
@@ -44,26 +56,26 @@ class Part:
         """On all ranks."""
         return 2 * self.size if self.head_tail else self.size
 
-    @cached_property
+    @_once
     def chunk(self) -> Size:
         """Rows of one chunk of a split segment, pads included: ``unit * ceil(units / chunks)``."""
         if isinstance(self.unit, int) and self.unit == 1:
             return (self.length + (self.chunks - 1)) // self.chunks
         return self.unit * ((self.length // self.unit + (self.chunks - 1)) // self.chunks)
 
-    @cached_property
+    @_once
     def rows(self) -> Size:
         """Rows of each rank, pads included."""
         if self.whole:
             return self.length
         return 2 * self.chunk if self.head_tail else self.chunk
 
-    @cached_property
+    @_once
     def start(self) -> Size:
         """Its first token."""
         return 0 if self.before is None else self.before.start + self.before.length
 
-    @cached_property
+    @_once
     def row(self) -> Size:
         """Its first row on each rank."""
         return 0 if self.before is None else self.before.row + self.before.rows

@@ -182,8 +182,10 @@ class HeadExchange:
         build, several = self.x.build, len(split.segments) > 1
         if not self.among_all:
             lengths = [n for _, n, _ in self._global(split)]
-            unpacked = (_ops.unpack.default, received, build.sizes(lengths), self.members)
-            tokens = build.call(*unpacked) if several else self._blocks(received)
+            if several:
+                tokens = build.call(_ops.unpack.default, received, build.sizes(lengths), self.members)
+            else:
+                tokens = self._blocks(received)
             return build.undeal(tokens, 0, lengths, split.head_tail, self.members)
         if several or any(split.head_tail):
             return build.unpack(received, split)

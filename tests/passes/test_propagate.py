@@ -145,7 +145,7 @@ def test_free_means_computed_from_inputs_by_cheap_operators() -> None:
 
     found = _facts(function, X, W)
     free = {name: known.free for name, known in found.items() if known.type is not None}
-    assert [n for n, f in free.items() if not f] == ["linear", "exp_1", "sum_1", "sum_2"]
+    assert [n for n, f in free.items() if not f] == ["linear", "exp_1", "sum_1", "sum_2", "add"]
 
 
 def test_every_type_has_an_origin() -> None:
