@@ -60,7 +60,7 @@ class Part:
     def chunk(self) -> Size:
         """Rows of one chunk of a split segment, pads included: ``unit * ceil(units / chunks)``."""
         if isinstance(self.unit, int) and self.unit == 1:
-            return (self.length + (self.chunks - 1)) // self.chunks
+            return local_length(self.length, False, self.chunks)
         return self.unit * ((self.length // self.unit + (self.chunks - 1)) // self.chunks)
 
     @_once
@@ -109,5 +109,5 @@ def placed(
 
 
 def local_length(length: Size, whole: bool, size: int) -> Size:
-    """Rows of one contiguous segment on each rank, pads included: :attr:`Part.rows`, for who is traced by Dynamo."""
+    """Rows of one contiguous segment on each of ``size`` ranks, pads included (or in each of so many chunks)."""
     return length if whole else (length + (size - 1)) // size

@@ -122,9 +122,7 @@ class HeadExchange:
         packed = build.pack_heads(tensors, sequence.local_length(build.ranks.size), self.members)  # [u, L, B h, D]
         moved, split = packed, Sequence(tuple(s for s in sequence.segments if s.sharded))
         if any(sequence.whole):
-            kept = [
-                build.narrow(packed, 1, at, n) for at, n, s in sequence.placed(self.x.build.ranks.size) if s.sharded
-            ]
+            kept = [build.narrow(packed, 1, at, n) for at, n, s in sequence.placed(build.ranks.size) if s.sharded]
             moved = build.call(aten.cat.default, kept, 1)
         received = self._all_to_all(moved, split, sum(heads), global_shape(tensors[0])[-1])  # by source
         batch = self.x.shape[0]
@@ -197,7 +195,7 @@ class HeadExchange:
         build, parts = self.x.build, []
         start: Length = 0
         for (local, _, segment), (_, count, _) in zip(
-            sequence.placed(self.x.build.ranks.size), self._global(sequence), strict=True
+            sequence.placed(build.ranks.size), self._global(sequence), strict=True
         ):
             if segment.sharded:
                 parts.append(build.narrow(tokens, 0, start, count))
@@ -213,7 +211,7 @@ class HeadExchange:
         batch, _, _, width = self.x.shape
         inner = [1, product((batch, heads))] if self.batch_as_heads else [batch, heads]
         for (_, n, _), (start, count, segment) in zip(
-            sequence.placed(self.x.build.ranks.size), self._global(sequence), strict=True
+            sequence.placed(build.ranks.size), self._global(sequence), strict=True
         ):
             part = build.narrow(rows, 0, start, count)
             if segment.sharded and self.among_all:
