@@ -213,12 +213,13 @@ class Sequence:
             tuple(Segment(as_length(size * s.local_length(size)), name=s.name) if s.dealt else s for s in self.segments)
         )
 
-    def placed(self, size: int) -> tuple[tuple[Length, Length, Segment], ...]:
-        """Per segment: its first row on each rank, its rows there, pads included, and itself."""
+    def placed(self, size: int | None = None) -> tuple[tuple[Length, Length, Segment], ...]:
+        """Per segment: its first row on each rank, its rows there, pads included, and itself; None: its global rows."""
         found: list[tuple[Length, Length, Segment]] = []
         row: Length = 0
         for segment in self.segments:
-            found.append((row, rows := segment.local_length(size), segment))
+            rows = segment.length if size is None else segment.local_length(size)
+            found.append((row, rows, segment))
             row = as_length(row + rows)
         return tuple(found)
 

@@ -17,7 +17,7 @@ from fxsp.types import same_length
 __all__ = ["FUNCTIONS"]
 
 #: Of affine terms, too.
-_SUMS: dict[str, Callable[..., Any]] = {"add": operator.add, "sub": operator.sub, "rsub": lambda a, b: b - a}
+_SUMS: dict[str, Callable[..., Affine]] = {"add": operator.add, "sub": operator.sub, "rsub": lambda a, b: b - a}
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     **_SUMS, "mul": operator.mul,
     "logical_and": lambda a, b: bool(a) and bool(b), "logical_or": lambda a, b: bool(a) or bool(b),

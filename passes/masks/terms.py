@@ -145,10 +145,9 @@ def substituted(term: Term, at: list[Affine], shape: tuple[Length, ...], out: tu
         for coeff, index in zip(term.coeffs, at, strict=True):
             result += index * coeff
         return result
-    conditions: set[Any] = set()
-    for condition in term.conditions:
-        leaf = isinstance(condition, Leaf)
-        conditions.add(_seen(condition, at, shape, out) if leaf else substituted(condition, at, shape, out))
+    conditions: set[Any] = {
+        _seen(c, at, shape, out) if isinstance(c, Leaf) else substituted(c, at, shape, out) for c in term.conditions
+    }
     return None if None in conditions else Where(frozenset(conditions), term.yes, term.no)
 
 

@@ -35,8 +35,8 @@ from torch.fx import Node
 
 from fxsp.lengths import hint
 from fxsp.passes.base import Program
-from fxsp.passes.calls import Writer, erase_unused
-from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_value, type_of
+from fxsp.passes.builder import Writer, erase_unused
+from fxsp.passes.graph import Call, facts, shape_of, tensor_value, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import decide
 from fxsp.passes.rules.dims import cut_bounds
@@ -68,22 +68,13 @@ class ShiftedLosses:
         if mode is None:
             return program
         for one in found:
-            _rewrite(_Writer(program.graph, mode), one)
+            _rewrite(Writer(program.graph, mode), one)
         # Also what was begun and given up is without a use, and without a type.
         erase_unused(program.graph)
         program.gm.recompile()
         program.unfused = None  # it speaks of nodes that may be gone
         Propagate().apply(program)
         return program
-
-
-class _Writer(Writer):
-    """What it writes has no types yet, whatever it is written for."""
-
-    def write(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = super().write(target, *args, **kwargs)
-        mark(node, type=None, decision=None, free=False)
-        return node
 
 
 @dataclass(frozen=True)
