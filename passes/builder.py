@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from fxsp.errors import UnsupportedError
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.kernels.ops import op_of
-from fxsp.passes.graph import facts, mark
+from fxsp.passes.graph import Call, facts, mark
 from fxsp.report import CollectiveRecord, Report
 from fxsp.source import describe, module_path, node_source
 from fxsp.torch_internals import python_dispatch, sympy_to_fx
@@ -77,6 +77,11 @@ class Writer:
         assert self.before is not None
         with self.graph.inserting_before(self.before):
             return self.note(self.graph.call_function(target, args, kwargs))
+
+    def same(self, call: Call, arguments: dict[str, Any], **changes: Any) -> Node:
+        """The same call with other arguments."""
+        args, kwargs = call.bound_to(arguments).rebuild(**changes)
+        return self.call(call.op, *args, **kwargs)
 
     def refresh(self, node: Node) -> None:
         """Compute ``meta["val"]`` from the arguments' values."""

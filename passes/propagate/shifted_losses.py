@@ -180,8 +180,7 @@ class _AllRows:
         target = self._padded(call.operands[1], rows, call["ignore_index"])
         if target is None:
             return
-        args, kwargs = call.bound_to({**call.arguments, "self": new, "target": target}).rebuild()
-        loss = write.call(call.op, *args, **kwargs)
+        loss = write.same(call, {**call.arguments, "self": new, "target": target})
         if call["reduction"] == _NONE:
             self._replace(it.loss, loss, rows)
         else:
