@@ -100,12 +100,10 @@ class HeadExchange:
 
         ``queries_come``, ``keys_come``: they may stay as they come, the blocks of the ranks one after the other.
         """
-        x, choice = self.x, self.x.choice
-        assert choice.queries is not None
-        assert choice.keys is not None
+        x = self.x
         q, k, v = (global_shape(n)[-1] for n in (x.q, x.k, x.v))
-        queries, keys = (choice.queries, queries_come), (choice.keys, keys_come)
-        if choice.queries.same_as(choice.keys) and same_length(q, v):
+        queries, keys = (x.queries, queries_come), (x.keys, keys_come)
+        if x.queries.same_as(x.keys) and same_length(q, v):
             return self.to_heads([x.q, x.k, x.v], *keys, 1 if queries_come and not keys_come else 0)
         if same_length(k, v):
             return [*self.to_heads([x.q], *queries), *self.to_heads([x.k, x.v], *keys)]
