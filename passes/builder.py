@@ -209,10 +209,13 @@ class Builder(Writer):
         lengths = self.sizes(sequence.lengths)
         return self.call(op.default, x, dim, lengths, head_tail, *more, size or self.ranks.size, *units)
 
-    def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        size = self.ranks.size
-        x = self.deal(x, dim, sequence)
-        return self.call(_ops.shard.default, x, dim, *self.sequence(sequence.dealt(size)), False, *self.at_rank())
+    def shard(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
+        """This rank's part of a whole value."""
+        exposed, dim, back = self.expose(x, shape, type_, whole=True)
+        size, sequence = self.ranks.size, type_.sequence
+        x = self.deal(exposed, dim, sequence)
+        new = self.call(_ops.shard.default, x, dim, *self.sequence(sequence.dealt(size)), False, *self.at_rank())
+        return back(new, sequence.local_length(size))
 
     def gather(self, x: Node, dim: int, sequence: Sequence, *, used: bool) -> Node:
         op, size = _ops.gather_used if used else _ops.gather, self.ranks.size
@@ -265,7 +268,7 @@ class Builder(Writer):
         made of it, so its sizes are those of the other side for shard and gather.
         """
         if type_.plain:
-            return x, type_.dim, lambda y: y
+            return x, type_.dim, lambda y, *_: y
         local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
         before = [*shape[: type_.dim], type_.outer]
         after = shape[type_.dim + 1 :]

@@ -42,7 +42,6 @@ __all__ = [
     "Product",
     "UnfusedProducts",
     "Written",
-    "find_written",
     "is_computed",
     "source_of",
     "unfused_of",
@@ -96,10 +95,13 @@ class Written:
 
 
 class Unfused:
-    """The attentions of a program that are written out."""
+    """The attentions of a program that are written out: every softmax over keys, with the products around it."""
 
     def __init__(self, graph: Graph) -> None:
-        self.attentions = find_written(graph)
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        found = (_around(node, order) for node in graph.nodes if node.target in family("softmax"))
+        #: In the order of the graph.
+        self.attentions = [one for one in found if one is not None]
         #: A product -> what is known of it, and the attention that it is part of, the first of several.
         products = ((one, p) for one in reversed(self.attentions) for p in reversed((*one.scores, *one.results)))
         self.products = {p.node: (one, p) for one, p in products}
@@ -113,13 +115,6 @@ def unfused_of(program: Program) -> Unfused:
         program.unfused = Unfused(program.graph)
     found: Unfused = program.unfused
     return found
-
-
-def find_written(graph: Graph) -> list[Written]:
-    """Every softmax over keys, with the products before and after it, in the order of the graph."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    found = (_around(node, order) for node in graph.nodes if node.target in family("softmax"))
-    return [one for one in found if one is not None]
 
 
 def _around(softmax: Node, order: dict[Node, int]) -> Written | None:

@@ -111,11 +111,7 @@ class Converter:
         if is_constant(value.node):
             return write_like(self.build, value.node, needed, self.copies)
         self.reason = self.reason or f"it is {value.forms[0][0]}, and is needed as {needed}"
-        x = self.get(value, Replicate(), kind)
-        shape = shape_of(value.node)
-        exposed, dim, back = self.build.expose(x, shape, needed, whole=True)
-        new = self.build.shard(exposed, dim, needed.sequence)
-        return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
+        return self.build.shard(self.get(value, Replicate(), kind), shape_of(value.node), needed)
 
     def _leave(self, x: Node, shape: tuple[Length, ...]) -> Node:
         """A used value as a replicated one: the same data, its gradient shared out over the ranks."""
@@ -170,7 +166,7 @@ class Converter:
             if not self._has_place() and key in old.meta:
                 new.meta.setdefault(key, old.meta[key])
         self.build.record("all_gather", new, sent, value.wanted or reason, type_.sequence)
-        return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
+        return self._laid_out(back(new, type_.sequence.length), value, type_.dim)
 
     def _is_held(self, old: Node) -> bool:
         """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""

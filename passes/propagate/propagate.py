@@ -30,17 +30,13 @@ from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.rules.decide import Decision, decide_by_rule, replicate_all
 from fxsp.passes.rules.families import family
-from fxsp.passes.special.cat_and_cut import Cats, Cuts
+from fxsp.passes.special.cat_and_cut import Cats, Cuts, Select, SliceScatter
 from fxsp.passes.special.dropout import Dropout
 from fxsp.passes.special.extremes import Extremes
 from fxsp.passes.special.likes import Likes, is_constant
 from fxsp.passes.special.losses import Losses
-from fxsp.passes.special.select import Select
-from fxsp.passes.special.sized import Sized
-from fxsp.passes.special.slice_scatter import SliceScatter
 from fxsp.passes.special.special import Special
-from fxsp.passes.special.summands import Summands
-from fxsp.passes.special.sums import Sums
+from fxsp.passes.special.sums import Sized, Summands, Sums
 from fxsp.source import place
 from fxsp.types import (
     Layout,
