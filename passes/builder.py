@@ -245,9 +245,8 @@ class Builder(Writer):
         return self.call(_ops.all_to_all_within.default, x, *self.at_rank())
 
     def mask_pads(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        rank, size, _ = self.at_rank()
-        placed = self.placed(sequence)
-        return self.call(_ops.mask_pads.default, x, dim, *self.sequence(sequence), rank, size, *placed)
+        where = *self.sequence(sequence), *self.at_rank()[:2]
+        return self.call(_ops.mask_pads.default, x, dim, *where, *self.placed(sequence))
 
     def masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
         """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
@@ -283,9 +282,8 @@ class Builder(Writer):
         return exposed, type_.dim + 1, back
 
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
-        rank, size, _ = self.at_rank()
-        placed = self.placed(sequence)
-        return self.call(_ops.positions.default, *self.sequence(sequence), rank, size, device, *placed)
+        where = *self.sequence(sequence), *self.at_rank()[:2]
+        return self.call(_ops.positions.default, *where, device, *self.placed(sequence))
 
     def seed(self, device: torch.device) -> Node:
         """A number that the generators of all ranks agree on, int64 ``[1]``."""

@@ -9,6 +9,8 @@ causal flag keep their global meaning; a mask is cut by query rows or by heads, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from fxsp.config import Degrees
@@ -23,8 +25,9 @@ from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
-from fxsp.passes.rules.dims import broadcast
-from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.rules.dims import aligned
+from fxsp.passes.rules.notation import Pattern
+from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import rule
 from fxsp.passes.special.dropout import BY_POSITION
 from fxsp.passes.special.special import Local, Special
@@ -44,29 +47,26 @@ def distributed_attention(*args: object, **kwargs: object) -> object:
     raise AssertionError("distributed_attention is lowered by the attention pass")
 
 
+_RULE = Pattern.parse("[*b, m, d], [*b, n, d], [*b, n, e] -> [*b, m, e] whole={d, e, n}")
+#: Query heads share key heads: the head dimension cannot be cut factor by factor.
+_GQA = Pattern.parse("[*b, h, m, d], [*b, hk, n, d], [*b, hk, n, e] -> [*b, h, m, e] whole={d, e, n, h, hk}")
+
+
 @rule([SDPA, BANDED])
 def sdpa(call: Call) -> OpRule | None:
-    """Batch and query rows pass: ``([b, h, m, d], [b, h, n, d], [b, h, n, e]) -> ([b, h, m, e]) whole={d, e, n}``."""
-    q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
+    """Batch and query rows pass, these where nothing counts them."""
     (out,) = call.result_shapes()
-    lead = out[:-2]
-    (bq, bk, bv), batch, sizes = broadcast([q[:-2], k[:-2], v[:-2]], lead, "b")
-    whole = {"d", "n", "e"}
-    if call.get("enable_gqa") and lead:
-        # Query heads share key heads: the head dimension cannot be cut factor by factor.
-        bk, bv = (*bk[:-1], ("hk",)), (*bv[:-1], ("hk",))
-        whole |= {"hk", f"b{len(lead) - 1}"}
-        sizes["hk"] = k[-3]
-    if call.get("is_causal") or call.get("window") is not None:
-        whole.add("m")
-    sizes |= {"m": q[-2], "n": k[-2], "d": q[-1], "e": v[-1]}
-    operands: list[Dims] = [(*bq, ("m",), ("d",)), (*bk, ("n",), ("d",)), (*bv, ("n",), ("e",))]
+    pattern = _GQA if call.get("enable_gqa") and len(out) > 2 else _RULE
+    found = pattern.fit([call.shape(name) for name in ("query", "key", "value")], [out])
+    if found is None:
+        return None
     if isinstance(call.get("attn_mask"), Node):
-        mask = call.shape("attn_mask")
-        (dims,), _, _ = broadcast([mask], (*lead, q[-2], k[-2]), "m")
-        names = {f"m{i}": f for i, f in enumerate([*(b[0] for b in batch), "m", "n"])}
-        operands.append(tuple(tuple(names[f] for f in d) for d in dims))
-    return OpRule(tuple(operands), ((*batch, ("m",), ("e",)),), sizes, whole=frozenset(whole))
+        mask, columns = call.shape("attn_mask"), call.shape("key")[-2]
+        factors, sizes = (*found.results[0][:-1], ("n",)), (*out[:-1], columns)
+        last = zip(mask, factors[-len(mask) :], sizes[-len(mask) :], strict=True) if mask else ()
+        found = replace(found, operands=(*found.operands, tuple(f if aligned(n, m) else () for n, f, m in last)))
+    counted = call.get("is_causal") or call.get("window") is not None
+    return replace(found, whole=found.whole | {"m"}) if counted else found
 
 
 class Attention(Special):

@@ -106,17 +106,13 @@ class Propagate(Pass):
             return replicate_all(call, given, "all operands are whole")
         # A summand is summed before it is used, unless what uses it is linear.
         types: list[Type] = [Replicate() if isinstance(t, Partial) else t for t in given]
-        alone = facts(node).row_wise and any(isinstance(t, Shard) for t in types)
-        if alone and not _splits_rows(types[0], shape_of(operands[0])):
+        rows = isinstance(types[0], Shard) and types[0].dim < len(shape_of(operands[0])) - 1
+        if facts(node).row_wise and not rows and any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
         for special in SPECIALS:
             if call.op in special.ops and (decision := special.decide(call, types, program)) is not None:
                 return decision
         return decide_by_rule(call, types)
-
-
-def _splits_rows(x: Type, shape: tuple[Length, ...]) -> bool:
-    return isinstance(x, Shard) and x.dim < len(shape) - 1
 
 
 def _refuse_writes(call: Call) -> None:

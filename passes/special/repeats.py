@@ -1,12 +1,7 @@
 """Values that repeat others: what is gathered is the value that is repeated.
 
-``repeat_kv`` of transformers writes each key head several times, for its query heads::
-
-    %unsqueeze = unsqueeze(%k, 2)                       [B, 2, 1, S, D]
-    %expand    = expand(%unsqueeze, [B, 2, 4, S, D])
-    %reshape   = reshape(%expand, [B, 8, S, D])         needed whole
-
-Gathered as it stands, each element would travel four times.  Instead ``%k`` is gathered, and repeated afterwards.
+``repeat_kv`` of transformers writes each key head several times, for its query heads (as shown in
+:mod:`fxsp.passes.attention.repeat_kv`).  Gathered as they stand, elements would travel as often.
 """
 
 from __future__ import annotations
