@@ -48,25 +48,27 @@ def distributed_attention(*args: object, **kwargs: object) -> object:
 
 
 _RULE = Pattern.parse("[*b, m, d], [*b, n, d], [*b, n, e] -> [*b, m, e] whole={d, e, n}")
-#: Query heads share key heads: the head dimension cannot be cut factor by factor.
-_GQA = Pattern.parse("[*b, h, m, d], [*b, hk, n, d], [*b, hk, n, e] -> [*b, h, m, e] whole={d, e, n, h, hk}")
 
 
 @rule([SDPA, BANDED])
 def sdpa(call: Call) -> OpRule | None:
-    """Batch and query rows pass, these where nothing counts them."""
-    (out,) = call.result_shapes()
-    pattern = _GQA if call.get("enable_gqa") and len(out) > 2 else _RULE
-    found = pattern.fit([call.shape(name) for name in ("query", "key", "value")], [out])
+    """Batch and query rows pass, these where nothing counts them: ``whole={d, e, n}``."""
+    (out,), (q, k, v) = call.result_shapes(), (call.shape(name) for name in ("query", "key", "value"))
+    found = _RULE.fit([q, k, v], [out])
     if found is None:
         return None
+    (*batch, rows, _), operands, whole, sizes = found.results[0], list(found.operands), found.whole, found.sizes
+    if call.get("enable_gqa") and batch:
+        # Query heads share key heads: the head dimension cannot be cut factor by factor.
+        operands[1:] = ((*dims[:-3], ("hk",), *dims[-2:]) for dims in operands[1:] if dims is not None)
+        whole, sizes = whole | {"hk", *batch[-1]}, sizes | {"hk": k[-3]}
+    if call.get("is_causal") or call.get("window") is not None:
+        whole |= {"m"}
     if isinstance(call.get("attn_mask"), Node):
-        mask, columns = call.shape("attn_mask"), call.shape("key")[-2]
-        factors, sizes = (*found.results[0][:-1], ("n",)), (*out[:-1], columns)
-        last = zip(mask, factors[-len(mask) :], sizes[-len(mask) :], strict=True) if mask else ()
-        found = replace(found, operands=(*found.operands, tuple(f if aligned(n, m) else () for n, f, m in last)))
-    counted = call.get("is_causal") or call.get("window") is not None
-    return replace(found, whole=found.whole | {"m"}) if counted else found
+        mask = call.shape("attn_mask")
+        scores = list(zip((*batch, rows, ("n",)), (*out[:-1], k[-2]), strict=True))[len(out) - len(mask) :]
+        operands.append(tuple(f if aligned(n, size) else () for n, (f, size) in zip(mask, scores, strict=True)))
+    return replace(found, operands=tuple(operands), whole=whole, sizes=sizes)
 
 
 class Attention(Special):

@@ -288,6 +288,6 @@ def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -
 
 def source_of(node: Node, through: Container[Any] = VIEWS) -> Node:
     """What a value is a view of, or is made of by other operators of one tensor."""
-    while node.target in through and (first := next(tensor_nodes(node.args), None)) is not None:
-        node = first
+    while node.target in through and (first := tensor_nodes(node.args)):
+        node = first[0]
     return node

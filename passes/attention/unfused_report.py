@@ -20,13 +20,13 @@ from fxsp.passes.attention.choose import choose
 from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.question import Question
+from fxsp.passes.attention.repeat_kv import repeated
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, decision_of, facts, is_split, mark, reachable, shape_of, type_of
 from fxsp.passes.rules.decide import locate
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.table import rule_of
-from fxsp.passes.special.repeats import repeated
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
@@ -103,20 +103,17 @@ class UnfusedReport(Pass):
 
     def apply(self, program: Program) -> Program:
         found: list[Written] = program.unfused.reported if program.unfused is not None else []
-        names: dict[Written, set[str]] = {one: set() for one in found}
-        for node in program.graph.nodes if names else ():
-            if (one := facts(node).written_attention) is not None:
-                names[one].add(node.name)
-        for one, own in names.items():
-            _complete(one, own, program)
+        of = {node.name: facts(node).written_attention for node in program.graph.nodes} if found else {}
+        for one in found:
+            _complete(one, of, program)
         return program
 
 
-def _complete(one: Written, own: set[str], program: Program) -> None:
+def _complete(one: Written, of: dict[str, Written | None], program: Program) -> None:
     record = one.record
     assert record is not None
     forward, backward = (
-        [r.bytes for r in records if r.value in own]
+        [r.bytes for r in records if of.get(r.value) is one]
         for records in (program.report.collectives, program.report.backward)
     )
     record.method = _method(one)

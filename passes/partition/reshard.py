@@ -16,12 +16,12 @@ from fxsp.errors import RunsWhole, StrictError, UnsupportedError
 from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.lengths import hint
 from fxsp.passes.attention.operators import ATTENTION_OPS
+from fxsp.passes.attention.repeat_kv import repeats_of
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, is_split, mark, reachable, shape_of, tensor_nodes
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.likes import is_constant, write_like
-from fxsp.passes.special.repeats import repeats_of
 from fxsp.report import GatherRecord
 from fxsp.source import module_path, node_source, place
 from fxsp.torch_internals import is_wrapper_subclass
@@ -187,7 +187,7 @@ class Converter:
                 op = aten.reshape.default if old.target in family("reshape") else aten.expand.default
                 new = self.build.call(op, new, self.build.sizes(shape_of(old)))
             else:
-                mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, list(old.kwargs.values()))), new)}
+                mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, old.kwargs)), new)}
                 args, kwargs = torch.fx.map_arg((old.args, old.kwargs), mapping.__getitem__)
                 new = self.build.call(old.target, *args, **kwargs)
             if old is not chain[0]:  # that one is kept by who asked for it

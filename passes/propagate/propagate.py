@@ -147,7 +147,7 @@ def _is_free(node: Node, type_: Any) -> bool:
     if is_constant(node):
         return True
     cheap = node.target in family("cheap", "cat", "slice", "split")
-    return cheap and all(facts(n).free for n in tensor_nodes((node.args, list(node.kwargs.values()))))
+    return cheap and all(facts(n).free for n in tensor_nodes((node.args, node.kwargs)))
 
 
 def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
