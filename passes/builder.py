@@ -268,16 +268,12 @@ class Builder(Writer):
         """
         if type_.plain:
             return x, type_.dim, lambda y, *_: y
-        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
-        before = [*shape[: type_.dim], type_.outer]
-        after = shape[type_.dim + 1 :]
-        middle = full if whole else local
-        exposed = self.call(aten.reshape.default, x, self.sizes([*before, middle, *after]))
+        lead, last = shape[: type_.dim], shape[type_.dim + 1 :]
+        count = type_.sequence.length if whole else type_.sequence.local_length(self.ranks.size)
+        exposed = self.call(aten.reshape.default, x, self.sizes([*lead, type_.outer, count, *last]))
 
-        def back(y: Node, tokens: Length = middle) -> Node:
-            merged = product((type_.outer, tokens))
-            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
-            return self.call(aten.reshape.default, y, self.sizes(sizes))
+        def back(y: Node, tokens: Length = count) -> Node:
+            return self.call(aten.reshape.default, y, self.sizes([*lead, product((type_.outer, tokens)), *last]))
 
         return exposed, type_.dim + 1, back
 

@@ -35,11 +35,7 @@ from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source, place
 from fxsp.types import Length, Replicate, Shard, Type, as_length, same_length
 
-__all__ = [
-    "SDPA",
-    "Attention",
-    "distributed_attention",
-]
+__all__ = ["SDPA", "Attention", "distributed_attention"]
 
 
 def distributed_attention(*args: object, **kwargs: object) -> object:
@@ -122,12 +118,14 @@ class Attention(Special):
         if best is None:
             return replicate_all(call, types, "; ".join(why for _, why in rejected))
         if keys is not None:
-            whole = "the queries are whole on every rank" if queries is None else ""
-            detail = "; ".join(filter(None, (detail, whole, _seen(call))))
+            note = "the queries are whole on every rank" if queries is None else ""
+            detail = "; ".join(filter(None, (detail, note, _seen(call))))
         choice = AttentionChoice(best, op, queries, question.keys, repeat, rejected, detail)
         needed = METHODS[best.method].needs(call, choice, q_type, tokens)
         operands = tuple(needed[name] for name, value in call.arguments.items() if isinstance(value, Node))
-        results = _results(call, choice, tokens)
+        whole: Type = Replicate(origin=f"{call.op} of whole queries" if queries is None else "")
+        out = whole if queries is None else Shard(tokens, queries, origin=f"{call.op} by query tokens")
+        results = tuple(out if i == op.output else whole for i in range(len(call.result_shapes())))
         return Decision(operands, results, _reason(types, operands), detail=choice, special=self)
 
     def write(self, local: Local, call: Call, decision: Decision) -> Node | list[Node | None]:
@@ -145,14 +143,6 @@ class Attention(Special):
         if isinstance(node.meta["val"], (tuple, list)):
             return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
         return new
-
-
-def _results(call: Call, choice: AttentionChoice, tokens: int) -> tuple[Type, ...]:
-    count = len(call.result_shapes())
-    if choice.queries is None:
-        return tuple(Replicate(origin=f"{call.op} of whole queries") for _ in range(count))
-    result = Shard(tokens, choice.queries, origin=f"{call.op} by query tokens")
-    return tuple(result if i == choice.op.output else Replicate() for i in range(count))
 
 
 def _may_stay_whole(call: Call, op: AttentionOp, kv_types: list[Type], outputs: list[Node]) -> bool:

@@ -26,7 +26,6 @@ from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, decision_of, facts, is_split, mark, reachable, shape_of, type_of
 from fxsp.passes.rules.decide import locate
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.table import rule_of
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
@@ -44,7 +43,8 @@ LINEAR = "linear"
 def mark_written(program: Program) -> None:
     """Mark the nodes of attentions that are written out, before partitioning."""
     unfused = unfused_of(program)
-    found = [one for one in unfused.attentions if _is_split(one)]
+    parts = ((one, (*one.scores, *one.results)) for one in unfused.attentions)
+    found = [one for one, products in parts if any(is_split(x) for p in products for x in (p.node, *p.operands))]
     taken = {node for one in found for node in one.nodes}
     others = (node for node in program.graph.nodes if node not in taken)
     found += [Written(node, nodes) for node in others if (nodes := _linear(node)) is not None]
@@ -60,11 +60,6 @@ def record_written(program: Program, node: Node) -> None:
     one: Written | None = facts(node).written_attention
     if one is not None and one.record is not None and one.first is node:
         program.report.attentions.append(one.record)
-
-
-def _is_split(one: Written) -> bool:
-    products = (*one.scores, *one.results)
-    return any(is_split(x) for p in products for x in (p.node, *p.operands))
 
 
 def _linear(first: Node) -> frozenset[Node] | None:
@@ -137,9 +132,7 @@ def _method(one: Written) -> str:
     if not one.scores:
         return LINEAR
     scores = one.scores[0]
-    type_ = type_of(scores.node)
-    rule = rule_of(scores.node)
-    assert rule is not None
+    type_, rule = type_of(scores.node), scores.rule
     if not isinstance(type_, Shard):
         return WHOLE
     placed = locate(type_, rule.results[0], rule.sizes)
@@ -166,10 +159,9 @@ def _question(one: Written, program: Program) -> Question | None:
     """The same attention with queries ``[B, H, S, D]``, keys and values with the heads that they have."""
     scores, result = one.scores[0], one.results[0]
     (query, key), value = scores.operands, result.operands[1]
-    rule, types = rule_of(scores.node), decision_of(scores.node).operands
-    last = rule_of(result.node)
-    queries, keys = types[scores.left], type_of(key)
-    if rule is None or last is None or not isinstance(queries, Shard) or not isinstance(keys, Shard):
+    rule, keys = scores.rule, type_of(key)
+    queries = decision_of(scores.node).operands[scores.left]
+    if not isinstance(queries, Shard) or not isinstance(keys, Shard):
         return None
     batch = [f for dims in rule.results[0] for f in dims if f not in (scores.row, scores.column)]
     rows, columns = rule.sizes[scores.row], rule.sizes[scores.column]

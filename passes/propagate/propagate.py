@@ -38,18 +38,7 @@ from fxsp.passes.special.losses import Losses
 from fxsp.passes.special.special import Special
 from fxsp.passes.special.sums import Sized, Summands, Sums
 from fxsp.source import place
-from fxsp.types import (
-    Layout,
-    Length,
-    Partial,
-    Replicate,
-    Segment,
-    Sequence,
-    Shard,
-    Type,
-    as_length,
-    same_length,
-)
+from fxsp.types import Length, Partial, Replicate, Segment, Sequence, Shard, Type, as_length, same_length
 
 __all__ = ["SPECIALS", "Propagate", "is_annotate"]
 
@@ -178,5 +167,5 @@ def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
 
 
 def _segment(length: Length, name: str, head_tail: Iterable[Length]) -> Segment:
-    layout: Layout = "head-tail" if any(same_length(length, n) for n in head_tail) else "contiguous"
-    return Segment(length, name=name, layout=layout)
+    dealt = any(same_length(length, n) for n in head_tail)
+    return Segment(length, name=name, layout="head-tail" if dealt else "contiguous")

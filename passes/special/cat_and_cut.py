@@ -24,19 +24,7 @@ from fxsp.passes.graph import Call, Decision, facts, shape_of
 from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import (
-    Layout,
-    Length,
-    Partial,
-    Replicate,
-    Segment,
-    Sequence,
-    Shard,
-    Type,
-    Used,
-    as_length,
-    same_length,
-)
+from fxsp.types import Length, Partial, Replicate, Segment, Sequence, Shard, Type, Used, as_length, same_length
 
 __all__ = ["Cats", "Cuts", "Select", "SliceScatter"]
 
@@ -59,8 +47,8 @@ class Cats(Special):
             return None
         segments: list[Segment] = []
         operands: list[Type] = []
-        layouts = {t.sequence.layout for t in joined}
-        layout: Layout = layouts.pop() if len(layouts) == 1 else "contiguous"
+        layout = joined[0].sequence.layout
+        one = all(t.sequence.layout == layout for t in joined)
         for shape, type_ in zip(shapes, types, strict=True):
             if isinstance(type_, Shard):
                 operands.append(type_)
@@ -69,7 +57,8 @@ class Cats(Special):
                 continue
             else:
                 # A whole operand among sharded ones is split as a segment of its own: free, and evenly spread.
-                operands.append(Shard(dim, Sequence.of(shape[dim], layout=layout), origin="joined to sharded tokens"))
+                own = Sequence.of(shape[dim], layout=layout if one else "contiguous")
+                operands.append(Shard(dim, own, origin="joined to sharded tokens"))
             segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
         result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
         return Decision(tuple(operands), (result,))
