@@ -15,15 +15,13 @@ from fxsp.simulation.reference.lanes import Lanes, fresh
 __all__ = ["all_reduce_extreme", "at_extreme", "at_extreme_backward"]
 
 
-def all_reduce_extreme(x: Lanes, op: str, group: str = "", size: int = 1) -> Lanes:
+def all_reduce_extreme(x: Lanes, op: str, size: int) -> Lanes:
     """The largest, or smallest, of the ranks' elements; the same tensor on all."""
     stacked = torch.stack(list(x))
     return Lanes([stacked.amax(0) if op == "max" else stacked.amin(0)] * size)
 
 
-def at_extreme(
-    x: Lanes, value: Lanes, hit: Lanes, dims: Sequence[int], keepdim: bool, ties: bool, group: str = "", size: int = 1
-) -> Lanes:
+def at_extreme(x: Lanes, value: Lanes, hit: Lanes) -> Lanes:
     """``value``, which is whole on every rank."""
     for lane, where in zip(x, hit, strict=True):
         if lane.shape != where.shape:
@@ -31,9 +29,7 @@ def at_extreme(
     return fresh(value)
 
 
-def at_extreme_backward(
-    grad: Lanes, hit: Lanes, dims: Sequence[int], keepdim: bool, ties: bool, group: str = "", size: int = 1
-) -> Lanes:
+def at_extreme_backward(grad: Lanes, hit: Lanes, dims: Sequence[int], ties: bool) -> Lanes:
     """What each element that is the extreme gets of the gradient: equal parts, of all ranks' together."""
     shape = [1 if d in dims else n for d, n in enumerate(hit[0].shape)]
     counts = [where.double().sum(list(dims), keepdim=True) for where in hit]
