@@ -8,6 +8,7 @@ the backward pass: an upper bound, since what autograd saves, and what a compile
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from fxsp.torch_internals import storage_key
 
-__all__ = ["peak_bytes"]
+__all__ = ["bytes_of", "peak_bytes"]
+
+
+def bytes_of(value: torch.Tensor, number: Callable[[Any], int]) -> int:
+    """The bytes of a tensor; ``number`` reads a size."""
+    return prod(map(number, value.shape)) * value.element_size()
 
 
 def peak_bytes(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int], *, training: bool) -> int:
@@ -35,10 +41,7 @@ def peak_bytes(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[
                 own.append(storage)
                 if node.op in ("placeholder", "get_attr"):
                     inputs.add(storage)
-                elements = 1
-                for n in value.shape:
-                    elements *= number(n)
-                size_of[storage] = max(size_of.get(storage, 0), elements * value.element_size())
+                size_of[storage] = max(size_of.get(storage, 0), bytes_of(value, number))
                 last[storage] = i
         keys.append(own)
         for used in node.all_input_nodes:

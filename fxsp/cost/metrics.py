@@ -6,17 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from fxsp.cost.flops import Shape, node_flops
-from fxsp.cost.formula import Formula, Names, Sent, formula_of, memory_formulas
+from fxsp.cost.flops import node_flops, shapes
+from fxsp.cost.formula import Formula, Names, Sent, formula_of, memory_formulas, rows_of
 from fxsp.cost.memory import peak_bytes
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value, local_value
 from fxsp.passes.verify import infer_local
-from fxsp.report import CollectiveRecord
 from fxsp.types import Shard
 
 __all__ = ["Measures", "measure"]
@@ -58,37 +56,26 @@ def measure(program: Program) -> Measures:
     for records, sent in ((program.report.collectives, found.forward), (program.report.backward, found.backward)):
         for record in records:
             size = number(record.bytes)
-            formula = _formula(record, size, program.ranks.size, number)
+            formula = formula_of(record, size, program.ranks.size, number)
             sent.append(Sent(record, size, formula))
-            for key, _ in getattr(formula, "tokens", ()):
-                found.names.add(*key)
+            found.names.add(formula)
     for attention in program.report.attentions:
         known = attention.memory
         found.memory.append(None if known is None else memory_formulas(known, number, program.ranks.size))
-        for formula in found.memory[-1][0] if found.memory[-1] is not None else ():
-            for key, _ in formula.tokens:
-                found.names.add(*key)
+        found.names.add(*(found.memory[-1] or ([], 0))[0])
     return found
 
 
 def _flops_of_ranks(program: Program, number: Callable[[Any], int]) -> list[int]:
     """All ranks do the same but for rings, in which each place meets other blocks."""
-    shape_of, size = _shapes(local_value, number), program.ranks.size
+    shape_of, size = shapes(local_value, number), program.ranks.size
     ours = [node for node in program.graph.nodes if op_of(node) is not None]
     alike = _flops(program.graph, local_value, number) - sum(node_flops(node, shape_of) for node in ours)
     return [alike + sum(node_flops(node, shape_of, rank) for node in ours) for rank in range(size)]
 
 
-def _shapes(value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:
-    def shape_of(node: Any) -> Shape | None:
-        value = value_of(node) if isinstance(node, Node) else None
-        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
-
-    return shape_of
-
-
 def _flops(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> int:
-    shape_of = _shapes(value_of, number)
+    shape_of = shapes(value_of, number)
     return sum(node_flops(node, shape_of) for node in graph.nodes)
 
 
@@ -100,11 +87,6 @@ def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[
         for segment in type_.sequence.segments if isinstance(type_, Shard) else ():
             if segment.sharded and segment.name:
                 tokens = number(segment.length)
-                rows = segment.parts * -(-tokens // (segment.parts * size))
+                rows = rows_of(tokens, segment.parts, size)
                 found[segment.name] = (tokens, rows, rows * size - tokens)
     return found
-
-
-def _formula(record: CollectiveRecord, sent: int, size: int, number: Callable[[Any], int]) -> Formula | None:
-    lengths = () if record.tokens is None else tuple(number(n) for n in record.tokens.lengths)
-    return formula_of(record.kind, sent, record.tokens, lengths, size, record.members)

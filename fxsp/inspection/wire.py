@@ -11,13 +11,7 @@ from fxsp.kernels.ops import op_of
 from fxsp.passes.graph import facts, value_of
 from fxsp.types import Length, Ranks, Shard, as_length
 
-__all__ = [
-    "bytes_sent",
-    "format_bytes",
-    "length_of",
-    "local_shape",
-    "shape_on_rank",
-]
+__all__ = ["bytes_sent", "format_bytes", "length_of", "local_shape", "shape_on_rank"]
 
 
 def local_shape(node: torch.fx.Node, ranks: Ranks) -> tuple[Length, ...] | None:

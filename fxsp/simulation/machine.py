@@ -28,15 +28,7 @@ from fxsp.simulation.joint import joint_graph
 from fxsp.simulation.placement import assemble, check_replicated
 from fxsp.simulation.reference import table as oracle
 
-__all__ = [
-    "Simulation",
-    "assemble",
-    "check_replicated",
-    "joint_graph",
-    "run",
-    "simulate",
-    "simulate_with_grads",
-]
+__all__ = ["Simulation", "assemble", "check_replicated", "joint_graph", "run", "simulate"]
 
 #: One value on all ranks.
 Lanes = list[Any]
@@ -279,25 +271,3 @@ def _is_random(function: Any) -> bool:
     if torch_internals.is_higher_order(function):
         return True
     return torch_internals.is_operator(function) and torch.Tag.nondeterministic_seeded in function.tags
-
-
-def simulate_with_grads(
-    gm: torch.fx.GraphModule,
-    size: int,
-    inputs: Sequence[Any],
-    grad_outputs: Sequence[torch.Tensor | None] | None = None,
-) -> tuple[list[list[Any]], list[list[torch.Tensor]]]:
-    """Forward and backward of every rank: ``(outputs[rank], input_grads[rank])``.
-
-    ``grad_outputs`` are the global gradients of the flattened outputs (ones if None; None for one that has no
-    gradient), the same on every rank, as the gradient of a whole value is.  ``input_grads`` has one tensor for each
-    input that requires grad, in order.  To call it repeatedly for one graph, keep :func:`joint_graph` and
-    :func:`simulate` that.
-    """
-    outputs = simulate(gm, size, inputs)
-    if grad_outputs is None:
-        grad_outputs = [torch.ones_like(x) if isinstance(x, torch.Tensor) else None for x in outputs[0]]
-    joint = joint_graph(gm, inputs, grad_outputs)
-    results = simulate(joint, size, [*inputs, *grad_outputs])
-    count = len(outputs[0])
-    return [r[:count] for r in results], [r[count:] for r in results]

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fxsp.errors import VerificationError
-from fxsp.simulation.reference.lanes import Lanes, total
-from fxsp.simulation.reference.ops import gather, undeal
+from fxsp.simulation.reference.lanes import pieces, total
 from fxsp.types import Partial, Shard, Type
 
 __all__ = ["assemble", "check_replicated"]
@@ -51,28 +50,27 @@ def _difference(a: Any, b: Any, rtol: float, atol: float) -> str:
     return "" if error <= atol + tolerance * scale else f"largest difference {error:.3g}, largest element {scale:.3g}"
 
 
-def assemble(type_: Type, lanes: Sequence[torch.Tensor]) -> torch.Tensor:
+def assemble(type_: Type, lanes: Sequence[torch.Tensor], whole: torch.Tensor | None = None) -> torch.Tensor:
     """The global value of which ``lanes`` (one tensor per rank) are the local ones, by its sharding type.
 
     ``R`` and ``U``: rank 0's (see :func:`check_replicated` for a check); ``P``: the sum; ``S``: the shards without
-    their pads, a whole segment from rank 0.
+    their pads, a whole segment from the local value ``whole``, else from rank 0.
     """
     if isinstance(type_, Partial):
         return total(lanes)
     if not isinstance(type_, Shard):
         return lanes[0]
-    # [outer * sequence] as two dimensions.
-    dim, size = type_.dim, len(lanes)
-    shape = lanes[0].shape
-    split = (*shape[:dim], int(type_.outer), -1, *shape[dim + 1 :])
-    local = int(type_.sequence.local_length(size))
-    split = (*split[: dim + 1], local, *split[dim + 2 :])
-    rows = Lanes([lane.reshape(split) for lane in lanes])
-    lengths = [int(n) for n in type_.sequence.lengths]
-    dealt = type_.sequence.dealt(size)
-    padded = [int(n) for n in dealt.lengths]
-    whole: torch.Tensor = gather(rows, dim + 1, padded, list(dealt.whole), size=size)[0]
-    if type_.sequence.dealt_segments:
-        units = [int(n) for n in type_.sequence.units]
-        whole = undeal(Lanes([whole]), dim + 1, lengths, type_.sequence.head_tail, size, units)[0]
-    return whole.reshape(*shape[:dim], int(type_.global_size()), *shape[dim + 1 :])
+    tokens, dim, size = type_.sequence, type_.dim, len(lanes)
+    apart = int(type_.outer), int(tokens.local_length(size))  # [outer * sequence] as two dimensions
+    rows = [lane.unflatten(dim, apart) for lane in lanes]
+    everywhere = rows[0] if whole is None else whole.unflatten(dim, apart)
+    lengths, units = (list(map(int, n)) for n in (tokens.lengths, tokens.units))
+    parts = []
+    for piece in pieces(lengths, tokens.whole, size, tokens.head_tail, units):
+        if piece.whole:
+            parts.append(everywhere.narrow(dim + 1, piece.local_start, piece.length))
+            continue
+        found = torch.cat([lane.narrow(dim + 1, piece.local_start, piece.local_length) for lane in rows], dim + 1)
+        order = torch.cat([piece.rows(rank) for rank in range(size)]).argsort()[: piece.length]
+        parts.append(found.index_select(dim + 1, order.to(found.device)))
+    return torch.cat(parts, dim + 1).flatten(dim, dim + 1)
