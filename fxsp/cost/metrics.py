@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import node_flops, shapes
 from fxsp.cost.formula import Formula, Names, Sent, formula_of, memory_formulas, rows_of
-from fxsp.cost.memory import peak_bytes
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value, local_value
 from fxsp.passes.verify import infer_local
+from fxsp.torch_internals import storage_key
 from fxsp.types import Shard
 
-__all__ = ["Measures", "measure"]
+__all__ = ["Measures", "bytes_of", "measure"]
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Measures:
     #: Of the unsplit graph, and of each rank.
     flops_total: int = 0
     flops_per_rank: list[int] = field(default_factory=list)
-    #: Peak of the activations, of the unsplit graph and of a rank; see :mod:`fxsp.cost.memory`.
+    #: Peak of the activations, of the unsplit graph and of a rank; see :func:`peak_bytes`.
     memory_one: int = 0
     memory_rank: int = 0
     #: What is split -> its tokens, those of each rank, and the pads of all ranks together.
@@ -90,3 +93,52 @@ def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[
                 rows = rows_of(tokens, segment.parts, size)
                 found[segment.name] = (tokens, rows, rows * size - tokens)
     return found
+
+
+def bytes_of(value: torch.Tensor, number: Callable[[Any], int]) -> int:
+    """The bytes of a tensor; ``number`` reads a size."""
+    return prod(map(number, value.shape)) * value.element_size()
+
+
+def peak_bytes(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int], *, training: bool) -> int:
+    """The largest sum of bytes that live at once; ``value_of`` has a node's fake value, ``number`` reads a size.
+
+    An estimate, the same way for one device and a rank.  Counted are the values that the graph computes (inputs and
+    parameters are not), in the order of the graph; a view shares the memory of what it looks at, and a value dies with
+    its last use.  In training every value that is no view is kept for the backward pass: an upper bound, since what
+    autograd saves, and what a compiler computes again, is decided later.
+    """
+    nodes: list[Node] = list(graph.nodes)
+    index = {node: i for i, node in enumerate(nodes)}
+    inputs: set[int] = set()
+    size_of: dict[int, int] = {}
+    last: dict[int, int] = {}
+    keys: list[list[int]] = []
+    for i, node in enumerate(nodes):
+        own = []
+        for value in tree_leaves(value_of(node)) if node.op != "output" else ():
+            if isinstance(value, torch.Tensor):
+                storage = storage_key(value)
+                own.append(storage)
+                if node.op in ("placeholder", "get_attr"):
+                    inputs.add(storage)
+                size_of[storage] = max(size_of.get(storage, 0), bytes_of(value, number))
+                last[storage] = i
+        keys.append(own)
+        for used in node.all_input_nodes:
+            for storage in keys[index[used]]:
+                last[storage] = i
+    alive = peak = 0
+    born: set[int] = set()
+    dying: dict[int, list[int]] = {}
+    for storage, i in last.items():
+        dying.setdefault(i, []).append(storage)
+    for i, own in enumerate(keys):
+        for storage in own:
+            if storage not in born and storage not in inputs:
+                born.add(storage)
+                alive += size_of[storage]
+        peak = max(peak, alive)
+        if not training:
+            alive -= sum(size_of[storage] for storage in dying.get(i, ()) if storage in born)
+    return peak

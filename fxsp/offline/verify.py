@@ -20,7 +20,8 @@ from fxsp.passes.base import Program
 from fxsp.report import Report
 from fxsp.simulation.compare import Ran, accepted, differences, run_once, same_random_numbers
 from fxsp.simulation.divergence import first_difference
-from fxsp.simulation.machine import joint_graph, run, simulate
+from fxsp.simulation.joint import joint_graph
+from fxsp.simulation.machine import run, simulate
 
 __all__ = ["Evidence", "GraphEvidence", "verify"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fxsp.simulation.machine import joint_graph, simulate
+from fxsp.simulation.joint import joint_graph
+from fxsp.simulation.machine import simulate
 
 __all__ = ["simulate_with_grads"]
 

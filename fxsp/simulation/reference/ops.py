@@ -236,8 +236,37 @@ def all_to_all_within(x: Lanes, size: int = 1) -> Lanes:
     return Lanes([torch.stack([sender[r % u] for sender in x[r - r % u : r - r % u + u]]) for r in range(size)])
 
 
+def all_reduce_extreme(x: Lanes, op: str, size: int) -> Lanes:
+    """The largest, or smallest, of the ranks' elements, as torch itself compares: what is not a number stays so."""
+    stacked = torch.stack(list(x))
+    return Lanes([stacked.amax(0) if op == "max" else stacked.amin(0)] * size)
+
+
+def at_extreme(x: Lanes, value: Lanes, hit: Lanes) -> Lanes:
+    """``value``, which is whole on every rank."""
+    for lane, where in zip(x, hit, strict=True):
+        if lane.shape != where.shape:
+            raise VerificationError(f"fxsp::at_extreme of {list(lane.shape)} with hits of {list(where.shape)}")
+    return fresh(value)
+
+
+def at_extreme_backward(grad: Lanes, hit: Lanes, dims: Sequence[int], ties: bool) -> Lanes:
+    """What each element that is the extreme gets of the gradient: equal parts, of all ranks' together."""
+    shape = [1 if d in dims else n for d, n in enumerate(hit[0].shape)]
+    counts = [where.double().sum(list(dims), keepdim=True) for where in hit]
+    everyone = torch.stack(counts).sum(0) if ties else torch.ones(shape, dtype=torch.float64)
+    result = Lanes()
+    for g, where in zip(grad, hit, strict=True):
+        part = g.reshape(shape).double() / everyone.to(g.device)
+        # No element at all is the extreme where that is not a number: then no gradient is a number.
+        part = torch.where(everyone.to(g.device) == 0, torch.nan, part)
+        own = torch.where(where | part.isnan(), part, 0.0)
+        result.append(own.to(g.dtype))
+    return result
+
+
 OPERATORS = (
     annotate, shard, gather, reduce_scatter, all_reduce, use, all_to_all, mask_pads, positions,
     deal, undeal, take, gather_sum, scale_whole, put, pack, unpack, pack_heads,
-    unpack_heads, all_to_all_within,
+    unpack_heads, all_to_all_within, all_reduce_extreme, at_extreme, at_extreme_backward,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fxsp.errors import UnsupportedError, VerificationError
-from fxsp.simulation.reference import extremes, ops, ring, split_kv
+from fxsp.simulation.reference import ops, ring, split_kv
 from fxsp.simulation.reference.lanes import Lanes, pieces, poisoned
 from fxsp.torch_internals import parameters
 
@@ -91,8 +91,6 @@ def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:
 _LOCAL = frozenset({"deal", "pack", "pack_heads", "put", "take", "undeal", "unpack"})
 
 #: What each file defines, by the name of the function.
-_OPERATORS = {
-    function.__name__: _lanes(function) for module in (ops, ring, split_kv, extremes) for function in module.OPERATORS
-}
+_OPERATORS = {function.__name__: _lanes(function) for module in (ops, ring, split_kv) for function in module.OPERATORS}
 # Forward they mean what others do.
 _OPERATORS.update(gather_used=_OPERATORS["gather"], reduce_grad=_OPERATORS["all_reduce"])
