@@ -150,6 +150,11 @@ class Report:
     #: The share of the graph's work that runs on shards, of 1; None: it was not partitioned.
     share: float | None = None
 
+    def note(self, sentence: str) -> None:
+        """Say it, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def runs_whole(self, why: str) -> None:
         """The graph stays as it was: what was planned to be sent is not."""
         self.unsharded = why
