@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from torch.fx import Node
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.accounting.memory_traffic import attended, attention_output, costs, is_attention
 from fxsp.passes.accounting.prologue import producers_of
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import facts, global_value
 from fxsp.report import AttentionRecord, Memory, Move
 from fxsp.torch_internals import is_operator, schema
-from fxsp.types import Sequence, Shard, as_length
+from fxsp.types import Sequence, Shard, shape_on_rank
 
 __all__ = ["DeviceMemory"]
 
@@ -35,11 +35,8 @@ aten = torch.ops.aten
 _PACK = fxsp_ops.pack_heads.default
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
+class DeviceMemory(Pass):
     """After this pass the report says what each attention moves, and packs are spelled for who will write them."""
-
-    name: str = "device_memory"
 
     def apply(self, program: Program) -> Program:
         groups: dict[AttentionRecord, list[Node]] = {}
@@ -184,7 +181,5 @@ class _Attention:
         value, type_ = global_value(node), facts(node).type
         if not isinstance(value, Tensor):
             return self.number(value)
-        shape = [as_length(n) for n in value.shape]
-        if isinstance(type_, Shard):
-            shape[type_.dim] = type_.local_size(self.size)
-        return torch.empty([self.number(n) for n in shape], dtype=value.dtype, device="meta")
+        shape = [self.number(n) for n in shape_on_rank(value.shape, type_, self.size)]
+        return torch.empty(shape, dtype=value.dtype, device="meta")

@@ -15,10 +15,10 @@ from fxsp.passes.attention.operators import BANDED, SDPA
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.attention.repeat_kv import repeat_heads, repeated_heads
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import facts, mark, type_of
-from fxsp.types import Length, Sequence, Shard, as_length
+from fxsp.passes.graph import facts, mark, shape_of, type_of
+from fxsp.types import Length, Sequence, Shard
 
-__all__ = ["Attend", "global_shape"]
+__all__ = ["Attend"]
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ class Attend:
         self.window = self.args.get("window") if self.op.op is BANDED else None
         value = facts(node).whole
         #: Of the output, global and heads first.
-        self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
+        self.shape = list(self.op.laid(shape_of(node)))
         self.device, self.itemsize = value.device, value.element_size()
         #: How often the kernel reads each key and value.
         self.repeat = 1
@@ -50,6 +50,18 @@ class Attend:
             spread = self.choice.way.spread
             self.k, self.v = (self._spread(x, spread) for x in (k, v))
             self.repeat = max(1, times // spread)
+
+    @property
+    def queries(self) -> Sequence:
+        """The tokens of the queries, where these are split."""
+        assert self.choice.queries is not None
+        return self.choice.queries
+
+    @property
+    def keys(self) -> Sequence:
+        """The tokens of the keys and values, where these are split."""
+        assert self.choice.keys is not None
+        return self.choice.keys
 
     @property
     def exact(self) -> dict[str, bool]:
@@ -120,12 +132,11 @@ class Attend:
 
     def _dropped(self, q: Node, k: Node, v: Node, mask: Any, causal: Any, own_heads_of: Length | None) -> Node:
         """With active dropout: each element's draw depends on its place in the whole attention."""
-        call, queries = self.build.call, self.choice.queries
-        assert queries is not None
+        call = self.build.call
         heads = self.shape[-3] if len(self.shape) > 2 else 1
         every = call(aten.arange.default, self.build.size(heads), device=self.device)
         if own_heads_of is None:
-            rows = self.build.positions(queries, self.device)
+            rows = self.build.positions(self.queries, self.device)
         else:
             # Queries may have come in another order; then this is another draw, and no worse.
             every = self.build.take(every, 0)
@@ -140,7 +151,7 @@ class Attend:
         """What this rank's rows may look at, ``[Lq, S]``, or with a mask of keys ``[B, 1, Lq, S]``: keys at or before a
         query's position (the flag means the upper left), not before its window.
         """
-        length = global_shape(k)[-2]
+        length = shape_of(k)[-2]
         key = ("causal", str(queries), str(length), self.device, self.window, self.mask)
         if key not in self.cache:
             call = self.build.call
@@ -159,8 +170,3 @@ class Attend:
 def _node(argument: Any) -> Node:
     assert isinstance(argument, Node)
     return argument
-
-
-def global_shape(x: Node) -> tuple[Length, ...]:
-    """The global shape of what a local node stands for."""
-    return tuple(as_length(n) for n in facts(x).whole.shape)

@@ -28,9 +28,10 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, reachable, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules.decide import Decision, decide, locate, weights
 from fxsp.passes.rules.families import family, names_of
-from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.special import Special
+from fxsp.report import AttentionRecord
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length
 
@@ -72,22 +73,25 @@ class Product:
         return given[self.left], given[self.right]
 
 
-@dataclass
+@dataclass(eq=False)
 class Written:
     """One attention that is written out, on the global graph."""
 
-    #: The products that make scores, first that of queries and keys; those with values.
+    #: Its first product, and everything from there to the products with values.
+    first: Node
+    nodes: frozenset[Node]
+    #: The products that make scores, first that of queries and keys; those with values.  A linear attention has none.
     scores: list[Product] = field(default_factory=list)
     results: list[Product] = field(default_factory=list)
-    #: Everything from the products that make scores to those with values.
-    nodes: frozenset[Node] = frozenset()
     #: Operators among them that ``scaled_dot_product_attention`` has no argument for.
     strange: tuple[str, ...] = ()
+    #: In the report, where anything of it is split.
+    record: AttentionRecord | None = None
 
     @property
     def place(self) -> str:
         """Where it is in the source, for sentences: ``" at model.py:7"``."""
-        source = node_source(self.scores[0].node)
+        source = node_source(self.first)
         return f" at {source}" if source else ""
 
 
@@ -100,7 +104,7 @@ class Unfused:
         products = ((one, p) for one in reversed(self.attentions) for p in reversed((*one.scores, *one.results)))
         self.products = {p.node: (one, p) for one, p in products}
         #: Those that have something split, and linear ones, for the report (*unfused_report* finds them).
-        self.reported: list[Any] = []
+        self.reported: list[Written] = []
 
 
 def unfused_of(program: Program) -> Unfused:
@@ -133,8 +137,8 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
     if not scores:
         return None
     after = _followed(softmax, dim, _users)
-    products = (_makes_result(user, node, at) for node, at in after.items() for user in node.users)
-    results = {p.node: p for p in products if p is not None}
+    ends = (_makes_result(user, node, at) for node, at in after.items() for user in node.users)
+    results = {p.node: p for p in ends if p is not None}
     if not results:
         return None
     inside = {
@@ -143,10 +147,12 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
     }
     by_place = sorted(inside - set(scores) - {softmax}, key=order.__getitem__)
     names = (Call(node).op._schema.name.partition("::")[2] for node in by_place if node.target not in VIEWS)
+    products = [scores[n] for n in sorted(scores, key=order.__getitem__)]
     return Written(
-        [scores[n] for n in sorted(scores, key=order.__getitem__)],
-        list(results.values()),
+        products[0].node,
         frozenset(inside | {softmax, *results}),
+        products,
+        list(results.values()),
         tuple(dict.fromkeys(name for name in names if name not in names_of("in_sdpa"))),
     )
 
@@ -163,33 +169,29 @@ def _followed(start: Node, dim: int, near: Callable[[Node, int], Iterable[tuple[
     return {node: at[node] for node in reachable([start], step)}
 
 
+def _kept(node: Node, i: int) -> dict[int, int]:
+    """Dimensions of an operand that are dimensions of the result, and nothing else: which."""
+    if node.target in family("cat", "slice", "split"):
+        return {d: d for d in range(len(shape_of(Call(node).operands[i])))}
+    rule = rule_of(node)
+    dims = (rule.operands[i] if rule is not None else None) or ()
+    out = rule.results[0] if rule is not None else ()
+    return {d: out.index(factors) for d, factors in enumerate(dims) if len(factors) == 1 and factors in out}
+
+
 def _operands(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     """The operands that have the dimension ``dim`` of a result, and where."""
-    rule = rule_of(node)
     for i, operand in enumerate(Call(node).operands):
-        if node.target in family("cat", "slice", "split"):
-            yield operand, dim
-        elif rule is not None and (at := _where(rule.operands[i], rule.results[0][dim])) is not None:
-            yield operand, at
+        yield from ((operand, at) for at, result in _kept(node, i).items() if result == dim)
 
 
 def _users(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     """The results that have the dimension ``dim`` of their operand ``node``, and where."""
     for user in node.users:
-        if user.target not in PASSED or tensor_value(user) is None:
-            continue
-        if user.target in family("cat", "slice", "split"):
-            yield user, dim
-            continue
-        rule = rule_of(user)
-        dims = rule.operands[Call(user).operands.index(node)] if rule is not None else None
-        if rule is not None and dims is not None and (at := _where(rule.results[0], dims[dim])) is not None:
-            yield user, at
-
-
-def _where(dims: Dims | None, factors: tuple[str, ...]) -> int | None:
-    """The dimension that is this one factor, and nothing else."""
-    return dims.index(factors) if dims is not None and len(factors) == 1 and factors in dims else None
+        if user.target in PASSED and tensor_value(user) is not None:
+            at = _kept(user, Call(user).operands.index(node)).get(dim)
+            if at is not None:
+                yield user, at
 
 
 def _factors(node: Node) -> tuple[OpRule, int, list[set[str]]] | None:

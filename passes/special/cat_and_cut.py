@@ -29,7 +29,30 @@ class Cats(Special):
     ops = family("cat")
 
     def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
-        return _cat(call, types)
+        shapes = call.operand_shapes()
+        rank = len(shapes[0])
+        if any(len(s) != rank for s in shapes):
+            return None
+        dim = call.dim("dim", rank)
+        joined = [t for t in types if isinstance(t, Shard) and t.dim == dim]
+        if not joined or any(isinstance(t, Shard) and (t.dim != dim or not t.plain) for t in types):
+            return None
+        segments: list[Segment] = []
+        operands: list[Type] = []
+        layouts = {t.sequence.layout for t in joined}
+        layout: Layout = layouts.pop() if len(layouts) == 1 else "contiguous"
+        for shape, type_ in zip(shapes, types, strict=True):
+            if isinstance(type_, Shard):
+                operands.append(type_)
+            elif same_length(shape[dim], 0):
+                operands.append(Used())
+                continue
+            else:
+                # A whole operand among sharded ones is split as a segment of its own: free, and evenly spread.
+                operands.append(Shard(dim, Sequence.of(shape[dim], layout=layout), origin="joined to sharded tokens"))
+            segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
+        result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
+        return Decision(tuple(operands), (result,))
 
 
 class Cuts(Special):
@@ -61,12 +84,12 @@ class Cuts(Special):
         assert isinstance(source, Shard)
         x, *_ = local.arguments(call, decision).values()
         pieces = []
-        rows = [s.local_length(build.ranks.size) for s in source.sequence.segments]
+        rows = source.sequence.placed(build.ranks.size)
         for (first, last), type_ in zip(decision.detail, decision.results, strict=True):
             piece = x
             if (first, last) != (0, len(rows)):
-                start, count = (as_length(sum(part, start=0)) for part in (rows[:first], rows[first:last]))
-                piece = build.narrow(x, source.dim, start, count)
+                count = as_length(sum(n for _, n, _ in rows[first:last]))
+                piece = build.narrow(x, source.dim, rows[first][0], count)
             if isinstance(type_, Replicate) and build.training:
                 length = as_length(sum(source.sequence.lengths[first:last], start=0))
                 moved = build.call(aten.movedim.int, piece, source.dim, 0)
@@ -75,42 +98,10 @@ class Cuts(Special):
         return pieces if isinstance(call.node.meta["val"], (tuple, list)) else pieces[0]
 
 
-def _cat(call: Call, types: list[Type]) -> Decision | None:
-    shapes = call.operand_shapes()
-    rank = len(shapes[0])
-    if any(len(s) != rank for s in shapes):
-        return None
-    dim = call.dim("dim", rank)
-    joined = [t for t in types if isinstance(t, Shard) and t.dim == dim]
-    if not joined or any(isinstance(t, Shard) and (t.dim != dim or not t.plain) for t in types):
-        return None
-    segments: list[Segment] = []
-    operands: list[Type] = []
-    layouts = {t.sequence.layout for t in joined}
-    layout: Layout = layouts.pop() if len(layouts) == 1 else "contiguous"
-    for shape, type_ in zip(shapes, types, strict=True):
-        if isinstance(type_, Shard):
-            operands.append(type_)
-        elif same_length(shape[dim], 0):
-            operands.append(Used())
-            continue
-        else:
-            # A whole operand among sharded ones is split as a segment of its own: free, and evenly spread.
-            operands.append(Shard(dim, Sequence.of(shape[dim], layout=layout), origin="joined to sharded tokens"))
-        segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
-    result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
-    return Decision(tuple(operands), (result,))
-
-
 def segments_between(sequence: Sequence, start: Length, end: Length) -> tuple[int, int] | None:
     """Segments ``[i, j)`` that cover exactly the global positions ``[start, end)``."""
-    position: Length = 0
-    edges: list[Length] = [0]
-    for segment in sequence.segments:
-        position = as_length(position + segment.length)
-        edges.append(position)
-    first = next((i for i, e in enumerate(edges) if same_length(e, start)), None)
-    last = next((i for i, e in reversed(list(enumerate(edges))) if same_length(e, end)), None)
-    if first is None or last is None or first >= last:
-        return None
-    return first, last
+    parts = sequence.placed()
+    first = next((i for i, (row, _, _) in enumerate(parts) if same_length(row, start)), None)
+    ends = (as_length(row + rows) for row, rows, _ in reversed(parts))
+    last = next((len(parts) - i for i, row in enumerate(ends) if same_length(row, end)), None)
+    return None if first is None or last is None or first >= last else (first, last)

@@ -15,13 +15,13 @@ from typing import Any
 from torch.fx import Node
 
 from fxsp.config import Degrees
-from fxsp.passes.attention.attend import Attend, global_shape
+from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
 from fxsp.passes.attention.method import Method, own_heads
 from fxsp.passes.attention.operators import SDPA
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import Call
+from fxsp.passes.graph import Call, shape_of
 from fxsp.types import Type, Used, as_length, same_length
 
 __all__ = ["Ulysses"]
@@ -56,8 +56,7 @@ class Ulysses(Method):
         return own_heads(call, name, len(shape) - 3) if _per_head(shape) else Used()
 
     def lower(self, x: Attend) -> Node:
-        queries = x.choice.queries
-        assert queries is not None
+        queries = x.queries
         queries_come, keys_come = _as_they_come(x)
         # Dropout tells batch entries apart.
         alike = _is_for_all_heads(x.mask) and not x.args.get("dropout_p")
@@ -75,9 +74,7 @@ def _as_they_come(x: Attend) -> tuple[bool, bool]:
     another.  Keys and values may, if there is no mask at all, and no pads.  Of one contiguous segment pads stand
     at the end: there the causal flag itself hides them from all tokens, and queries and keys keep them alike.
     """
-    mask, queries, keys = x.mask, x.choice.queries, x.choice.keys
-    assert queries is not None
-    assert keys is not None
+    mask, queries, keys = x.mask, x.queries, x.keys
     if any(queries.whole) or x.op.positional or x.op.per_head or x.window is not None:
         return False, False
     if x.causal:
@@ -92,7 +89,7 @@ def _has_rows(mask: Any) -> bool:
     """Whether a mask may tell one query from another."""
     if not isinstance(mask, Node):
         return mask is not None
-    shape = global_shape(mask)
+    shape = shape_of(mask)
     return len(shape) >= 2 and not same_length(shape[-2], 1)
 
 
@@ -105,4 +102,4 @@ def _is_for_all_heads(mask: Any) -> bool:
     """Whether a mask, if there is one, is the same for all heads of all batch entries."""
     if not isinstance(mask, Node):
         return mask is None
-    return all(same_length(n, 1) for n in global_shape(mask)[:-2])
+    return all(same_length(n, 1) for n in shape_of(mask)[:-2])
