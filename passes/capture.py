@@ -24,7 +24,14 @@ class Capture:
 
     def apply(self, program: Program) -> Program:
         report, translation = program.report, Translation.current()
-        program.captured = captured = capture(program.gm, program.options.plan, program.root)
+        try:
+            captured = capture(program.gm, program.options.plan, program.root)
+        except PlanError as error:
+            if program.options.plan is not None or program.root is not None:
+                raise
+            say_own_plan(report, error)
+            captured = capture(program.gm, "infer")
+        program.captured = captured
         report.notes.extend(captured.notes)
         if captured.root is not None:
             report.root = type(captured.root).__name__

@@ -78,6 +78,8 @@ class Facts:
     no_grad: bool = False
     #: Whether an input is a parameter.
     is_parameter: bool = False
+    #: The nodes of Dynamo's graph whose value it is, while a plan is looked for.
+    spelled: tuple[Node, ...] = ()
 
     # Of the global program, from *propagate* on; a node of the local program has the type of its value, too.
 

@@ -20,6 +20,7 @@ did before.  An argument is replaced within the calls of its module only, an out
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from fxsp import torch_internals
 from fxsp.capture.module_calls import Captured, ModuleCall
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
-from fxsp.errors import RunsWhole
+from fxsp.errors import OwnPlanWarning, PlanError, RunsWhole
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.annotate.dynamo_graph import (
     all_described,
@@ -45,11 +46,11 @@ from fxsp.passes.annotate.dynamo_graph import (
 from fxsp.passes.base import Program
 from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
-from fxsp.report import PlanRecord
+from fxsp.report import PlanRecord, Report
 from fxsp.torch_internals import Opaque
 from fxsp.types import Ranks
 
-__all__ = ["Annotate", "annotate"]
+__all__ = ["Annotate", "annotate", "remove_annotations", "say_own_plan"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,38 @@ class Annotate:
     def apply(self, program: Program) -> Program:
         captured = program.captured
         assert captured is not None
+        if program.options.plan == "none":
+            raise RunsWhole("the plan is 'none'", remedy=None)
         if captured.entries is None:
-            # The reason is its own remedy; of one rank nothing has to be split.
-            reason = "no plan: give options={'plan': ...}, or the model a _sp_plan or _cp_plan"
-            raise RunsWhole(reason, "" if program.ranks.size > 1 else None)
-        program.report.plan.extend(annotate(program.gm, captured, captured.entries, program.ranks))
+            return program  # *infer* finds one
+        try:
+            program.report.plan.extend(annotate(program.gm, captured, captured.entries, program.ranks))
+        except PlanError as error:
+            if program.options.plan is not None:
+                raise
+            say_own_plan(program.report, error)
+            remove_annotations(program.gm)
+            captured.entries = None
         return program
+
+
+def remove_annotations(gm: fx.GraphModule) -> None:
+    """Take all annotations out of Dynamo's graph and the bodies in it."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            found = module.graph.find_nodes(op="call_function", target=fxsp_ops.annotate.default)
+            for node in found:
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+            if found:
+                module.recompile()
+
+
+def say_own_plan(report: Report, error: PlanError) -> None:
+    """Warn that the plan that the model's class carries does not fit this one: another is looked for."""
+    text = f"the plan of {report.root} does not fit, and another is inferred: {error}"
+    report.notes.append(f"the plan that the class carries does not fit: {str(error).splitlines()[0]}")
+    warnings.warn(OwnPlanWarning(text), stacklevel=3)
 
 
 def annotate(gm: fx.GraphModule, capture: Captured, entries: Sequence[PlanEntry], ranks: Ranks) -> list[PlanRecord]:

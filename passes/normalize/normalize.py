@@ -58,7 +58,7 @@ class Normalize:
     def apply(self, program: Program) -> Program:
         inputs, program.inputs = program.inputs, ()
         try:
-            program.gm = normalize(program.gm, inputs)
+            program.gm = normalize(program.gm, inputs, spelled=program.inferring)
         except UnsupportedError as error:
             raise RunsWhole(str(error)) from error
         for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
@@ -66,8 +66,12 @@ class Normalize:
         return program
 
 
-def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def normalize(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, spelled: bool = False
+) -> torch.fx.GraphModule:
     """``gm`` re-traced to ATen; same inputs, same outputs, in the same order.
+
+    ``spelled``: nodes are marked with the nodes of ``gm`` whose value they are.
 
     ``example_inputs`` are what Dynamo gives a backend (real tensors and symbolic ints), or fakes.  Grad mode and
     autocast have to be as they will be when the graph runs; the result must be compiled and run with autocast off.
@@ -81,7 +85,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
     outputs: list[Any] = []
 
     with AutocastState() as autocast:
-        tracer = Retracer(enclose_functorch(gm), mode, autocast)
+        tracer = Retracer(enclose_functorch(gm), mode, autocast, spelled=spelled)
         seen_through = torch_internals.operators_first(see_through) if holds_subclass(values) else nullcontext()
 
         def run(*inputs: Any) -> Any:
