@@ -142,7 +142,9 @@ def _checked(name: str, value: Any) -> Any:
             raise _bad(name, value, f"a number of {_COSTS[name]}, or None for the default of the device")
     elif name == "plan":
         if isinstance(value, str) and value not in _PLANS:
-            raise _bad(name, value, f"a dictionary, or one of {listing(map(repr, _PLANS))}", did_you_mean(value, _PLANS))
+            raise _bad(
+                name, value, f"a dictionary, or one of {listing(map(repr, _PLANS))}", did_you_mean(value, _PLANS)
+            )
         return value if value is None or isinstance(value, str) else parse_plan(value)
     elif name == "config":
         return _checked_config(value)

@@ -82,6 +82,10 @@ class OutputGatherWarning(FxspWarning):
     """Much of what a graph sends is sent only because it returns whole values."""
 
 
+class OwnPlanWarning(FxspWarning):
+    """The plan that a model's class carries does not fit this model; another one is inferred."""
+
+
 class DegreeWarning(FxspWarning):
     """An attention cannot be run by the degrees that were asked for, and runs otherwise."""
 

@@ -7,6 +7,7 @@ A plan is a dictionary in the form that vLLM-Omni (``_sp_plan``) and diffusers (
         "rope": {0: SequenceParallelInput(split_dim=1, split_output=True)},           # output 0 of a module
         "blocks.*": {"rotary_emb": [SequenceParallelInput(1), SequenceParallelInput(1)]},  # a tuple argument
         "proj_out": SequenceParallelOutput(gather_dim=1),                             # the output of a module
+        "": {"cat#0": SequenceParallelInput(1, split_output=True)},                   # the result of its first cat
     }
 
 :func:`parse_plan` flattens it into :class:`PlanEntry` rows; ``fxsp.capture.resolve`` finds the modules and checks
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,10 @@ __all__ = [
     "parse_plan",
     "refuse",
 ]
+
+
+#: ``"cat#1"``: of the functions and methods that the module itself calls in its forward the second ``cat``.
+_RESULT = re.compile(r"^\w+#\d+$")
 
 
 class _Compact:
@@ -123,7 +129,8 @@ Spec = SequenceParallelInput | SequenceParallelPartialInput | SequenceParallelOu
 class PlanEntry:
     """One row of a plan: a value of the modules that ``pattern`` names, and what is wanted of it.
 
-    ``target`` is an argument name, an output index, or None for the only output.  ``part = (i, n)`` means element
+    ``target`` is an argument name, an output index, None for the only output, or ``"cat#1"`` for the result of a
+    function.  ``part = (i, n)`` means element
     ``i`` of an argument that is a tuple of ``n`` values.
     """
 
@@ -144,7 +151,12 @@ class PlanEntry:
 
     @property
     def is_output(self) -> bool:
-        return not isinstance(self.target, str)
+        return not isinstance(self.target, str) or self.is_result
+
+    @property
+    def is_result(self) -> bool:
+        """Whether the target is the result of a function that the module calls: ``"cat#1"``."""
+        return isinstance(self.target, str) and _RESULT.match(self.target) is not None
 
     def text(self, path: str | None = None) -> str:
         """The entry as one line, for the module at ``path`` (default: the pattern)."""

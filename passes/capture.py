@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxsp.capture.capture import capture
+from fxsp.errors import PlanError
+from fxsp.passes.annotate.annotate import say_own_plan
 from fxsp.passes.base import Program
 from fxsp.source import input_name
 from fxsp.torch_internals import Translation

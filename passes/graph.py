@@ -78,6 +78,8 @@ class Facts:
     no_grad: bool = False
     #: Whether an input is a parameter.
     is_parameter: bool = False
+    #: Whether an input is a parameter or buffer of a module.
+    is_state: bool = False
     #: The nodes of Dynamo's graph whose value it is, while a plan is looked for.
     spelled: tuple[Node, ...] = ()
 

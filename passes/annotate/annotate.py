@@ -233,7 +233,8 @@ class _Writer:
         if isinstance(checked, _Outcome):
             return checked
         node, dim, text_len = checked
-        end = self.ends.get(call, call.last)
+        # A result is split where it is made, an output where the call ends.
+        end = node if row.entry.is_result else self.ends.get(call, call.last)
         uses = []
         for version in self._versions(node):
             if version is node or (end is not None and not end < version):
@@ -258,6 +259,8 @@ class _Writer:
 
     def _output_value(self, row: ResolvedEntry, call: ModuleCall) -> Any:
         outputs, target = call.outputs, row.entry.target
+        if row.entry.is_result:
+            return self.capture.result(call, str(target))
         if isinstance(outputs, dict):
             outputs = list(outputs.values())
         if isinstance(outputs, Opaque):
@@ -280,7 +283,7 @@ class _Writer:
 
     def _check(self, row: ResolvedEntry, call: ModuleCall, value: Any) -> _Outcome | tuple[fx.Node, int, Any]:
         """The node, its dimension and the text length (a number, a node, or ``(node, dim)``: a size of it)."""
-        what = "output" if row.entry.is_output else "argument"
+        what = "result" if row.entry.is_result else "output" if row.entry.is_output else "argument"
         if value is None:
             return _Outcome(False, f"the {what} is None")
         if isinstance(value, Opaque):

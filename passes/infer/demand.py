@@ -138,7 +138,9 @@ class Births:
             node = producer
         if node.op != "call_function" or not is_operator(node.target) or facts(node).island:
             return
-        found = [(x, s) for x, s in self._through(node, result, shard) if x in self.varying and tensor_value(x) is not None]
+        found = [
+            (x, s) for x, s in self._through(node, result, shard) if x in self.varying and tensor_value(x) is not None
+        ]
         # A table of positions beside what is computed of tokens can be had whole, and cut for nothing.
         dear = [(x, s) for x, s in found if x not in self.cheap]
         yield from dear or found
@@ -231,7 +233,7 @@ def _pairs(operands: list[Node], rule: OpRule) -> Iterator[tuple[Node, Any]]:
 
 def _is_state(node: Node) -> bool:
     """Whether it is a parameter or buffer of the model."""
-    return facts(node).is_parameter
+    return facts(node).is_state
 
 
 def _written(user: Node) -> list[Node]:

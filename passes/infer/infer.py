@@ -201,7 +201,10 @@ class _Search:
                 continue
             more = [str(_short(b, named)) for b in one.births if b not in best.births]
             less = [str(_short(b, named)) for b in best.births if b not in one.births]
-            texts = [f"with {', '.join(more[:3])} split, too" if more else "", f"without {', '.join(less[:3])}" if less else ""]
+            texts = [
+                f"with {', '.join(more[:3])} split, too" if more else "",
+                f"without {', '.join(less[:3])}" if less else "",
+            ]
             slower = one.price.seconds / best.price.seconds if best.price.seconds else 1.0
             found.append(f"the plan {' and '.join(filter(None, texts))}: {one.price}; {slower:.2f} of the time")
         return found

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from fxsp.capture.module_calls import Captured, ModuleCall
+from fxsp.capture.module_calls import Captured, result_name
 from fxsp.passes.graph import facts
 from fxsp.passes.infer.demand import Birth
-from fxsp.plan import PlanEntry, SequenceParallelInput, result_name
+from fxsp.plan import PlanEntry, SequenceParallelInput
 from fxsp.source import describe
 
 __all__ = ["Named", "Namer"]
@@ -73,17 +73,7 @@ class Namer:
         inner = [call for call in calls if call.contains(spelled[0])]
         if inner:
             call = inner[-1]  # calls are in the order in which they began: the last is the innermost
-            yield call.paths[0], result_name(spelled[0], own_nodes(call, self._calls)), None, True
-
-
-def own_nodes(call: ModuleCall, calls: list[ModuleCall]) -> list[Node]:
-    """The nodes of a call that belong to no call inside it."""
-    region = call.region()
-    inside = set()
-    for other in calls:
-        if other is not call and other.last is not None and call.contains(other.last) and other.module is not call.module:
-            inside.update(other.region())
-    return [node for node in region if node not in inside]
+            yield call.paths[0], result_name(spelled[0], call, self._calls), None, True
 
 
 def _places(value: Any, spelled: tuple[Node, ...]) -> Iterator[tuple[int, int] | None]:

@@ -44,6 +44,7 @@ from fxsp.passes.normalize.islands import enclose_functorch
 from fxsp.passes.normalize.restride import restride
 from fxsp.passes.normalize.retrace import Retracer, describe
 from fxsp.passes.normalize.subclasses import holds_subclass, mark_islands, refuse_unrecorded, see_through
+from fxsp.source import is_of_module
 from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["Normalize", "normalize"]
@@ -57,12 +58,14 @@ class Normalize:
 
     def apply(self, program: Program) -> Program:
         inputs, program.inputs = program.inputs, ()
+        sources = [torch_internals.input_source(node) for node in program.graph.find_nodes(op="placeholder")]
         try:
             program.gm = normalize(program.gm, inputs, spelled=program.inferring)
         except UnsupportedError as error:
             raise RunsWhole(str(error)) from error
-        for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            mark(node, is_parameter=isinstance(value, torch.nn.Parameter))
+        for node, value, source in zip(program.graph.find_nodes(op="placeholder"), inputs, sources, strict=True):
+            is_parameter = isinstance(value, torch.nn.Parameter)
+            mark(node, is_parameter=is_parameter, is_state=is_parameter or is_of_module(source))
         return program
 
 

@@ -258,9 +258,9 @@ class Retracer(torch.fx.Interpreter):
             raise UnsupportedError(f"{describe(self._node)} has keyword arguments: {', '.join(kwargs)}")
         last = _last()
         body = enclose_functorch(body)
-        result = Retracer(
-            body, self.state.mode, self.state.autocast, spelled=self._spelled, _state=self.state
-        ).run(*inputs)
+        result = Retracer(body, self.state.mode, self.state.autocast, spelled=self._spelled, _state=self.state).run(
+            *inputs
+        )
         if number is not None:
             tag_checkpoint(body, _after(last), number)
         return result
