@@ -61,7 +61,7 @@ class Namer:
 
         for path, name, part, output in self._targets(birth.node):
             if output or not gather:
-                entry = PlanEntry(path, name, spec(output), part)
+                entry = PlanEntry(path, name, spec(output and not isinstance(name, str)), part)
                 return Named(entry.text().partition(":")[0], entry.spec, entry)
         return Named(describe(birth.node), spec(False), None)
 
