@@ -18,7 +18,7 @@ Sizes are read only to know which factor of a dimension is meant, and never comp
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,8 @@ class Births:
             for i, shard in enumerate(wanted[node]):
                 found = frozenset(birth for source in sources[node, i] for birth in born[source])
                 unit = shard.sequence.units[0]
-                if not found and shard.plain and isinstance(unit, int) and self._may_be_born(node):
+                one = same_length(shape_of(node)[shard.dim], 1)
+                if not found and shard.plain and isinstance(unit, int) and not one and self._may_be_born(node):
                     found = frozenset((Birth(node, shard.dim, unit),))
                 born[node, i] = found
         return {seed: tuple(sorted(born[at], key=lambda b: (order[b.node], b.dim))) for seed, at in starts.items()}
@@ -207,10 +208,10 @@ def seeds_of_attentions(program: Program, work: Any) -> list[Seed]:
     return [seed for seed in found if not same_length(shape_of(seed.node)[seed.dim], 1)]
 
 
-def seeds_of_work(nodes: Iterable[Node], work: Any) -> list[Seed]:
+def seeds_of_work(nodes: Iterable[Node], work: Any, varying: Container[Node]) -> list[Seed]:
     """The rows of linear layers and convolutions: of each the longest dimension that its result has from an input.
 
-    Of a value of two dimensions these are its rows, else not the first dimension, which is a batch.
+    ``varying`` are the values that depend on an input.  Of a value of two dimensions these are its rows, else not the first dimension, which is a batch.
     """
     found = []
     for node in nodes:
@@ -223,7 +224,10 @@ def seeds_of_work(nodes: Iterable[Node], work: Any) -> list[Seed]:
             for d, factors in enumerate(rule.results[0])
             if len(factors) == 1
             and factors[0] not in rule.whole
-            and any(dims is not None and factors in dims and not _is_state(x) for x, dims in _pairs(operands, rule))
+            and any(
+                dims is not None and factors in dims and x in varying
+                for x, dims in zip(operands, rule.operands, strict=True)
+            )
             and (d > 0 or value.ndim < 3)
         ]
         lengths = shape_of(node)
@@ -232,10 +236,6 @@ def seeds_of_work(nodes: Iterable[Node], work: Any) -> list[Seed]:
             dim = max(kept, key=lambda d: (hint(lengths[d]), -d))
             found.append(Seed(node, dim, work(node), "rows", node))
     return found
-
-
-def _pairs(operands: list[Node], rule: OpRule) -> Iterator[tuple[Node, Any]]:
-    yield from zip(operands, rule.operands, strict=True)
 
 
 def _is_state(node: Node) -> bool:

@@ -16,6 +16,8 @@ Output, for a model of one input and attentions in between::
 
 The second is where an operator needs all tokens and nothing of weight comes afterwards: a picture is put together.
 
+A graph stays whole where a rank would send more bytes than it would save operations: no machine gains by that.
+
 Equal graphs give equal candidates, prices and choices on all ranks: only the graph is read.  No guard is added.
 
 After this pass the graph has annotations, or it runs whole because splitting it would not pay, which the report says.
@@ -42,13 +44,15 @@ from fxsp.report import PlanRecord
 __all__ = ["Candidate", "Infer"]
 
 #: So many candidates are priced at most, whatever the graph.
-_MOST = 10
+_MOST = 14
 #: Work that is whole is looked at again if it is more than this part of all.
 _REST = 0.05
+#: A rank has an even share of the work if it does at most so much of it, times the number of ranks.
+_EVEN = 1.1
 #: So often it is looked at what is whole.
 _ROUNDS = 2
 #: An entry of the plan has to save this part of the time.
-_PAYS = 0.005
+_PAYS = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,14 @@ class Infer:
             return program
         search = _Search(program)
         best = search.run()
-        if best is None or best.price.seconds >= search.whole.seconds:
+        if best is None or search.whole.operations - best.price.operations <= best.price.sent:
             raise RunsWhole(not_worth(search.whole, best and best.price, search.refusal), remedy=None)
         namer, report = Namer(captured, program.graph), program.report
+        ends = search.ends(best)
         search.write(best.births, namer)
         for birth in best.births:
             report.plan.append(PlanRecord(str(namer.name(birth)), True, reason(birth, search.seeds[birth])))
-        for end in search.ends(best):
+        for end in ends:
             search.gather(end, namer)
             report.plan.append(PlanRecord(str(namer.name(end, gather=True)), True, "nothing of weight comes after it"))
         report.inferred = [entry for one in namer.names.values() if (entry := one.entry) is not None]
@@ -121,7 +126,7 @@ class _Search:
             if best is not None:
                 self.price(best.births, anew=True)
                 self.births.met = is_split
-            found = self._remember(self.births.of(seeds_of_work(whole, self.pricing.work)))
+            found = self._remember(self.births.of(seeds_of_work(whole, self.pricing.work, self.births.varying)))
             self.erase()
             given = () if best is None else best.births
             before = best
@@ -163,9 +168,14 @@ class _Search:
                 break
             left = tuple(b for b in best.births if b not in kind)
             without = self.price(left) if left else None
-            if without is not None and without.price.seconds <= best.price.seconds * (1 + _PAYS):
+            if without is not None and self._pays_less(without.price, best.price):
                 best = without
         return best
+
+    def _pays_less(self, without: Price, price: Price) -> bool:
+        """Whether what is left out did not pay: time is the same, or less is sent and the work is as good as even."""
+        even = without.part * self.program.ranks.size <= _EVEN
+        return without.seconds <= price.seconds * (1 + _PAYS) or (even and without.sent < price.sent)
 
     def _cheapest(self, best: Candidate | None, candidates: Iterable[Candidate | None]) -> Candidate | None:
         for one in candidates:
