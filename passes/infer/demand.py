@@ -211,7 +211,8 @@ def seeds_of_attentions(program: Program, work: Any) -> list[Seed]:
 def seeds_of_work(nodes: Iterable[Node], work: Any, varying: Container[Node]) -> list[Seed]:
     """The rows of linear layers and convolutions: of each the longest dimension that its result has from an input.
 
-    ``varying`` are the values that depend on an input.  Of a value of two dimensions these are its rows, else not the first dimension, which is a batch.
+    ``varying`` are the values that depend on an input.  Of a value of two dimensions these are its rows, else not the
+    first dimension, which is a batch.
     """
     found = []
     for node in nodes:

@@ -51,8 +51,9 @@ _REST = 0.05
 _EVEN = 1.1
 #: So often it is looked at what is whole.
 _ROUNDS = 2
-#: An entry of the plan has to save this part of the time.
-_PAYS = 0.01
+#: An entry of the plan has to save work, or this part of the time; one that saves work is left out for so much of the
+#: bytes.
+_PAYS, _FEWER = 0.01, 0.05
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,9 @@ class _Search:
 
     def _pays_less(self, without: Price, price: Price) -> bool:
         """Whether what is left out did not pay: time is the same, or less is sent and the work is as good as even."""
+        idle = without.operations <= price.operations and without.seconds <= price.seconds * (1 + _PAYS)
         even = without.part * self.program.ranks.size <= _EVEN
-        return without.seconds <= price.seconds * (1 + _PAYS) or (even and without.sent < price.sent)
+        return idle or (even and without.sent < price.sent * (1 - _FEWER))
 
     def _cheapest(self, best: Candidate | None, candidates: Iterable[Candidate | None]) -> Candidate | None:
         for one in candidates:
