@@ -133,15 +133,12 @@ class Births:
 
     def _back(self, node: Node, shard: Shard) -> Iterator[tuple[Node, Shard]]:
         """What has to be split for ``node`` to be split like this."""
-        result = 0
-        if node.target is operator.getitem and isinstance(node.args[0], Node):
-            producer, index = node.args
-            assert isinstance(index, int)
+        result, (producer, index) = 0, (*node.args[:2], None, None)[:2]
+        if node.target is operator.getitem and isinstance(producer, Node) and isinstance(index, int):
             value = producer.meta.get("val")
-            if not isinstance(value, (tuple, list)) or not is_operator(producer.target):
+            if not isinstance(value, (tuple, list)):
                 return
-            result = sum(isinstance(v, torch.Tensor) for v in value[:index])
-            node = producer
+            result, node = sum(isinstance(v, torch.Tensor) for v in value[:index]), producer
         if node.op != "call_function" or not is_operator(node.target) or facts(node).island:
             return
         found = [

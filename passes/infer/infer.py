@@ -32,7 +32,7 @@ from torch.fx import Node
 
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import is_split, reachable, type_of
 from fxsp.passes.infer.demand import Birth, Births, Seed, seeds_of_attentions, seeds_of_work
 from fxsp.passes.infer.naming import Namer
@@ -56,11 +56,8 @@ _ROUNDS = 2
 _PAYS, _FEWER = 0.01, 0.05
 
 
-@dataclass(frozen=True)
-class Infer:
+class Infer(Pass):
     """After this pass a graph without a plan is annotated, or runs whole."""
-
-    name: str = "infer"
 
     def apply(self, program: Program) -> Program:
         captured, program.captured = program.captured, None  # it holds the model
@@ -69,7 +66,7 @@ class Infer:
         search = _Search(program)
         best = search.run()
         if best is None or search.whole.operations - best.price.operations <= best.price.sent:
-            raise RunsWhole(not_worth(search.whole, best and best.price, search.refusal), remedy=None)
+            raise RunsWhole(not_worth(search.whole, None if best is None else best.price, search.refusal), remedy=None)
         namer, report = Namer(captured, program.graph), program.report
         ends = search.ends(best)
         search.write(best.births, namer)
