@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import io
 import logging
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -144,7 +143,7 @@ def survey(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]
         kind = type(model).__name__
         found = measure(_explained(model, inputs, ranks, {"plan": "infer"}))
         own = _own(model, inputs, ranks)
-    except Exception as error:  # the table says what failed
+    except Exception as error:  # noqa: BLE001  (the table says what failed)
         what = "refused" if isinstance(error, FxspError) else "not traced" if kind else "not built"
         logging.getLogger(__name__).info("%s", traceback.format_exc())
         return Row(name, kind, forbids=f"{what}: {type(error).__name__}: {_short(str(error))}")
@@ -195,8 +194,8 @@ def totals(rows: list[Row], ranks: int) -> str:
     some = sum(part is not None and _enough(ranks) < part < 0.99 for part in parts)
     whole = sum(part is not None and part >= 0.99 for part in parts)
     return (
-        f"{len(rows)} models: in {enough} a rank of {ranks} does at most {_enough(ranks):.2f} of the work, in {some} more, "
-        f"{whole} run whole, {sum(part is None for part in parts)} are not compiled"
+        f"{len(rows)} models: in {enough} a rank of {ranks} does at most {_enough(ranks):.2f} of the work, in {some} "
+        f"more, {whole} run whole, {sum(part is None for part in parts)} are not compiled"
     )
 
 
@@ -213,18 +212,26 @@ def write(path: Path, rows: list[Row], ranks: int) -> None:
     import diffusers
     import transformers
 
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
     table = [HEADINGS, ("---",) * len(HEADINGS), *(astuple(row) for row in rows)]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    path.write_text(f"{_PREAMBLE.format(ranks=ranks, **versions)}\n{text}\n\n{totals(rows, ranks)}.\n", encoding="utf-8")
+    path.write_text(
+        f"{_PREAMBLE.format(ranks=ranks, **versions)}\n{text}\n\n{totals(rows, ranks)}.\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
     """Print a line for each model, and the totals."""
-    from survey_diffusers import MODELS as OF_DIFFUSERS
+    from survey_diffusers import MODELS as OF_SOUND
+    from survey_images import MODELS as OF_IMAGES
     from survey_transformers import MODELS as OF_TRANSFORMERS
+    from survey_video import MODELS as OF_FILMS
 
-    models = {**OF_DIFFUSERS, **OF_TRANSFORMERS}
+    models = {**OF_IMAGES, **OF_FILMS, **OF_SOUND, **OF_TRANSFORMERS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="model", help=f"some of: {', '.join(models)}")
     parser.add_argument("--ranks", type=int, default=2)
@@ -249,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
 """Small models of the families of transformers, with random weights, for ``examples/survey.py``.
 
-A row of :data:`FAMILIES` has what its automatic class is, the type of its configuration, what it changes in it, and what
-the model is called with.  All have two layers of 32 or 64 features; lengths are odd where nothing forbids it.
+A row of :data:`FAMILIES` has the automatic class, the type of the configuration, what it changes in it, and what the
+model is called with.  All have two layers of 32 or 64 features; lengths are odd where nothing forbids it.
 """
 
 from __future__ import annotations
@@ -270,7 +270,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, Any]]
         },
         partial(pixels, 44),
     ),
-    "convnext": ("AutoModel", "convnext", {"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2}, partial(pixels, 32)),
+    "convnext": (
+        "AutoModel",
+        "convnext",
+        {"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2},
+        partial(pixels, 32),
+    ),
 }
 
 
