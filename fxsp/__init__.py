@@ -11,6 +11,7 @@ from fxsp.errors import (
     InputMismatchError,
     OptionError,
     OutputGatherWarning,
+    OwnPlanWarning,
     PlanError,
     ProcessGroupError,
     RanksApartError,
@@ -20,6 +21,7 @@ from fxsp.errors import (
     VerificationError,
 )
 from fxsp.offline.explain import Explanation, explain
+from fxsp.offline.infer_plan import InferredPlan, infer_plan
 from fxsp.offline.verify import Evidence, verify
 from fxsp.passes.attention.operators import register_attention
 from fxsp.plan import (
@@ -37,9 +39,11 @@ __all__ = [
     "FxspError",
     "FxspWarning",
     "ImplicitGatherWarning",
+    "InferredPlan",
     "InputMismatchError",
     "OptionError",
     "OutputGatherWarning",
+    "OwnPlanWarning",
     "PlanError",
     "ProcessGroupError",
     "RanksApartError",
@@ -53,6 +57,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "explain",
+    "infer_plan",
     "register_attention",
     "reports",
     "verify",

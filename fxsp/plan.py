@@ -7,7 +7,7 @@ A plan is a dictionary in the form that vLLM-Omni (``_sp_plan``) and diffusers (
         "rope": {0: SequenceParallelInput(split_dim=1, split_output=True)},           # output 0 of a module
         "blocks.*": {"rotary_emb": [SequenceParallelInput(1), SequenceParallelInput(1)]},  # a tuple argument
         "proj_out": SequenceParallelOutput(gather_dim=1),                             # the output of a module
-        "": {"cat#0": SequenceParallelInput(1, split_output=True)},                   # the result of its first cat
+        "": {"cat#0": SequenceParallelInput(1)},                                      # the result of its first cat
     }
 
 :func:`parse_plan` flattens it into :class:`PlanEntry` rows; ``fxsp.capture.resolve`` finds the modules and checks
@@ -246,7 +246,7 @@ def _parse_target(pattern: str, target: Any, value: Any) -> Iterator[PlanEntry]:
     label = f"{pattern or '<root>'}[{target}]: {value!r}"
     if isinstance(target, bool) or not isinstance(target, (str, int)):
         raise refuse(label, f"the key {target!r} is neither an argument name nor an output index")
-    if isinstance(target, int):
+    if isinstance(target, int) or _RESULT.match(target):
         if isinstance(value, (list, tuple)):
             raise refuse(label, "an output index takes one spec; a list of specs belongs to a tuple argument")
         yield _output_entry(pattern, target, value)
@@ -266,12 +266,12 @@ def _parse_target(pattern: str, target: Any, value: Any) -> Iterator[PlanEntry]:
         yield entry
 
 
-def _output_entry(pattern: str, target: int | None, value: Any) -> PlanEntry:
+def _output_entry(pattern: str, target: int | str | None, value: Any) -> PlanEntry:
     where = "" if target is None else f"[{target}]"
     entry = PlanEntry(pattern, target, _parse_spec(f"{pattern or '<root>'}{where}: {value!r}", value))
     if isinstance(target, int) and target < 0:
         raise refuse(entry, "an output index is not negative")
-    if not isinstance(entry.spec, SequenceParallelOutput) and not entry.spec.split_output:
+    if not isinstance(entry.spec, SequenceParallelOutput) and not entry.spec.split_output and not entry.is_result:
         if target is None:
             raise refuse(entry, "an input spec needs the name of an argument, e.g. {'hidden_states': ...}")
         raise refuse(entry, f"the key {target} is an output index: it needs split_output=True")

@@ -164,8 +164,8 @@ def capture(gm: fx.GraphModule, plan: Any = None, root: nn.Module | None = None)
     """The module calls of the graph that Dynamo hands to the backend; call it from the backend, before changing ``gm``.
 
     ``plan`` is the plan of the options (a dictionary or entries); without one, the plan is that of the first module of
-    the frame that carries one; ``"infer"`` and ``"none"``: it has none.  ``root`` is the module that the plan is for, if that is known.  Raises
-    :class:`PlanError` if a plan fits no module of the frame.
+    the frame that carries one; ``"infer"`` and ``"none"``: there is none.  ``root`` is the module that the plan is for,
+    if that is known.  Raises :class:`PlanError` if a plan fits no module of the frame.
     """
     translation = Translation.current()
     if translation is None:

@@ -75,7 +75,7 @@ def sections(report: Report, figures: Figures | None = None) -> list[Section]:
         forward, backward, names, limit, legend = figures.forward, figures.backward, figures.names, 25, figures.legend
     last = "backward" if backward else "forward"
     found = [
-        Section("plan", [*plan_lines(report.plan)]),
+        Section("plan" if report.inferred is None else "plan (inferred)", [*plan_lines(report.plan)]),
         Section("attention", [*attention_lines(report.attentions, figures.memory if figures is not None else ())]),
         *(
             Section(

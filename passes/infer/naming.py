@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from fxsp.capture.module_calls import Captured, result_name
 from fxsp.passes.graph import facts
 from fxsp.passes.infer.demand import Birth
-from fxsp.plan import PlanEntry, SequenceParallelInput
+from fxsp.plan import PlanEntry, SequenceParallelInput, SequenceParallelOutput, Spec
 from fxsp.source import describe
 
 __all__ = ["Named", "Namer"]
@@ -19,10 +19,10 @@ __all__ = ["Named", "Namer"]
 
 @dataclass(frozen=True)
 class Named:
-    """A birth in words; ``entry`` is the line of a plan that says the same, None where no plan can."""
+    """A value in words; ``entry`` is the line of a plan that says the same, None where no plan can."""
 
     place: str
-    spec: SequenceParallelInput
+    spec: Spec
     entry: PlanEntry | None
 
     def __str__(self) -> str:
@@ -33,47 +33,58 @@ class Namer:
     """Names values of one graph by the module calls that Dynamo recorded."""
 
     def __init__(self, captured: Captured, graph: Graph) -> None:
-        self._calls = captured.calls if captured.root is not None else []
+        self._calls = [call for call in captured.calls if call.paths] if captured.root is not None else []
+        self._captured = captured
         self._inputs: dict[str, Node] = {}
-        for call in self._calls[:1]:
+        for call in captured.calls[:1]:
             self._inputs = {node.name: node for node in call.graph.find_nodes(op="placeholder")}
+        #: What was asked for, in that order.
+        self.names: dict[tuple[Birth, bool], Named] = {}
 
-    def name(self, birth: Birth) -> Named:
+    def name(self, birth: Birth, *, gather: bool = False) -> Named:
         """The name of a value: the outermost module that has it as argument or output, else the function."""
+        if (birth, gather) not in self.names:
+            self.names[birth, gather] = self._name(birth, gather)
+        return self.names[birth, gather]
+
+    def place(self, birth: Birth) -> str:
+        """``blocks.0[x]``, for what is told of a candidate that is not taken."""
+        return self.names[birth, False].place if (birth, False) in self.names else self._name(birth, False).place
+
+    def _name(self, birth: Birth, gather: bool) -> Named:
         rank = birth.node.meta["val"].ndim
-        for target in self._targets(birth.node):
-            path, name, part, output = target
-            spec = SequenceParallelInput(birth.dim, expected_dims=rank, split_output=output)
-            entry = PlanEntry(path, name, spec, part)
-            return Named(entry.text().partition(":")[0], spec, entry)
-        return Named(describe(birth.node), SequenceParallelInput(birth.dim, expected_dims=rank), None)
+
+        def spec(output: bool) -> Spec:
+            if gather:
+                return SequenceParallelOutput(birth.dim, expected_dims=rank)
+            return SequenceParallelInput(birth.dim, expected_dims=rank, split_output=output)
+
+        for path, name, part, output in self._targets(birth.node):
+            if output or not gather:
+                entry = PlanEntry(path, name, spec(output and not isinstance(name, str)), part)
+                return Named(entry.text().partition(":")[0], entry.spec, entry)
+        return Named(describe(birth.node), spec(False), None)
 
     def _targets(self, node: Node) -> Iterator[tuple[str, str | int | None, tuple[int, int] | None, bool]]:
-        spelled = facts(node).spelled
         if node.op == "placeholder":
             spelled = (self._inputs[node.name],) if node.name in self._inputs else ()
-        if not spelled:
-            return
-        calls = [call for call in self._calls if call.paths]
-        if node.op == "placeholder":
-            for call in calls:
+            for call in self._calls:
                 for name, value in call.arguments.items():
                     yield from ((call.paths[0], name, part, False) for part in _places(value, spelled))
             return
-        for call in calls:
-            outputs = call.outputs
-            outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+        spelled = facts(node).spelled
+        for call in self._calls if spelled else ():
+            outputs = list(call.outputs.values()) if isinstance(call.outputs, dict) else call.outputs
             if isinstance(outputs, (list, tuple)):
-                present = [i for i, value in enumerate(outputs) if value is not None]
-                at = next((i for i, value in enumerate(outputs) if value in spelled), None)
+                at = next((i for i, v in enumerate(outputs) if isinstance(v, Node) and v in spelled), None)
                 if at is not None:
-                    yield call.paths[0], None if len(present) == 1 else at, None, True
+                    yield call.paths[0], None if sum(v is not None for v in outputs) == 1 else at, None, True
             elif isinstance(outputs, Node) and outputs in spelled:
                 yield call.paths[0], None, None, True
-        inner = [call for call in calls if call.contains(spelled[0])]
+        inner = [call for call in self._calls if spelled and call.contains(spelled[0])]
         if inner:
-            call = inner[-1]  # calls are in the order in which they began: the last is the innermost
-            yield call.paths[0], result_name(spelled[0], call, self._calls), None, True
+            call = inner[-1]  # calls are in the order in which they began: the last one is the innermost
+            yield call.paths[0], result_name(spelled[0], call, self._captured.calls), None, True
 
 
 def _places(value: Any, spelled: tuple[Node, ...]) -> Iterator[tuple[int, int] | None]:

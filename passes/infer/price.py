@@ -47,9 +47,8 @@ class Price:
     #: Bytes that it sends, and in how many messages.
     sent: int
     messages: int
-    #: Values that an operator needs whole, and the bytes of the largest.
+    #: Values that an operator needs whole.
     gathers: int = 0
-    largest: int = 0
 
     @property
     def part(self) -> float:
@@ -78,6 +77,8 @@ class Pricing:
     program: Program
     #: Nodes whose work is whole, as the last price found them, the most work first.
     whole: list[tuple[int, Node]] = field(default_factory=list)
+    #: Values that it found to be gathered because an operator needs all tokens.
+    gathered: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         graph, number = self.program.graph, self.program.number
@@ -109,17 +110,18 @@ class Pricing:
 
     def undivided(self) -> Price:
         """Every rank computes everything."""
+        self.gathered = []
         return self._price(self.total, sum(call.written for call in self._calls), 0, 0)
 
     def price(self) -> Price:
         """With the types that *propagate* has found."""
         size, training = self.program.ranks.size, self.program.training
-        operations = written = sent = messages = gathers = largest = 0
-        self.whole = []
+        operations = written = sent = messages = 0
+        self.whole, self.gathered = [], []
         done: set[tuple[Node, str]] = set()
 
         def convert(x: Node, need: Type, *, implicit: bool) -> None:
-            nonlocal sent, messages, gathers, largest
+            nonlocal sent, messages
             have = facts(x).type
             kind, moved = _conversion(have, need, self._bytes.get(x, 0), size, free=facts(x).free)
             if not kind or (x, kind) in done:
@@ -133,7 +135,7 @@ class Pricing:
             twice = 2 if training and x.meta["val"].requires_grad else 1
             sent, messages = sent + twice * moved, messages + twice
             if kind == "gather" and implicit:
-                gathers, largest = gathers + 1, max(largest, self._bytes[x])
+                self.gathered.append(x)
 
         for call in self._calls:
             decision = facts(call.node).decision
@@ -154,14 +156,12 @@ class Pricing:
         for x in tensor_nodes(self.program.graph.output_node().args):
             convert(x, Replicate(), implicit=False)
         self.whole.sort(key=lambda item: -item[0])
-        return self._price(operations, written, sent, messages, gathers, largest)
+        return self._price(operations, written, sent, messages)
 
-    def _price(
-        self, operations: int, written: int, sent: int, messages: int, gathers: int = 0, largest: int = 0
-    ) -> Price:
+    def _price(self, operations: int, written: int, sent: int, messages: int) -> Price:
         passes = 3 if self.program.training else 1
         seconds = passes * (operations / self._flops + written / self._memory) + self._link.seconds(messages, sent)
-        return Price(seconds, operations, self.total, sent, messages, gathers, largest)
+        return Price(seconds, operations, self.total, sent, messages, len(self.gathered))
 
 
 def _part(decision: Decision, size: int) -> float:
