@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import io
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ from fxsp.cost.share import Share, share_of
 from fxsp.errors import FxspError
 from fxsp.offline.explain import Explanation
 
+#: Makes a model in evaluation mode, and the keyword arguments of its forward.
+Build = Callable[[], tuple[torch.nn.Module, dict[str, Any]]]
 #: At two ranks: what pads and small side sequences leave of one half.
 ENOUGH = 0.55
 HEADINGS = (
@@ -52,6 +55,8 @@ HEADINGS = (
     "own plan: work, sent",
     "what forbids more",
 )
+#: The number of a block in the path of a module.
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PREAMBLE = """# Survey: models without a plan
 
 Made by `python examples/survey.py --markdown docs/survey.md`, which says what the columns are; small models, {ranks}
@@ -115,12 +120,14 @@ def measure(explanation: Explanation) -> Measured:
                 result.whole(*result.inputs)
             work = int(counter.get_total_flops())
             total, rank = total + work, rank + work
-            reason = f"a graph runs whole: {result.report.unsharded}"
+            # What differs between the graphs of a model are the numbers after the colon.
+            reason = f"a graph runs whole: {result.report.unsharded.partition(':')[0]}"
             whole[reason] = whole.get(reason, 0) + work
         else:
             share: Share = share_of(result.program)
             for (op, module, source), work in share.whole.items():
-                place = f"{op} in {module or 'the root'}" + (f" ({source})" if source else "")
+                blocks = _INDEX.sub("*", module) or "the root"
+                place = f"{op.removesuffix('.default')} in {blocks}" + (f" ({source})" if source else "")
                 whole[place] = whole.get(place, 0) + work
     return Measured(
         len(explanation.results),
@@ -135,7 +142,7 @@ def measure(explanation: Explanation) -> Measured:
     )
 
 
-def survey(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], ranks: int) -> Row:
+def survey(name: str, build: Build, ranks: int) -> Row:
     """Explain one model; what cannot be built or compiled is a row as well, with its reason."""
     kind = ""
     try:
@@ -157,7 +164,7 @@ def survey(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]
         str(found.gathers),
         f"{found.infer:.2f} of {found.seconds:.2f}",
         own,
-        "; ".join(forbids[:2]) if found.part > _enough(ranks) else "",
+        "; ".join(forbids[:3]) if found.part > _enough(ranks) else "",
     )
 
 
@@ -175,7 +182,7 @@ def _own(model: torch.nn.Module, inputs: dict[str, Any], ranks: int) -> str:
 def _explained(model: torch.nn.Module, inputs: dict[str, Any], ranks: int, options: dict[str, Any]) -> Explanation:
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        return fxsp.explain(model, world_size=ranks, options=options, args=(), **inputs)
+        return fxsp.explain(model, world_size=ranks, options=options, **inputs)
 
 
 def _enough(ranks: int) -> float:
@@ -199,7 +206,7 @@ def totals(rows: list[Row], ranks: int) -> str:
     )
 
 
-def _read(path: Path) -> Iterator[Row]:
+def read(path: Path) -> Iterator[Row]:
     """The rows of a table that was written before."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -224,14 +231,19 @@ def write(path: Path, rows: list[Row], ranks: int) -> None:
     )
 
 
-def main() -> None:
-    """Print a line for each model, and the totals."""
+def all_models() -> dict[str, Build]:
+    """Name -> a function that builds a model and its inputs."""
     from survey_diffusers import MODELS as OF_SOUND
     from survey_images import MODELS as OF_IMAGES
     from survey_transformers import MODELS as OF_TRANSFORMERS
     from survey_video import MODELS as OF_FILMS
 
-    models = {**OF_IMAGES, **OF_FILMS, **OF_SOUND, **OF_TRANSFORMERS}
+    return {**OF_IMAGES, **OF_FILMS, **OF_SOUND, **OF_TRANSFORMERS}
+
+
+def main() -> None:
+    """Print a line for each model, and the totals."""
+    models = all_models()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="model", help=f"some of: {', '.join(models)}")
     parser.add_argument("--ranks", type=int, default=2)
@@ -245,7 +257,7 @@ def main() -> None:
         logging.basicConfig(level=logging.ERROR)
         logging.getLogger(__name__).setLevel(logging.INFO)
     torch.set_num_threads(1)
-    rows = {row.name: row for row in _read(arguments.markdown)} if arguments.markdown else {}
+    rows = {row.name: row for row in read(arguments.markdown)} if arguments.markdown else {}
     print(Row(*HEADINGS).line)
     for name in arguments.models or models:
         rows[name] = survey(name, models[name], arguments.ranks)
