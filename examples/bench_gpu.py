@@ -6,7 +6,7 @@ One GPU plays each of 2, 4 and 8 ranks: it packs what a rank would send, copies 
 and unpacks.  Printed are four tables, in Markdown: kernels, whole exchanges, pads, and operators fused with the pack;
 last, a model on two processes that share the GPU is compared with one process.
 
-``--smoke`` runs all of it on a CPU, on tiny tensors and the eager twins of the kernels: nothing is measured then.
+``--smoke`` runs all of it on a CPU, on tiny tensors and plain operations: nothing is measured then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import fxsp
 import fxsp.kernels.ops
-from fxsp.kernels import lowering, twins
+from fxsp.kernels import lowering
 from fxsp.kernels.exchange import exchange, place
 
 RANKS = (2, 4, 8)
@@ -60,9 +60,23 @@ SHAPES = (
 TINY = (Shape("tiny, 16 + 5", (5, 16), 8, 8), Shape("tiny, 18", (18,), 8, 8))
 
 
+class Plain:
+    """What the kernels do, in plain operations, for segments that are split."""
+
+    pack_heads, unpack_heads = staticmethod(exchange.pack_heads), staticmethod(exchange.unpack_heads)
+
+    @staticmethod
+    def pack_rows(x: Tensor, lengths: list[int], _: Any, size: int, zero_pads: bool, *__: int) -> Tensor:
+        return exchange.pack(x, lengths, size, zero_pads)
+
+    @staticmethod
+    def unpack_rows(x: Tensor, lengths: list[int], _: Any, size: int, rank: int, dim: int) -> Tensor:
+        return exchange.unpack(x, lengths, size).movedim(0, dim)
+
+
 def kernels(x: Tensor) -> Any:
-    """The Triton kernels, or their twins where there are none."""
-    return place.kernels(x, x.shape[-1:]) or twins
+    """The Triton kernels, or plain operations where there are none."""
+    return place.kernels(x, x.shape[-1:]) or Plain
 
 
 def table(*rows: Sequence[str]) -> None:

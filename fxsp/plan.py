@@ -62,7 +62,8 @@ class SequenceParallelInput(_Compact):
     """Split an argument of a module (``split_output=True``: an output) along ``split_dim``.
 
     The entry does not apply to a tensor that has not ``expected_dims`` dimensions.  ``auto_pad`` and ``shard_group``
-    are read from existing plans: the compiler pads every sequence as needed, whatever they say.
+    are read from existing plans: the compiler pads every sequence as needed, whatever they say.  ``unit`` tokens in a
+    row stay on one rank (pairs that a pyramid joins); it does not apply to a length that does not consist of these.
     """
 
     split_dim: int
@@ -70,6 +71,7 @@ class SequenceParallelInput(_Compact):
     split_output: bool = False
     auto_pad: bool = False
     shard_group: str | None = None
+    unit: int = 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -292,7 +294,8 @@ def _parse_spec(label: str, value: Any) -> Spec:
     elif hasattr(value, "split_dim"):
         split_output, auto_pad = (bool(getattr(value, name, False)) for name in ("split_output", "auto_pad"))
         group = getattr(value, "shard_group", None)
-        spec = SequenceParallelInput(value.split_dim, expected, split_output, auto_pad, group)
+        unit = getattr(value, "unit", 1)
+        spec = SequenceParallelInput(value.split_dim, expected, split_output, auto_pad, group, unit)
     else:
         spec = None  # type: ignore[assignment]
     if spec is None:
@@ -310,6 +313,9 @@ def _check_numbers(label: str, spec: Spec) -> None:
     dim = getattr(spec, name)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise refuse(label, f"{name} is {dim!r}; a dimension is an integer")
+    unit = spec.unit if isinstance(spec, SequenceParallelInput) else 1
+    if isinstance(unit, bool) or not isinstance(unit, int) or unit < 1:
+        raise refuse(label, f"unit is {unit!r}; it is a number of tokens of at least 1")
     expected = spec.expected_dims
     if expected is not None:
         if isinstance(expected, bool) or not isinstance(expected, int) or expected < 1:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp.torch_internals import arguments_of
 from fxsp.types import Length, Sequence, Shard
@@ -141,8 +142,7 @@ class Op:
     #: The operator with the same other arguments that takes the gradient of the result to that of the first argument;
     #: or a formula ``(gradient, *other arguments)``, or all that autograd asks.
     adjoint: str | Callable[..., Tensor] | Saved | None = None
-    #: The eager form and the shape of the result, where they are not those of the lowering.
-    eager: Callable[..., Any] | None = None
+    #: The results on fakes, where they are not those of the lowering.
     fake: Callable[..., Any] | None = None
     #: Bytes that each rank sends; None if it does not communicate.
     sends: Callable[[Sizes], Length] | None = None
@@ -193,7 +193,7 @@ def define(library: torch.library.Library, ops: Iterable[Op]) -> None:
         if op.namespace != "fxsp":
             library.impl(op.name, op.lowering, "CompositeImplicitAutograd")
             continue
-        library.impl(op.name, op.eager or _copying(op.lowering), "CompositeExplicitAutograd")
+        library.impl(op.name, _copying(op.lowering), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fxsp::{op.name}", op.fake or _fake(op.lowering), lib=library)
     for op in ops:
         if op.adjoint is not None:
@@ -201,13 +201,13 @@ def define(library: torch.library.Library, ops: Iterable[Op]) -> None:
             torch.library.register_autograd(f"fxsp::{op.name}", saved.backward, setup_context=saved.setup, lib=library)
 
 
-def _copying(lowering: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operator may return neither its argument nor a view of it."""
+def _copying(lowering: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator may return neither an argument nor a view of one."""
 
-    def run(*args: Any) -> Tensor:
-        y = lowering(*args)
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        return same_memory(y) if y.untyped_storage().data_ptr() in given else y
+    def run(*args: Any) -> Any:
+        given = {a.untyped_storage().data_ptr() for a in tree_leaves(args) if isinstance(a, Tensor)}
+        own = lambda y: same_memory(y) if y.untyped_storage().data_ptr() in given else y  # noqa: E731
+        return tree_map_only(Tensor, own, lowering(*args))
 
     return run
 

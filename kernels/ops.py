@@ -62,8 +62,8 @@ _RANKS = "int rank, int size, str group"
 
 #: The operators of ours, all of them.
 OPS: tuple[Op, ...] = (
-    Op("annotate", "(Tensor x, str kind, int dim, SymInt text_len, str entry) -> Tensor", unchanged, "R -> R",
-       lambda g, *_: g, fake=_as_it_lies),
+    Op("annotate", "(Tensor x, str kind, int dim, SymInt text_len, str entry, int unit=1) -> Tensor",
+       unchanged, "R -> R", lambda g, *_: g, fake=_as_it_lies),
     Op("shard", f"(Tensor x, {_SEQ}, bool zero_pads, {_RANKS}) -> Tensor", lowering.shard, "R -> S",
        lambda g, dim, lengths, whole, zero_pads, *at: fxsp_ops.gather_sum(g, dim, lengths, whole, *at),
        returns=counts.returned_rows),
@@ -110,9 +110,9 @@ OPS: tuple[Op, ...] = (
        moves=counts.moved_by_take),
     Op("put", "(Tensor x, int dim, int rank, int size) -> Tensor", lowering.put, "S -> P", "take"),
     Op("pack", "(Tensor x, SymInt[] lengths, int size, bool zero_pads) -> Tensor", exchange.pack, "U -> S",
-       lambda g, lengths, size, zero_pads: fxsp_ops.unpack(g, lengths, size), exchange.pack_eager, moves=counts.moved),
+       lambda g, lengths, size, zero_pads: fxsp_ops.unpack(g, lengths, size), moves=counts.moved),
     Op("unpack", "(Tensor x, SymInt[] lengths, int size) -> Tensor", exchange.unpack, "S -> U",
-       lambda g, lengths, size: fxsp_ops.pack(g, lengths, size, True), exchange.unpack_eager, moves=counts.moved),
+       lambda g, lengths, size: fxsp_ops.pack(g, lengths, size, True), moves=counts.moved),
     *HEADS,
     *ATTENTIONS,
     *EXTREMES,

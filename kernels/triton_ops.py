@@ -4,8 +4,10 @@ Imported only where a kernel is wanted (see :mod:`fxsp.kernels.exchange.place`):
 into graphs after autograd; the differentiable operators are those of :mod:`fxsp.kernels.ops`, each an adjoint of
 another.
 
-``pack_heads``, ``unpack_heads``, ``pack_rows``, ``unpack_rows`` are what :mod:`fxsp.kernels.twins` says, for tensors
-with any strides, expanded ones included.  Results are contiguous.  Offsets are 64 bits wide.
+Tensors may have any strides, expanded ones included.  Results are contiguous.  Offsets are 64 bits wide.
+
+Sizes: B batch, P ranks (blocks), L rows of a block, S rows in global order, D head dimension.  A segment of ``n`` rows
+has ``ceil(n / P)`` rows in each block, the last ones pads; one that is ``whole`` has all ``n`` in every block.
 """
 
 from __future__ import annotations
@@ -67,7 +69,10 @@ def _strides(x: Tensor, per: int) -> list[Any]:
 
 @triton_op("fxsp_kernels::pack_heads", mutates_args=())
 def pack_heads(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tensor:
-    """See :func:`fxsp.kernels.twins.pack_heads`; at most three tensors, of one shape but for their heads."""
+    """``[B, P h_i, L, D]`` each -> ``[P, rows, B sum of h_i, D]``, rows from L on copies of the last one, or zero.
+
+    At most three tensors, of one shape but for their heads.
+    """
     batch, _, length, width = xs[0].shape
     heads = [int(x.shape[1]) // int(size) for x in xs]
     out = xs[0].new_empty([size, rows, batch * sum(heads), width])
@@ -87,7 +92,10 @@ def pack_heads(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tenso
 
 @triton_op("fxsp_kernels::unpack_heads", mutates_args=())
 def unpack_heads(x: Tensor, heads: list[int], length: int) -> Tensor:
-    """See :func:`fxsp.kernels.twins.unpack_heads`; at most three tensors."""
+    """``[P, rows, B sum of h_i, D]`` -> ``[B, length, P sum of h_i, D]``: all heads of the first tensor come first.
+
+    At most three tensors.
+    """
     size, _, _, width = x.shape
     heads = [int(h) for h in heads]
     batch = x.shape[2] // sum(heads)
@@ -148,7 +156,10 @@ def _row_shape(inner: list[Any], dim: int, rows: Any) -> list[Any]:
 def pack_rows(
     x: Tensor, lengths: list[int], whole: list[bool], size: int, zero_pads: bool, rank: int, blocks: int, dim: int
 ) -> Tensor:
-    """See :func:`fxsp.kernels.twins.pack_rows`."""
+    """``x [S, *inner]`` -> those of ``blocks`` ranks from ``rank`` on, ``[blocks, *inner[:dim], L, *inner[dim:]]``.
+
+    Pad rows are copies of the last row of their segment, or zero.
+    """
     inner = list(x.shape[1:])
     parts = placed(lengths, whole, int(size))
     total: Any = sum(part.rows for part in parts)
@@ -169,7 +180,10 @@ def pack_rows(
 
 @triton_op("fxsp_kernels::unpack_rows", mutates_args=())
 def unpack_rows(x: Tensor, lengths: list[int], whole: list[bool], size: int, rank: int, dim: int) -> Tensor:
-    """See :func:`fxsp.kernels.twins.unpack_rows`."""
+    """``x [P, L, *inner]`` -> ``[*inner[:dim], S, *inner[dim:]]``: the segments in global order, without pads.
+
+    A whole segment is read from the block of ``rank``.
+    """
     inner = list(x.shape[2:])
     out = x.new_empty(_row_shape(inner, dim, sum(lengths)))
     rows_out = out.movedim(dim, 0)

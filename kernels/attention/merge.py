@@ -37,7 +37,7 @@ from torch import Tensor
 from fxsp.kernels.attention.own_kernel import wide
 from fxsp.types import as_length, same_length
 
-__all__ = ["above", "join", "merge", "merge_backward_eager", "merge_eager", "merge_operator", "rounded", "wide"]
+__all__ = ["above", "join", "merge", "merge_eager", "merge_operator", "rounded", "wide"]
 
 _INFINITY = float("inf")
 
@@ -97,18 +97,6 @@ def merge_eager(
     a, b, total = _shares(lse, other_lse)
     x, y = _seen(out, lse, lse.dtype), _seen(other, other_lse, lse.dtype)
     return (x * a.unsqueeze(-1) + y * b.unsqueeze(-1)).to(dtype), total
-
-
-def merge_backward_eager(
-    grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``out``, ``lse``, ``other``, ``other_lse``, written down: the reference of the second kernel."""
-    a, b, _ = _shares(lse, other_lse)
-    x, y, g = _seen(out, lse, lse.dtype), _seen(other, other_lse, lse.dtype), grad.to(lse.dtype)
-    # x - out' is b (x - y), y - out' is a (y - x): no difference of nearly equal sums.
-    both = (g * (x - y)).sum(-1)
-    dx, dy = (g * a.unsqueeze(-1)).to(out.dtype), (g * b.unsqueeze(-1)).to(other.dtype)
-    return dx, a * (grad_lse + b * both), dy, b * (grad_lse - a * both)
 
 
 # The kernels.

@@ -73,8 +73,8 @@ def _attention(
         f"{tokens}, bool mask_grad, {place}) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     return (
-        Op(name, forward, run, types, Saved(setup, gradients), eager=run, fake=_fake, saved=True, **more),
-        Op(f"{name}_backward", back, backward, eager=backward, fake=fake_backward),
+        Op(name, forward, run, types, Saved(setup, gradients), fake=_fake, saved=True, **more),
+        Op(f"{name}_backward", back, backward, fake=fake_backward),
     )
 
 

@@ -23,13 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.kernels import twins
 from fxsp.kernels.exchange import place
 from fxsp.kernels.tokens import placed
 from fxsp.types import as_length, same_length
 
-__all__ = ["pack", "pack_eager", "pack_heads", "pack_heads_eager", "unpack", "unpack_eager", "unpack_heads"]
-__all__ += ["unpack_heads_eager"]
+__all__ = ["pack", "pack_heads", "unpack", "unpack_heads"]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -110,32 +108,3 @@ def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = Fals
         for h, part in zip(heads, x.split([batch * h for h in heads], 2), strict=True)
     ]
     return _cat(parts, 2).contiguous()
-
-
-# In eager code: the kernels on CUDA, and their twins elsewhere.
-
-
-def pack_eager(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
-    """``pack``, every row written once."""
-    movers = place.kernels(x, x.shape[1:]) or twins
-    return movers.pack_rows(x, lengths, [False] * len(lengths), size, zero_pads, 0, size, 0)  # type: ignore[no-any-return]
-
-
-def unpack_eager(x: Tensor, lengths: list[int], size: int) -> Tensor:
-    """``unpack``, every row written once."""
-    if len(lengths) == 1:
-        return x.reshape(-1, *x.shape[2:]).narrow(0, 0, lengths[0]).clone()
-    movers = place.kernels(x, x.shape[2:]) or twins
-    return movers.unpack_rows(x, lengths, [False] * len(lengths), size, 0, 0)  # type: ignore[no-any-return]
-
-
-def pack_heads_eager(xs: list[Tensor], rows: int, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
-    """``pack_heads``, every element written once."""
-    movers = place.kernels(xs[0], xs[0].shape[3:]) if len(xs) <= place.TENSORS else None
-    return (movers or twins).pack_heads(xs, rows, zero_pads, size)  # type: ignore[no-any-return]
-
-
-def unpack_heads_eager(x: Tensor, heads: list[int], length: int, fuse: bool = False) -> Tensor:
-    """``unpack_heads``, every element written once."""
-    movers = place.kernels(x, x.shape[3:]) if len(heads) <= place.TENSORS else None
-    return (movers or twins).unpack_heads(x, heads, length)  # type: ignore[no-any-return]

@@ -61,10 +61,10 @@ def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 HEADS = (
     Op(
         "pack_heads", "(Tensor[] xs, SymInt rows, bool zero_pads, int size, bool fuse) -> Tensor", exchange.pack_heads,
-        "S -> S", Saved(_pack_setup, _pack_backward), exchange.pack_heads_eager, _pack_fake, moves=moved,
+        "S -> S", Saved(_pack_setup, _pack_backward), _pack_fake, moves=moved,
     ),
     Op(
         "unpack_heads", "(Tensor x, int[] heads, SymInt length, bool fuse) -> Tensor", exchange.unpack_heads,
-        "S -> S", Saved(_unpack_setup, _unpack_backward), exchange.unpack_heads_eager, _unpack_fake, moves=moved,
+        "S -> S", Saved(_unpack_setup, _unpack_backward), _unpack_fake, moves=moved,
     ),
 )  # fmt: skip

@@ -48,7 +48,7 @@ from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
 from fxsp.report import PlanRecord, Report
 from fxsp.torch_internals import Opaque
-from fxsp.types import Ranks
+from fxsp.types import Ranks, as_length, quotient
 
 __all__ = ["Annotate", "annotate", "remove_annotations", "say_own_plan"]
 
@@ -306,6 +306,11 @@ class _Writer:
         if isinstance(shape[dim], int) and shape[dim] == 1 and row.entry.kind == "shard":
             why = f"dimension {dim} of the tensor {described(value)} is one token: it stays whole"
             return _Outcome(False, why, single=True)
+        unit = getattr(spec, "unit", 1)
+        if quotient(as_length(shape[dim]), unit) is None:
+            return _Outcome(
+                False, f"dimension {dim} of the tensor {described(value)} does not consist of units of {unit}"
+            )
         text_len: Any = -1
         if isinstance(spec, SequenceParallelPartialInput):
             text_len = self._text_length(spec.text_len_source, call)
@@ -356,7 +361,10 @@ class _Writer:
         return size
 
     def _annotation(self, row: ResolvedEntry, value: fx.Node, dim: int, text_len: Any, origin: fx.Node) -> fx.Node:
-        args = (value, row.entry.kind, dim, text_len, str(row))
+        args: tuple[Any, ...] = (value, row.entry.kind, dim, text_len, str(row))
+        unit = getattr(row.entry.spec, "unit", 1)
+        if unit > 1:
+            args = (*args, unit)
         new = value.graph.call_function(fxsp_ops.annotate.default, args)
         new.meta["example_value"] = example_of(value)
         copy_origin(origin, new)

@@ -45,7 +45,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.passes.base import Program
-from fxsp.passes.calls import Writer, erase_unused
+from fxsp.passes.builder import Writer, erase_unused
 from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.functionalize.views import View, cover, view_of

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
-from fxsp.passes.calls import Writer
+from fxsp.passes.builder import Writer
 from fxsp.passes.graph import Call
 from fxsp.passes.normalize.retrace import is_annotation
 from fxsp.passes.rules.dims import order
@@ -97,7 +97,7 @@ def _value(_: Writer, __: Node, value: Node) -> Node:
 
 
 def _reshaped(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-    return View(_again(node), lambda w, base, v: w.call(aten.reshape.default, v, w.sizes(base)), complete=True)
+    return View(_again(node), lambda w, base, v: w.call(aten.reshape.default, v, w.sizes_of(base)), complete=True)
 
 
 def _detached(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:

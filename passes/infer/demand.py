@@ -18,7 +18,7 @@ Sizes are read only to know which factor of a dimension is meant, and never comp
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,8 @@ class Birth:
 
     node: Node
     dim: int
+    #: Tokens in a row that have to stay together.
+    unit: int = 1
 
     @property
     def length(self) -> int:
@@ -74,6 +76,8 @@ class Births:
     """Carries demands back through one graph; what is known of a value is found once."""
 
     program: Program
+    #: Values of which demands know that they are split: nothing is asked of those.
+    met: Callable[[Node], bool] = lambda node: False
     _rules: dict[Node, OpRule | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,8 +119,9 @@ class Births:
         for node in sorted(wanted, key=order.__getitem__):
             for i, shard in enumerate(wanted[node]):
                 found = frozenset(birth for source in sources[node, i] for birth in born[source])
-                if not found and shard.plain and self._may_be_born(node):
-                    found = frozenset((Birth(node, shard.dim),))
+                unit = shard.sequence.units[0]
+                if not found and shard.plain and isinstance(unit, int) and self._may_be_born(node):
+                    found = frozenset((Birth(node, shard.dim, unit),))
                 born[node, i] = found
         return {seed: tuple(sorted(born[at], key=lambda b: (order[b.node], b.dim))) for seed, at in starts.items()}
 
@@ -139,7 +144,9 @@ class Births:
         if node.op != "call_function" or not is_operator(node.target) or facts(node).island:
             return
         found = [
-            (x, s) for x, s in self._through(node, result, shard) if x in self.varying and tensor_value(x) is not None
+            (x, s)
+            for x, s in self._through(node, result, shard)
+            if x in self.varying and tensor_value(x) is not None and not self.met(x)
         ]
         # A table of positions beside what is computed of tokens can be had whole, and cut for nothing.
         dear = [(x, s) for x, s in found if x not in self.cheap]

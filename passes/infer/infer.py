@@ -24,14 +24,14 @@ After this pass the graph has annotations, or it runs whole because splitting it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Program
-from fxsp.passes.graph import reachable, type_of
+from fxsp.passes.graph import is_split, reachable, type_of
 from fxsp.passes.infer.demand import Birth, Births, Seed, seeds_of_attentions, seeds_of_work
 from fxsp.passes.infer.naming import Namer
 from fxsp.passes.infer.price import Price, Pricing
@@ -45,6 +45,8 @@ __all__ = ["Candidate", "Infer"]
 _MOST = 10
 #: Work that is whole is looked at again if it is more than this part of all.
 _REST = 0.05
+#: So often it is looked at what is whole.
+_ROUNDS = 2
 #: An entry of the plan has to save this part of the time.
 _PAYS = 0.005
 
@@ -111,11 +113,21 @@ class _Search:
         """The cheapest candidate; None where there is none."""
         found = self._remember(self.births.of(seeds_of_attentions(self.program, self.pricing.work)))
         best = self._cheapest(None, (self.price(births) for births in _compatible(found)))
-        whole = self._whole_calls(best)
-        if whole:
+        for _ in range(_ROUNDS):
+            whole = self._whole_calls(best)
+            if not whole:
+                break
+            # Where a candidate gathers, what comes afterwards may be split anew.
+            if best is not None:
+                self.price(best.births, anew=True)
+                self.births.met = is_split
             found = self._remember(self.births.of(seeds_of_work(whole, self.pricing.work)))
+            self.erase()
             given = () if best is None else best.births
-            best = self._cheapest(best, (self.price((*given, *more)) for more in _compatible(found, given)))
+            before = best
+            best = self._cheapest(best, (self.price(_joined(given, more)) for more in _compatible(found, given)))
+            if best is before:
+                break
         return None if best is None else self._without_idle(best)
 
     def ends(self, best: Candidate) -> list[Birth]:
@@ -189,8 +201,9 @@ class _Search:
     def _annotate(self, at: Birth, kind: str, entry: str) -> None:
         graph, node = self.program.graph, at.node
         place = graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
+        unit = (at.unit,) if at.unit > 1 else ()
         with graph.inserting_after(place):
-            new = graph.call_function(fxsp_ops.annotate.default, (node, kind, at.dim, -1, entry))
+            new = graph.call_function(fxsp_ops.annotate.default, (node, kind, at.dim, -1, entry, *unit))
         new.meta.update({k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")})
         for user in list(node.users):
             if user is not new and user.op != "output":
@@ -218,14 +231,30 @@ def _compatible(found: dict[Seed, tuple[Birth, ...]], given: Sequence[Birth] = (
         chosen = {birth.node: birth for birth in given}
         left = []
         for births in (*first, *(b for b in ordered if b not in first)):
-            if all(chosen.get(birth.node, birth) == birth for birth in births):
-                chosen.update({birth.node: birth for birth in births})
-            else:
+            both = [_both(chosen.get(birth.node, birth), birth) for birth in births]
+            if None in both:
                 left.append(births)
+            else:
+                chosen.update({birth.node: birth for birth in both if birth is not None})
         new = tuple(birth for birth in chosen.values() if birth not in given)
         if new and all(set(new) != set(other) for other in sets):
             sets.append(new)
+        single = tuple(dict.fromkeys(replace(birth, unit=1) for birth in new))
+        if set(single) != set(new):
+            sets.append(single)
         first = [births for births in left if not any(set(births) <= set(other) for other in sets)][:1]
         if not first:
             break
     return sets
+
+
+def _joined(given: Sequence[Birth], more: Sequence[Birth]) -> tuple[Birth, ...]:
+    """Both, each value once."""
+    return tuple({birth.node: birth for birth in (*given, *more)}.values())
+
+
+def _both(a: Birth, b: Birth) -> Birth | None:
+    """What meets both demands on one value: the larger unit, if it consists of the smaller ones."""
+    if a.dim != b.dim or max(a.unit, b.unit) % min(a.unit, b.unit):
+        return None
+    return a if a.unit >= b.unit else b

@@ -57,7 +57,7 @@ class Namer:
         def spec(output: bool) -> Spec:
             if gather:
                 return SequenceParallelOutput(birth.dim, expected_dims=rank)
-            return SequenceParallelInput(birth.dim, expected_dims=rank, split_output=output)
+            return SequenceParallelInput(birth.dim, expected_dims=rank, split_output=output, unit=birth.unit)
 
         for path, name, part, output in self._targets(birth.node):
             if output or not gather:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxsp.lengths import hint
-from fxsp.passes.calls import Writer
+from fxsp.passes.builder import Writer
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["restride"]

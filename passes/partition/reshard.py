@@ -209,7 +209,7 @@ class Converter:
 
     def _is_held(self, old: Node) -> bool:
         """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""
-        have, user = self.values[old], self.build._origin
+        have, user = self.values[old], self.build.origin
         if old in self.outputs or (user is not None and facts(user).written_attention is not None):
             return True
         return have.find(Replicate()) is not None or have.find(Used()) is not None
@@ -234,7 +234,7 @@ class Converter:
         return new
 
     def _has_place(self) -> bool:
-        origin = self.build._origin
+        origin = self.build.origin
         return origin is not None and bool(node_source(origin))
 
     def _laid_out(self, x: Node, value: Value, tokens: int) -> Node:
@@ -282,7 +282,7 @@ class Converter:
     def _report_gather(self, value: Value, kind: str, reason: str, sent: Length) -> None:
         if value.wanted:
             return
-        user = self.build._origin
+        user = self.build.origin
         assert user is not None
         record = GatherRecord(
             op=str(user.target) if user.op == "call_function" else user.op,

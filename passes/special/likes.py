@@ -23,7 +23,7 @@ from fxsp.passes.builder import Builder
 from fxsp.passes.graph import Call, Decision, shape_of, type_of
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import Replicate, Shard, Type, as_length
+from fxsp.types import Replicate, Shard, Type, as_length, shape_on_rank
 
 __all__ = ["Likes", "is_constant", "write_like"]
 
@@ -67,11 +67,8 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
     given: torch.Tensor = call["self"].meta["val"]
     if call.op in family("factory"):
         like = build.call(aten.empty.memory_format, [0], dtype=given.dtype, device=given.device)
-        args, kwargs = call.bound_to({**arguments, "self": like}).rebuild()
-        return build.call(call.op, *args, **kwargs)
-    sizes = list(shape_of(node))
-    if isinstance(type_, Shard):
-        sizes[type_.dim] = type_.local_size(build.ranks.size)
+        return build.same(call, {**arguments, "self": like})
+    sizes = shape_on_rank(shape_of(node), type_, build.ranks.size)
     # In memory as the program's own value: numbers are drawn in that order.
     strides = [hint(as_length(stride)) for stride in value.stride()]
     order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
@@ -85,8 +82,7 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
             new = build.call(aten.full.default, laid, fill, **options)
         return _turned(build, new, order)
     like = build.call(aten.empty.memory_format, laid, dtype=given.dtype, device=given.device)
-    args, kwargs = call.bound_to({**arguments, "self": _turned(build, like, order)}).rebuild()
-    return build.call(call.op, *args, **kwargs)
+    return build.same(call, {**arguments, "self": _turned(build, like, order)})
 
 
 def _turned(build: Builder, x: Node, order: list[int]) -> Node:

@@ -12,9 +12,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from crosscompile import TARGETS, compile_for, fake_gpu, launches
-from fxsp.kernels.attention.merge import merge, merge_backward_eager, merge_eager, merge_operator
+from fxsp.kernels.attention.merge import merge, merge_eager, merge_operator
 from fxsp.passes.emit.emit import emit, is_kernel
 from fxsp.torch_internals import inductor_decompositions, kernel_calls
+from merging import merge_backward_eager
 
 INFINITY = float("inf")
 

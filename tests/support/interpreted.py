@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 
 import fxsp.kernels.ops  # noqa: F401
-from fxsp.kernels import collectives, lowering, twins
+import twins
+from fxsp.kernels import collectives, lowering
 from fxsp.kernels.exchange import exchange, place
 
 F32, BF16 = torch.float32, torch.bfloat16

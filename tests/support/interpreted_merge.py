@@ -14,7 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from fxsp.kernels.attention.merge import merge_backward_eager, merge_eager, merge_operator, wide
+from fxsp.kernels.attention.merge import merge_eager, merge_operator, wide
+from merging import merge_backward_eager
 
 #: Batch, heads, tokens, head dimension, dtype of each side, dtype of the result, and how the operands lie.
 CASES = [

@@ -14,7 +14,7 @@ from fxsp.simulation.reference import zigzag as oracle_deal
 from fxsp.simulation.reference.lanes import Lanes, Piece, check_local, each, fresh, pieces, rows_are_zeroed, total
 
 
-def annotate(x: Lanes, kind: str, dim: int, text_len: int, entry: str, size: int = 0) -> Lanes:
+def annotate(x: Lanes, kind: str, dim: int, text_len: int, entry: str, unit: int = 1, size: int = 0) -> Lanes:
     """Identity: a plan entry waiting to be carried out."""
     return fresh(x)
 

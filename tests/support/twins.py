@@ -1,7 +1,7 @@
-"""The eager twins of the Triton kernels: what each means, every element written once.
+"""The twins of the Triton kernels: what each means, every element written once.
 
-They are what the kernels are tested against, and what the fxsp ops run on a CPU in eager code.  Arguments and results
-are those of the ops in :mod:`fxsp.kernels.triton_ops`.
+They are what the kernels are tested against.  Arguments and results are those of the ops in
+:mod:`fxsp.kernels.triton_ops`.
 
 Sizes: B batch, P ranks (blocks), L rows of a block, S rows in global order, D head dimension.  A segment of ``n`` rows
 has ``ceil(n / P)`` rows in each block, the last ones pads; one that is ``whole`` has all ``n`` in every block.
