@@ -154,7 +154,9 @@ def survey(name: str, build: Build, ranks: int) -> Row:
         what = "refused" if isinstance(error, FxspError) else "not traced" if kind else "not built"
         logging.getLogger(__name__).info("%s", traceback.format_exc())
         return Row(name, kind, forbids=f"{what}: {type(error).__name__}: {_short(str(error))}")
-    forbids = [f"{_short(what)}: {work / found.total:.0%}" for what, work in found.whole.items() if work] or ["-"]
+    forbids = [f"{_short(what)}: {work / found.total:.0%}" for what, work in found.whole.items() if work][:3]
+    if found.part - 1 / ranks > 2 * sum(found.whole.values()) / found.total:
+        forbids = ["pads, and pieces of sequences that are whole", *forbids]
     return Row(
         name,
         kind,
@@ -164,7 +166,7 @@ def survey(name: str, build: Build, ranks: int) -> Row:
         str(found.gathers),
         f"{found.infer:.2f} of {found.seconds:.2f}",
         own,
-        "; ".join(forbids[:3]) if found.part > _enough(ranks) else "",
+        "; ".join(forbids) if found.part > _enough(ranks) else "",
     )
 
 
