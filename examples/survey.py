@@ -155,7 +155,7 @@ def survey(name: str, build: Build, ranks: int) -> Row:
         logging.getLogger(__name__).info("%s", traceback.format_exc())
         return Row(name, kind, forbids=f"{what}: {type(error).__name__}: {_short(str(error))}")
     forbids = [f"{_short(what)}: {work / found.total:.0%}" for what, work in found.whole.items() if work][:3]
-    if found.part - 1 / ranks > 2 * sum(found.whole.values()) / found.total:
+    if ranks * found.rank - found.total > 2 * ranks * sum(found.whole.values()):
         forbids = ["pads, and pieces of sequences that are whole", *forbids]
     return Row(
         name,
