@@ -12,7 +12,7 @@ others.  Where lengths are ints, a rank that has no pads gets a plain narrow ins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from fxsp.kernels import collectives
 from fxsp.kernels.attention.ring_blocks import chunks_of
 from fxsp.kernels.exchange import place
-from fxsp.kernels.tokens import Part, Size, placed
+from fxsp.kernels.tokens import Flags, Lengths, Part, placed
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["known_dense"]
@@ -94,14 +94,7 @@ def _rows_kernels(x: Tensor, dim: int) -> Any:
 
 
 def shard(
-    x: Tensor,
-    dim: int,
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
-    zero_pads: bool,
-    rank: int,
-    size: int,
-    group: str,
+    x: Tensor, dim: int, lengths: Lengths, whole: Flags, zero_pads: bool, rank: int, size: int, group: str
 ) -> Tensor:
     parts = placed(lengths, whole, size)
     pads = any(part.may_have_pads(rank) for part in parts)
@@ -117,13 +110,7 @@ def shard(
 
 
 def _gathered(
-    x: Tensor,
-    dim: int,
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
-    size: int,
-    group: str,
-    whole_rows: Callable[[Tensor], Tensor],
+    x: Tensor, dim: int, lengths: Lengths, whole: Flags, size: int, group: str, whole_rows: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The global rows from everyone's local ones: one all-gather for all split segments together.
 
@@ -161,21 +148,15 @@ def _gathered(
     return dense(_cat(pieces, 0)).movedim(0, dim)
 
 
-def gather(
-    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
-) -> Tensor:
+def gather(x: Tensor, dim: int, lengths: Lengths, whole: Flags, rank: int, size: int, group: str) -> Tensor:
     return _gathered(x, dim, lengths, whole, size, group, lambda rows: rows)
 
 
-def gather_sum(
-    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
-) -> Tensor:
+def gather_sum(x: Tensor, dim: int, lengths: Lengths, whole: Flags, rank: int, size: int, group: str) -> Tensor:
     return _gathered(x, dim, lengths, whole, size, group, lambda rows: all_reduce(rows, group if size > 1 else ""))
 
 
-def reduce_scatter(
-    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
-) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, lengths: Lengths, whole: Flags, rank: int, size: int, group: str) -> Tensor:
     if size == 1:
         return dense(x)
     rows = x.movedim(dim, 0)
@@ -214,12 +195,12 @@ def reduce_scatter(
 def mask_pads(
     x: Tensor,
     dim: int,
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
+    lengths: Lengths,
+    whole: Flags,
     rank: int,
     size: int,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    head_tail: Flags = (),
+    units: Lengths = (),
 ) -> Tensor:
     keep, all_kept = [], True
     for part in placed(lengths, whole, size, head_tail, units):
@@ -234,7 +215,7 @@ def mask_pads(
     return x.masked_fill(~_cat(keep, 0).view(_shape_along(x, dim)), 0)
 
 
-def scale_whole(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], size: int) -> Tensor:
+def scale_whole(x: Tensor, dim: int, lengths: Lengths, whole: Flags, size: int) -> Tensor:
     pieces = []
     for part in placed(lengths, whole, size):
         piece = x.narrow(dim, part.row, part.rows)
@@ -243,13 +224,13 @@ def scale_whole(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bo
 
 
 def positions(
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
+    lengths: Lengths,
+    whole: Flags,
     rank: int,
     size: int,
     device: torch.device,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    head_tail: Flags = (),
+    units: Lengths = (),
 ) -> Tensor:
     pieces = []
     for part in placed(lengths, whole, size, head_tail, units):
@@ -259,14 +240,14 @@ def positions(
 
 
 def place_positions(
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
+    lengths: Lengths,
+    whole: Flags,
     ulysses: int,
     rank: int,
     size: int,
     device: torch.device,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    head_tail: Flags = (),
+    units: Lengths = (),
 ) -> Tensor:
     chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses, head_tail, units)
     rows = [(torch.arange(c.rows, device=device) + c.first).clamp(max=c.limit - 1) for c in chunks]

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fxsp.kernels.tokens import Size, placed
+from fxsp.kernels.tokens import Flags, Lengths, Size, placed
 from fxsp.types import as_length, same_length
 
 __all__ = ["Chunk", "Meeting", "chunks_of", "in_pieces", "meetings", "pairs_of"]
@@ -80,8 +80,8 @@ class Meeting:
 
 
 def chunks_of(
-    lengths: Sequence[Size], whole: Sequence[bool], ulysses: int, ring: int, place: int, head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    lengths: Lengths, whole: Flags, ulysses: int, ring: int, place: int, head_tail: Flags = (),
+    units: Lengths = (),
 ) -> list[Chunk]:  # fmt: skip
     """The chunks of one place of the ring, in the order of its rows."""
     result: list[Chunk] = []
@@ -231,14 +231,14 @@ def _span(q: Chunk) -> tuple[int, int]:
 
 
 def same_sequence(
-    a: Sequence[Size],
-    a_whole: Sequence[bool],
-    b: Sequence[Size],
-    b_whole: Sequence[bool],
-    a_head_tail: Sequence[bool] = (),
-    b_head_tail: Sequence[bool] = (),
-    a_units: Sequence[Size] = (),
-    b_units: Sequence[Size] = (),
+    a: Lengths,
+    a_whole: Flags,
+    b: Lengths,
+    b_whole: Flags,
+    a_head_tail: Flags = (),
+    b_head_tail: Flags = (),
+    a_units: Lengths = (),
+    b_units: Lengths = (),
 ) -> bool:
     """Whether both describe one sequence; adds no guard."""
     pairs = [*zip(a, b, strict=False), *zip(a_units or [1] * len(a), b_units or [1] * len(b), strict=False)]

@@ -50,6 +50,7 @@ from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.functionalize.views import View, cover, view_of
 from fxsp.passes.graph import facts, reachable
+from fxsp.passes.strides import laid, memory_order
 from fxsp.source import describe
 
 __all__ = ["Functionalize", "functionalize"]
@@ -186,19 +187,11 @@ class _Functionalizer:
         """``value`` with the strides of ``like``, so that what is known of views of it stays true."""
         if same_strides(value, like):
             return value
-        strides = like.meta["val"].stride()
-        if all(isinstance(stride, int) for stride in strides):
-            order = sorted(range(len(strides)), key=lambda d: -strides[d])
-            inverse = [order.index(d) for d in range(len(order))]
-            value = self.w.call(aten.contiguous.default, self._permuted(value, order))
-            value = self._permuted(value, inverse)
-        else:
-            value = self.w.call(aten.contiguous.default, value)
+        tensor = like.meta["val"]
+        known = all(isinstance(stride, int) for stride in tensor.stride())
+        value = laid(self.w.call, value, memory_order(tensor) if known else list(range(tensor.ndim)))
         self.moved |= not same_strides(value, like)
         return value
-
-    def _permuted(self, value: Node, order: list[int]) -> Node:
-        return value if order == sorted(order) else self.w.call(aten.permute.default, value, order)
 
     # --- views
 

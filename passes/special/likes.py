@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.lengths import hint
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import Call, Decision, shape_of, type_of
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import Replicate, Shard, Type, as_length
+from fxsp.passes.strides import memory_order, turned_back
+from fxsp.types import Replicate, Shard, Type
 
 __all__ = ["Likes", "is_constant", "write_like"]
 
@@ -73,8 +73,7 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
     if isinstance(type_, Shard):
         sizes[type_.dim] = type_.local_size(build.ranks.size)
     # In memory as the program's own value: numbers are drawn in that order.
-    strides = [hint(as_length(stride)) for stride in value.stride()]
-    order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
+    order = memory_order(value)
     laid = build.sizes([sizes[d] for d in order])
     if call.op in family("constant"):
         options = {"dtype": value.dtype, "device": value.device}
@@ -83,14 +82,7 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
         else:
             fill = arguments["fill_value"] if "fill_value" in arguments else int(call.op is aten.ones_like.default)
             new = build.call(aten.full.default, laid, fill, **options)
-        return _turned(build, new, order)
+        return turned_back(build.call, new, order)
     like = build.call(aten.empty.memory_format, laid, dtype=given.dtype, device=given.device)
-    args, kwargs = call.bound_to({**arguments, "self": _turned(build, like, order)}).rebuild()
+    args, kwargs = call.bound_to({**arguments, "self": turned_back(build.call, like, order)}).rebuild()
     return build.call(call.op, *args, **kwargs)
-
-
-def _turned(build: Builder, x: Node, order: list[int]) -> Node:
-    """``x``, whose dimensions are in the order of memory, as the program has them."""
-    if order == list(range(len(order))):
-        return x
-    return build.call(aten.permute.default, x, [order.index(d) for d in range(len(order))])
