@@ -162,8 +162,7 @@ def pairs_of(
 ) -> int:
     """Pairs of a query and a key that one place of the ring computes, pads too; lengths are ints, in tuples."""
     own = in_pieces(chunks_of(queries[0], queries[1], ulysses, ring, place, *queries[2:]), window)
-    a_units, b_units = (x[3] if len(x) > 3 else () for x in (queries, keys))
-    same = same_sequence(queries[0], queries[1], keys[0], keys[1], queries[2], keys[2], a_units, b_units)
+    same = same_sequence(queries, keys)
     pairs = 0
     for step in range(ring):
         here = chunks_of(keys[0], keys[1], ulysses, ring, (place - step) % ring, *keys[2:])
@@ -230,21 +229,14 @@ def _span(q: Chunk) -> tuple[int, int]:
     return min(q.first, last), min(q.first + q.rows - 1, last)
 
 
-def same_sequence(
-    a: Lengths,
-    a_whole: Flags,
-    b: Lengths,
-    b_whole: Flags,
-    a_head_tail: Flags = (),
-    b_head_tail: Flags = (),
-    a_units: Lengths = (),
-    b_units: Lengths = (),
-) -> bool:
+def same_sequence(a: Tokens, b: Tokens) -> bool:
     """Whether both describe one sequence; adds no guard."""
-    pairs = [*zip(a, b, strict=False), *zip(a_units or [1] * len(a), b_units or [1] * len(b), strict=False)]
-    return (
-        len(a) == len(b)
-        and list(a_whole) == list(b_whole)
-        and list(a_head_tail) == list(b_head_tail)
-        and all(same_length(as_length(m), as_length(n)) for m, n in pairs)
+
+    def parts(lengths: Lengths, *kinds: Any) -> tuple[list[list[Any]], list[Any]]:
+        whole, head_tail, units = (*kinds, (), ())[:3]
+        return [list(whole), list(head_tail)], [*lengths, *(units or [1] * len(lengths))]
+
+    (kinds, sizes), (others, other_sizes) = parts(*a), parts(*b)
+    return kinds == others and all(
+        same_length(as_length(m), as_length(n)) for m, n in zip(sizes, other_sizes, strict=True)
     )

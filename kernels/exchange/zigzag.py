@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxsp.kernels.rows import along
 from fxsp.kernels.tokens import Flags, Lengths, Part, Size, placed
 
 __all__ = ["deal", "undeal"]
@@ -75,7 +76,7 @@ def deal(
     rows = x.index_select(dim, torch.cat(index))
     if not zero_pads:
         return rows
-    return rows.masked_fill(torch.cat(pads).view([-1 if d == dim else 1 for d in range(x.dim())]), 0)
+    return rows.masked_fill(torch.cat(pads).view(along(x, dim)), 0)
 
 
 def undeal(x: Tensor, dim: int, lengths: Lengths, head_tail: Flags, size: int, units: Lengths = ()) -> Tensor:

@@ -45,6 +45,7 @@ import fxsp.errors
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
 from fxsp.kernels.ops import fxsp_ops, op_of
+from fxsp.kernels.rows import cut, joined
 from fxsp.torch_internals import arguments_of, fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
@@ -280,14 +281,9 @@ def _reduce_together(splicer: _Splicer, bucket: list[Node]) -> None:
 
 def _start(group: str, *gradients: Tensor) -> Tensor:
     flat = [collectives.summand(g).view(-1) for g in gradients]
-    return collectives.start_all_reduce(flat[0] if len(flat) == 1 else torch.cat(flat), group)
+    return collectives.start_all_reduce(joined(flat, 0), group)
 
 
 def _finish(pending: Tensor, *like: Tensor) -> list[Tensor]:
-    flat = collectives.wait(pending)
-    results, start = [], 0
-    for g in like:
-        part = flat if len(like) == 1 else flat.narrow(0, start, g.numel())
-        results.append(part.view(g.shape).to(g.dtype))
-        start += g.numel()
-    return results
+    parts = cut(collectives.wait(pending), [g.numel() for g in like], 0)
+    return [part.view(g.shape).to(g.dtype) for part, g in zip(parts, like, strict=True)]
