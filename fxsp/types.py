@@ -19,8 +19,9 @@ specialised to one axis.  A length is an ``int`` or a sympy expression, always g
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 
@@ -44,6 +45,7 @@ __all__ = [
     "product",
     "quotient",
     "same_length",
+    "shape_on_rank",
 ]
 
 Layout = Literal["contiguous", "head-tail"]
@@ -213,12 +215,13 @@ class Sequence:
             tuple(Segment(as_length(size * s.local_length(size)), name=s.name) if s.dealt else s for s in self.segments)
         )
 
-    def placed(self, size: int) -> tuple[tuple[Length, Length, Segment], ...]:
-        """Per segment: its first row on each rank, its rows there, pads included, and itself."""
+    def placed(self, size: int | None = None) -> tuple[tuple[Length, Length, Segment], ...]:
+        """Per segment: its first row on each rank, its rows there, pads included, and itself; None: its global rows."""
         found: list[tuple[Length, Length, Segment]] = []
         row: Length = 0
         for segment in self.segments:
-            found.append((row, rows := segment.local_length(size), segment))
+            rows = segment.length if size is None else segment.local_length(size)
+            found.append((row, rows, segment))
             row = as_length(row + rows)
         return tuple(found)
 
@@ -333,6 +336,15 @@ class Shard(_Base):
 
 
 Type = Replicate | Used | Partial | Shard
+
+
+def shape_on_rank(shape: Iterable[Any], type_: object, size: int) -> list[Length]:
+    """The shape on each rank of a value of this type and global shape."""
+    found = [as_length(n) for n in shape]
+    if isinstance(type_, Shard) and type_.dim < len(found):
+        found[type_.dim] = type_.local_size(size)
+    return found
+
 
 _SHARD = re.compile(r"^S\((\d+), (?:([^\[\]]*)\*)?\[([^\]]*)\](?:\*([^\[\]]*))?\)$")
 

@@ -1,7 +1,9 @@
-"""Writing local graphs: nodes with the right metadata, sizes from lengths, and the fxsp ops by their meaning."""
+"""Writing calls into graphs: nodes with the right metadata; in local ones sizes from lengths, and our operators."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -9,45 +11,136 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from fxsp.errors import UnsupportedError
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.kernels.ops import op_of
-from fxsp.passes.graph import facts, mark
+from fxsp.lengths import hint
+from fxsp.passes.graph import Call, facts, mark
 from fxsp.report import CollectiveRecord, Report
-from fxsp.source import module_path, node_source
-from fxsp.torch_internals import sympy_to_fx
+from fxsp.source import describe, module_path, node_source
+from fxsp.torch_internals import python_dispatch, sympy_to_fx
 from fxsp.types import Length, Ranks, Sequence, as_length
 
-__all__ = ["Builder"]
+__all__ = ["Builder", "Writer", "erase_unused", "memory_order"]
 
 #: What a node has from the one that it was written for.
 _LENT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
 aten = torch.ops.aten
 
 
-class Builder:
-    """Appends nodes to ``graph``; the current *origin* node lends its source line and module path."""
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions of a value, the outermost in memory first."""
+    steps = [hint(as_length(stride)) for stride in value.stride()]
+    return sorted(range(len(steps)), key=lambda d: -steps[d])
+
+
+class Writer:
+    """Writes calls on behalf of an *origin* node, which lends its source line and module path.
+
+    Their values come from running the operators on fakes, under ``mode``.
+    """
+
+    #: What passes know of the origin, and of what is written for it, too.
+    lent: tuple[str, ...] = ("island", "row_wise")
+
+    def __init__(self, graph: Graph, mode: Any = None) -> None:
+        self.graph = graph
+        self.mode = mode
+        self.before: Node | None = None
+        self.origin: Node | None = None
+
+    def at(self, node: Node) -> None:
+        """Write before ``node`` from now on, and on its behalf."""
+        self.before = self.origin = node
+
+    @contextlib.contextmanager
+    def on_behalf_of(self, origin: Node | None) -> Iterator[None]:
+        """Nodes written meanwhile take their origin from another node."""
+        before, self.origin = self.origin, origin or self.origin
+        try:
+            yield
+        finally:
+            self.origin = before
+
+    def note(self, new: Node) -> Node:
+        """``new`` with what it has from its origin."""
+        if self.origin is not None:
+            for key in _LENT:
+                if key in self.origin.meta:
+                    new.meta.setdefault(key, self.origin.meta[key])
+            known = facts(self.origin)
+            if lent := {name: value for name in self.lent if (value := getattr(known, name))}:
+                mark(new, **lent)
+        return new
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """A call with its metadata."""
+        node = self.write(target, *args, **kwargs)
+        self.refresh(node)
+        return node
+
+    def write(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """The same, but without ``meta["val"]``."""
+        assert self.before is not None
+        with self.graph.inserting_before(self.before):
+            return self.note(self.graph.call_function(target, args, kwargs))
+
+    def same(self, call: Call, arguments: dict[str, Any], **changes: Any) -> Node:
+        """The same call with other arguments."""
+        args, kwargs = call.bound_to(arguments).rebuild(**changes)
+        return self.call(call.op, *args, **kwargs)
+
+    def refresh(self, node: Node) -> None:
+        """Compute ``meta["val"]`` from the arguments' values."""
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        assert callable(node.target)
+        try:
+            with self.mode, python_dispatch(), torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
+        except Exception as error:
+            raise UnsupportedError(
+                f"{describe(self.origin)} writes in place; as a value, {node.target} fails: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def sizes_of(self, node: Node) -> list[Any]:
+        """The sizes of a tensor as arguments: ints, and ``sym_size`` nodes where they are symbolic."""
+        shape = node.meta["val"].shape
+        return [
+            size if isinstance(size, int) else self.call(aten.sym_size.int, node, d) for d, size in enumerate(shape)
+        ]
+
+    def laid(self, x: Node, order: list[int]) -> Node:
+        """``x`` without gaps in memory, its dimensions there in ``order``, the outermost first."""
+        x = x if order == sorted(order) else self.call(aten.permute.default, x, order)
+        return self.turned_back(self.call(aten.contiguous.default, x), order)
+
+    def turned_back(self, x: Node, order: list[int]) -> Node:
+        """``x``, whose dimensions are in ``order``, with dimension 0 first."""
+        if order == sorted(order):
+            return x
+        return self.call(aten.permute.default, x, [order.index(d) for d in range(len(order))])
+
+
+class Builder(Writer):
+    """Writes local graphs, where they are at (at their end, say): lengths as arguments, our operators by their meaning.
+
+    Values are found later, by *verify*.
+    """
+
+    lent = ("written_attention",)
 
     def __init__(self, graph: Graph, ranks: Ranks, report: Report, *, training: bool) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.ranks = ranks
         self.report = report
         self.training = training
         self.symbols: dict[sympy.Symbol, Node] = {}
         self._sizes: dict[sympy.Expr, Node] = {}
-        self._origin: Node | None = None
 
     def at(self, node: Node) -> None:
         """Nodes made from now on come from ``node``."""
-        self._origin = node
-
-    def note(self, new: Node) -> Node:
-        if self._origin is not None:
-            for key in _LENT:
-                if key in self._origin.meta:
-                    new.meta.setdefault(key, self._origin.meta[key])
-            if (attention := facts(self._origin).written_attention) is not None:
-                mark(new, written_attention=attention)
-        return new
+        self.origin = node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self.note(self.graph.call_function(target, args, kwargs))
@@ -102,42 +195,33 @@ class Builder:
         """Arguments of an op: this rank, the number of ranks, and their group."""
         return self.ranks.rank, self.ranks.size, self.ranks.group
 
-    def deal(self, x: Node, dim: int, lengths: Seq[Length], head_tail: Seq[bool], size: int) -> Node:
-        """Global rows in the order of ``size`` ranks, where they are heads and tails; else as they are."""
-        if not any(head_tail):
-            return x
-        return self.call(_ops.deal.default, x, dim, self.sizes(lengths), list(head_tail), False, size)
-
-    def undeal(self, x: Node, dim: int, lengths: Seq[Length], head_tail: Seq[bool], size: int) -> Node:
-        if not any(head_tail):
-            return x
-        return self.call(_ops.undeal.default, x, dim, self.sizes(lengths), list(head_tail), size)
-
-    def _dealt(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        """Global rows in the order of the ranks, pads included, where segments are not split into contiguous rows."""
-        if not sequence.dealt_segments or _is_in_order(sequence, self.ranks.size):
+    def deal(self, x: Node, dim: int, sequence: Sequence, size: int = 0) -> Node:
+        """Global rows in the order of ``size`` ranks (0: of all), pads included, where that is another one."""
+        size = size or self.ranks.size
+        if not sequence.dealt_segments or _is_in_order(sequence, size):
             return x
         head_tail, *units = self.placed(sequence)
-        size = self.ranks.size
         return self.call(_ops.deal.default, x, dim, self.sizes(sequence.lengths), head_tail, False, size, *units)
 
-    def _undealt(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        if not sequence.dealt_segments or _is_in_order(sequence, self.ranks.size):
+    def undeal(self, x: Node, dim: int, sequence: Sequence, size: int = 0) -> Node:
+        """The way back, without pads."""
+        size = size or self.ranks.size
+        if not sequence.dealt_segments or _is_in_order(sequence, size):
             return x
         if len(sequence.segments) == 1 and not any(sequence.head_tail):
             return self.narrow(x, dim, 0, sequence.length)  # the pads stand at the end
         head_tail, *units = self.placed(sequence)
-        return self.call(_ops.undeal.default, x, dim, self.sizes(sequence.lengths), head_tail, self.ranks.size, *units)
+        return self.call(_ops.undeal.default, x, dim, self.sizes(sequence.lengths), head_tail, size, *units)
 
     def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
         size = self.ranks.size
-        x = self._dealt(x, dim, sequence)
+        x = self.deal(x, dim, sequence)
         return self.call(_ops.shard.default, x, dim, *self.sequence(sequence.dealt(size)), False, *self.at_rank())
 
     def gather(self, x: Node, dim: int, sequence: Sequence, *, used: bool) -> Node:
         op, size = _ops.gather_used if used else _ops.gather, self.ranks.size
         new = self.call(op.default, x, dim, *self.sequence(sequence.dealt(size)), *self.at_rank())
-        return self._undealt(new, dim, sequence)
+        return self.undeal(new, dim, sequence)
 
     def leave(self, x: Node, length: Length) -> Node:
         """Rows that are whole on every rank, as a replicated value: the same data, the gradient is shared out."""
@@ -183,11 +267,11 @@ class Builder:
     def unpack(self, x: Node, sequence: Sequence) -> Node:
         size = self.ranks.size
         rows = self.call(_ops.unpack.default, x, self.sizes(sequence.dealt(size).lengths), size)
-        return self._undealt(rows, 0, sequence)
+        return self.undeal(rows, 0, sequence)
 
     def pack(self, x: Node, sequence: Sequence) -> Node:
         size = self.ranks.size
-        rows = self._dealt(x, 0, sequence)
+        rows = self.deal(x, 0, sequence)
         return self.call(_ops.pack.default, rows, self.sizes(sequence.dealt(size).lengths), size, False)
 
     def pack_heads(self, xs: Seq[Node], length: Length, size: int) -> Node:
@@ -210,3 +294,12 @@ class Builder:
 def _is_in_order(sequence: Sequence, size: int) -> bool:
     """Whether the rows of the ranks, one rank after the other, are the global rows."""
     return not any(sequence.head_tail) and not sequence.has_pads(size)
+
+
+def erase_unused(graph: Graph) -> None:
+    """Erase dead code, but not in the bodies of islands, as torch's own method does: what has no user there, the end of
+    a functorch level say, is needed all the same.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure() and not facts(node).island:
+            graph.erase_node(node)

@@ -16,7 +16,7 @@ from fxsp.passes.graph import Call, facts, global_value, mark
 from fxsp.passes.rules.decide import Decision
 from fxsp.source import module_path, node_source
 from fxsp.torch_internals import depends_on_data, fake_mode_of
-from fxsp.types import Length, Shard, as_length, same_length
+from fxsp.types import Length, Shard, as_length, same_length, shape_on_rank
 
 __all__ = ["infer_local", "verify_graph", "verify_local", "verify_types"]
 
@@ -94,9 +94,7 @@ def verify_local(program: Program) -> None:
         value, whole, type_ = known.local, known.whole, known.type
         if not isinstance(value, torch.Tensor) or not isinstance(whole, torch.Tensor):
             continue
-        expected = [as_length(n) for n in whole.shape]
-        if isinstance(type_, Shard):
-            expected[type_.dim] = type_.local_size(size)
+        expected = shape_on_rank(whole.shape, type_, size)
         got = [as_length(n) for n in value.shape]
         if len(got) != len(expected) or not all(_agree(a, b) for a, b in zip(got, expected, strict=True)):
             raise VerificationError(

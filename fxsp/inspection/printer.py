@@ -24,12 +24,11 @@ from fxsp.inspection.wire import (
     bytes_sent,
     format_bytes,
     length_of,
-    shape_on_rank,
 )
 from fxsp.kernels.ops import op_of
 from fxsp.passes.graph import Call, facts, value_of
 from fxsp.source import module_path
-from fxsp.types import Length, Ranks, as_length
+from fxsp.types import Length, Ranks, as_length, shape_on_rank
 
 __all__ = ["MARKER", "Row", "format_graph", "format_rows", "op_text", "rows"]
 
@@ -153,7 +152,7 @@ def _value_text(node: torch.fx.Node, ranks: Ranks) -> str:
 
 def _tensor_text(val: Any, type_: Any, ranks: Ranks) -> str:
     if isinstance(val, torch.Tensor):
-        shape = ", ".join(str(n) for n in shape_on_rank(val, type_, ranks))
+        shape = ", ".join(str(n) for n in shape_on_rank(val.shape, type_, ranks.size))
         return f"{_DTYPES.get(val.dtype, str(val.dtype).removeprefix('torch.'))}[{shape}]"
     return "" if val is None else str(val)
 

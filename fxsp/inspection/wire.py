@@ -9,14 +9,13 @@ import torch
 from fxsp.kernels.op import Local, sizes_of
 from fxsp.kernels.ops import op_of
 from fxsp.passes.graph import facts, value_of
-from fxsp.types import Length, Ranks, Shard, as_length
+from fxsp.types import Length, Ranks, as_length, shape_on_rank
 
 __all__ = [
     "bytes_sent",
     "format_bytes",
     "length_of",
     "local_shape",
-    "shape_on_rank",
 ]
 
 
@@ -28,15 +27,8 @@ def local_shape(node: torch.fx.Node, ranks: Ranks) -> tuple[Length, ...] | None:
     val = value_of(node)
     if not isinstance(val, torch.Tensor):
         return None
-    return shape_on_rank(val, None if facts(node).local is not None else facts(node).type, ranks)
-
-
-def shape_on_rank(val: torch.Tensor, type_: Any, ranks: Ranks) -> tuple[Length, ...]:
-    """The shape on each rank of a global value of this type."""
-    shape = [as_length(n) for n in val.shape]
-    if isinstance(type_, Shard) and type_.dim < len(shape):
-        shape[type_.dim] = type_.local_size(ranks.size)
-    return tuple(shape)
+    type_ = facts(node).type if facts(node).local is None else None
+    return tuple(shape_on_rank(val.shape, type_, ranks.size))
 
 
 def bytes_sent(node: torch.fx.Node, ranks: Ranks) -> Length | None:

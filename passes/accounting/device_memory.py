@@ -27,7 +27,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value
 from fxsp.report import AttentionRecord, Memory, Move
 from fxsp.torch_internals import is_operator, schema
-from fxsp.types import Sequence, Shard, as_length
+from fxsp.types import Sequence, Shard, shape_on_rank
 
 __all__ = ["DeviceMemory"]
 
@@ -184,7 +184,5 @@ class _Attention:
         value, type_ = global_value(node), facts(node).type
         if not isinstance(value, Tensor):
             return self.number(value)
-        shape = [as_length(n) for n in value.shape]
-        if isinstance(type_, Shard):
-            shape[type_.dim] = type_.local_size(self.size)
-        return torch.empty([self.number(n) for n in shape], dtype=value.dtype, device="meta")
+        shape = [self.number(n) for n in shape_on_rank(value.shape, type_, self.size)]
+        return torch.empty(shape, dtype=value.dtype, device="meta")

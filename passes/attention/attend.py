@@ -52,6 +52,18 @@ class Attend:
             self.repeat = max(1, times // spread)
 
     @property
+    def queries(self) -> Sequence:
+        """The tokens of the queries, where these are split."""
+        assert self.choice.queries is not None
+        return self.choice.queries
+
+    @property
+    def keys(self) -> Sequence:
+        """The tokens of the keys and values, where these are split."""
+        assert self.choice.keys is not None
+        return self.choice.keys
+
+    @property
     def exact(self) -> dict[str, bool]:
         """Whether one device would write this attention out; blocks of it then take their gradients as that does."""
         q, k, v = (facts(x).whole for x in self.given)
@@ -120,12 +132,11 @@ class Attend:
 
     def _dropped(self, q: Node, k: Node, v: Node, mask: Any, causal: Any, own_heads_of: Length | None) -> Node:
         """With active dropout: each element's draw depends on its place in the whole attention."""
-        call, queries = self.build.call, self.choice.queries
-        assert queries is not None
+        call = self.build.call
         heads = self.shape[-3] if len(self.shape) > 2 else 1
         every = call(aten.arange.default, self.build.size(heads), device=self.device)
         if own_heads_of is None:
-            rows = self.build.positions(queries, self.device)
+            rows = self.build.positions(self.queries, self.device)
         else:
             # Queries may have come in another order; then this is another draw, and no worse.
             every = self.build.take(every, 0)

@@ -47,6 +47,12 @@ class Link:
         """What so many messages, of ``sent`` bytes in all, take."""
         return messages * self.latency + hint(sent) / self.bandwidth
 
+    def text(self, messages: int, sent: Length, messages_back: int, back: Length | None) -> str:
+        """Messages, the bytes of the backward pass (None: there is none), and the time of both."""
+        backward = "" if back is None else f" and {back} bytes in {messages_back} backward"
+        seconds = self.seconds(messages + messages_back, as_length(sent + (back or 0)))
+        return f"{messages} message{'' if messages == 1 else 's'}{backward}, {seconds * 1e6:.3g} us"
+
 
 @dataclass(frozen=True)
 class Way:
@@ -91,6 +97,4 @@ class Way:
 
     def cost(self, link: Link) -> str:
         """Messages, the bytes of the backward pass, and the time."""
-        count = "1 message" if self.messages == 1 else f"{self.messages} messages"
-        back = "" if self.backward is None else f" and {self.backward} bytes in {self.messages_backward} backward"
-        return f"{count}{back}, {self.seconds(link) * 1e6:.3g} us"
+        return link.text(self.messages, self.sent, self.messages_backward, self.backward)

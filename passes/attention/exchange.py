@@ -22,7 +22,7 @@ rank stay at home.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -31,7 +31,7 @@ from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.passes.attention.attend import Attend, global_shape
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import Question
-from fxsp.types import Length, Segment, Sequence, as_length, product, same_length
+from fxsp.types import Length, Sequence, as_length, product, same_length
 
 __all__ = ["HeadExchange", "exchanging"]
 
@@ -100,12 +100,10 @@ class HeadExchange:
 
         ``queries_come``, ``keys_come``: they may stay as they come, the blocks of the ranks one after the other.
         """
-        x, choice = self.x, self.x.choice
-        assert choice.queries is not None
-        assert choice.keys is not None
+        x = self.x
         q, k, v = (global_shape(n)[-1] for n in (x.q, x.k, x.v))
-        queries, keys = (choice.queries, queries_come), (choice.keys, keys_come)
-        if choice.queries.same_as(choice.keys) and same_length(q, v):
+        queries, keys = (x.queries, queries_come), (x.keys, keys_come)
+        if x.queries.same_as(x.keys) and same_length(q, v):
             return self.to_heads([x.q, x.k, x.v], *keys, 1 if queries_come and not keys_come else 0)
         if same_length(k, v):
             return [*self.to_heads([x.q], *queries), *self.to_heads([x.k, x.v], *keys)]
@@ -143,8 +141,7 @@ class HeadExchange:
         heads, length = _share(all_heads, self.members), sequence.local_length(size)
         rows = call(aten.permute.default, out, [2, 0, 1, 3])  # [S, B, h, D], or [S, 1, B h, D]
         if not self.among_all:
-            counts = [n for _, n, _ in self._global(sequence)]
-            rows = build.deal(rows, 0, counts, sequence.head_tail, self.members)
+            rows = build.deal(rows, 0, self._between(sequence), self.members)
         by_rank = not self.among_all or not (sequence.has_pads(size) or any(sequence.head_tail))
         if as_they_come or (len(sequence.segments) == 1 and by_rank):
             sizes = build.sizes([self.members, length, product((batch, heads)), width])
@@ -158,15 +155,13 @@ class HeadExchange:
         # [u, L, B h, D] -> [B, L, u h, D], as the output projection reads it; then heads in front by strides.
         return call(aten.transpose.int, build.unpack_heads(received, [heads], length), 1, 2)
 
-    # Where segments begin, and how many rows they have.
-
-    def _global(self, sequence: Sequence) -> list[tuple[Length, Length, Segment]]:
+    def _between(self, sequence: Sequence) -> Sequence:
         """In between: all tokens, or all rows of the ranks of a place."""
         if self.among_all:
-            return _placed(sequence, sequence.lengths)
-        return _placed(
-            sequence,
-            [as_length(n * (self.members if s.sharded else 1)) for _, n, s in sequence.placed(self.x.build.ranks.size)],
+            return sequence
+        rows = sequence.placed(self.x.build.ranks.size)
+        return Sequence(
+            tuple(replace(s, length=as_length(n * self.members), unit=1) if s.sharded else s for _, n, s in rows)
         )
 
     # Pieces.
@@ -179,12 +174,12 @@ class HeadExchange:
         """``[u, L, B h, D]`` by source -> ``[S, B h, D]``, each segment in order."""
         build, several = self.x.build, len(split.segments) > 1
         if not self.among_all:
-            lengths = [n for _, n, _ in self._global(split)]
+            between = self._between(split)
             if several:
-                tokens = build.call(_ops.unpack.default, received, build.sizes(lengths), self.members)
+                tokens = build.call(_ops.unpack.default, received, build.sizes(between.lengths), self.members)
             else:
                 tokens = self._blocks(received)
-            return build.undeal(tokens, 0, lengths, split.head_tail, self.members)
+            return build.undeal(tokens, 0, between, self.members)
         if several or any(split.head_tail):
             return build.unpack(received, split)
         tokens = self._blocks(received)
@@ -195,7 +190,7 @@ class HeadExchange:
         build, parts = self.x.build, []
         start: Length = 0
         for (local, _, segment), (_, count, _) in zip(
-            sequence.placed(build.ranks.size), self._global(sequence), strict=True
+            sequence.placed(build.ranks.size), self._between(sequence).placed(), strict=True
         ):
             if segment.sharded:
                 parts.append(build.narrow(tokens, 0, start, count))
@@ -211,7 +206,7 @@ class HeadExchange:
         batch, _, _, width = self.x.shape
         inner = [1, product((batch, heads))] if self.batch_as_heads else [batch, heads]
         for (_, n, _), (start, count, segment) in zip(
-            sequence.placed(build.ranks.size), self._global(sequence), strict=True
+            sequence.placed(build.ranks.size), self._between(sequence).placed(), strict=True
         ):
             part = build.narrow(rows, 0, start, count)
             if segment.sharded and self.among_all:
@@ -242,8 +237,3 @@ class HeadExchange:
         why = f"tokens and heads of an attention{'' if self.among_all else ', within a place of the ring'}"
         build.record("all_to_all", new, sent, why, tokens, 0 if self.among_all else u)
         return new
-
-
-def _placed(sequence: Sequence, rows: Seq[Length]) -> list[tuple[Length, Length, Segment]]:
-    starts = [as_length(sum(rows[:i], start=0)) for i in range(len(rows))]
-    return list(zip(starts, rows, sequence.segments, strict=True))

@@ -61,6 +61,10 @@ class Method:
             return Used()
         return Shard(len(mask) - 2, choice.queries, origin="the mask of a rank's own query rows")
 
+    def wants_head_tail(self, call: Call, choice: AttentionChoice) -> bool:
+        """Whether the busiest rank has less to compute where each has heads and tails of the tokens."""
+        return False
+
     def work(self, call: Call, choice: AttentionChoice) -> str:
         """For the report: what the ranks compute, if that differs."""
         return ""

@@ -31,6 +31,7 @@ from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.special import Special
+from fxsp.report import AttentionRecord
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length
 
@@ -72,22 +73,25 @@ class Product:
         return given[self.left], given[self.right]
 
 
-@dataclass
+@dataclass(eq=False)
 class Written:
     """One attention that is written out, on the global graph."""
 
-    #: The products that make scores, first that of queries and keys; those with values.
+    #: Its first product, and everything from there to the products with values.
+    first: Node
+    nodes: frozenset[Node]
+    #: The products that make scores, first that of queries and keys; those with values.  A linear attention has none.
     scores: list[Product] = field(default_factory=list)
     results: list[Product] = field(default_factory=list)
-    #: Everything from the products that make scores to those with values.
-    nodes: frozenset[Node] = frozenset()
     #: Operators among them that ``scaled_dot_product_attention`` has no argument for.
     strange: tuple[str, ...] = ()
+    #: In the report, where anything of it is split.
+    record: AttentionRecord | None = None
 
     @property
     def place(self) -> str:
         """Where it is in the source, for sentences: ``" at model.py:7"``."""
-        source = node_source(self.scores[0].node)
+        source = node_source(self.first)
         return f" at {source}" if source else ""
 
 
@@ -100,7 +104,7 @@ class Unfused:
         products = ((one, p) for one in reversed(self.attentions) for p in reversed((*one.scores, *one.results)))
         self.products = {p.node: (one, p) for one, p in products}
         #: Those that have something split, and linear ones, for the report (*unfused_report* finds them).
-        self.reported: list[Any] = []
+        self.reported: list[Written] = []
 
 
 def unfused_of(program: Program) -> Unfused:
@@ -133,8 +137,8 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
     if not scores:
         return None
     after = _followed(softmax, dim, _users)
-    products = (_makes_result(user, node, at) for node, at in after.items() for user in node.users)
-    results = {p.node: p for p in products if p is not None}
+    ends = (_makes_result(user, node, at) for node, at in after.items() for user in node.users)
+    results = {p.node: p for p in ends if p is not None}
     if not results:
         return None
     inside = {
@@ -143,10 +147,12 @@ def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
     }
     by_place = sorted(inside - set(scores) - {softmax}, key=order.__getitem__)
     names = (Call(node).op._schema.name.partition("::")[2] for node in by_place if node.target not in VIEWS)
+    products = [scores[n] for n in sorted(scores, key=order.__getitem__)]
     return Written(
-        [scores[n] for n in sorted(scores, key=order.__getitem__)],
-        list(results.values()),
+        products[0].node,
         frozenset(inside | {softmax, *results}),
+        products,
+        list(results.values()),
         tuple(dict.fromkeys(name for name in names if name not in names_of("in_sdpa"))),
     )
 

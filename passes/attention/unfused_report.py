@@ -42,38 +42,24 @@ WHOLE = "whole (written out)"
 LINEAR = "linear"
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """One attention: its first node, its nodes, what is known of it (None: it is linear), and its record."""
-
-    first: Node
-    nodes: frozenset[Node]
-    written: Written | None
-    record: AttentionRecord
-
-
 def mark_written(program: Program) -> None:
     """Mark the nodes of attentions that are written out, before partitioning."""
     unfused = unfused_of(program)
-    found = [_found(program, one.scores[0].node, one.nodes, one) for one in unfused.attentions if _is_split(one)]
+    found = [one for one in unfused.attentions if _is_split(one)]
     taken = {node for one in found for node in one.nodes}
     others = (node for node in program.graph.nodes if node not in taken)
-    found += [_found(program, node, nodes, None) for node in others if (nodes := _linear(node)) is not None]
+    found += [Written(node, nodes) for node in others if (nodes := _linear(node)) is not None]
     unfused.reported = found
     for one in found:
+        one.record = AttentionRecord(module_path(one.first) or program.report.root, node_source(one.first))
         for node in one.nodes:
             mark(node, written_attention=one)
 
 
-def _found(program: Program, first: Node, nodes: frozenset[Node], written: Written | None) -> _Found:
-    record = AttentionRecord(module_path(first) or program.report.root, node_source(first))
-    return _Found(first, nodes, written, record)
-
-
 def record_written(program: Program, node: Node) -> None:
     """Add the record of the attention that begins with ``node`` to the report, if one does."""
-    one = facts(node).written_attention
-    if one is not None and one.first is node:
+    one: Written | None = facts(node).written_attention
+    if one is not None and one.record is not None and one.first is node:
         program.report.attentions.append(one.record)
 
 
@@ -120,8 +106,8 @@ class UnfusedReport:
     name: str = "unfused_report"
 
     def apply(self, program: Program) -> Program:
-        found: list[_Found] = program.unfused.reported if program.unfused is not None else []
-        names: dict[_Found, set[str]] = {one: set() for one in found}
+        found: list[Written] = program.unfused.reported if program.unfused is not None else []
+        names: dict[Written, set[str]] = {one: set() for one in found}
         for node in program.graph.nodes if names else ():
             if (one := facts(node).written_attention) is not None:
                 names[one].add(node.name)
@@ -130,32 +116,33 @@ class UnfusedReport:
         return program
 
 
-def _complete(one: _Found, own: set[str], program: Program) -> None:
+def _complete(one: Written, own: set[str], program: Program) -> None:
     record = one.record
-    forward = [r.bytes for r in program.report.collectives if r.value in own]
-    backward = [r.bytes for r in program.report.backward if r.value in own]
-    record.method = LINEAR if one.written is None else _method(one.written)
-    record.bytes = as_length(sum(forward, start=0))
-    record.detail = _cost(forward, backward, program, one.first)
-    if one.written is None:
+    assert record is not None
+    forward, backward = (
+        [r.bytes for r in records if r.value in own]
+        for records in (program.report.collectives, program.report.backward)
+    )
+    record.method = _method(one)
+    record.bytes, back = (as_length(sum(sent, start=0)) for sent in (forward, backward))
+    # Messages, the bytes of the backward pass, and the time: as for other attentions.
+    link = _link(one.first, program)
+    record.detail = link.text(len(forward), record.bytes, len(backward), back if program.training else None)
+    if record.method == LINEAR:
         record.detail += "; sums of keys and values over the tokens"
     elif record.method == GATHERED:
-        record.rejected = _instead(one.written, program)
+        record.rejected = _instead(one, program)
     if record.method in (GATHERED, SCORES, WHOLE):
         note_degree(program, one.first, record.method, (), "this attention is written out, and is not exchanged")
 
 
-def _cost(forward: list[Length], backward: list[Length], program: Program, node: Node) -> str:
-    """Messages, the bytes of the backward pass, and the time: as for other attentions."""
-    link = Link.of(node.meta["val"].device.type, program.options.latency, program.options.bandwidth)
-    back = ""
-    if program.training:
-        back = f" and {as_length(sum(backward, start=0))} bytes in {len(backward)} backward"
-    seconds = link.seconds(len(forward) + len(backward), as_length(sum((*forward, *backward), start=0)))
-    return f"{len(forward)} message{'' if len(forward) == 1 else 's'}{back}, {seconds * 1e6:.3g} us"
+def _link(node: Node, program: Program) -> Link:
+    return Link.of(node.meta["val"].device.type, program.options.latency, program.options.bandwidth)
 
 
 def _method(one: Written) -> str:
+    if not one.scores:
+        return LINEAR
     scores = one.scores[0]
     type_ = type_of(scores.node)
     rule = rule_of(scores.node)
@@ -166,12 +153,8 @@ def _method(one: Written) -> str:
     if placed is not None and placed.factor == scores.column:
         return SCORES
     others = [p.operands[1] for p in (*one.scores, *one.results)]
-    gathered = placed is not None and placed.factor == scores.row and any(_is_sharded(x) for x in others)
+    gathered = placed is not None and placed.factor == scores.row and any(map(is_split, others))
     return GATHERED if gathered else LOCAL
-
-
-def _is_sharded(node: Node) -> bool:
-    return isinstance(facts(node).type, Shard)
 
 
 def _instead(one: Written, program: Program) -> tuple[tuple[str, str], ...]:
@@ -183,8 +166,7 @@ def _instead(one: Written, program: Program) -> tuple[tuple[str, str], ...]:
     best = choose(question)[0] if question is not None else None
     if best is None or question is None:
         return ()
-    link = Link.of(question.like.device.type, program.options.latency, program.options.bandwidth)
-    return ((name, f"would be {best.name}: {best.text(link)}"),)
+    return ((name, f"would be {best.name}: {best.text(_link(one.first, program))}"),)
 
 
 def _question(one: Written, program: Program) -> Question | None:

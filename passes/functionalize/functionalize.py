@@ -45,12 +45,11 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.passes.base import Program
-from fxsp.passes.calls import Writer, erase_unused
+from fxsp.passes.builder import Writer, erase_unused, memory_order
 from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.functionalize.views import View, cover, view_of
 from fxsp.passes.graph import facts, reachable
-from fxsp.passes.strides import laid, memory_order
 from fxsp.source import describe
 
 __all__ = ["Functionalize", "functionalize"]
@@ -189,7 +188,7 @@ class _Functionalizer:
             return value
         tensor = like.meta["val"]
         known = all(isinstance(stride, int) for stride in tensor.stride())
-        value = laid(self.w.call, value, memory_order(tensor) if known else list(range(tensor.ndim)))
+        value = self.w.laid(value, memory_order(tensor) if known else list(range(tensor.ndim)))
         self.moved |= not same_strides(value, like)
         return value
 

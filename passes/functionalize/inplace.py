@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
-from fxsp.passes.calls import Writer
+from fxsp.passes.builder import Writer
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.families import family, names_of
 from fxsp.source import describe
@@ -132,7 +132,7 @@ def _filled(w: Writer, value: Any, written: Node, read: Callable[[Node], Node]) 
 
 def _sizes(w: Writer, written: Node, read: Callable[[Node], Node]) -> list[Any]:
     shape = written.meta["val"].shape
-    return list(shape) if all(isinstance(size, int) for size in shape) else w.sizes(read(written))
+    return list(shape) if all(isinstance(size, int) for size in shape) else w.sizes_of(read(written))
 
 
 def _constant(w: Writer, value: Any) -> int | float | bool | None:

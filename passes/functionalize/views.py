@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from fxsp import torch_internals
-from fxsp.passes.calls import Writer
+from fxsp.passes.builder import Writer
 from fxsp.passes.graph import Call
 from fxsp.passes.normalize.retrace import is_annotation
 from fxsp.passes.rules.dims import order
@@ -98,7 +98,7 @@ def _inverted(node: Node, put: Callable[[Writer, Node, Node], Node], *, detaches
 def _view(name: str, node: Node, whole: Node, index: int | None) -> View | None:
     a, value = Call(node).arguments, whole.meta["val"]
     if name in names_of("reshape") and "dtype" not in a:
-        return _inverted(node, lambda w, base, v: w.call(aten.reshape.default, v, w.sizes(base)))
+        return _inverted(node, lambda w, base, v: w.call(aten.reshape.default, v, w.sizes_of(base)))
     if name in names_of("permute") - names_of("conjugates"):
         moved = order(node.target, a, value.ndim)
         inverse = [moved.index(d) for d in range(len(moved))]

@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.masks import values
 from fxsp.passes.masks.terms import Affine, Term, Where, combine, equal
-from fxsp.passes.masks.values import Terms, Transfer, affine_of, number_of, where_of
+from fxsp.passes.masks.values import Terms, Transfer, affine_of, number_of, unit, where_of
 from fxsp.passes.rules.families import family, names_of, overloads
 from fxsp.types import same_length
 
-__all__ = ["TABLE"]
+__all__ = ["FUNCTIONS"]
 
-aten = torch.ops.aten
-TABLE: dict[Any, Transfer] = {}
-on = partial(values.on, table=TABLE)
+#: Of affine terms, too.
+_SUMS: dict[str, Callable[..., Affine]] = {"add": operator.add, "sub": operator.sub, "rsub": lambda a, b: b - a}
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "rsub": lambda a, b: b - a,
+    **_SUMS, "mul": operator.mul,
     "logical_and": lambda a, b: bool(a) and bool(b), "logical_or": lambda a, b: bool(a) or bool(b),
     "logical_xor": lambda a, b: bool(a) != bool(b), "bitwise_and": operator.and_, "bitwise_or": operator.or_,
     "bitwise_xor": operator.xor, "__and__": operator.and_, "__or__": operator.or_, "__xor__": operator.xor,
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "maximum": max, "minimum": min,
 }  # fmt: skip
-#: Of positions.
-_AFFINE: dict[str, Callable[[Affine, Affine], Affine]] = {
-    "add": lambda a, b: a.plus(b),
-    "sub": lambda a, b: a.plus(b, -1),
-    "rsub": lambda a, b: b.plus(a, -1),
-}
 #: Whether ``a OP b`` holds, as affine terms that must not be negative; of ``ne``, those of its contrary.
 _COMPARISONS: dict[str, Callable[[Affine, Affine], list[Affine]]] = {
-    "ge": lambda a, b: [a.plus(b, -1)],
-    "gt": lambda a, b: [b.plus(a, -1).negated()],
-    "le": lambda a, b: [b.plus(a, -1)],
-    "lt": lambda a, b: [a.plus(b, -1).negated()],
-    "eq": lambda a, b: [a.plus(b, -1), b.plus(a, -1)],
-    "ne": lambda a, b: [a.plus(b, -1), b.plus(a, -1)],
+    "ge": lambda a, b: [a - b],
+    "gt": lambda a, b: [(b - a).negated()],
+    "le": lambda a, b: [b - a],
+    "lt": lambda a, b: [(a - b).negated()],
+    "eq": lambda a, b: [a - b, b - a],
+    "ne": lambda a, b: [a - b, b - a],
 }
 
 
@@ -56,11 +47,11 @@ def _binary(call: Call, terms: Terms) -> Term | None:
     if left is not None and right is not None:
         if name in _COMPARISONS:
             return Where(frozenset(_COMPARISONS[name](left, right)), name != "ne", name == "ne")
-        if name in _AFFINE:
-            return _AFFINE[name](left, right)
+        if name in _SUMS:
+            return _SUMS[name](left, right)
         for x, factor in ((left, right), (right, left)):
             if name == "mul" and all(equal(c, 0) for c in factor.coeffs):
-                return x.aligned(len(factor.coeffs)).times(factor.const)
+                return x.aligned(len(factor.coeffs)) * factor.const
     found = [where_of(a, terms), where_of(b, terms)]
     values = [t for t in found if t is not None]
     if len(values) < 2 or not all(_plain(v) for t in values for v in (t.yes, t.no)):
@@ -74,16 +65,12 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-on(*overloads(*(f"{name}.{overload}" for name in _ARITHMETIC for overload in ("Tensor", "Scalar", "default"))))(_binary)
-
-
-@on(*family("negation"))
 def _unary(call: Call, terms: Terms) -> Term | None:
     x = call.operands[0]
     if call.op._opname == "neg":
         term = terms.get(x)
         if isinstance(term, Affine):
-            return term.times(-1)
+            return -term
         return combine(operator.neg, [term]) if term is not None and _plain(term.yes) and _plain(term.no) else None
     if call.op._opname == "bitwise_not" and x.meta["val"].dtype is not torch.bool:
         return None
@@ -91,12 +78,10 @@ def _unary(call: Call, terms: Terms) -> Term | None:
     return None if term is None else combine(operator.not_, [term])
 
 
-@on(*overloads("where.*"))
 def _choose(call: Call, terms: Terms) -> Term | None:
     return _chosen(call, terms, call["condition"], call["self"], call["other"])
 
 
-@on(*overloads("masked_fill.*"))
 def _masked_fill(call: Call, terms: Terms) -> Term | None:
     return _chosen(call, terms, call["mask"], call["value"], call["self"])
 
@@ -107,7 +92,6 @@ def _chosen(call: Call, terms: Terms, *arguments: Any) -> Term | None:
     return combine(lambda c, a, b: a if c else b, chosen) if len(chosen) == 3 else None
 
 
-@on(*family("triangle"))
 def _triangle(call: Call, terms: Terms) -> Term | None:
     """Kept where ``row + diagonal - column`` is at least 0 (``tril``), or at most 0 (``triu``); 0 elsewhere."""
     term, diagonal = where_of(call["self"], terms), number_of(call["diagonal"])
@@ -115,21 +99,19 @@ def _triangle(call: Call, terms: Terms) -> Term | None:
         return None
     rank = len(shape_of(call.node))
     below = Affine(diagonal, (0,) * (rank - 2) + (1, -1))
-    inside = Where(frozenset([below if call.op._opname == "tril" else below.times(-1)]), True, False)
+    inside = Where(frozenset([below if call.op._opname == "tril" else -below]), True, False)
     return combine(lambda c, x: x if c else type(x)(0), [inside, term])
 
 
-@on(aten.cumsum.default)
 def _cumsum(call: Call, terms: Terms) -> Term | None:
     term = terms.get(call.operands[0])
     rank = len(shape_of(call.node))
     if not isinstance(term, Where) or term.conditions or not isinstance(term.yes, (bool, int)) or not rank:
         return None
     dim, value = call.dim("dim", rank), int(term.yes)
-    return Affine(value, tuple(value if d == dim else 0 for d in range(rank)))
+    return unit(dim, rank, value, value)
 
 
-@on(aten.diff.default)
 def _diff(call: Call, terms: Terms) -> Term | None:
     """Of consecutive positions: the step everywhere, also at the front where what is put before continues them."""
     x, before = affine_of(call["self"], terms), affine_of(call.get("prepend"), terms)
@@ -139,6 +121,18 @@ def _diff(call: Call, terms: Terms) -> Term | None:
     if not same_length(shape_of(call["prepend"])[dim], 1):
         return None
     step = x.coeffs[dim]
-    first = x.plus(before, -1)
+    first = x - before
     steady = all(equal(c, 0) for d, c in enumerate(first.coeffs) if d != dim) and equal(first.const, step)
     return Affine(step, (0,) * len(x.coeffs)) if steady else None
+
+
+#: Families of operators, and how they carry terms.
+FUNCTIONS: tuple[tuple[Iterable[Any], Transfer], ...] = (
+    (overloads(*(f"{name}.{o}" for name in _ARITHMETIC for o in ("Tensor", "Scalar", "default"))), _binary),
+    (family("negation"), _unary),
+    (overloads("where.*"), _choose),
+    (overloads("masked_fill.*"), _masked_fill),
+    (family("triangle"), _triangle),
+    (overloads("cumsum"), _cumsum),
+    (overloads("diff"), _diff),
+)

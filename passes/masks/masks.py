@@ -31,15 +31,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fxsp.passes.attention.operators import BANDED, SDPA
 from fxsp.passes.base import Program
-from fxsp.passes.calls import erase_unused
+from fxsp.passes.builder import Writer, erase_unused
 from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.masks.terms import Leaf, Term, Where, equal
 from fxsp.passes.masks.transfer import terms_of
 from fxsp.passes.rules.families import family
+from fxsp.torch_internals import fake_mode_of
 from fxsp.types import Length, same_length
 
 __all__ = ["Band", "Masks", "band_of"]
@@ -64,17 +65,19 @@ class Masks:
 
     def apply(self, program: Program) -> Program:
         attentions = [n for n in program.graph.nodes if n.target is SDPA and isinstance(Call(n)["attn_mask"], Node)]
-        terms = terms_of(program.graph) if attentions else {}
+        if not attentions:
+            return program
+        write = Writer(program.graph, fake_mode_of(attentions[0].meta["val"]))
+        terms = terms_of(program.graph)
         rows: dict[Node, Node] = {}
         for node in attentions:
-            _rewrite(program.graph, Call(node), terms, rows)
-        if attentions:
-            erase_unused(program.graph)
-            program.gm.recompile()
+            _rewrite(write, Call(node), terms, rows)
+        erase_unused(program.graph)
+        program.gm.recompile()
         return program
 
 
-def _rewrite(graph: Graph, call: Call, terms: dict[Node, Term], rows: dict[Node, Node]) -> None:
+def _rewrite(write: Writer, call: Call, terms: dict[Node, Term], rows: dict[Node, Node]) -> None:
     mask = call["attn_mask"]
     queries, keys = call.shape("query")[-2], call.shape("key")[-2]
     band = band_of(mask, terms, queries, keys)
@@ -84,7 +87,7 @@ def _rewrite(graph: Graph, call: Call, terms: dict[Node, Term], rows: dict[Node,
     elif band == Band(0) and not call.get("is_causal"):
         changes = {"attn_mask": None, "is_causal": True}
     elif band is not None and _is_banded(call, band):
-        row = next((_one_row_of(graph, mask, leaf, rows) for leaf in band.leaves), None)
+        row = next((_one_row_of(write, mask, leaf, rows) for leaf in band.leaves), None)
         arguments = [call[name] for name in ("query", "key", "value")]
         call.node.target = BANDED
         window = band.high if isinstance(band.high, int) else None
@@ -93,7 +96,7 @@ def _rewrite(graph: Graph, call: Call, terms: dict[Node, Term], rows: dict[Node,
         return
     elif band is not None and band.low is band.high is None and len(band.leaves) == 1:
         (leaf,) = band.leaves
-        changes = {"attn_mask": _one_row_of(graph, mask, leaf, rows)}
+        changes = {"attn_mask": _one_row_of(write, mask, leaf, rows)}
     else:
         changes = {"attn_mask": _unexpanded(mask)}
     call.node.args, call.node.kwargs = call.rebuild(**changes)
@@ -106,9 +109,9 @@ def _is_banded(call: Call, band: Band) -> bool:
     return known and more and not call.get("is_causal") and not call.get("dropout_p")
 
 
-def _one_row_of(graph: Graph, mask: Node, leaf: Leaf, rows: dict[Node, Node]) -> Node:
+def _one_row_of(write: Writer, mask: Node, leaf: Leaf, rows: dict[Node, Node]) -> Node:
     if mask not in rows:
-        rows[mask] = _one_row(graph, mask, leaf)
+        rows[mask] = _one_row(write, mask, leaf)
     return rows[mask]
 
 
@@ -162,32 +165,20 @@ def _allows(term: Where, dtype: torch.dtype) -> bool | None:
     return False if dtype is not torch.float16 and term.no == torch.finfo(dtype).min else None
 
 
-def _one_row(graph: Graph, mask: Node, leaf: Leaf) -> Node:
+def _one_row(write: Writer, mask: Node, leaf: Leaf) -> Node:
     """``[..., 1, S]``: the boolean tensor of ``leaf`` with its dimensions where the mask has them."""
     there = [d for d in leaf.dims if d is not None]
-    with graph.inserting_after(mask):
-        # The other dimensions have size 1, or the tensor would differ along them.
-        rest = [d for d in range(len(shape_of(leaf.node))) if d not in there]
-        new = _write(graph, mask, aten.permute.default, leaf.node, [*rest, *there])
-    for _ in rest:
-        with graph.inserting_after(new):
-            new = _write(graph, mask, aten.squeeze.dim, new, 0)
-    for i, d in enumerate(leaf.dims):
-        if d is None:
-            with graph.inserting_after(new):
-                new = _write(graph, mask, aten.unsqueeze.default, new, i)
-    if leaf.inverted:
-        with graph.inserting_after(new):
-            new = _write(graph, mask, aten.logical_not.default, new)
-    return new
-
-
-def _write(graph: Graph, origin: Node, target: Any, *args: Any) -> Node:
-    new = graph.call_function(target, args)
-    new.meta.update({k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta", "example_value")})
-    with torch.no_grad():
-        new.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
-    return new
+    # The other dimensions have size 1, or the tensor would differ along them.
+    rest = [d for d in range(len(shape_of(leaf.node))) if d not in there]
+    write.at(mask.next)
+    with write.on_behalf_of(mask):
+        new = write.call(aten.permute.default, leaf.node, [*rest, *there])
+        for _ in rest:
+            new = write.call(aten.squeeze.dim, new, 0)
+        for i, d in enumerate(leaf.dims):
+            if d is None:
+                new = write.call(aten.unsqueeze.default, new, i)
+        return write.call(aten.logical_not.default, new) if leaf.inverted else new
 
 
 def _unexpanded(mask: Node) -> Node:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from fxsp.types import Length, as_length, same_length
 
-__all__ = ["Affine", "Leaf", "Source", "Term", "Where", "combine", "minimum", "remapped"]
+__all__ = ["Affine", "Leaf", "Term", "Where", "combine", "equal", "minimum", "simplified", "substituted"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,24 @@ class Affine:
     const: Length
     coeffs: tuple[Length, ...]
 
-    def plus(self, other: Affine, times: Length = 1) -> Affine:
-        """``self + times * other``; both are aligned at their last dimension."""
+    def __add__(self, other: Affine) -> Affine:
+        """Both are aligned at their last dimension."""
         a, b = self.aligned(len(other.coeffs)), other.aligned(len(self.coeffs))
-        coeffs = tuple(as_length(x + times * y) for x, y in zip(a.coeffs, b.coeffs, strict=True))
-        return Affine(as_length(a.const + times * b.const), coeffs)
+        coeffs = tuple(as_length(x + y) for x, y in zip(a.coeffs, b.coeffs, strict=True))
+        return Affine(as_length(a.const + b.const), coeffs)
 
-    def times(self, factor: Length) -> Affine:
+    def __mul__(self, factor: Length) -> Affine:
         return Affine(as_length(self.const * factor), tuple(as_length(c * factor) for c in self.coeffs))
+
+    def __neg__(self) -> Affine:
+        return self * -1
+
+    def __sub__(self, other: Affine) -> Affine:
+        return self + -other
 
     def negated(self) -> Affine:
         """The condition that holds where this one does not."""
-        return Affine(as_length(-self.const - 1), tuple(as_length(-c) for c in self.coeffs))
+        return -self + Affine(-1, ())
 
     def aligned(self, rank: int) -> Affine:
         return Affine(self.const, (0,) * (rank - len(self.coeffs)) + self.coeffs)
@@ -58,10 +64,10 @@ class Leaf:
     inverted: bool = False
 
     def negated(self) -> Leaf:
-        return Leaf(self.node, self.dims, not self.inverted)
+        return replace(self, inverted=not self.inverted)
 
     def aligned(self, rank: int) -> Leaf:
-        return Leaf(self.node, (None,) * (rank - len(self.dims)) + self.dims, self.inverted)
+        return replace(self, dims=(None,) * (rank - len(self.dims)) + self.dims)
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,6 @@ class Where:
 
 
 Term = Affine | Where
-#: Where a dimension comes from: a dimension of the operand, the first index there, and the step.
-Source = tuple[int, Length, Length]
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -114,14 +118,15 @@ def simplified(term: Term, shape: tuple[Length, ...]) -> Term:
     kept: set[Affine | Leaf] = set()
     for condition in term.aligned(len(shape)).conditions:
         if isinstance(condition, Leaf):
-            kept.add(Leaf(condition.node, _without(condition.dims, ones), condition.inverted))
+            dims = tuple(None if one else d for d, one in zip(condition.dims, ones, strict=True))
+            kept.add(replace(condition, dims=dims))
             continue
         affine = simplified(condition, shape)
         assert isinstance(affine, Affine)
         low = minimum(affine, shape)
         if isinstance(low, int) and low >= 0:
             continue
-        high = minimum(affine.times(-1), shape)
+        high = minimum(-affine, shape)
         if isinstance(high, int) and high > 0:
             return Where(frozenset(), term.no, term.no)
         kept.add(affine)
@@ -130,52 +135,34 @@ def simplified(term: Term, shape: tuple[Length, ...]) -> Term:
     return Where(frozenset(kept), term.yes, term.no)
 
 
-def _without(dims: tuple[int | None, ...], ones: list[bool]) -> tuple[int | None, ...]:
-    return tuple(None if one else d for d, one in zip(dims, ones, strict=True))
+def substituted(term: Term, at: list[Affine], shape: tuple[Length, ...], out: tuple[Length, ...]) -> Term | None:
+    """The term of a view or a look-up, of shape ``out``: what ``term``, of ``shape``, is at the indices ``at``.
 
-
-def remapped(
-    term: Term, sources: list[Source | None], fixed: dict[int, Length], shape: tuple[Length, ...]
-) -> Term | None:
-    """The term of a view: its dimension ``d`` comes from ``sources[d]`` (None: it is new).
-
-    ``fixed`` are dimensions of the operand that the view has not, with the index taken; ``shape`` is the operand's.
+    These are affine in the result's own.  None where a condition would be another tensor, a part of it say.
     """
-    if isinstance(term, Where):
-        found = [_remapped_condition(c, sources, fixed, shape) for c in term.conditions]
-        if any(c is None for c in found):
-            return None
-        return Where(frozenset(c for c in found if c is not None), term.yes, term.no)
-    const = term.const
-    coeffs: list[Length] = []
-    for d, index in fixed.items():
-        const = as_length(const + term.coeffs[d] * index)
-    for source in sources:
-        if source is None:
-            coeffs.append(0)
+    if isinstance(term, Affine):
+        result = Affine(term.const, (0,) * len(out))
+        for coeff, index in zip(term.coeffs, at, strict=True):
+            result += index * coeff
+        return result
+    conditions: set[Any] = {
+        _seen(c, at, shape, out) if isinstance(c, Leaf) else substituted(c, at, shape, out) for c in term.conditions
+    }
+    return None if None in conditions else Where(frozenset(conditions), term.yes, term.no)
+
+
+def _seen(leaf: Leaf, at: list[Affine], shape: tuple[Length, ...], out: tuple[Length, ...]) -> Leaf | None:
+    """Its dimensions in another order, and among others, but none in part, repeated, or turned."""
+    dims: list[int | None] = [None] * len(out)
+    for dim, index, size in zip(leaf.dims, at, shape, strict=True):
+        if dim is None:
             continue
-        d, start, step = source
-        const = as_length(const + term.coeffs[d] * start)
-        coeffs.append(as_length(term.coeffs[d] * step))
-    return Affine(const, tuple(coeffs))
-
-
-def _remapped_condition(
-    condition: Affine | Leaf, sources: list[Source | None], fixed: dict[int, Length], shape: tuple[Length, ...]
-) -> Affine | Leaf | None:
-    if isinstance(condition, Affine):
-        affine = remapped(condition, sources, fixed, shape)
-        assert isinstance(affine, Affine)
-        return affine
-    if any(condition.dims[d] is not None for d in fixed):
-        return None
-    dims: list[int | None] = []
-    for source in sources:
-        dim = None if source is None else condition.dims[source[0]]
-        if dim is not None and source is not None and not (equal(source[1], 0) and equal(source[2], 1)):
+        along = [i for i, c in enumerate(index.coeffs) if not equal(c, 0)]
+        identity = len(along) == 1 and equal(index.coeffs[along[0]], 1) and equal(index.const, 0)
+        if not identity or not same_length(out[along[0]], size) or dims[along[0]] is not None:
             return None
-        dims.append(dim)
-    return Leaf(condition.node, tuple(dims), condition.inverted)
+        dims[along[0]] = dim
+    return replace(leaf, dims=tuple(dims))
 
 
 def combine(function: Callable[..., Any], terms: list[Where]) -> Where | None:
@@ -184,10 +171,8 @@ def combine(function: Callable[..., Any], terms: list[Where]) -> Where | None:
     Two masks joined by ``and`` hold where all conditions of both do; by ``or`` their negations do.
     """
     for chosen in itertools.product(*([t, t.flipped()] for t in terms)):
-        if any(t is None for t in chosen):
-            continue
-        found = _combine([t for t in chosen if t is not None], function)
-        if found is not None:
+        known = [t for t in chosen if t is not None]
+        if len(known) == len(terms) and (found := _combine(known, function)) is not None:
             return found
     return None
 

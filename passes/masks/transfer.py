@@ -11,12 +11,14 @@ from torch.fx import Node
 from fxsp.passes.graph import Call, shape_of, tensor_value
 from fxsp.passes.masks import arithmetic, values
 from fxsp.passes.masks.terms import Affine, Term, Where, simplified
-from fxsp.passes.masks.values import Terms, is_integer
+from fxsp.passes.masks.values import Terms, Transfer, is_integer
 
 __all__ = ["TABLE", "terms_of"]
 
-#: Operator -> its transfer function; an operator that is not here has a result without a term.
-TABLE = values.TABLE | arithmetic.TABLE
+#: Operator -> its transfer function.
+TABLE: dict[Any, Transfer] = {
+    op: function for ops, function in (*values.FUNCTIONS, *arithmetic.FUNCTIONS) for op in ops
+}
 
 
 def terms_of(graph: torch.fx.Graph) -> Terms:

@@ -215,6 +215,7 @@ def _restride(
 
 def _differences(want: Any, found: Any) -> list[tuple[str, Any, Any]]:
     """The facts of two values that are not the same."""
+    facts: list[tuple[str, Any, Any]]
     if isinstance(want, torch.Tensor) and isinstance(found, torch.Tensor):
         facts = [
             ("dtype", want.dtype, found.dtype),
@@ -225,7 +226,8 @@ def _differences(want: Any, found: Any) -> list[tuple[str, Any, Any]]:
         if want.layout == found.layout == torch.strided:
             facts.append(("strides", tuple(want.stride()), tuple(found.stride())))
     else:
-        facts = [("kind", *("tensor" if isinstance(v, torch.Tensor) else "number" for v in (want, found)))]
+        a, b = ("tensor" if isinstance(v, torch.Tensor) else "number" for v in (want, found))
+        facts = [("kind", a, b)]
     return [(fact, a, b) for fact, a, b in facts if not _same(a, b)]
 
 

@@ -19,8 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxsp.kernels.lowering import known_dense
-from fxsp.passes.calls import Writer
-from fxsp.passes.strides import laid, memory_order
+from fxsp.passes.builder import Writer, memory_order
 
 __all__ = ["restride"]
 
@@ -42,7 +41,7 @@ def restride(
     writer = Writer(gm.graph, mode)
     writer.at(output)
     with writer.on_behalf_of(node):
-        new = laid(writer.call, node, memory_order(want))
+        new = writer.laid(node, memory_order(want))
     if not same(tuple(new.meta["val"].stride()), tuple(want.stride())):
         return None
     leaves[index] = new

@@ -231,8 +231,7 @@ class _Partitioner(Converter):
 
     def same_call(self, call: Call, decision: Decision) -> Node:
         """The same call on these arguments; a summand is wide."""
-        args, kwargs = call.bound_to(self.arguments(call, decision)).rebuild()
-        new = self.build.call(call.op, *args, **kwargs)
+        new = self.build.same(call, self.arguments(call, decision))
         if isinstance(decision.results[0], Partial) and call.node.meta["val"].dtype in LOW_PRECISION:
             new = self.build.call(aten.to.dtype, new, torch.float32)
         return new

@@ -18,12 +18,11 @@ from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.kernels.lowering import known_dense
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder
+from fxsp.passes.builder import Builder, memory_order
 from fxsp.passes.graph import facts, is_split, mark, reachable, shape_of, tensor_nodes
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.likes import is_constant, write_like
 from fxsp.passes.special.repeats import repeats_of
-from fxsp.passes.strides import laid, memory_order
 from fxsp.report import GatherRecord
 from fxsp.source import module_path, node_source, place
 from fxsp.torch_internals import is_wrapper_subclass
@@ -210,7 +209,7 @@ class Converter:
 
     def _is_held(self, old: Node) -> bool:
         """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""
-        have, user = self.values[old], self.build._origin
+        have, user = self.values[old], self.build.origin
         if old in self.outputs or (user is not None and facts(user).written_attention is not None):
             return True
         return have.find(Replicate()) is not None or have.find(Used()) is not None
@@ -235,7 +234,7 @@ class Converter:
         return new
 
     def _has_place(self) -> bool:
-        origin = self.build._origin
+        origin = self.build.origin
         return origin is not None and bool(node_source(origin))
 
     def _laid_out(self, x: Node, value: Value, tokens: int) -> Node:
@@ -249,13 +248,13 @@ class Converter:
         given, shape = value.node.meta["val"], shape_of(value.node)
         order = list(range(len(shape))) if 0 in map(as_length, given.stride()) else memory_order(given)
         real = [d for d in order if not same_length(shape[d], 1)]
-        return x if real == sorted(real, key=lambda d: (d != tokens, d)) else laid(self.build.call, x, order)
+        return x if real == sorted(real, key=lambda d: (d != tokens, d)) else self.build.laid(x, order)
 
     def in_memory_as(self, x: Node, old: Node) -> Node:
         """``x``, the whole value of ``old``, with the very strides of ``old``."""
         value = old.meta["val"]
         if known_dense(value) and as_length(value.storage_offset()) == 0:
-            return laid(self.build.call, x, memory_order(value))
+            return self.build.laid(x, memory_order(value))
         if _reads_shards(old):
             raise RunsWhole(
                 f"as_strided in {place(old)} "
@@ -266,7 +265,7 @@ class Converter:
     def _report_gather(self, value: Value, kind: str, reason: str, sent: Length) -> None:
         if value.wanted:
             return
-        user = self.build._origin
+        user = self.build.origin
         assert user is not None
         record = GatherRecord(
             op=str(user.target) if user.op == "call_function" else user.op,

@@ -20,13 +20,14 @@ Output::
     %loss     = cross_entropy_loss(%reshape, %targets)
 
 The loss of an ignored row is zero, its gradient too, and the mean counts the others.  Without a reduction the losses of
-all rows go through products, casts and views to a sum or mean (:class:`_Rest`), else they are cut, which is little.
+all rows go through products, casts and views to a sum or mean, else they are cut, which is little.
 
 After this pass no loss over classes is computed from a cut of split scores, if its rows are half of them or more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,8 +36,8 @@ from torch.fx import Node
 
 from fxsp.lengths import hint
 from fxsp.passes.base import Program
-from fxsp.passes.calls import Writer, erase_unused
-from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_value, type_of
+from fxsp.passes.builder import Writer, erase_unused
+from fxsp.passes.graph import Call, facts, shape_of, tensor_value, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import decide
 from fxsp.passes.rules.dims import cut_bounds
@@ -68,22 +69,13 @@ class ShiftedLosses:
         if mode is None:
             return program
         for one in found:
-            _rewrite(_Writer(program.graph, mode), one)
+            _AllRows(Writer(program.graph, mode), one).write_loss()
         # Also what was begun and given up is without a use, and without a type.
         erase_unused(program.graph)
         program.gm.recompile()
         program.unfused = None  # it speaks of nodes that may be gone
         Propagate().apply(program)
         return program
-
-
-class _Writer(Writer):
-    """What it writes has no types yet, whatever it is written for."""
-
-    def write(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = super().write(target, *args, **kwargs)
-        mark(node, type=None, decision=None, free=False)
-        return node
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ def _shifted(loss: Node) -> _Shifted | None:
         return None
     steps = [(cut, Shard(dim, Sequence.of(count)))]
     for node in others:
-        passed = _passed(node, *steps[-1])
+        passed = _passed(node, *steps[-1], alone=True)
         if passed is None:
             return None
         steps.append((node, passed))
@@ -152,174 +144,144 @@ def _to_cut(node: Node, depth: int) -> list[Node] | None:
     return None
 
 
-def _passed(node: Node, before: Node, type_: Shard) -> Shard | None:
-    """The type of a step's result, if its other operands have nothing to do with tokens."""
+def _passed(node: Node, before: Node, type_: Shard, *, alone: bool) -> Shard | None:
+    """The type of a step's result; ``alone``: if its other operands have nothing to do with tokens."""
     call = Call(node)
     if call.operands.count(before) != 1:
         return None
     types: list[Type] = [type_ if x is before else Replicate() for x in call.operands]
     decision = decide(call, rule_of(node), types, [1 for _ in types], [False for _ in types])
     (result, *more) = decision.results
-    alone = all(x is before or not isinstance(t, Shard) for x, t in zip(call.operands, decision.operands, strict=True))
-    kept = alone and not more and isinstance(result, Shard) and all(n == 1 for n in result.sequence.units)
-    return result if kept else None  # type: ignore[return-value]
-
-
-def _rewrite(write: Writer, it: _Shifted) -> None:
-    """The loss of all rows in its place; nothing where a size cannot be said."""
-    write.at(it.loss)
-    new = it.x
-    for node, type_ in it.steps[1:]:
-        sizes = _all_rows(write, it, node, type_)
-        previous = it.steps[[n for n, _ in it.steps].index(node) - 1][0]
-        if node.target in family("reshape", "expand"):
-            if sizes is None:
-                return
-            op = aten.reshape.default if node.target in family("reshape") else aten.expand.default
-            with write.on_behalf_of(node):
-                new = write.call(op, new, sizes)
-            continue
-        given = {previous: new}
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n, given=given: given.get(n, n))  # type: ignore[misc]
-        with write.on_behalf_of(node):
-            new = write.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
-    call, rows = Call(it.loss), _rows_type(it)
-    target = _padded(write, it, call.operands[1], rows, call["ignore_index"])
-    if target is None:
-        return
-    args, kwargs = call.bound_to({**call.arguments, "self": new, "target": target}).rebuild()
-    loss = write.call(it.loss.target, *args, **kwargs)  # type: ignore[arg-type]
-    if call["reduction"] == _NONE:
-        _Rest(write, it).replace(it.loss, loss, rows)
-    else:
-        it.loss.replace_all_uses_with(loss)
-
-
-def _rows_type(it: _Shifted) -> Shard:
-    """How the tokens lie in the targets: as in the scores, without the classes."""
-    last = it.steps[-1][1]
-    return replace(last, dim=last.dim if last.dim == 0 else last.dim - 1)
-
-
-def _size(write: Writer, it: _Shifted, length: Length) -> Any:
-    """A length as an argument; None where no dimension of the scores has it."""
-    if isinstance(length, int):
-        return length
-    sizes = zip(shape_of(it.x), range(len(shape_of(it.x))), strict=True)
-    at = next((d for n, d in sizes if same_length(n, length)), None)
-    return None if at is None else write.call(aten.sym_size.int, it.x, at)
-
-
-def _sizes(write: Writer, it: _Shifted, lengths: list[Length]) -> list[Any] | None:
-    """Lengths as arguments, one of them, that of a product of symbols say, as ``-1``."""
-    sizes = [_size(write, it, n) for n in lengths]
-    if sizes.count(None) > 1:
+    if more or not isinstance(result, Shard) or any(n != 1 for n in result.sequence.units):
         return None
-    return [-1 if n is None else n for n in sizes]
+    others = (t for x, t in zip(call.operands, decision.operands, strict=True) if x is not before)
+    return None if alone and any(isinstance(t, Shard) for t in others) else result
 
 
-def _all_rows(write: Writer, it: _Shifted, node: Node, type_: Shard) -> list[Any] | None:
-    """The sizes of a step's result with all rows."""
-    shape = list(shape_of(node))
-    shape[type_.dim] = product((type_.outer, it.length))
-    return _sizes(write, it, shape)
-
-
-def _padded(write: Writer, it: _Shifted, x: Node, rows: Shard, value: Any) -> Node | None:
-    """A tensor by rows, ``value`` in those that were cut off."""
-    shape, dim = list(shape_of(x)), rows.dim
-    count = as_length(it.end - it.start)
-    apart = _sizes(write, it, [*shape[:dim], rows.outer, count, *shape[dim + 1 :]])
-    joined = _sizes(write, it, [*shape[:dim], product((rows.outer, it.length)), *shape[dim + 1 :]])
-    if apart is None or joined is None:
-        return None
-    if not rows.plain:
-        x = write.call(aten.reshape.default, x, apart)
-    after = len(shape) - 1 - dim
-    pads = [*(0 for _ in range(2 * after)), it.start, as_length(it.length - it.end)]
-    x = write.call(aten.constant_pad_nd.default, x, pads, value)
-    return x if rows.plain else write.call(aten.reshape.default, x, joined)
-
-
-class _Rest:
-    """What becomes of losses without a reduction: of those of all rows, which are zero where a row was cut off."""
+class _AllRows:
+    """Writes the loss of all rows, and what becomes of it if it is not reduced: it is zero where a row was cut off."""
 
     def __init__(self, write: Writer, it: _Shifted) -> None:
         self.write, self.it = write, it
 
-    def replace(self, old: Node, new: Node, rows: Shard) -> None:
+    def write_loss(self) -> None:
+        """The loss of all rows in its place; nothing where a size cannot be said."""
+        write, it = self.write, self.it
+        write.at(it.loss)
+        old, new = it.steps[0][0], it.x
+        for node, type_ in it.steps[1:]:
+            with write.on_behalf_of(node):
+                step = self._step(node, {old: new}, new, type_)
+            if step is None:
+                return
+            old, new = node, step
+        # The tokens lie in the targets as in the scores, without the classes.
+        call, rows = Call(it.loss), replace(it.steps[-1][1], dim=max(it.steps[-1][1].dim - 1, 0))
+        target = self._padded(call.operands[1], rows, call["ignore_index"])
+        if target is None:
+            return
+        loss = write.same(call, {**call.arguments, "self": new, "target": target})
+        if call["reduction"] == _NONE:
+            self._replace(it.loss, loss, rows)
+        else:
+            it.loss.replace_all_uses_with(loss)
+
+    def _step(self, node: Node, given: dict[Node, Node], x: Node, type_: Shard) -> Node | None:
+        """A step with all rows: of ``given`` operands, of which ``x`` has the tokens."""
+        if node.target in family("reshape", "expand"):
+            shape = list(shape_of(node))
+            shape[type_.dim] = product((type_.outer, self.it.length))
+            sizes = self._sizes(shape)
+            op = aten.reshape.default if node.target in family("reshape") else aten.expand.default
+            return None if sizes is None else self.write.call(op, x, sizes)
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: given.get(n, n))
+        return self.write.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _sizes(self, lengths: list[Length]) -> list[Any] | None:
+        """Lengths as arguments, of symbolic ones those that the scores have; one of them, a product say, as ``-1``."""
+        sizes: list[Any] = []
+        for length in lengths:
+            at = next((d for d, n in enumerate(shape_of(self.it.x)) if same_length(n, length)), None)
+            if isinstance(length, int):
+                sizes.append(length)
+            else:
+                sizes.append(-1 if at is None else self.write.call(aten.sym_size.int, self.it.x, at))
+        return sizes if sizes.count(-1) < 2 else None
+
+    def _padded(self, x: Node, rows: Shard, value: Any) -> Node | None:
+        """A tensor by rows, ``value`` in those that were cut off."""
+        it = self.it
+        after = len(shape_of(x)) - 1 - rows.dim
+        pads = [*(0 for _ in range(2 * after)), it.start, as_length(it.length - it.end)]
+        pad = lambda y, _: self.write.call(aten.constant_pad_nd.default, y, pads, value)  # noqa: E731
+        return self._along_tokens(pad, x, rows, as_length(it.end - it.start), it.length)
+
+    def _cut(self, x: Node, rows: Shard) -> Node | None:
+        """The rows that the program has."""
+        it = self.it
+        rest = as_length(it.length - it.end)
+        end = -rest if rest else 2**63 - 1
+        cut = lambda y, dim: self.write.call(aten.slice.Tensor, y, dim, it.start, end)  # noqa: E731
+        return self._along_tokens(cut, x, rows, it.length, as_length(it.end - it.start))
+
+    def _along_tokens(
+        self, change: Callable[[Node, int], Node], x: Node, rows: Shard, before: Length, after: Length
+    ) -> Node | None:
+        """``change(x, dim)``, which makes ``after`` tokens of ``before``; None where a size cannot be said."""
+        lead, last = shape_of(x)[: rows.dim], shape_of(x)[rows.dim + 1 :]
+        if rows.plain:
+            return change(x, rows.dim)
+        apart = self._sizes([*lead, rows.outer, before, *last])
+        joined = self._sizes([*lead, product((rows.outer, after)), *last])
+        if apart is None or joined is None:
+            return None
+        new = change(self.write.call(aten.reshape.default, x, apart), rows.dim + 1)
+        return self.write.call(aten.reshape.default, new, joined)
+
+    def _replace(self, old: Node, new: Node, rows: Shard) -> None:
         """Have the users of ``old`` use ``new``, which has all rows."""
         cut: Node | None = None
         for user in list(old.users):
             self.write.at(user)
             if not self._passed_on(old, user, new, rows):
-                cut = self._cut(old, new, rows) if cut is None else cut
+                self.write.at(new.next)
+                cut = self._cut(new, rows) if cut is None else cut
+                assert cut is not None
                 user.replace_input_with(old, cut)
 
-    def _cut(self, old: Node, new: Node, rows: Shard) -> Node:
-        """The rows that the program has."""
-        self.write.at(new.next)
-        shape, dim = list(shape_of(old)), rows.dim
-        if not rows.plain:
-            apart = _sizes(self.write, self.it, [*shape[:dim], rows.outer, self.it.length, *shape[dim + 1 :]])
-            new = self.write.call(aten.reshape.default, new, apart)
-            dim += 1
-        rest = as_length(self.it.length - self.it.end)
-        new = self.write.call(aten.slice.Tensor, new, dim, self.it.start, -rest if rest else 2**63 - 1)
-        sizes = _sizes(self.write, self.it, shape)
-        return new if rows.plain else self.write.call(aten.reshape.default, new, sizes)
-
     def _passed_on(self, old: Node, user: Node, new: Node, rows: Shard) -> bool:
-        call, write = Call(user) if isinstance(user.target, torch._ops.OpOverload) else None, self.write
-        if call is None or tensor_value(user) is None:
+        if not isinstance(user.target, torch._ops.OpOverload) or tensor_value(user) is None:
             return False
+        call = Call(user)
         if user.target in family("total"):
-            return self._reduced(call, user, new, rows)
-        if user.target not in _KEEP_ZERO:
+            return self._reduced(call, new, rows)
+        passed = _passed(user, old, rows, alone=False) if user.target in _KEEP_ZERO else None
+        if passed is None:
             return False
-        passed = self._type(call, old, rows)
-        if passed is None or call.operands.count(old) != 1:
-            return False
-        if user.target in family("reshape"):
-            sizes = _all_rows(write, self.it, user, passed)
-            if sizes is None:
+        given = {old: new}
+        for x in call.operands if user.target not in family("reshape") else ():
+            at = len(shape_of(x)) - len(shape_of(user)) + passed.dim
+            if x is old or at < 0 or same_length(shape_of(x)[at], 1):
+                continue
+            padded = self._padded(x, replace(passed, dim=at), 0)
+            if padded is None:
                 return False
-            result = write.call(aten.reshape.default, new, sizes)
-        else:
-            given: dict[Node, Node] = {old: new}
-            for x in call.operands:
-                if x is old:
-                    continue
-                at = len(shape_of(x)) - len(shape_of(user)) + passed.dim
-                if at < 0 or same_length(shape_of(x)[at], 1):
-                    continue
-                padded = _padded(write, self.it, x, replace(passed, dim=at), 0)
-                if padded is None:
-                    return False
-                given[x] = padded
-            args, kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda n: given.get(n, n))
-            result = write.call(user.target, *args, **kwargs)  # type: ignore[arg-type]
-        self.replace(user, result, passed)
-        return True
+            given[x] = padded
+        result = self._step(user, given, new, passed)
+        if result is not None:
+            self._replace(user, result, passed)
+        return result is not None
 
-    def _type(self, call: Call, old: Node, rows: Shard) -> Shard | None:
-        types: list[Type] = [rows if x is old else Replicate() for x in call.operands]
-        free = [x is not old for x in call.operands]
-        decision = decide(call, rule_of(call.node), types, [1 for _ in types], free)
-        (result,) = decision.results
-        fits = isinstance(result, Shard) and all(n == 1 for n in result.sequence.units)
-        return result if fits else None  # type: ignore[return-value]
-
-    def _reduced(self, call: Call, user: Node, new: Node, rows: Shard) -> bool:
+    def _reduced(self, call: Call, new: Node, rows: Shard) -> bool:
         """A sum over all rows is the same; a mean is their sum by the number of those that the program has."""
         shape = shape_of(call.operands[0])
         dims = reduced_dims(call, len(shape))
         count = product(shape[d] for d in dims)
-        if rows.dim not in dims or (user.target in family("mean") and not isinstance(count, int)):
+        if rows.dim not in dims or (call.op in family("mean") and not isinstance(count, int)):
             return False
-        dtype = user.meta["val"].dtype
+        dtype = call.node.meta["val"].dtype
         result = self.write.call(aten.sum.dim_IntList, new, dims, bool(call.get("keepdim", False)), dtype=dtype)
-        if user.target in family("mean"):
+        if call.op in family("mean"):
             result = self.write.call(aten.div.Scalar, result, count)
-        user.replace_all_uses_with(result)
+        call.node.replace_all_uses_with(result)
         return True

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxsp.lengths import hint
-from fxsp.passes.attention.methods.ring import is_causal_ring, pairs
+from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, shape_of, type_of
@@ -64,20 +64,10 @@ class Zigzag:
         return program
 
 
-def _is_balanced(call: Call, choice: AttentionChoice) -> bool:
-    """Whether heads and tails would give the busiest rank no less to do: with a window ranks may have the same."""
-    if choice.op.window_in(call) is None:
-        return False
-    assert choice.queries is not None
-    contiguous, dealt = ([flag and s.sharded for s in choice.queries.segments] for flag in (False, True))
-    return max(pairs(call, choice, contiguous)) <= max(pairs(call, choice, dealt))
-
-
 def _lengths(node: Node) -> Iterator[Length]:
     decision = facts(node).decision
-    if isinstance(decision, Decision) and isinstance(decision.detail, AttentionChoice):
-        call, choice = Call(node), decision.detail
-        if choice.queries is not None and is_causal_ring(call, choice) and not _is_balanced(call, choice):
+    if isinstance(decision, Decision) and isinstance(choice := decision.detail, AttentionChoice):
+        if choice.queries is not None and METHODS[choice.method].wants_head_tail(Call(node), choice):
             yield from (s.units for s in choice.queries.segments if s.sharded)
 
 

@@ -61,12 +61,12 @@ class Cuts(Special):
         assert isinstance(source, Shard)
         x, *_ = local.arguments(call, decision).values()
         pieces = []
-        rows = [s.local_length(build.ranks.size) for s in source.sequence.segments]
+        rows = source.sequence.placed(build.ranks.size)
         for (first, last), type_ in zip(decision.detail, decision.results, strict=True):
             piece = x
             if (first, last) != (0, len(rows)):
-                start, count = (as_length(sum(part, start=0)) for part in (rows[:first], rows[first:last]))
-                piece = build.narrow(x, source.dim, start, count)
+                count = as_length(sum(n for _, n, _ in rows[first:last]))
+                piece = build.narrow(x, source.dim, rows[first][0], count)
             if isinstance(type_, Replicate) and build.training:
                 length = as_length(sum(source.sequence.lengths[first:last], start=0))
                 moved = build.call(aten.movedim.int, piece, source.dim, 0)
@@ -104,13 +104,8 @@ def _cat(call: Call, types: list[Type]) -> Decision | None:
 
 def segments_between(sequence: Sequence, start: Length, end: Length) -> tuple[int, int] | None:
     """Segments ``[i, j)`` that cover exactly the global positions ``[start, end)``."""
-    position: Length = 0
-    edges: list[Length] = [0]
-    for segment in sequence.segments:
-        position = as_length(position + segment.length)
-        edges.append(position)
-    first = next((i for i, e in enumerate(edges) if same_length(e, start)), None)
-    last = next((i for i, e in reversed(list(enumerate(edges))) if same_length(e, end)), None)
-    if first is None or last is None or first >= last:
-        return None
-    return first, last
+    parts = sequence.placed()
+    first = next((i for i, (row, _, _) in enumerate(parts) if same_length(row, start)), None)
+    ends = (as_length(row + rows) for row, rows, _ in reversed(parts))
+    last = next((len(parts) - i for i, row in enumerate(ends) if same_length(row, end)), None)
+    return None if first is None or last is None or first >= last else (first, last)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from fxsp.passes.rules.families import family
 from fxsp.passes.rules.reduce import reduced_dims
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import Length, Replicate, Shard, Type, ceil_div, product
+from fxsp.types import Length, Replicate, Shard, Type, product
 
 __all__ = ["Extremes"]
 
@@ -78,15 +77,12 @@ class _Written:
         self.shape, self.dtype, self.device = shape_of(call.operands[0]), value.dtype, value.device
         self.dims = reduced_dims(call, len(self.shape))
         self.keep = bool(call.get("keepdim", False))
-        self.x = x
+        self.x, self._do = x, build.call
         #: The values alone: gradients go through ``at_extreme`` only.
         self.data = self._do(aten.detach.default, x) if self._differentiable() else x
         self.real = self._real()
         results = call.node.meta["val"]
         self.result_dtype = (results[0] if isinstance(results, (tuple, list)) else results).dtype
-
-    def _do(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        return self.build.call(target, *args, **kwargs)
 
     def _differentiable(self) -> bool:
         return self.build.training and self.dtype.is_floating_point
@@ -111,46 +107,40 @@ class _Written:
 
     # What counts on this rank.
 
-    def _along(self, sizes: Sequence[Length]) -> list[int | Node]:
-        """Sizes of something that has the tokens' dimension only, to broadcast to the local operand."""
-        full = [1] * len(self.shape)
-        return self.build.sizes([*full[: self.type.dim], product(sizes), *full[self.type.dim + 1 :]])
-
-    def _local(self) -> list[Length]:
-        return [self.type.outer, self.type.sequence.local_length(self.build.ranks.size)]
+    def _along(self, x: Node) -> Node:
+        """What has the tokens' dimension only, to broadcast to the local operand."""
+        rows, at = self.type.local_size(self.build.ranks.size), self.type.dim
+        sizes: list[Length] = [rows if d == at else 1 for d in range(len(self.shape))]
+        return self._do(aten.reshape.default, x, self.build.sizes(sizes))
 
     def _real(self) -> Node | None:
         """Which local rows count, broadcastable; None: all.  Rows that every rank has count on one of them."""
         sequence = self.type.sequence
         if not sequence.has_pads(self.build.ranks.size) and not any(sequence.whole):
             return None
-        ones = self._do(aten.ones.default, self.build.sizes(self._local()), dtype=torch.bool, device=self.device)
-        real = self.build.mask_pads(ones, 1, sequence)
-        return self._do(aten.reshape.default, real, self._along(self._local()))
+        sizes = self.build.sizes([self.type.outer, sequence.local_length(self.build.ranks.size)])
+        ones = self._do(aten.ones.default, sizes, dtype=torch.bool, device=self.device)
+        return self._along(self.build.mask_pads(ones, 1, sequence))
 
     def _only_real(self, x: Node, fill: float | bool) -> Node:
         return x if self.real is None else self._do(aten.where.ScalarOther, self.real, x, fill)
 
-    def _neutral(self, op: str, dtype: torch.dtype) -> float | bool:
+    def _candidates(self, x: Node, op: str, dtype: torch.dtype) -> Node:
+        """``x`` with what changes nothing where a row does not count."""
         if dtype == torch.bool:
-            return op == "min"
+            return self._only_real(x, op == "min")
         if dtype.is_floating_point:
-            return -math.inf if op == "max" else math.inf
-        return torch.iinfo(dtype).min if op == "max" else torch.iinfo(dtype).max
+            return self._only_real(x, -math.inf if op == "max" else math.inf)
+        return self._only_real(x, torch.iinfo(dtype).min if op == "max" else torch.iinfo(dtype).max)
 
     # Pieces.
 
     def _combined(self, x: Node, op: str, dtype: torch.dtype, what: str = "") -> Node:
         """The maximum, or minimum, over the ranks of one value for each."""
         new = self.build.all_reduce_extreme(x, op)
-        size = self.build.ranks.size
-        elements = product(n for d, n in enumerate(self.shape) if d not in self.dims)
-        sent = ceil_div(product((elements, travels_as(dtype).itemsize, 2 * (size - 1))), size)
-        self.build.record("all_reduce", new, sent, what or f"the {_WORD[op]} over the ranks")
-        return new
+        return self._recorded(new, travels_as(dtype), what or f"the {_WORD[op]} over the ranks")
 
-    def _summed(self, x: Node, dtype: torch.dtype, what: str) -> Node:
-        new = self.build.all_reduce(x)
+    def _recorded(self, new: Node, dtype: torch.dtype, what: str) -> Node:
         elements = product(n for d, n in enumerate(self.shape) if d not in self.dims)
         self.build.record("all_reduce", new, reduced_bytes(elements, dtype, self.build.ranks.size), what)
         return new
@@ -160,9 +150,6 @@ class _Written:
         for dim in () if self.keep else self.dims:
             x = self._do(aten.unsqueeze.default, x, dim)
         return x
-
-    def _dropped(self, x: Node) -> Node:
-        return x if self.keep else self._do(aten.squeeze.dims, x, self.dims)
 
     def _same(self, x: Node, y: Node, *, nan: bool) -> Node:
         found = self._do(aten.eq.Tensor, x, y)
@@ -176,7 +163,7 @@ class _Written:
 
     def _extreme(self, x: Node, data: Node, op: str) -> Node:
         """The maximum or minimum of ``data``, as a function of ``x``."""
-        masked = self._only_real(data, self._neutral(op, self.dtype))
+        masked = self._candidates(data, op, self.dtype)
         local = self._do(aten.amax.default if op == "max" else aten.amin.default, masked, self.dims, self.keep)
         value = self._combined(local, op, self.dtype)
         if not self._differentiable():
@@ -189,7 +176,7 @@ class _Written:
     def _logical(self) -> Node:
         word = self._word()
         x = self.data if self.dtype == torch.bool else self._do(aten.ne.Scalar, self.data, 0)
-        masked = self._only_real(x, self._neutral(word, torch.bool))
+        masked = self._candidates(x, word, torch.bool)
         op = aten.any.dims if word == "max" else aten.all.dims
         value = self._combined(
             self._do(op, masked, self.dims, self.keep), word, torch.bool,
@@ -207,6 +194,11 @@ class _Written:
         both = self._do(aten.add.Tensor, self._do(aten.reshape.default, first, [-1, 1]), rows)
         return self._do(aten.reshape.default, both, [-1])
 
+    def _own(self, x: Node, *how: Any) -> tuple[Node, Node]:
+        """This rank's extreme, and where it is."""
+        both = self._do(aten.max.dim if self._word() == "max" else aten.min.dim, x, *how)
+        return self._do(operator.getitem, both, 0), self._do(operator.getitem, both, 1)
+
     def _first(self, local: Node, value: Node, places: Node) -> Node:
         """The first of the places of those ranks that have the value."""
         here = self._do(aten.where.ScalarOther, self._same(local, value, nan=True), places, _NOWHERE)
@@ -214,36 +206,30 @@ class _Written:
 
     def _with_index(self) -> tuple[Node, Node]:
         word, (dim,) = self._word(), self.dims or [0]
-        masked = self._only_real(self.data, self._neutral(word, self.dtype))
-        both = self._do(aten.max.dim if word == "max" else aten.min.dim, masked, dim, self.keep)
-        local, at = (self._do(operator.getitem, both, i) for i in (0, 1))
+        local, at = self._own(self._candidates(self.data, word, self.dtype), dim, self.keep)
         value = self._combined(local, word, self.dtype)
         places = self._places()
         index = self._first(local, value, self._do(aten.index.Tensor, places, [at]))
         if self._differentiable():
-            along = self._do(aten.reshape.default, places, self._along(self._local()))
-            hit = self._hit(self._do(aten.eq.Tensor, along, self._kept(index)))
+            hit = self._hit(self._do(aten.eq.Tensor, self._along(places), self._kept(index)))
             value = self.build.at_extreme(self.x, value, hit, self.dims, self.keep, ties=False)
         return value, index
 
     def _index(self) -> Node:
         word = self._word()
-        masked = self._only_real(self.data, self._neutral(word, self.dtype))
+        masked = self._candidates(self.data, word, self.dtype)
         if self.arguments.get("dim") is not None:
-            (dim,) = self.dims
-            both = self._do(aten.max.dim if word == "max" else aten.min.dim, masked, dim, self.keep)
-            local, at = (self._do(operator.getitem, both, i) for i in (0, 1))
+            local, at = self._own(masked, *self.dims, self.keep)
             places = self._do(aten.index.Tensor, self._places(), [at])
             return self._first(local, self._combined(local, word, self.dtype), places)
         # Of all elements: the place in the flattened value.
         dim, inner = self.type.dim, product(self.shape[self.type.dim + 1 :])
         flat = self._do(aten.reshape.default, masked, [-1])
-        both = self._do(aten.max.dim if word == "max" else aten.min.dim, flat, 0)
-        local, at = (self._do(operator.getitem, both, i) for i in (0, 1))
+        local, at = self._own(flat, 0)
         size = self.build.size
         rest = self._do(aten.remainder.Scalar, at, size(inner))
         row = self._do(aten.floor_divide.default, at, size(inner))
-        lines = product(self._local())
+        lines = self.type.local_size(self.build.ranks.size)
         along = self._do(aten.index.Tensor, self._places(), [self._do(aten.remainder.Scalar, row, size(lines))])
         before = self._do(aten.floor_divide.default, row, size(lines))
         place = self._do(aten.mul.Tensor, before, size(product((self.shape[dim], inner))))
@@ -269,8 +255,10 @@ class _Written:
         (x, wide), (most, _) = self._wide(masked), self._wide(most)
         summed = self._do(aten.exp.default, self._do(aten.sub.Tensor, x, most))
         summed = self._do(aten.sum.dim_IntList, summed, self.dims, self.keep)
-        total = self._do(aten.log.default, self._summed(summed, wide, "a sum of exponentials over the ranks"))
-        return self._narrow(self._do(aten.add.Tensor, total, self._dropped(most)), wide)
+        summed = self._recorded(self.build.all_reduce(summed), wide, "a sum of exponentials over the ranks")
+        total = self._do(aten.log.default, summed)
+        most = most if self.keep else self._do(aten.squeeze.dims, most, self.dims)
+        return self._narrow(self._do(aten.add.Tensor, total, most), wide)
 
     def _norm(self) -> Node:
         order = self.arguments.get("ord", self.arguments.get("p", 2))
@@ -287,7 +275,7 @@ class _Written:
         else:
             power = self._do(aten.abs.default, x) if order == 1 else self._do(aten.mul.Tensor, x, x)
         total = self._do(aten.sum.dim_IntList, power, self.dims, self.keep)
-        total = self._summed(total, wide, "a sum of powers over the ranks")
+        total = self._recorded(self.build.all_reduce(total), wide, "a sum of powers over the ranks")
         if order == 2:
             # The gradient of a norm of zero is zero, that of a root is not.
             none = self._do(aten.eq.Scalar, total, 0)

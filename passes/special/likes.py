@@ -18,12 +18,11 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder
+from fxsp.passes.builder import Builder, memory_order
 from fxsp.passes.graph import Call, Decision, shape_of, type_of
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.passes.strides import memory_order, turned_back
-from fxsp.types import Replicate, Shard, Type
+from fxsp.types import Replicate, Shard, Type, shape_on_rank
 
 __all__ = ["Likes", "is_constant", "write_like"]
 
@@ -67,11 +66,8 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
     given: torch.Tensor = call["self"].meta["val"]
     if call.op in family("factory"):
         like = build.call(aten.empty.memory_format, [0], dtype=given.dtype, device=given.device)
-        args, kwargs = call.bound_to({**arguments, "self": like}).rebuild()
-        return build.call(call.op, *args, **kwargs)
-    sizes = list(shape_of(node))
-    if isinstance(type_, Shard):
-        sizes[type_.dim] = type_.local_size(build.ranks.size)
+        return build.same(call, {**arguments, "self": like})
+    sizes = shape_on_rank(shape_of(node), type_, build.ranks.size)
     # In memory as the program's own value: numbers are drawn in that order.
     order = memory_order(value)
     laid = build.sizes([sizes[d] for d in order])
@@ -82,7 +78,6 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
         else:
             fill = arguments["fill_value"] if "fill_value" in arguments else int(call.op is aten.ones_like.default)
             new = build.call(aten.full.default, laid, fill, **options)
-        return turned_back(build.call, new, order)
+        return build.turned_back(new, order)
     like = build.call(aten.empty.memory_format, laid, dtype=given.dtype, device=given.device)
-    args, kwargs = call.bound_to({**arguments, "self": turned_back(build.call, like, order)}).rebuild()
-    return build.call(call.op, *args, **kwargs)
+    return build.same(call, {**arguments, "self": build.turned_back(like, order)})

@@ -41,9 +41,7 @@ class Losses(Special):
 
     def write(self, local: Local, call: Call, decision: Decision) -> Node:
         build, unreduced, arguments = local.build, decision.detail, local.arguments(call, decision)
-        none = {**arguments, "reduction": _NONE}
-        args, kwargs = call.bound_to(none).rebuild(reduction=_NONE)
-        losses = build.call(call.op, *args, **kwargs)
+        losses = build.same(call, arguments, reduction=_NONE)
         if call["reduction"] == _NONE:
             return losses
         shape = call.operand_shapes()[0] if call.op in family("elementwise_loss") else call.operand_shapes()[1]

@@ -13,7 +13,7 @@ from fxsp.passes.graph import Call, Decision, shape_of
 from fxsp.passes.rules.decide import decide_by_rule
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import Replicate, Shard, Type
+from fxsp.types import Replicate, Shard, Type, shape_on_rank
 
 __all__ = ["Sized", "local_sizes"]
 
@@ -42,7 +42,4 @@ class Sized(Special):
 
 def local_sizes(build: Builder, node: Node, type_: Type) -> list[int | Node]:
     """The sizes of a value of this type on one rank."""
-    sizes = list(shape_of(node))
-    if isinstance(type_, Shard):
-        sizes[type_.dim] = type_.local_size(build.ranks.size)
-    return build.sizes(sizes)
+    return build.sizes(shape_on_rank(shape_of(node), type_, build.ranks.size))

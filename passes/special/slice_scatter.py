@@ -54,10 +54,9 @@ class SliceScatter(Special):
     def write(self, local: Local, call: Call, decision: Decision) -> Node:
         build, arguments, (result,) = local.build, local.arguments(call, decision), decision.results
         assert isinstance(result, Shard)
-        rows = [s.local_length(build.ranks.size) for s in result.sequence.segments]
-        start, end = (build.size(as_length(sum(rows[:i], start=0))) for i in decision.detail)
-        args, kwargs = call.bound_to(arguments).rebuild(start=start, end=end, step=1)
-        return build.call(call.op, *args, **kwargs)
+        rows = result.sequence.placed(build.ranks.size)[slice(*decision.detail)]
+        start, end = (build.size(n) for n in (rows[0][0], as_length(rows[-1][0] + rows[-1][1])))
+        return build.same(call, arguments, start=start, end=end, step=1)
 
 
 def _around(sequence: Sequence, start: Length, end: Length, length: Length) -> Sequence:

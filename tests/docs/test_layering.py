@@ -23,7 +23,7 @@ LAYERS = [
     ("fxsp.source", "fxsp.summands", "fxsp.types"),
     ("fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report"),
     ("fxsp.passes.graph",),
-    ("fxsp.capture", "fxsp.config", "fxsp.passes.builder", "fxsp.passes.calls", "fxsp.passes.emit"),
+    ("fxsp.capture", "fxsp.config", "fxsp.passes.builder", "fxsp.passes.emit"),
     ("fxsp.passes.base", "fxsp.passes.rules"),
     ("fxsp.ranks", "fxsp.simulation.reference", "fxsp.passes.special"),
     ("fxsp.simulation", "fxsp.passes.attention"),

@@ -52,8 +52,7 @@ class GatherKV(Method):
         return super().needs(call, choice, queries, tokens)
 
     def lower(self, x: Attend) -> Node:
-        build, keys = x.build, x.choice.keys
-        assert keys is not None
+        build, keys = x.build, x.keys
         widths = [global_shape(x.k)[-1], global_shape(x.v)[-1]]
         both = build.call(aten.cat.default, [x.k, x.v], -1)
         whole = build.gather(both, len(x.shape) - 2, keys, used=x.choice.queries is not None)

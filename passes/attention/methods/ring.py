@@ -31,7 +31,7 @@ from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.graph import Call, mark
 from fxsp.types import Type, Used, as_length, product, same_length
 
-__all__ = ["Hybrid", "Ring", "is_causal_ring", "pairs"]
+__all__ = ["Hybrid", "Ring"]
 
 aten = torch.ops.aten
 
@@ -55,32 +55,42 @@ class Ring(Method):
 
     def work(self, call: Call, choice: AttentionChoice) -> str:
         """The layout of a causal ring, and how many pairs of a query and a key the ranks compute."""
-        if choice.queries is None or not is_causal_ring(call, choice):
+        if choice.queries is None or not self._is_causal(call, choice):
             return ""
         text = f"{choice.queries.layout} tokens"
         if not all(isinstance(n, int) for n in choice.queries.lengths):
             return text
-        found = pairs(call, choice, choice.queries.head_tail)
+        found = _pairs(call, choice, choice.queries.head_tail)
         return f"{text}, {min(found):,} to {max(found):,} pairs of a query and a key for each head on a rank"
 
+    def _is_causal(self, call: Call, choice: AttentionChoice) -> bool:
+        """Whether ranks have unequal work if their tokens are contiguous, but for a window."""
+        queries, keys = choice.queries, choice.keys
+        return choice.op.causal_in(call) and queries is not None and keys is not None and queries.same_as(keys)
+
+    def wants_head_tail(self, call: Call, choice: AttentionChoice) -> bool:
+        if choice.queries is None or not self._is_causal(call, choice):
+            return False
+        contiguous, dealt = ([flag and s.sharded for s in choice.queries.segments] for flag in (False, True))
+        no_window = choice.op.window_in(call) is None
+        return no_window or max(_pairs(call, choice, contiguous)) > max(_pairs(call, choice, dealt))
+
     def lower(self, x: Attend) -> Node:
-        return self._node(x, x.q, x.k, x.v, x.args.get("attn_mask"))
+        return self._node(x, x.q, x.k, x.v, x.mask)
 
     def _node(self, x: Attend, q: Node, k: Node, v: Node, mask: Any) -> Node:
         build, choice = x.build, x.choice
-        assert choice.queries is not None
-        assert choice.keys is not None
         both = build.call(
-            _ops.ring_attention.default, q, k, v, mask, *build.sequence(choice.queries), *build.sequence(choice.keys),
-            bool(x.args.get("is_causal")), x.args.get("scale"), choice.ulysses, *build.at_rank(), *_more(x), **x.exact,
+            _ops.ring_attention.default, q, k, v, mask, *build.sequence(x.queries), *build.sequence(x.keys),
+            bool(x.causal), x.args.get("scale"), choice.ulysses, *build.at_rank(), *_more(x), **x.exact,
         )  # fmt: skip
         out = build.call(operator.getitem, both, 0)
         (batch, heads, _, width), value = global_shape(x.k), global_shape(x.v)
         # After an exchange, u times the rows of a u-th of the heads.
-        rows = choice.keys.split_length(build.ranks.size)
+        rows = x.keys.split_length(build.ranks.size)
         sent = product((batch, heads, rows, as_length(width + value[3]), x.itemsize))
         for _ in range(choice.ring - 1):
-            build.record("rotation", both, sent, "keys and values of an attention, one place on", choice.keys)
+            build.record("rotation", both, sent, "keys and values of an attention, one place on", x.keys)
         mark(both, sent=as_length(sent * (choice.ring - 1)))
         return out
 
@@ -101,31 +111,26 @@ class Hybrid(Ring):
         return Used()
 
     def lower(self, x: Attend) -> Node:
-        assert x.choice.queries is not None
         exchange = HeadExchange(x, x.choice.ulysses)
         q, k, v = exchange.operands()
-        mask = x.args.get("attn_mask")
-        mask = _mask_of_place(x, mask) if isinstance(mask, Node) else mask
-        return exchange.to_tokens(self._node(x, q, k, v, mask), x.choice.queries)
+        mask = _mask_of_place(x, x.mask) if isinstance(x.mask, Node) else x.mask
+        return exchange.to_tokens(self._node(x, q, k, v, mask), x.queries)
 
 
 def _more(x: Attend) -> list[Any]:
     """Layouts, window, dropout and units, as far as they are not the default."""
-    build, window, dropout_p = x.build, x.args.get("window"), x.args.get("dropout_p")
-    tokens = [s for s in (x.choice.queries, x.choice.keys) if s is not None]
+    build, window, dropout_p, tokens = x.build, x.window, x.args.get("dropout_p"), (x.queries, x.keys)
     layouts = build.layouts(*tokens)
     units = [build.sizes(s.units) if any(n != 1 for n in s.units) else [] for s in tokens]
     if dropout_p or any(units):
         seed = build.seed(x.device) if dropout_p else None
-        last = units if any(units) else []
-        return [*(layouts or ([], [])), window, float(dropout_p or 0.0), seed, *last]
+        return [*(layouts or ([], [])), window, float(dropout_p or 0.0), seed, *(units if any(units) else [])]
     return layouts if window is None else [*(layouts or ([], [])), window]
 
 
 def _mask_of_place(x: Attend, mask: Node) -> Node:
     """A whole mask -> the rows of this place's queries, and the heads of this rank."""
-    build, queries, u = x.build, x.choice.queries, x.choice.ulysses
-    assert queries is not None
+    build, queries, u = x.build, x.queries, x.choice.ulysses
     shape = global_shape(mask)
     if len(shape) >= 3 and not same_length(shape[-3], 1):
         mask = build.take(mask, len(shape) - 3, u)
@@ -138,18 +143,10 @@ def _mask_of_place(x: Attend, mask: Node) -> Node:
     return mask
 
 
-def pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
+def _pairs(call: Call, choice: AttentionChoice, head_tail: Seq[bool]) -> list[int]:
     """Pairs that the places of the ring compute, by size hints; the ranks of one compute the same, of other heads."""
     assert choice.queries is not None
     lengths, units = (tuple(map(hint, n)) for n in (choice.queries.lengths, choice.queries.units))
     tokens = lengths, tuple(choice.queries.whole), tuple(head_tail), units
     window = choice.op.window_in(call)
     return [pairs_of(tokens, tokens, True, choice.ulysses, choice.ring, place, window) for place in range(choice.ring)]
-
-
-def is_causal_ring(call: Call, choice: AttentionChoice) -> bool:
-    """Whether ranks would have unequal work if their tokens were contiguous."""
-    queries, keys = choice.queries, choice.keys
-    if queries is None or keys is None or choice.ring == 1:
-        return False
-    return choice.op.causal_in(call) and queries.same_as(keys)

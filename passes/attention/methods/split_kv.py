@@ -52,8 +52,7 @@ class Merged(Method):
         return beside_whole_queries(call, choice, tokens, Used())
 
     def lower(self, x: Attend) -> Node:
-        build, keys, ranks = x.build, x.choice.keys, x.build.ranks
-        assert keys is not None
+        build, keys, ranks = x.build, x.keys, x.build.ranks
         both = build.call(
             fxsp_ops.merged_attention.default, x.q, x.k, x.v, x.mask, build.sizes(keys.lengths),
             list(keys.whole), bool(x.causal), x.args.get("scale"), ranks.rank, ranks.size, ranks.group,

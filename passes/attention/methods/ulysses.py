@@ -56,8 +56,7 @@ class Ulysses(Method):
         return own_heads(call, name, len(shape) - 3) if _per_head(shape) else Used()
 
     def lower(self, x: Attend) -> Node:
-        queries = x.choice.queries
-        assert queries is not None
+        queries = x.queries
         queries_come, keys_come = _as_they_come(x)
         # Dropout tells batch entries apart.
         alike = _is_for_all_heads(x.mask) and not x.args.get("dropout_p")
@@ -75,9 +74,7 @@ def _as_they_come(x: Attend) -> tuple[bool, bool]:
     another.  Keys and values may, if there is no mask at all, and no pads.  Of one contiguous segment pads stand
     at the end: there the causal flag itself hides them from all tokens, and queries and keys keep them alike.
     """
-    mask, queries, keys = x.mask, x.choice.queries, x.choice.keys
-    assert queries is not None
-    assert keys is not None
+    mask, queries, keys = x.mask, x.queries, x.keys
     if any(queries.whole) or x.op.positional or x.op.per_head or x.window is not None:
         return False, False
     if x.causal:
