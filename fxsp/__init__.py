@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
+from fxsp import errors
 from fxsp.backend import reports
-from fxsp.errors import (
-    DegreeWarning,
-    FxspError,
-    FxspWarning,
-    ImplicitGatherWarning,
-    InputMismatchError,
-    OptionError,
-    OutputGatherWarning,
-    PlanError,
-    ProcessGroupError,
-    RanksApartError,
-    StrictError,
-    UnshardedWarning,
-    UnsupportedError,
-    VerificationError,
-)
+from fxsp.errors import *  # noqa: F403
 from fxsp.offline.explain import Explanation, explain
 from fxsp.offline.verify import Evidence, verify
 from fxsp.passes.attention.operators import register_attention
@@ -31,29 +17,16 @@ from fxsp.plan import (
 from fxsp.report import Report
 
 __all__ = [
-    "DegreeWarning",
     "Evidence",
     "Explanation",
-    "FxspError",
-    "FxspWarning",
-    "ImplicitGatherWarning",
-    "InputMismatchError",
-    "OptionError",
-    "OutputGatherWarning",
-    "PlanError",
-    "ProcessGroupError",
-    "RanksApartError",
     "Report",
     "SequenceParallelConfig",
     "SequenceParallelInput",
     "SequenceParallelOutput",
     "SequenceParallelPartialInput",
-    "StrictError",
-    "UnshardedWarning",
-    "UnsupportedError",
-    "VerificationError",
     "explain",
     "register_attention",
     "reports",
     "verify",
 ]
+__all__ += errors.__all__

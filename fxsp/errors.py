@@ -13,7 +13,6 @@ __all__ = [
     "PlanError",
     "ProcessGroupError",
     "RanksApartError",
-    "RunsWhole",
     "StrictError",
     "UnshardedWarning",
     "UnsupportedError",

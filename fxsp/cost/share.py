@@ -11,12 +11,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from fxsp.cost.flops import Shape, attention_flops, node_flops
+from fxsp.cost.flops import Shape, attention_flops, node_flops, shapes
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, tensor_nodes
@@ -61,12 +61,7 @@ class Share:
 def share_of(program: Program) -> Share:
     """The share of a partitioned program; sizes that are symbols count as those that were traced."""
     nodes = [n for n in program.whole.graph.nodes if n.op == "call_function" and not is_annotate(n)]
-    number = program.number
-
-    def shape_of(node: Any) -> Shape | None:
-        value = node.meta.get("val") if isinstance(node, Node) else None
-        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
-
+    shape_of = shapes(lambda node: node.meta.get("val"), program.number)
     known = _sum(nodes, lambda n: _work(n, shape_of), on_shards)
     if known.total:
         return known
@@ -125,11 +120,11 @@ def _is_unknown(node: Node) -> bool:
 
 def _guessed(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
     shapes = [shape for n in _operands(node) if (shape := shape_of(n))]
-    return max((2 * _numel(shape) * shape[-1] for shape in shapes), default=0)
+    return max((2 * prod(shape) * shape[-1] for shape in shapes), default=0)
 
 
 def _operands(node: Node) -> list[Node]:
-    return list(tensor_nodes((node.args, list(node.kwargs.values()))))
+    return tensor_nodes((node.args, node.kwargs))
 
 
 def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
@@ -139,11 +134,4 @@ def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
     if any(result.alias_info is not None for result in schema(node.target).returns):
         return 0
     shape = shape_of(node)
-    return 0 if shape is None else _numel(shape)
-
-
-def _numel(shape: Shape) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product
+    return 0 if shape is None else prod(shape)

@@ -41,7 +41,7 @@ def restride(
     writer = Writer(gm.graph, mode)
     writer.at(output)
     with writer.on_behalf_of(node):
-        new = writer.laid(node, memory_order(want))
+        new = writer.dense(node, memory_order(want))
     if not same(tuple(new.meta["val"].stride()), tuple(want.stride())):
         return None
     leaves[index] = new

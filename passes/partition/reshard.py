@@ -6,7 +6,6 @@ conversion costs, and why it is needed, goes to the report; one that nobody aske
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +16,12 @@ from fxsp.errors import RunsWhole, StrictError, UnsupportedError
 from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.kernels.lowering import known_dense
 from fxsp.passes.attention.operators import ATTENTION_OPS
+from fxsp.passes.attention.repeat_kv import repeats_of
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder, memory_order
 from fxsp.passes.graph import facts, is_split, mark, reachable, shape_of, tensor_nodes
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.likes import is_constant, write_like
-from fxsp.passes.special.repeats import repeats_of
 from fxsp.report import GatherRecord
 from fxsp.source import module_path, node_source, place
 from fxsp.torch_internals import is_wrapper_subclass
@@ -70,7 +69,6 @@ class Converter:
         self.remedy = ""
         #: Values that become whole whoever needs them first.
         self.outputs = frozenset(program.graph.output_node().all_input_nodes)
-        self._masked: dict[tuple[Node, str], Node] = {}
         #: The output that is being made whole.
         self.ending: Node | None = None
 
@@ -82,39 +80,6 @@ class Converter:
         if isinstance(type_, Shard):
             new.meta.pop("val", None)
         return new
-
-    def masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
-        """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
-        if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
-            return x
-        key = (x, str(type_))
-        if key not in self._masked:
-            exposed, dim, back = self.expose(x, shape, type_)
-            self._masked[key] = back(self.build.mask_pads(exposed, dim, type_.sequence))
-        return self._masked[key]
-
-    def expose(
-        self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False
-    ) -> tuple[Node, int, Callable[..., Node]]:
-        """``x`` with the tokens as a dimension of their own: ``(x, dim, back)``, where ``back`` undoes the reshape.
-
-        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask
-        made of it, so its sizes are those of the other side for shard and gather.
-        """
-        if type_.plain:
-            return x, type_.dim, lambda y: y
-        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
-        before = [*shape[: type_.dim], type_.outer]
-        after = shape[type_.dim + 1 :]
-        middle = full if whole else local
-        exposed = self.build.call(aten.reshape.default, x, self.build.sizes([*before, middle, *after]))
-
-        def back(y: Node, tokens: Length = middle) -> Node:
-            merged = product((type_.outer, tokens))
-            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
-            return self.build.call(aten.reshape.default, y, self.build.sizes(sizes))
-
-        return exposed, type_.dim + 1, back
 
     def get(self, value: Value, needed: Type, kind: str = "implicit") -> Node:
         """``value`` in the needed form; conversions are made once per value."""
@@ -146,11 +111,7 @@ class Converter:
         if is_constant(value.node):
             return write_like(self.build, value.node, needed, self.copies)
         self.reason = self.reason or f"it is {value.forms[0][0]}, and is needed as {needed}"
-        x = self.get(value, Replicate(), kind)
-        shape = shape_of(value.node)
-        exposed, dim, back = self.expose(x, shape, needed, whole=True)
-        new = self.build.shard(exposed, dim, needed.sequence)
-        return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
+        return self.build.shard(self.get(value, Replicate(), kind), shape_of(value.node), needed)
 
     def _leave(self, x: Node, shape: tuple[Length, ...]) -> Node:
         """A used value as a replicated one: the same data, its gradient shared out over the ranks."""
@@ -199,13 +160,13 @@ class Converter:
         elif not value.wanted and len(chain := repeats_of(old, self._is_held)) > 1:
             return self._repeat(chain, Used() if used else Replicate(), kind)
         self._report_gather(value, kind, reason, sent)
-        exposed, dim, back = self.expose(node, shape, type_)
+        exposed, dim, back = self.build.expose(node, shape, type_)
         new = self.build.gather(exposed, dim, type_.sequence, used=used)
         for key in ("stack_trace", "nn_module_stack"):  # an output has no place of its own
             if not self._has_place() and key in old.meta:
                 new.meta.setdefault(key, old.meta[key])
         self.build.record("all_gather", new, sent, value.wanted or reason, type_.sequence)
-        return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
+        return self._laid_out(back(new, type_.sequence.length), value, type_.dim)
 
     def _is_held(self, old: Node) -> bool:
         """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""
@@ -226,7 +187,7 @@ class Converter:
                 op = aten.reshape.default if old.target in family("reshape") else aten.expand.default
                 new = self.build.call(op, new, self.build.sizes(shape_of(old)))
             else:
-                mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, list(old.kwargs.values()))), new)}
+                mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, old.kwargs)), new)}
                 args, kwargs = torch.fx.map_arg((old.args, old.kwargs), mapping.__getitem__)
                 new = self.build.call(old.target, *args, **kwargs)
             if old is not chain[0]:  # that one is kept by who asked for it
@@ -248,13 +209,13 @@ class Converter:
         given, shape = value.node.meta["val"], shape_of(value.node)
         order = list(range(len(shape))) if 0 in map(as_length, given.stride()) else memory_order(given)
         real = [d for d in order if not same_length(shape[d], 1)]
-        return x if real == sorted(real, key=lambda d: (d != tokens, d)) else self.build.laid(x, order)
+        return x if real == sorted(real, key=lambda d: (d != tokens, d)) else self.build.dense(x, order)
 
     def in_memory_as(self, x: Node, old: Node) -> Node:
         """``x``, the whole value of ``old``, with the very strides of ``old``."""
         value = old.meta["val"]
         if known_dense(value) and as_length(value.storage_offset()) == 0:
-            return self.build.laid(x, memory_order(value))
+            return self.build.dense(x, memory_order(value))
         if _reads_shards(old):
             raise RunsWhole(
                 f"as_strided in {place(old)} "

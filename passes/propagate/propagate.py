@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,36 +26,21 @@ from fxsp.errors import PlanError, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.decide import Attention
 from fxsp.passes.attention.unfused import UnfusedProducts
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.rules.decide import Decision, decide_by_rule, replicate_all
 from fxsp.passes.rules.families import family
-from fxsp.passes.special.cat_and_cut import Cats, Cuts
+from fxsp.passes.special.cat_and_cut import Cats, Cuts, Select, SliceScatter
 from fxsp.passes.special.dropout import Dropout
 from fxsp.passes.special.extremes import Extremes
 from fxsp.passes.special.likes import Likes, is_constant
 from fxsp.passes.special.losses import Losses
-from fxsp.passes.special.select import Select
-from fxsp.passes.special.sized import Sized
-from fxsp.passes.special.slice_scatter import SliceScatter
 from fxsp.passes.special.special import Special
-from fxsp.passes.special.summands import Summands
-from fxsp.passes.special.sums import Sums
+from fxsp.passes.special.sums import Sized, Summands, Sums
 from fxsp.source import place
-from fxsp.types import (
-    Layout,
-    Length,
-    Partial,
-    Replicate,
-    Segment,
-    Sequence,
-    Shard,
-    Type,
-    as_length,
-    same_length,
-)
+from fxsp.types import Length, Partial, Replicate, Segment, Sequence, Shard, Type, as_length, same_length
 
-__all__ = ["SPECIALS", "Propagate", "is_annotate", "is_random"]
+__all__ = ["SPECIALS", "Propagate", "is_annotate"]
 
 
 #: Who is asked before the rules, in this order: the first that decides has decided.
@@ -70,16 +55,8 @@ def is_annotate(node: Node) -> bool:
     return node.op == "call_function" and node.target is fxsp_ops.annotate.default
 
 
-def is_random(op: Any) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in op.tags
-
-
-@dataclass(frozen=True)
-class Propagate:
+class Propagate(Pass):
     """After this pass every tensor node has a type, and every call on tensors a decision."""
-
-    name: str = "propagate"
 
     def apply(self, program: Program) -> Program:
         for node in program.graph.nodes:
@@ -118,17 +95,13 @@ class Propagate:
             return replicate_all(call, given, "all operands are whole")
         # A summand is summed before it is used, unless what uses it is linear.
         types: list[Type] = [Replicate() if isinstance(t, Partial) else t for t in given]
-        alone = facts(node).row_wise and any(isinstance(t, Shard) for t in types)
-        if alone and not _splits_rows(types[0], shape_of(operands[0])):
+        rows = isinstance(types[0], Shard) and types[0].dim < len(shape_of(operands[0])) - 1
+        if facts(node).row_wise and not rows and any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
         for special in SPECIALS:
             if call.op in special.ops and (decision := special.decide(call, types, program)) is not None:
                 return decision
         return decide_by_rule(call, types)
-
-
-def _splits_rows(x: Type, shape: tuple[Length, ...]) -> bool:
-    return isinstance(x, Shard) and x.dim < len(shape) - 1
 
 
 def _refuse_writes(call: Call) -> None:
@@ -163,7 +136,7 @@ def _is_free(node: Node, type_: Any) -> bool:
     if is_constant(node):
         return True
     cheap = node.target in family("cheap", "cat", "slice", "split")
-    return cheap and all(facts(n).free for n in tensor_nodes((node.args, list(node.kwargs.values()))))
+    return cheap and all(facts(n).free for n in tensor_nodes((node.args, node.kwargs)))
 
 
 def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
@@ -194,5 +167,5 @@ def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
 
 
 def _segment(length: Length, name: str, head_tail: Iterable[Length]) -> Segment:
-    layout: Layout = "head-tail" if any(same_length(length, n) for n in head_tail) else "contiguous"
-    return Segment(length, name=name, layout=layout)
+    dealt = any(same_length(length, n) for n in head_tail)
+    return Segment(length, name=name, layout="head-tail" if dealt else "contiguous")

@@ -15,13 +15,13 @@ from typing import Any
 from torch.fx import Node
 
 from fxsp.config import Degrees
-from fxsp.passes.attention.attend import Attend, global_shape
+from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
 from fxsp.passes.attention.method import Method, own_heads
 from fxsp.passes.attention.operators import SDPA
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import Call
+from fxsp.passes.graph import Call, shape_of
 from fxsp.types import Type, Used, as_length, same_length
 
 __all__ = ["Ulysses"]
@@ -34,6 +34,7 @@ class Ulysses(Method):
     """Legal where heads divide over the ranks."""
 
     name = "ulysses"
+    exchanges_heads = True
 
     def ways(self, question: Question) -> Iterator[Way]:
         if question.queries is None or question.keys is None:
@@ -45,9 +46,6 @@ class Ulysses(Method):
 
     def asked(self, degrees: Degrees) -> str:
         return f"ulysses_degree={degrees.ulysses}" if (degrees.ulysses or 1) > 1 and degrees.ring == 1 else ""
-
-    def per_head(self, call: Call, name: str, dim: int) -> Type:
-        return own_heads(call, name, dim)
 
     def mask(self, call: Call, choice: AttentionChoice) -> Type:
         name = choice.op.mask
@@ -89,7 +87,7 @@ def _has_rows(mask: Any) -> bool:
     """Whether a mask may tell one query from another."""
     if not isinstance(mask, Node):
         return mask is not None
-    shape = global_shape(mask)
+    shape = shape_of(mask)
     return len(shape) >= 2 and not same_length(shape[-2], 1)
 
 
@@ -102,4 +100,4 @@ def _is_for_all_heads(mask: Any) -> bool:
     """Whether a mask, if there is one, is the same for all heads of all batch entries."""
     if not isinstance(mask, Node):
         return mask is None
-    return all(same_length(n, 1) for n in global_shape(mask)[:-2])
+    return all(same_length(n, 1) for n in shape_of(mask)[:-2])
