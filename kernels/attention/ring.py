@@ -19,9 +19,8 @@ from torch import Tensor
 
 from fxsp.kernels import collectives
 from fxsp.kernels.attention.merge import join, rounded, wide
-from fxsp.kernels.attention.ring_bias import bias_of, four, keys_of, mask_gradient, range_of, tokens_first
+from fxsp.kernels.attention.ring_bias import Draw, bias_of, four, keys_of, mask_gradient, range_of, tokens_first
 from fxsp.kernels.attention.ring_blocks import Chunk, Meeting, chunks_of, in_pieces, meetings, same_sequence
-from fxsp.kernels.attention.ring_draws import Draw
 from fxsp.kernels.attention.ring_kernels import block_backward, block_forward
 from fxsp.kernels.rows import cut, joined
 

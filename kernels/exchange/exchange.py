@@ -12,7 +12,8 @@ gradient is ever index-added.
 
 On CUDA each is one Triton kernel, and so one pass over memory.  On a CPU it is plain tensor operations, which Inductor
 fuses into one pass; so it is on CUDA for a compiler where ``fuse`` is set, which then fuses what makes the operands as
-well.  Where strides suffice (one segment without pads) it is a view on both.
+well (see :mod:`fxsp.passes.accounting.device_memory`); it changes no value.  Where strides suffice (one segment without
+pads) it is a view on both.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.kernels.counts import moved
 from fxsp.kernels.exchange import place
+from fxsp.kernels.op import Op, Saved
 from fxsp.kernels.rows import along, joined
 from fxsp.kernels.tokens import placed
 from fxsp.types import as_length, same_length
 
-__all__ = ["pack", "pack_heads", "unpack", "unpack_heads"]
+__all__ = ["HEADS", "pack", "pack_heads", "unpack", "unpack_heads"]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -105,3 +108,58 @@ def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = Fals
         for h, part in zip(heads, x.split([batch * h for h in heads], 2), strict=True)
     ]
     return joined(parts, 2).contiguous()
+
+
+# As operators, each the adjoint of the other (on what is no pad).
+
+
+def _pack_fake(xs: list[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool) -> Tensor:
+    batch, _, _, width = xs[0].shape
+    return xs[0].new_empty([size, rows, batch * sum(x.shape[1] // size for x in xs), width])
+
+
+def _unpack_fake(x: Tensor, heads: list[int], length: Any, fuse: bool) -> Tensor:
+    size, _, all_heads, width = x.shape
+    return x.new_empty([all_heads // sum(heads), length, size * sum(heads), width])
+
+
+def _apart(x: Tensor, heads: list[int], size: int) -> list[Tensor]:
+    """``[B, L, P sum of h_i, D]`` -> ``[B, P h_i, L, D]`` each, views."""
+    return [part.transpose(1, 2) for part in x.split([size * h for h in heads], 2)]
+
+
+def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    xs, _, _, ctx.size, ctx.fuse = inputs
+    ctx.heads, ctx.length, ctx.batch = [x.shape[1] // ctx.size for x in xs], xs[0].shape[2], xs[0].shape[0]
+
+
+def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    unpack = torch.ops.fxsp.unpack_heads
+    if ctx.fuse:
+        # Each by itself: what comes behind reads its own part of the buffer.
+        own = zip(ctx.heads, grad.split([ctx.batch * h for h in ctx.heads], 2), strict=True)
+        return [unpack(part, [h], ctx.length, True).transpose(1, 2) for h, part in own], None, None, None, None
+    whole = unpack(grad, ctx.heads, ctx.length, False)
+    return _apart(whole, ctx.heads, ctx.size), None, None, None, None
+
+
+def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.heads, _, ctx.fuse = inputs
+    ctx.size, ctx.rows = x.shape[:2]
+
+
+def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    parts = _apart(grad, ctx.heads, ctx.size)
+    return torch.ops.fxsp.pack_heads(parts, ctx.rows, True, ctx.size, ctx.fuse), None, None, None
+
+
+HEADS = (
+    Op(
+        "pack_heads", "(Tensor[] xs, SymInt rows, bool zero_pads, int size, bool fuse) -> Tensor", pack_heads,
+        "S -> S", Saved(_pack_setup, _pack_backward), _pack_fake, moves=moved,
+    ),
+    Op(
+        "unpack_heads", "(Tensor x, int[] heads, SymInt length, bool fuse) -> Tensor", unpack_heads,
+        "S -> S", Saved(_unpack_setup, _unpack_backward), _unpack_fake, moves=moved,
+    ),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rules of operators that select, repeat, join or look up positions.
+"""Rules of operators that select, repeat, join, look up or write to positions.
 
 Along the dimension that they work on everything must be whole (joining and cutting a *sharded* dimension at segment
 boundaries is the business of ``fxsp.passes.special.cat_and_cut``); all other dimensions pass.
@@ -6,10 +6,10 @@ boundaries is the business of ``fxsp.passes.special.cat_and_cut``); all other di
 
 from __future__ import annotations
 
-from fxsp.passes.graph import Call
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.dims import aligned
 from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, passing, rows
-from fxsp.types import as_length, same_length
+from fxsp.types import Length, same_length
 
 __all__ = ["RULES"]
 
@@ -87,30 +87,31 @@ def index_select(call: Call) -> OpRule | None:
     return OpRule((before, (("n",),) if index else ()), (after,), whole=frozenset("w"))
 
 
+def _indexed(call: Call) -> dict[int, tuple[Length, ...]]:
+    """The dimensions that one run of integer index tensors is for, and their shapes; of other indices nothing."""
+    given = {i: n for i, n in enumerate(call["indices"]) if n is not None}
+    dims, dtypes = list(given), [n.meta["val"].dtype for n in given.values()]
+    # Boolean masks: how many elements are meant depends on data.
+    if any(dtype.is_floating_point or dtype.itemsize == 1 for dtype in dtypes):
+        return {}
+    return {i: shape_of(n) for i, n in given.items()} if dims and dims == list(range(dims[0], dims[-1] + 1)) else {}
+
+
 def index(call: Call) -> OpRule | None:
     """One run of integer index tensors ``x[:, i, j]``: ``([d0, w1, w2], [n0], [n0]) -> ([d0, n0]) whole={w1, w2}``."""
-    shape = call.shape("self")
-    indices = list(call["indices"]) + [None] * (len(shape) - len(call["indices"]))
-    used = [i for i, n in enumerate(indices) if n is not None]
-    if not used or used != list(range(used[0], used[-1] + 1)):
+    shape, used = call.shape("self"), _indexed(call)
+    if not used:
         return None
-    values = [indices[i].meta["val"] for i in used]
-    if any(v.dtype.is_floating_point or v.dtype.itemsize == 1 for v in values):
-        return None  # boolean masks select a number of elements that depends on data
     (result,) = call.result_shapes()
-    rank = len(result) - (len(shape) - len(used))
+    first, rank = min(used), len(result) - (len(shape) - len(used))
     new = rows(rank, "n")
     dims = rows(len(shape), but={i: f"w{i}" for i in used})
-    operands: list[Dims] = [dims]
-    for value in values:
-        offset = rank - value.dim()
-        from_right = tuple(
-            new[offset + i] if aligned(as_length(n), result[used[0] + offset + i]) else ()
-            for i, n in enumerate(value.shape)
-        )
-        operands.append(from_right)
-    out = (*dims[: used[0]], *new, *dims[used[-1] + 1 :])
-    return OpRule(tuple(operands), (out,), whole=frozenset(f"w{i}" for i in used))
+    places = [
+        tuple(new[i] if aligned(n, result[first + i]) else () for i, n in enumerate(value, rank - len(value)))
+        for value in used.values()
+    ]
+    out = (*dims[:first], *new, *dims[max(used) + 1 :])
+    return OpRule((dims, *places), (out,), whole=frozenset(f"w{i}" for i in used))
 
 
 def gather(call: Call) -> OpRule | None:
@@ -135,6 +136,58 @@ def scatter_into(call: Call) -> OpRule | None:
     return OpRule((dims, dims[:dim] + dims[dim + 1 :]), (dims,), whole=frozenset("x"))
 
 
+def scatter(call: Call) -> OpRule | None:
+    """``scatter_add(x, 1, i, y)``: ``([d0, w], [d0, n], [d0, m]) -> ([d0, w]) whole={m, n, w}``."""
+    shapes = call.operand_shapes()
+    rank = len(shapes[0])
+    if rank == 0 or any(len(s) != rank for s in shapes):
+        return None
+    dim = call.dim("dim", rank)
+    apart = [i for i in range(rank) if i == dim or not all(same_length(s[i], shapes[0][i]) for s in shapes)]
+    names = "xiy"[: len(shapes)]
+    operands = tuple(rows(rank, but={i: f"{x}{i}" for i in apart}) for x in names)
+    return OpRule(operands, operands[:1], whole=frozenset(f"{x}{i}" for i in apart for x in names))
+
+
+def index_add(call: Call) -> OpRule | None:
+    """``index_add(x, 1, i, y)``: ``([d0, w], [n], [d0, n]) -> ([d0, w]) whole={n, w}``."""
+    shape, index, *rest = call.operand_shapes()
+    if not shape or len(index) > 1:
+        return None
+    dim = call.dim("dim", len(shape))
+    dims = rows(len(shape), but={dim: "w"})
+    places: Dims = (("n",),) if index else ()
+    operands: list[Dims] = [dims, places]
+    for source in rest:
+        if source and len(source) != len(shape):
+            return None
+        operands.append(rows(len(shape), but={dim: "n"}) if source else ())
+    known = {f for d in operands for dim_ in d for f in dim_}
+    return OpRule(tuple(operands), (dims,), whole=frozenset({"n", "w"} & known))
+
+
+def index_put(call: Call) -> OpRule | None:
+    """One run of integer index tensors ``x[:, i] = y``: ``([d0, w1], [n0], [d0, n0]) -> ([d0, w1]) whole={n0, w1}``."""
+    shape, values, used = call.shape("self"), call.shape("values"), _indexed(call)
+    if not used:
+        return None
+    rank = max(map(len, used.values()))
+    dims, new = rows(len(shape), but={i: f"w{i}" for i in used}), rows(rank, "n")
+    written = (*dims[: min(used)], *new, *dims[max(used) + 1 :])
+    offset = len(written) - len(values)
+    if offset < 0:
+        return None
+    whole = {f"w{i}" for i in used} | {f"n{i}" for i in range(rank)}
+    # Values are broadcast; what lies along the written positions is whole anyway.
+    source = tuple(
+        d if d[0][0] == "n" or same_length(n, shape[int(d[0][1:])]) else ()
+        for d, n in zip(written[offset:], values, strict=True)
+    )
+    operands = (dims, *(new[rank - len(s) :] for s in used.values()), source)
+    known = {f for o in operands for d in o for f in d}
+    return OpRule(operands, (dims,), whole=frozenset(whole & known))
+
+
 #: Family of operators -> its rule.
 RULES: dict[str, RuleFunction] = {
     "cut": cut,
@@ -148,4 +201,7 @@ RULES: dict[str, RuleFunction] = {
     "index": index,
     "gather": gather,
     "scatter_into": scatter_into,
+    "scatter": scatter,
+    "index_add": index_add,
+    "index_put": index_put,
 }
