@@ -56,10 +56,7 @@ def _weights(count: int, device: torch.device) -> Tensor:
 
 def _stable(parts: tuple[Any, ...]) -> int:
     """A hash that is the same in every process."""
-    result = 1469598103934665603
-    for byte in repr(parts).encode():
-        result = ((result ^ byte) * 1099511628211) % 2**62
-    return result
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) % 2**62
 
 
 def check_inputs(
