@@ -74,8 +74,6 @@ class Facts:
     island: str = ""
     #: Whether an operator on a tensor subclass treats every row alone.
     row_wise: bool = False
-    #: Whether it is computed under ``torch.no_grad()``.
-    no_grad: bool = False
     #: Whether an input is a parameter.
     is_parameter: bool = False
 
@@ -174,14 +172,11 @@ def shape_of(node: Node) -> tuple[Length, ...]:
     return tuple(as_length(n) for n in value.shape)
 
 
-def tensor_nodes(value: Any) -> Iterator[Node]:
+def tensor_nodes(value: Any) -> list[Node]:
     """Tensor-valued nodes inside one argument (a node, or nested lists of them)."""
-    if isinstance(value, Node):
-        if isinstance(value.meta.get("val"), torch.Tensor):
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensor_nodes(item)
+    found: list[Node] = []
+    torch.fx.map_arg(value, found.append)
+    return [node for node in found if tensor_value(node) is not None]
 
 
 def reachable(
@@ -237,7 +232,7 @@ class Call:
     @property
     def operands(self) -> list[Node]:
         """All tensor operands, in schema order; lists of tensors are flattened."""
-        return [n for value in self.arguments.values() for n in tensor_nodes(value)]
+        return tensor_nodes(list(self.arguments.values()))
 
     def shape(self, name: str) -> tuple[Length, ...]:
         return shape_of(self.arguments[name])

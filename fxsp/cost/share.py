@@ -124,7 +124,7 @@ def _guessed(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
 
 
 def _operands(node: Node) -> list[Node]:
-    return list(tensor_nodes((node.args, list(node.kwargs.values()))))
+    return tensor_nodes((node.args, node.kwargs))
 
 
 def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
