@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxsp.kernels.attention.banded import allowed as allowed_by_band
 from fxsp.kernels.attention.ring_blocks import Chunk, Meeting
+from fxsp.kernels.rows import joined
 from fxsp.types import as_length, same_length
 
 __all__ = [
@@ -44,8 +45,7 @@ def keys_of(x: Tensor, chunks: Sequence[Chunk], which: Sequence[int]) -> Tensor:
     """The first ``real`` rows of these chunks."""
     if len(which) == len(chunks) and all(same_length(as_length(k.real), as_length(k.rows)) for k in chunks):
         return x
-    pieces = [x.narrow(2, chunks[j].row, chunks[j].real) for j in which]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    return joined([x.narrow(2, chunks[j].row, chunks[j].real) for j in which], 2)
 
 
 def one(n: Size) -> bool:
@@ -119,7 +119,7 @@ def _columns(mask: Tensor, keys: Sequence[Chunk], which: Sequence[int]) -> Tenso
             pieces.append(mask.index_select(-1, positions(k, mask.device).clamp(max=k.limit - 1)))
         else:
             pieces.append(mask.narrow(-1, k.first, k.real))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+    return joined(pieces, -1)
 
 
 def positions(chunk: Chunk, device: torch.device, rows: Size = None) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels.exchange import place
+from fxsp.kernels.rows import along, joined
 from fxsp.kernels.tokens import placed
 from fxsp.types import as_length, same_length
 
@@ -32,10 +33,6 @@ __all__ = ["pack", "pack_heads", "unpack", "unpack_heads"]
 
 def _same(a: Any, b: Any) -> bool:
     return same_length(as_length(a), as_length(b))
-
-
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
@@ -47,7 +44,7 @@ def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
     for p in placed(lengths, [False] * len(lengths), size):
         rows = x.narrow(1, p.row, p.rows).reshape(size * p.rows, *x.shape[2:])
         parts.append(rows.narrow(0, 0, p.length))
-    return _cat(parts, 0)
+    return joined(parts, 0)
 
 
 def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
@@ -61,7 +58,7 @@ def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
     for p in placed(lengths, [False] * len(lengths), size):
         rows = _padded(x.narrow(0, p.start, p.length), 0, size * p.rows, zero_pads)
         parts.append(rows.reshape(size, p.rows, *x.shape[1:]))
-    return _cat(parts, 1)
+    return joined(parts, 1)
 
 
 def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
@@ -78,7 +75,7 @@ def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
     result = x.index_select(dim, index.clamp(max=length - 1))
     if not zero_pads:
         return result
-    return torch.where((index < length).view([-1 if i == dim else 1 for i in range(x.dim())]), result, 0)
+    return torch.where((index < length).view(along(x, dim)), result, 0)
 
 
 def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
@@ -92,7 +89,7 @@ def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse
             x = _padded(x, 2, rows, zero_pads)
         parts.append(x.unflatten(1, (size, x.shape[1] // size)).permute(1, 3, 0, 2, 4).flatten(2, 3))
     # Permuted first, then joined, so that the buffer is written once.
-    return _cat(parts, 2).contiguous()
+    return joined(parts, 2).contiguous()
 
 
 def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = False) -> Tensor:
@@ -107,4 +104,4 @@ def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = Fals
         part.unflatten(2, (batch, h)).permute(2, 1, 0, 3, 4).flatten(2, 3)
         for h, part in zip(heads, x.split([batch * h for h in heads], 2), strict=True)
     ]
-    return _cat(parts, 2).contiguous()
+    return joined(parts, 2).contiguous()

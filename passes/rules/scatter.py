@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
 from fxsp.types import same_length
 
 __all__ = ["RULES"]
@@ -21,14 +21,10 @@ def scatter(call: Call) -> OpRule | None:
     if rank == 0 or any(len(s) != rank for s in shapes):
         return None
     dim = call.dim("dim", rank)
-    operands: list[list[tuple[str, ...]]] = [[] for _ in shapes]
-    for i in range(rank):
-        together = i != dim and all(same_length(s[i], shapes[0][i]) for s in shapes)
-        for k in range(len(shapes)):
-            name = f"d{i}" if together else f"{'xiy'[k]}{i}"
-            operands[k].append((name,))
-    dims = tuple(tuple(o) for o in operands)
-    return OpRule(dims, (dims[0],), whole=frozenset(f for o in dims for (f,) in o if f[0] != "d"))
+    apart = [i for i in range(rank) if i == dim or not all(same_length(s[i], shapes[0][i]) for s in shapes)]
+    names = "xiy"[: len(shapes)]
+    operands = tuple(rows(rank, but={i: f"{x}{i}" for i in apart}) for x in names)
+    return OpRule(operands, operands[:1], whole=frozenset(f"{x}{i}" for i in apart for x in names))
 
 
 def index_add(call: Call) -> OpRule | None:
@@ -37,13 +33,13 @@ def index_add(call: Call) -> OpRule | None:
     if not shape or len(index) > 1:
         return None
     dim = call.dim("dim", len(shape))
-    dims: Dims = tuple(("w",) if i == dim else (f"d{i}",) for i in range(len(shape)))
+    dims = rows(len(shape), but={dim: "w"})
     places: Dims = (("n",),) if index else ()
     operands: list[Dims] = [dims, places]
     for source in rest:
         if source and len(source) != len(shape):
             return None
-        operands.append(tuple(("n",) if i == dim else d for i, d in enumerate(dims)) if source else ())
+        operands.append(rows(len(shape), but={dim: "n"}) if source else ())
     known = {f for d in operands for dim_ in d for f in dim_}
     return OpRule(tuple(operands), (dims,), whole=frozenset({"n", "w"} & known))
 
@@ -61,22 +57,20 @@ def index_put(call: Call) -> OpRule | None:
         return None  # boolean masks: how many elements are written depends on data
     shapes = [shape_of(n) for n in index_nodes]
     rank = max(len(s) for s in shapes)
-    dims: list[tuple[str, ...]] = [(f"w{i}",) if i in used else (f"d{i}",) for i in range(len(shape))]
-    written = [*dims[: used[0]], *((f"n{i}",) for i in range(rank)), *dims[used[-1] + 1 :]]
+    dims, new = rows(len(shape), but={i: f"w{i}" for i in used}), rows(rank, "n")
+    written = (*dims[: used[0]], *new, *dims[used[-1] + 1 :])
     offset = len(written) - len(values)
     if offset < 0:
         return None
     whole = {f"w{i}" for i in used} | {f"n{i}" for i in range(rank)}
-    source: list[tuple[str, ...]] = []
-    for d, n in zip(written[offset:], values, strict=True):
-        # Values are broadcast; what lies along the written positions is whole anyway.
-        fits = d[0][0] == "n" or same_length(n, shape[int(d[0][1:])])
-        source.append(d if fits else ())
-    operands: list[Dims] = [tuple(dims)]
-    operands += [tuple((f"n{rank - len(s) + i}",) for i in range(len(s))) for s in shapes]
-    operands.append(tuple(source))
+    # Values are broadcast; what lies along the written positions is whole anyway.
+    source = tuple(
+        d if d[0][0] == "n" or same_length(n, shape[int(d[0][1:])]) else ()
+        for d, n in zip(written[offset:], values, strict=True)
+    )
+    operands = (dims, *(new[rank - len(s) :] for s in shapes), source)
     known = {f for o in operands for d in o for f in d}
-    return OpRule(tuple(operands), (tuple(dims),), whole=frozenset(whole & known))
+    return OpRule(operands, (dims,), whole=frozenset(whole & known))
 
 
 #: Family of operators -> its rule.

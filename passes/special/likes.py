@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.lengths import hint
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder
+from fxsp.passes.builder import Builder, memory_order
 from fxsp.passes.graph import Call, Decision, shape_of, type_of
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import Replicate, Shard, Type, as_length, shape_on_rank
+from fxsp.types import Replicate, Shard, Type, shape_on_rank
 
 __all__ = ["Likes", "is_constant", "write_like"]
 
@@ -69,8 +68,7 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
         return build.same(call, {**arguments, "self": like})
     sizes = shape_on_rank(shape_of(node), type_, build.ranks.size)
     # In memory as the program's own value: numbers are drawn in that order.
-    strides = [hint(as_length(stride)) for stride in value.stride()]
-    order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
+    order = memory_order(value)
     inverse = [order.index(d) for d in range(len(order))]
     laid = build.sizes([sizes[d] for d in order])
     if call.op in family("constant"):
