@@ -60,11 +60,8 @@ def is_constant(node: Node) -> bool:
 def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]) -> Node:
     """The call for a value of ``type_``, which asks for no tensor; ``scalars`` are the sizes and numbers it may use."""
     call, value = Call(node), node.meta["val"]
-    arguments = {
-        name: torch.fx.map_arg(argument, scalars.__getitem__)
-        for name, argument in call.arguments.items()
-        if name != "self"
-    }
+    asked = {name: argument for name, argument in call.arguments.items() if name != "self"}
+    arguments: dict[str, Any] = dict(torch.fx.map_arg(asked, scalars.__getitem__))
     given: torch.Tensor = call["self"].meta["val"]
     if call.op in family("factory"):
         like = build.call(aten.empty.memory_format, [0], dtype=given.dtype, device=given.device)
