@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxsp.hooks.dispatch import Call, mark, needs_whole
-from fxsp.hooks.gradients import use
+from fxsp.hooks.dispatch import Call, mark, needs_whole, use
 from fxsp.hooks.layout import Layout, layout_of, means_local, meant_shape, moved, split_in
 from fxsp.hooks.rules import aligned, fit
 from fxsp.hooks.rules_shape import one_token, part, segments_between

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.hooks.dispatch import Call, gather, mark, needs_whole
-from fxsp.hooks.gradients import use
+from fxsp.hooks.dispatch import Call, gather, mark, needs_whole, use
 from fxsp.hooks.layout import (
     Layout,
     global_size,

@@ -16,7 +16,7 @@ from fxsp.hooks.layout import Layout, layout_of, local_size
 from fxsp.hooks.region import Region
 from fxsp.hooks.tracing import sp_is_tracing
 from fxsp.hooks.values import ModuleForwardMetadata, Outputs, made_whole, token_count
-from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, refuse
+from fxsp.plan import PlanEntry, SequenceParallelConfig, refuse
 from fxsp.torch_internals import in_backward
 
 __all__ = [
@@ -184,14 +184,9 @@ class SequenceParallelGatherHook(_RegionHook):
     gradient of a gathered value is the one that every rank has.
     """
 
-    def __init__(
-        self,
-        metadata: SequenceParallelOutput | Sequence[SequenceParallelOutput | None],
-        config: SequenceParallelConfig | None,
-        region: Region | None = None,
-    ) -> None:
-        super().__init__(list(metadata) if isinstance(metadata, (list, tuple)) else [metadata], config, region)
+    def __init__(self, metadata: Any, config: SequenceParallelConfig | None, region: Region | None = None) -> None:
         self._only = not isinstance(metadata, (list, tuple))
+        super().__init__([metadata] if self._only else list(metadata), config, region)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not self._acts(module):
