@@ -35,19 +35,8 @@ from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.passes.rules.families import names_of
 from fxsp.torch_internals import custom_function, plain_functions
 
-__all__ = [
-    "RULES",
-    "Call",
-    "Rule",
-    "SplitMode",
-    "SplitTensor",
-    "gather",
-    "handle",
-    "mark",
-    "needs_whole",
-    "shard",
-    "use",
-]
+__all__ = ["RULES", "Call", "Rule", "SplitMode", "SplitTensor", "gather", "handle", "mark", "needs_whole", "shard"]
+__all__ += ["use"]
 
 
 def mark(x: Tensor, layout: Layout) -> Tensor:
@@ -159,18 +148,21 @@ class Call:
 
     def as_meant(self) -> Any:
         """A result of the sizes that the model knows; without values where these are not the local ones."""
-        if means_local(_layout(split_in(self.values)[0])):
+        if means_local(split_in(self.values)[0]._fxsp_layout):
             return self.run()
-        return self.with_values(
-            lambda x: x if layout_of(x) is None else torch.empty(meant_shape(x), device="meta", dtype=x.dtype)
-        )
+
+        def like(x: Tensor) -> Tensor:
+            layout = layout_of(x)
+            return x if layout is None else torch.empty(meant_shape(x, layout), device="meta", dtype=x.dtype)
+
+        return self.with_values(like)
 
     def on_whole(self, why: str, keep: Layout | None = None) -> Any:
         """Call it on gathered values; results with a row for each token are split like ``keep`` again.
 
         What it writes to its first argument is written to this rank's rows of it.
         """
-        if self.name not in RULES and any(_layout(x).region.alone for x in split_in(self.values)):
+        if self.name not in RULES and any(x._fxsp_layout.region.alone for x in split_in(self.values)):
             refuse(self.name, why)
         if self.kwargs.get("out") is not None:
             refuse(self.name, "writes into an `out` argument")
@@ -193,12 +185,6 @@ class Call:
         if self.name in _VIEWS and not torch.compiler.is_compiling():
             mapped(out, _say_copied)
         return out if keep is None else mapped(out, lambda x: _with_rows(x, keep))
-
-
-def _layout(x: Tensor) -> Layout:
-    layout = layout_of(x)
-    assert layout is not None
-    return layout
 
 
 def _with_rows(x: Tensor, layout: Layout) -> Tensor:
