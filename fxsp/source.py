@@ -6,6 +6,7 @@ import inspect
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ __all__ = [
     "forward_source",
     "input_name",
     "input_names",
+    "is_of_module",
     "module_path",
     "node_source",
     "place",
@@ -57,14 +59,11 @@ def node_source(node: torch.fx.Node, *, full: bool = False) -> str:
 
 def forward_source(module: object) -> str:
     """``"model.py:12"``: where the ``forward`` of a module's class is defined; ``""`` for those of torch."""
-    code = getattr(inspect.unwrap(getattr(type(module), "forward", None) or _nothing), "__code__", None)
-    if code is None or _in_torch(code.co_filename) or code is _nothing.__code__:
+    forward: Any = getattr(type(module), "forward", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None or _in_torch(code.co_filename):
         return ""
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
-
-
-def _nothing() -> None:
-    """Stands for a ``forward`` that is not there."""
 
 
 @lru_cache(maxsize=4096)
@@ -86,6 +85,11 @@ def module_path(node: torch.fx.Node) -> str:
 def place(node: torch.fx.Node) -> str:
     """``"blocks.0.attn (model.py:12)"``, for messages."""
     return f"{module_path(node) or 'the root module'} ({node_source(node) or 'no source line'})"
+
+
+def is_of_module(source: str) -> bool:
+    """Whether a Dynamo source is that of a parameter or buffer."""
+    return _OF_MODULE.search(source) is not None and not source.endswith("]._modules")
 
 
 def input_name(source: str) -> str:
