@@ -6,6 +6,7 @@ from fxsp import errors
 from fxsp.backend import reports
 from fxsp.errors import *  # noqa: F403
 from fxsp.offline.explain import Explanation, explain
+from fxsp.offline.infer_plan import InferredPlan, infer_plan
 from fxsp.offline.verify import Evidence, verify
 from fxsp.passes.attention.operators import register_attention
 from fxsp.plan import (
@@ -19,12 +20,14 @@ from fxsp.report import Report
 __all__ = [
     "Evidence",
     "Explanation",
+    "InferredPlan",
     "Report",
     "SequenceParallelConfig",
     "SequenceParallelInput",
     "SequenceParallelOutput",
     "SequenceParallelPartialInput",
     "explain",
+    "infer_plan",
     "register_attention",
     "reports",
     "verify",

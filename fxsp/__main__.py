@@ -1,4 +1,4 @@
-"""``python -m fxsp``: explain and verify from the command line."""
+"""``python -m fxsp``: explain, verify, and find a plan, from the command line."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ examples:
     python -m fxsp explain flux:build --ranks 8 --ulysses 4 --ring 2 --html flux.html
     python -m fxsp explain flux:build --ranks 8 --stage partition
     python -m fxsp explain flux:build --ranks 8 --why transformer_blocks.0.attn
+    python -m fxsp plan    flux:build --ranks 8
     python -m fxsp verify  small:build --ranks 2 3 8 --no-grad
 """
 
@@ -49,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify", help="compare the split model with itself, on simulated ranks", epilog=EXAMPLES, formatter_class=kind
     )
-    for command in (explain, verify):
+    plan = commands.add_parser("plan", help="the plan that the compiler finds", epilog=EXAMPLES, formatter_class=kind)
+    plan.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    plan.add_argument("--grad", action="store_true", help="as in training")
+    for command in (explain, verify, plan):
         command.add_argument("factory", help="package.module:factory")
         command.add_argument("--ulysses", type=int, help="ranks that exchange heads")
         command.add_argument("--ring", type=int, help="ranks in a ring")
@@ -112,6 +116,15 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0 if any(m is not None for m in found.measures) or arguments.ranks == 1 else 1
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    model, args, kwargs = _factory(arguments.factory)
+    with torch.set_grad_enabled(arguments.grad):
+        found = fxsp.infer_plan(model, *args, world_size=arguments.ranks, options=_options(arguments), **kwargs)
+    print(found)
+    print("\n".join(f"# {note}" for note in found.notes))
+    return 0 if found or found.unnamed else 1
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     model, args, kwargs = _factory(arguments.factory)
     evidence = fxsp.verify(
@@ -129,12 +142,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0 if the model is split (explain) or equal (verify), 1 if not or on an error, 2 on usage."""
+    """The exit status: 0 if a model is split (explain, plan) or equal (verify), 1 if not or on an error, 2 on usage."""
     arguments = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FxspWarning)
-            return _explain(arguments) if arguments.command == "explain" else _verify(arguments)
+            return {"explain": _explain, "verify": _verify, "plan": _plan}[arguments.command](arguments)
     except (FxspError, UnknownNameError, OSError) as error:
         sys.stderr.write(f"fxsp: {error}\n")
     except Exception as error:

@@ -30,6 +30,7 @@ _CHOICES = {
     "grad_reduce": ("all_reduce", "defer", "defer_mean"),
     "rng": ("global", "per_rank"),
 }
+_PLANS = ("infer", "none")
 _FLAGS = ("strict", "verify")
 _COSTS = {"latency": "seconds", "bandwidth": "bytes per second above 0", "gather_limit": "bytes"}
 _DEGREES = ("ulysses_degree", "ring_degree")
@@ -45,8 +46,9 @@ class Options:
     ring_degree: int | None = None
     #: Ranks that gather keys and values: all of them, and then the other two are 1.
     allgather_degree: int | None = None
-    #: A plan, flat; None: the model's own ``_sp_plan`` or ``_cp_plan``.
-    plan: tuple[PlanEntry, ...] | None = None
+    #: A plan, flat; ``"infer"``: what the compiler finds; ``"none"``: nothing is split; None: the model's own
+    #: ``_sp_plan`` or ``_cp_plan``, else what the compiler finds.
+    plan: tuple[PlanEntry, ...] | Literal["infer", "none"] | None = None
     #: The degrees as vLLM-Omni writes them, instead of the two options above.
     config: SequenceParallelConfig | None = None
     #: The ranks: a process group or a one-dimensional device mesh; default: the default process group.
@@ -141,7 +143,11 @@ def _checked(name: str, value: Any) -> Any:
         if value is not None and not (number and 0 <= value < math.inf and (value > 0 or name != "bandwidth")):
             raise _bad(name, value, f"a number of {_COSTS[name]}, or None for the default of the device")
     elif name == "plan":
-        return None if value is None else parse_plan(value)
+        if isinstance(value, str) and value not in _PLANS:
+            raise _bad(
+                name, value, f"a dictionary, or one of {listing(map(repr, _PLANS))}", did_you_mean(value, _PLANS)
+            )
+        return value if value is None or isinstance(value, str) else parse_plan(value)
     elif name == "config":
         return _checked_config(value)
     elif name == "group":

@@ -10,6 +10,7 @@ __all__ = [
     "InputMismatchError",
     "OptionError",
     "OutputGatherWarning",
+    "OwnPlanWarning",
     "PlanError",
     "ProcessGroupError",
     "RanksApartError",
@@ -79,6 +80,10 @@ class ImplicitGatherWarning(FxspWarning):
 
 class OutputGatherWarning(FxspWarning):
     """Much of what a graph sends is sent only because it returns whole values."""
+
+
+class OwnPlanWarning(FxspWarning):
+    """The plan that a model's class carries does not fit this model; another one is inferred."""
 
 
 class DegreeWarning(FxspWarning):

@@ -13,10 +13,10 @@ from fxsp.config import Options
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.inner import needs_values
 from fxsp.inspection.stages import StageWriter
+from fxsp.passes.annotate.annotate import remove_annotations
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, compile_program
-from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.verify import infer_local
 from fxsp.report import Report
 from fxsp.said import say_degrees, say_gathers, say_outputs, say_share, say_unsharded
@@ -44,14 +44,14 @@ def compile_graph(
     try:
         compile_program(program, Runner(writer.stage))
     except UnsupportedError as error:
-        # A split that the plan did not ask for here is no reason to refuse anything.
-        if not isinstance(error, RunsWhole) and not program.carried and root is None:
+        # A split that no plan asked for here is no reason to refuse anything.
+        if not isinstance(error, RunsWhole) and not program.carried and not program.inferring and root is None:
             raise
         report.runs_whole(str(error))
         remedy = error.remedy if isinstance(error, RunsWhole) else RunsWhole.REMEDY
         if remedy is not None:
             say_unsharded(report, remedy)
-        _remove_annotations(gm)
+        remove_annotations(gm)
         return report, None
     torch_internals.carry_dynamo_facts(gm, program.gm)
     if needs_values(options.inner):
@@ -69,15 +69,3 @@ def compile_graph(
 def is_training(inputs: Sequence[Any]) -> bool:
     """Whether gradients may be asked for."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-
-
-def _remove_annotations(gm: GraphModule) -> None:
-    for module in gm.modules():
-        if not isinstance(module, GraphModule):
-            continue
-        found = [node for node in module.graph.nodes if is_annotate(node)]
-        for node in found:
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-        if found:
-            module.recompile()

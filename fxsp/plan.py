@@ -7,6 +7,7 @@ A plan is a dictionary in the form that vLLM-Omni (``_sp_plan``) and diffusers (
         "rope": {0: SequenceParallelInput(split_dim=1, split_output=True)},           # output 0 of a module
         "blocks.*": {"rotary_emb": [SequenceParallelInput(1), SequenceParallelInput(1)]},  # a tuple argument
         "proj_out": SequenceParallelOutput(gather_dim=1),                             # the output of a module
+        "": {"cat#0": SequenceParallelInput(1)},                                      # the result of its first cat
     }
 
 :func:`parse_plan` flattens it into :class:`PlanEntry` rows; ``fxsp.capture.resolve`` finds the modules and checks
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +44,10 @@ __all__ = [
 ]
 
 
+#: ``"cat#1"``: of the functions and methods that the module itself calls in its forward the second ``cat``.
+_RESULT = re.compile(r"^\w+#\d+$")
+
+
 class _Compact:
     """``repr`` that shows the fields which differ from their default, and those without one."""
 
@@ -56,7 +62,8 @@ class SequenceParallelInput(_Compact):
     """Split an argument of a module (``split_output=True``: an output) along ``split_dim``.
 
     The entry does not apply to a tensor that has not ``expected_dims`` dimensions.  ``auto_pad`` and ``shard_group``
-    are read from existing plans: the compiler pads every sequence as needed, whatever they say.
+    are read from existing plans: the compiler pads every sequence as needed, whatever they say.  ``unit`` tokens in a
+    row stay on one rank (pairs that a pyramid joins); it does not apply to a length that does not consist of these.
     """
 
     split_dim: int
@@ -64,6 +71,7 @@ class SequenceParallelInput(_Compact):
     split_output: bool = False
     auto_pad: bool = False
     shard_group: str | None = None
+    unit: int = 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +131,8 @@ Spec = SequenceParallelInput | SequenceParallelPartialInput | SequenceParallelOu
 class PlanEntry:
     """One row of a plan: a value of the modules that ``pattern`` names, and what is wanted of it.
 
-    ``target`` is an argument name, an output index, or None for the only output.  ``part = (i, n)`` means element
+    ``target`` is an argument name, an output index, None for the only output, or ``"cat#1"`` for the result of a
+    function.  ``part = (i, n)`` means element
     ``i`` of an argument that is a tuple of ``n`` values.
     """
 
@@ -144,7 +153,12 @@ class PlanEntry:
 
     @property
     def is_output(self) -> bool:
-        return not isinstance(self.target, str)
+        return not isinstance(self.target, str) or self.is_result
+
+    @property
+    def is_result(self) -> bool:
+        """Whether the target is the result of a function that the module calls: ``"cat#1"``."""
+        return isinstance(self.target, str) and _RESULT.match(self.target) is not None
 
     def text(self, path: str | None = None) -> str:
         """The entry as one line, for the module at ``path`` (default: the pattern)."""
@@ -234,7 +248,7 @@ def _parse_target(pattern: str, target: Any, value: Any) -> Iterator[PlanEntry]:
     label = f"{pattern or '<root>'}[{target}]: {value!r}"
     if isinstance(target, bool) or not isinstance(target, (str, int)):
         raise refuse(label, f"the key {target!r} is neither an argument name nor an output index")
-    if isinstance(target, int):
+    if isinstance(target, int) or _RESULT.match(target):
         if isinstance(value, (list, tuple)):
             raise refuse(label, "an output index takes one spec; a list of specs belongs to a tuple argument")
         yield _output_entry(pattern, target, value)
@@ -254,12 +268,12 @@ def _parse_target(pattern: str, target: Any, value: Any) -> Iterator[PlanEntry]:
         yield entry
 
 
-def _output_entry(pattern: str, target: int | None, value: Any) -> PlanEntry:
+def _output_entry(pattern: str, target: int | str | None, value: Any) -> PlanEntry:
     where = "" if target is None else f"[{target}]"
     entry = PlanEntry(pattern, target, _parse_spec(f"{pattern or '<root>'}{where}: {value!r}", value))
     if isinstance(target, int) and target < 0:
         raise refuse(entry, "an output index is not negative")
-    if not isinstance(entry.spec, SequenceParallelOutput) and not entry.spec.split_output:
+    if not isinstance(entry.spec, SequenceParallelOutput) and not entry.spec.split_output and not entry.is_result:
         if target is None:
             raise refuse(entry, "an input spec needs the name of an argument, e.g. {'hidden_states': ...}")
         raise refuse(entry, f"the key {target} is an output index: it needs split_output=True")
@@ -280,7 +294,8 @@ def _parse_spec(label: str, value: Any) -> Spec:
     elif hasattr(value, "split_dim"):
         split_output, auto_pad = (bool(getattr(value, name, False)) for name in ("split_output", "auto_pad"))
         group = getattr(value, "shard_group", None)
-        spec = SequenceParallelInput(value.split_dim, expected, split_output, auto_pad, group)
+        unit = getattr(value, "unit", 1)
+        spec = SequenceParallelInput(value.split_dim, expected, split_output, auto_pad, group, unit)
     else:
         spec = None  # type: ignore[assignment]
     if spec is None:
@@ -298,6 +313,9 @@ def _check_numbers(label: str, spec: Spec) -> None:
     dim = getattr(spec, name)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise refuse(label, f"{name} is {dim!r}; a dimension is an integer")
+    unit = spec.unit if isinstance(spec, SequenceParallelInput) else 1
+    if isinstance(unit, bool) or not isinstance(unit, int) or unit < 1:
+        raise refuse(label, f"unit is {unit!r}; it is a number of tokens of at least 1")
     expected = spec.expected_dims
     if expected is not None:
         if isinstance(expected, bool) or not isinstance(expected, int) or expected < 1:

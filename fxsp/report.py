@@ -141,6 +141,8 @@ class Report:
     #: Positions of outputs that are gathered because the graph ends, and how they were split.
     split_outputs: list[tuple[int, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    #: The entries of the plan that was found, where it was not given (:class:`~fxsp.plan.PlanEntry`); None: it was.
+    inferred: list[Any] | None = None
     #: Name of a stage -> the graph after it, printed; filled only for the stages that were asked for.
     stages: dict[str, str] = field(default_factory=dict)
     #: Name of a stage -> seconds it took.

@@ -18,6 +18,7 @@ __all__ = [
     "forward_source",
     "input_name",
     "input_names",
+    "is_of_module",
     "module_path",
     "node_source",
     "place",
@@ -84,6 +85,11 @@ def module_path(node: torch.fx.Node) -> str:
 def place(node: torch.fx.Node) -> str:
     """``"blocks.0.attn (model.py:12)"``, for messages."""
     return f"{module_path(node) or 'the root module'} ({node_source(node) or 'no source line'})"
+
+
+def is_of_module(source: str) -> bool:
+    """Whether a Dynamo source is that of a parameter or buffer."""
+    return _OF_MODULE.search(source) is not None and not source.endswith("]._modules")
 
 
 def input_name(source: str) -> str:

@@ -59,8 +59,8 @@ _RANKS = "int rank, int size, str group"
 
 #: The operators of ours, all of them.
 OPS: tuple[Op, ...] = (
-    Op("annotate", "(Tensor x, str kind, int dim, SymInt text_len, str entry) -> Tensor", unchanged, "R -> R",
-       lambda g, *_: g),
+    Op("annotate", "(Tensor x, str kind, int dim, SymInt text_len, str entry, int unit=1) -> Tensor",
+       unchanged, "R -> R", lambda g, *_: g),
     Op("shard", f"(Tensor x, {_SEQ}, bool zero_pads, {_RANKS}) -> Tensor", lowering.shard, "R -> S",
        lambda g, dim, lengths, whole, zero_pads, *at: fxsp_ops.gather_sum(g, dim, lengths, whole, *at),
        returns=counts.returned_rows),

@@ -52,6 +52,8 @@ class Program:
     captured: Captured | None = None
     #: What is split only because the graphs before it were (*carry*).
     carried: list[PlanRecord] = field(default_factory=list)
+    #: Whether there is no plan, and *infer* finds one.
+    inferring: bool = False
     #: Lengths of the segments whose tokens are split into heads and tails (*zigzag*).
     head_tail: tuple[Length, ...] = ()
     #: What is known of attentions that are written out: a :class:`~fxsp.passes.attention.unfused.Unfused`, once one was

@@ -7,6 +7,8 @@ graph.  Nothing is rewritten.  After this pass ``program.captured`` is known, an
 from __future__ import annotations
 
 from fxsp.capture.capture import capture
+from fxsp.errors import PlanError
+from fxsp.passes.annotate.annotate import say_own_plan
 from fxsp.passes.base import Pass, Program
 from fxsp.source import input_name
 from fxsp.torch_internals import Translation
@@ -19,7 +21,14 @@ class Capture(Pass):
 
     def apply(self, program: Program) -> Program:
         report, translation = program.report, Translation.current()
-        program.captured = captured = capture(program.gm, program.options.plan, program.root)
+        try:
+            captured = capture(program.gm, program.options.plan, program.root)
+        except PlanError as error:
+            if program.options.plan is not None or program.root is not None:
+                raise
+            say_own_plan(report, error)
+            captured = capture(program.gm, "infer")
+        program.captured = captured
         report.notes.extend(captured.notes)
         if captured.root is not None:
             report.root = type(captured.root).__name__

@@ -23,6 +23,7 @@ from fxsp.passes.attention.unfused_report import UnfusedReport
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.capture import Capture
 from fxsp.passes.functionalize.functionalize import Functionalize
+from fxsp.passes.infer.infer import Infer
 from fxsp.passes.masks.masks import Masks
 from fxsp.passes.normalize.normalize import Normalize
 from fxsp.passes.partition.partition import Partition
@@ -66,6 +67,8 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(Functionalize()),
     # Before types: a causal mask that became the flag needs none, and what computed it is gone.
     Stage(Masks()),
+    # Where no plan was given; masks are what they mean, as they will be when attentions are priced.
+    Stage(Infer()),
     # Types are needed before anything is rewritten: a rule reads the global shapes.
     Stage(Propagate(), verify_types),
     # A loss of scores that are split and would be gathered to be cut; types are found once more.

@@ -164,8 +164,8 @@ def capture(gm: fx.GraphModule, plan: Any = None, root: nn.Module | None = None)
     """The module calls of the graph that Dynamo hands to the backend; call it from the backend, before changing ``gm``.
 
     ``plan`` is the plan of the options (a dictionary or entries); without one, the plan is that of the first module of
-    the frame that carries one.  ``root`` is the module that the plan is for, if that is known.  Raises
-    :class:`PlanError` if a plan fits no module of the frame.
+    the frame that carries one; ``"infer"`` and ``"none"``: there is none.  ``root`` is the module that the plan is for,
+    if that is known.  Raises :class:`PlanError` if a plan fits no module of the frame.
     """
     translation = Translation.current()
     if translation is None:
@@ -223,15 +223,17 @@ def _finished(call: ModuleCall, tracer: Any) -> ModuleCall:
 
 
 def _without_frame(plan: Any, note: str) -> Captured:
-    return Captured(None, None if plan is None else parse_plan(plan), notes=[note])
+    return Captured(None, None if plan is None or isinstance(plan, str) else parse_plan(plan), notes=[note])
 
 
 def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any, root: nn.Module | None) -> Captured:
     candidates = _candidates(translation, calls)
     owners = [module for module in candidates if owns_plan(module)]
     if root is not None:
-        return Captured(root, parse_plan(plan), notes=_other_plans(root, owners))
-    if plan is None:
+        entries = None if plan is None or isinstance(plan, str) else parse_plan(plan)
+        return Captured(root, entries, notes=_other_plans(root, owners))
+    if plan is None or isinstance(plan, str):
+        owners = owners if plan is None else []
         if not owners:
             return Captured(candidates[0] if candidates else None, None)
         entries = parse_plan(find_plan(owners[0]))

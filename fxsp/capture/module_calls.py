@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from fxsp.capture.graph_breaks import Splits
 from fxsp.plan import PlanEntry
+from fxsp.torch_internals import Opaque
 
-__all__ = ["Captured", "ModuleCall"]
+__all__ = ["Captured", "ModuleCall", "function_name", "own_nodes", "result_name"]
 
 
 @dataclass(eq=False)
@@ -45,6 +46,28 @@ class ModuleCall:
         return [node for node in self.graph.nodes if self.contains(node)]
 
 
+def function_name(node: fx.Node) -> str:
+    """What a node of Dynamo's graph calls: ``"cat"`` of ``torch.cat`` and of a method ``cat``."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def own_nodes(call: ModuleCall, calls: list[ModuleCall]) -> list[fx.Node]:
+    """The nodes of a call that belong to no module that it calls."""
+    region = call.region()
+    inner = [
+        other for other in calls if other.ended < call.ended and other.last is not None and call.contains(other.last)
+    ]
+    inside = {node for other in inner for node in other.region()}
+    return [node for node in region if node not in inside]
+
+
+def result_name(node: fx.Node, call: ModuleCall, calls: list[ModuleCall]) -> str:
+    """``"cat#1"``: the second result of ``cat`` among the functions that the module calls itself."""
+    name = function_name(node)
+    same = [other for other in own_nodes(call, calls) if function_name(other) == name]
+    return f"{name}#{same.index(node)}"
+
+
 @dataclass(eq=False)
 class Captured:
     """What is known about one graph of Dynamo."""
@@ -61,6 +84,14 @@ class Captured:
     splits: Splits = field(default_factory=Splits)
     #: What could not be found out, and why, for the report.
     notes: list[str] = field(default_factory=list)
+
+    def result(self, call: ModuleCall, name: str) -> Any:
+        """The node that ``"cat#1"`` means in a call; :class:`~fxsp.torch_internals.Opaque` where there is none."""
+        function, _, index = name.partition("#")
+        same = [node for node in own_nodes(call, self.calls) if function_name(node) == function]
+        if int(index) < len(same):
+            return same[int(index)]
+        return Opaque(f"the module calls {function} {len(same)} times here")
 
     def calls_of(self, module: nn.Module) -> list[ModuleCall]:
         """All calls of a module in this graph."""

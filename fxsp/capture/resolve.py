@@ -130,7 +130,7 @@ def _check_arguments(row: ResolvedEntry, root: nn.Module) -> None:
     if isinstance(row.module, nn.ModuleList):
         example = row.entry.text(f"{row.path}.*")
         raise refuse(row, f"a ModuleList is never called itself. Did you mean `{example}`?")
-    if isinstance(target, str) and not takes_any and target not in names:
+    if isinstance(target, str) and not row.entry.is_result and not takes_any and target not in names:
         raise refuse(
             row, f'{who} has no argument "{target}".\n  It has: {listing(names)}.{did_you_mean(target, names)}'
         )

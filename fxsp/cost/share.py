@@ -8,7 +8,6 @@ gather.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
@@ -16,17 +15,15 @@ from typing import Any
 
 from torch.fx import Node
 
-from fxsp.cost.flops import Shape, attention_flops, node_flops, shapes
-from fxsp.passes.attention.operators import ATTENTION_OPS
+from fxsp.cost.flops import Shape, shapes
 from fxsp.passes.base import Program
-from fxsp.passes.graph import Call, facts, tensor_nodes
+from fxsp.passes.graph import facts
 from fxsp.passes.propagate.propagate import is_annotate
 from fxsp.passes.rules.decide import Decision
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.table import RULES
-from fxsp.passes.rules.whole import WHOLE
+from fxsp.passes.work import operands_of, work_of
 from fxsp.source import module_path, node_source
-from fxsp.torch_internals import is_operator, is_pointwise, schema
+from fxsp.torch_internals import schema
 from fxsp.types import Partial, Shard
 
 __all__ = ["LEAST", "Share", "on_shards", "share_of"]
@@ -62,7 +59,7 @@ def share_of(program: Program) -> Share:
     """The share of a partitioned program; sizes that are symbols count as those that were traced."""
     nodes = [n for n in program.whole.graph.nodes if n.op == "call_function" and not is_annotate(n)]
     shape_of = shapes(lambda node: node.meta.get("val"), program.number)
-    known = _sum(nodes, lambda n: _work(n, shape_of), on_shards)
+    known = _sum(nodes, lambda n: work_of(n, shape_of), on_shards)
     if known.total:
         return known
     # What is cheap is computed whole where that saves a gather, whatever its type says.
@@ -92,44 +89,9 @@ def on_shards(node: Node) -> bool:
     )
 
 
-def _work(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
-    """Floating-point operations, known or guessed; 0 for what moves or maps elements."""
-    if node.target in ATTENTION_OPS and not (known := node_flops(node, shape_of)):
-        op, call = ATTENTION_OPS[node.target], Call(node)
-        shapes = [shape_of(call[name]) for name in (op.query, op.key, op.value)]
-        if all(shape is not None and len(shape) == 4 for shape in shapes):
-            q, k, v = (tuple(op.laid(shape)) for shape in shapes)  # type: ignore[arg-type]
-            return attention_flops(q, k, v, causal=op.causal_in(call))  # type: ignore[arg-type]
-        return known
-    return node_flops(node, shape_of) or (_guessed(node, shape_of) if _is_unknown(node) else 0)
-
-
-def _is_unknown(node: Node) -> bool:
-    if node.target is operator.getitem or "val" not in node.meta:
-        return False
-    if not is_operator(node.target):
-        return bool(facts(node).island)
-    name = schema(node.target).name
-    if node.target in RULES or is_pointwise(node.target) or name.startswith(("fxsp::", "fxsp_local::")):
-        return False
-    if node.target in family("cat", "slice", "split"):
-        return False
-    views = any(result.alias_info is not None for result in schema(node.target).returns)
-    return not views and not {name, f"{name}.{schema(node.target).overload_name}"} & WHOLE.keys()
-
-
-def _guessed(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
-    shapes = [shape for n in _operands(node) if (shape := shape_of(n))]
-    return max((2 * prod(shape) * shape[-1] for shape in shapes), default=0)
-
-
-def _operands(node: Node) -> list[Node]:
-    return tensor_nodes((node.args, node.kwargs))
-
-
 def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
     """Elements of the result of what computes something from tensors; views, and what is cheap, count nothing."""
-    if facts(node).decision is None or not _operands(node) or node.target in family("cheap"):
+    if facts(node).decision is None or not operands_of(node) or node.target in family("cheap"):
         return 0
     if any(result.alias_info is not None for result in schema(node.target).returns):
         return 0

@@ -63,7 +63,7 @@ def sections(report: Report, measures: Measures | None = None) -> list[Section]:
         legend = legend_text(measures)
     last = "backward" if backward else "forward"
     found = [
-        Section("plan", [*plan_lines(report.plan)]),
+        Section("plan" if report.inferred is None else "plan (inferred)", [*plan_lines(report.plan)]),
         Section("attention", [*attention_lines(report.attentions, () if measures is None else memory_texts(measures))]),
         *(
             Section(

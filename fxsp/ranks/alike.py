@@ -50,7 +50,7 @@ class Alike:
             "versions": f"torch {torch.__version__}\nfxsp {_version()}",
             "world size": f"{ranks.size} ranks in the group, {dist.get_world_size()} in all",
             "options": "\n".join(_options(options)),
-            "plan": "the model's own" if options.plan is None else "\n".join(map(str, options.plan)),
+            "plan": _plan_text(options.plan),
             "mode": "\n".join(_modes(module)),
             "inputs": "\n".join(data),
             "weights": "\n".join(weights),
@@ -250,3 +250,9 @@ def random_states(devices: Sequence[str]) -> dict[str, str]:
         digest = hashlib.sha256(bytes(state.tolist())).hexdigest()[:12]
         found.setdefault(f"random state of {device.type}", []).append(f"seed {seed}, state {digest}")
     return {topic: "\n".join(rows) for topic, rows in found.items()}
+
+
+def _plan_text(plan: Any) -> str:
+    if plan is None:
+        return "the model's own, or inferred"
+    return plan if isinstance(plan, str) else "\n".join(map(str, plan))

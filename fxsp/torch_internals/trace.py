@@ -60,6 +60,15 @@ def proxy_tracer() -> Any:
     return mode.tracer
 
 
+def node_of(value: torch.Tensor) -> torch.fx.Node | None:
+    """The node of the graph being traced that has this value, if it has one."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    slot = get_proxy_slot(value, proxy_tracer(), None)
+    node: torch.fx.Node | None = getattr(getattr(slot, "proxy", slot), "node", None)
+    return node
+
+
 def record_call(target: Any, args: Any, kwargs: Any, result: Any, *, name: str) -> torch.fx.Node:
     """Write a node of value ``result`` (fakes) into the graph being traced, and return it.
 

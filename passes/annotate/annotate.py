@@ -20,6 +20,7 @@ did before.  An argument is replaced within the calls of its module only, an out
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from fxsp import torch_internals
 from fxsp.capture.module_calls import Captured, ModuleCall
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
-from fxsp.errors import RunsWhole
+from fxsp.errors import OwnPlanWarning, PlanError, RunsWhole
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.annotate.dynamo_graph import (
     all_described,
@@ -45,11 +46,11 @@ from fxsp.passes.annotate.dynamo_graph import (
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
-from fxsp.report import PlanRecord
+from fxsp.report import PlanRecord, Report
 from fxsp.torch_internals import Opaque
-from fxsp.types import Ranks
+from fxsp.types import Ranks, as_length, quotient
 
-__all__ = ["Annotate", "annotate"]
+__all__ = ["Annotate", "annotate", "remove_annotations", "say_own_plan"]
 
 
 class Annotate(Pass):
@@ -58,12 +59,38 @@ class Annotate(Pass):
     def apply(self, program: Program) -> Program:
         captured = program.captured
         assert captured is not None
+        if program.options.plan == "none":
+            raise RunsWhole("the plan is 'none'", remedy=None)
         if captured.entries is None:
-            # The reason is its own remedy; of one rank nothing has to be split.
-            reason = "no plan: give options={'plan': ...}, or the model a _sp_plan or _cp_plan"
-            raise RunsWhole(reason, "" if program.ranks.size > 1 else None)
-        program.report.plan.extend(annotate(program.gm, captured, captured.entries, program.ranks))
+            return program  # *infer* finds one
+        try:
+            program.report.plan.extend(annotate(program.gm, captured, captured.entries, program.ranks))
+        except PlanError as error:
+            if program.options.plan is not None:
+                raise
+            say_own_plan(program.report, error)
+            remove_annotations(program.gm)
+            captured.entries = None
         return program
+
+
+def remove_annotations(gm: fx.GraphModule) -> None:
+    """Take all annotations out of Dynamo's graph and the bodies in it."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            found = module.graph.find_nodes(op="call_function", target=fxsp_ops.annotate.default)
+            for node in found:
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+            if found:
+                module.recompile()
+
+
+def say_own_plan(report: Report, error: PlanError) -> None:
+    """Warn that the plan that the model's class carries does not fit this one: another is looked for."""
+    text = f"the plan of {report.root} does not fit, and another is inferred: {error}"
+    report.notes.append(f"the plan that the class carries does not fit: {str(error).splitlines()[0]}")
+    warnings.warn(OwnPlanWarning(text), stacklevel=3)
 
 
 def annotate(gm: fx.GraphModule, capture: Captured, entries: Sequence[PlanEntry], ranks: Ranks) -> list[PlanRecord]:
@@ -203,7 +230,8 @@ class _Writer:
         if isinstance(checked, _Outcome):
             return checked
         node, dim, text_len = checked
-        end = self.ends.get(call, call.last)
+        # A result is split where it is made, an output where the call ends.
+        end = node if row.entry.is_result else self.ends.get(call, call.last)
         uses = []
         for version in self._versions(node):
             if version is node or (end is not None and not end < version):
@@ -228,6 +256,8 @@ class _Writer:
 
     def _output_value(self, row: ResolvedEntry, call: ModuleCall) -> Any:
         outputs, target = call.outputs, row.entry.target
+        if row.entry.is_result:
+            return self.capture.result(call, str(target))
         if isinstance(outputs, dict):
             outputs = list(outputs.values())
         if isinstance(outputs, Opaque):
@@ -250,7 +280,7 @@ class _Writer:
 
     def _check(self, row: ResolvedEntry, call: ModuleCall, value: Any) -> _Outcome | tuple[fx.Node, int, Any]:
         """The node, its dimension and the text length (a number, a node, or ``(node, dim)``: a size of it)."""
-        what = "output" if row.entry.is_output else "argument"
+        what = "result" if row.entry.is_result else "output" if row.entry.is_output else "argument"
         if value is None:
             return _Outcome(False, f"the {what} is None")
         if isinstance(value, Opaque):
@@ -273,6 +303,11 @@ class _Writer:
         if isinstance(shape[dim], int) and shape[dim] == 1 and row.entry.kind == "shard":
             why = f"dimension {dim} of the tensor {described(value)} is one token: it stays whole"
             return _Outcome(False, why, single=True)
+        unit = getattr(spec, "unit", 1)
+        if quotient(as_length(shape[dim]), unit) is None:
+            return _Outcome(
+                False, f"dimension {dim} of the tensor {described(value)} does not consist of units of {unit}"
+            )
         text_len: Any = -1
         if isinstance(spec, SequenceParallelPartialInput):
             text_len = self._text_length(spec.text_len_source, call)
@@ -323,7 +358,10 @@ class _Writer:
         return size
 
     def _annotation(self, row: ResolvedEntry, value: fx.Node, dim: int, text_len: Any, origin: fx.Node) -> fx.Node:
-        args = (value, row.entry.kind, dim, text_len, str(row))
+        args: tuple[Any, ...] = (value, row.entry.kind, dim, text_len, str(row))
+        unit = getattr(row.entry.spec, "unit", 1)
+        if unit > 1:
+            args = (*args, unit)
         new = value.graph.call_function(fxsp_ops.annotate.default, args)
         new.meta["example_value"] = example_of(value)
         copy_origin(origin, new)

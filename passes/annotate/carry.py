@@ -47,11 +47,13 @@ class Carry(Pass):
     def apply(self, program: Program) -> Program:
         captured, report = program.captured, program.report
         assert captured is not None
-        assert captured.entries is not None
         if program.ranks.size == 1:
             missing = "" if program.ranks.group else missing_group()
-            alone = "one rank" if captured.entries else EMPTY_PLAN
+            alone = EMPTY_PLAN if captured.entries == () else "one rank"
             raise RunsWhole(f"one rank. {missing}" if missing else alone, remedy=None)
+        if captured.entries is None:
+            program.inferring = True
+            return program
         program.carried = carry(program.gm, captured, captured.entries)
         report.plan.extend(program.carried)
         if program.carried:  # what the plan did not ask for is never refused

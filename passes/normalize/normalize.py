@@ -43,6 +43,7 @@ from fxsp.passes.normalize.islands import enclose_functorch
 from fxsp.passes.normalize.restride import restride
 from fxsp.passes.normalize.retrace import Retracer, describe
 from fxsp.passes.normalize.subclasses import holds_subclass, mark_islands, refuse_unrecorded, see_through
+from fxsp.source import is_of_module
 from fxsp.torch_internals import is_wrapper_subclass
 
 __all__ = ["Normalize", "normalize"]
@@ -53,17 +54,23 @@ class Normalize(Pass):
 
     def apply(self, program: Program) -> Program:
         inputs, program.inputs = program.inputs, ()
+        sources = [torch_internals.input_source(node) for node in program.graph.find_nodes(op="placeholder")]
         try:
-            program.gm = normalize(program.gm, inputs)
+            program.gm = normalize(program.gm, inputs, spelled=program.inferring)
         except UnsupportedError as error:
             raise RunsWhole(str(error)) from error
-        for node, value in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            mark(node, is_parameter=isinstance(value, torch.nn.Parameter))
+        for node, value, source in zip(program.graph.find_nodes(op="placeholder"), inputs, sources, strict=True):
+            is_parameter = isinstance(value, torch.nn.Parameter)
+            mark(node, is_parameter=is_parameter, is_state=is_parameter or is_of_module(source))
         return program
 
 
-def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def normalize(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, spelled: bool = False
+) -> torch.fx.GraphModule:
     """``gm`` re-traced to ATen; same inputs, same outputs, in the same order.
+
+    ``spelled``: nodes are marked with the nodes of ``gm`` whose value they are.
 
     ``example_inputs`` are what Dynamo gives a backend (real tensors and symbolic ints), or fakes.  Grad mode and
     autocast have to be as they will be when the graph runs; the result must be compiled and run with autocast off.
@@ -77,7 +84,7 @@ def normalize(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.
     outputs: list[Any] = []
 
     with AutocastState() as autocast:
-        tracer = Retracer(enclose_functorch(gm), mode, autocast)
+        tracer = Retracer(enclose_functorch(gm), mode, autocast, spelled=spelled)
         seen_through = torch_internals.operators_first(see_through) if holds_subclass(values) else nullcontext()
 
         def run(*inputs: Any) -> Any:

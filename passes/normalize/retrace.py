@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
-from fxsp.passes.graph import mark
+from fxsp.passes.graph import facts, mark
 from fxsp.passes.normalize.autocast import AutocastState
 from fxsp.passes.normalize.checkpoint import tag_checkpoint
 from fxsp.passes.normalize.islands import INLINED, enclose_functorch, is_functorch_island
@@ -90,9 +90,16 @@ class Retracer(torch.fx.Interpreter):
     """Runs ``gm`` inside :func:`fxsp.torch_internals.retrace`; failures are :class:`UnsupportedError`."""
 
     def __init__(
-        self, gm: torch.fx.GraphModule, mode: Any, autocast: AutocastState, *, _state: _State | None = None
+        self,
+        gm: torch.fx.GraphModule,
+        mode: Any,
+        autocast: AutocastState,
+        *,
+        spelled: bool = False,
+        _state: _State | None = None,
     ) -> None:
         super().__init__(gm)
+        self._spelled = spelled
         self.extra_traceback = False
         self.state = _state or _State(mode, autocast)
         self.state.outermost = self.state.outermost or self
@@ -101,7 +108,12 @@ class Retracer(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> Any:
         self._node = n
         try:
-            return super().run_node(n)
+            result = super().run_node(n)
+            if self._spelled and isinstance(result, torch.Tensor):
+                made = torch_internals.node_of(result)
+                if made is not None:
+                    mark(made, spelled=(*facts(made).spelled, n))
+            return result
         except UnsupportedError:
             raise
         except Exception as error:
@@ -234,7 +246,9 @@ class Retracer(torch.fx.Interpreter):
             raise UnsupportedError(f"{describe(self._node)} has keyword arguments: {', '.join(kwargs)}")
         graph = torch_internals.traced_graph()
         count = len(graph.nodes)
-        result = Retracer(enclose_functorch(body), self.state.mode, self.state.autocast, _state=self.state).run(*inputs)
+        body = enclose_functorch(body)
+        again = Retracer(body, self.state.mode, self.state.autocast, spelled=self._spelled, _state=self.state)
+        result = again.run(*inputs)
         if number is not None:
             tag_checkpoint(body, reversed(list(graph.nodes)[count:]), number)
         return result

@@ -141,7 +141,7 @@ def _is_free(node: Node, type_: Any) -> bool:
 
 def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
     """The type that a plan entry asks for; tokens of the lengths ``head_tail`` are split into heads and tails."""
-    _, kind, dim, text_len, entry = node.args
+    _, kind, dim, text_len, entry, *unit = node.args
     if kind == "gather":
         return Replicate(origin=str(entry))
     assert isinstance(dim, int)
@@ -155,7 +155,9 @@ def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
         return source
     text = as_length(text_len.meta["val"] if isinstance(text_len, Node) else text_len)
     if isinstance(text, int) and text < 0:
-        return Shard(dim, Sequence((_segment(length, name, head_tail),)), origin=str(entry))
+        segment = _segment(length, name, head_tail)
+        segment = replace(segment, unit=as_length(unit[0]), layout="contiguous") if unit else segment
+        return Shard(dim, Sequence((segment,)), origin=str(entry))
     rest = as_length(length - text)
     if isinstance(rest, int) and rest <= 0:
         raise PlanError(

@@ -14,18 +14,18 @@ from fxsp.passes.rules.rule import Dims, OpRule, draws
 from fxsp.passes.rules.table import rule_of
 from fxsp.types import Length, Partial, Replicate, Sequence, Shard, Type, Used, product, quotient, same_length
 
-__all__ = ["Decision", "decide", "decide_by_rule", "locate", "replicate_all", "weights"]
+__all__ = ["Decision", "Placement", "decide", "decide_by_rule", "locate", "placed_in", "replicate_all", "weights"]
 
 
 @dataclass(frozen=True)
-class _Placement:
+class Placement:
     """A shard of one factor: the tokens are ``outer * sequence`` inside it."""
 
     factor: str
     sequence: Sequence
     outer: Length
 
-    def same_as(self, other: _Placement) -> bool:
+    def same_as(self, other: Placement) -> bool:
         return (
             self.factor == other.factor
             and self.sequence.same_as(other.sequence)
@@ -33,13 +33,13 @@ class _Placement:
         )
 
 
-def locate(shard: Shard, dims: Dims | None, sizes: dict[str, Length]) -> _Placement | None:
+def locate(shard: Shard, dims: Dims | None, sizes: dict[str, Length]) -> Placement | None:
     """Which factor of the operand carries the tokens; None if they do not fall into one factor."""
     if dims is None or shard.dim >= len(dims):
         return None
     factors = dims[shard.dim]
     if len(factors) == 1:
-        return _Placement(factors[0], shard.sequence, shard.outer)
+        return Placement(factors[0], shard.sequence, shard.outer)
     for i, factor in enumerate(factors):
         before = product(sizes[f] for f in factors[:i])
         after = product(sizes[f] for f in factors[i + 1 :])
@@ -47,11 +47,11 @@ def locate(shard: Shard, dims: Dims | None, sizes: dict[str, Length]) -> _Placem
         if outer is None or sequence is None:
             continue
         if same_length(product((outer, sequence.length)), sizes[factor]):
-            return _Placement(factor, sequence, outer)
+            return Placement(factor, sequence, outer)
     return None
 
 
-def _place(placement: _Placement, dims: Dims, sizes: dict[str, Length], origin: str) -> Shard | None:
+def placed_in(placement: Placement, dims: Dims, sizes: dict[str, Length], origin: str = "") -> Shard | None:
     """The type of a tensor whose dimensions hold the sharded factor; None if they do not."""
     for d, factors in enumerate(dims):
         if placement.factor in factors:
@@ -93,7 +93,7 @@ def decide(call: Call, rule: OpRule | None, types: list[Type], bytes_of: list[in
         for t, dims in zip(types, rule.operands, strict=True)
     ]
     best: tuple[tuple[int, int], Decision] | None = None
-    tried: list[_Placement] = []
+    tried: list[Placement] = []
     for position, placement in enumerate(placements):
         if placement is None or any(placement.same_as(t) for t in tried):
             continue
@@ -129,7 +129,7 @@ def weights(call: Call) -> tuple[list[int], list[bool]]:
 
 
 def _with(
-    placement: _Placement, call: Call, rule: OpRule, types: list[Type], placements: list[_Placement | None]
+    placement: Placement, call: Call, rule: OpRule, types: list[Type], placements: list[Placement | None]
 ) -> Decision | None:
     factor = placement.factor
     if factor in rule.whole or factor in rule.combined:
@@ -138,7 +138,7 @@ def _with(
     results: list[Type] = []
     reduces = factor in rule.reduction
     for dims in rule.results:
-        placed = _place(placement, dims, rule.sizes, origin)
+        placed = placed_in(placement, dims, rule.sizes, origin)
         if placed is not None:
             results.append(placed)
         elif reduces:
@@ -151,7 +151,7 @@ def _with(
         if operand is None:
             operands.append(type_)
             continue
-        placed = _place(placement, operand, rule.sizes, origin)
+        placed = placed_in(placement, operand, rule.sizes, origin)
         operands.append(placed if placed is not None else Used(origin=origin))
         if isinstance(type_, Shard) and not type_.same_as(operands[-1]):
             reason = (

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from hooking import HookCase, Hooked, run_hooked
+from hooking import HookCase, Hooked, run_hooked, simulate_compiled
 
 BOUND = 1e-5
+ASIDE = "hooks of sequence parallelism stand aside: the plan is compiled"
 
 #: The models of the compiler's own tests.
 MODELS = ["flux", "flux2", "wan", "wan_i2v", "qwen_image", "qwen_image_mask", "llama", "bert"]
@@ -26,7 +27,7 @@ def check(ranks, size: int, case: HookCase) -> list[Hooked]:
         assert set(seen.errors) == set(case.modes)
         assert seen.implicit == [], "the models need no gather but that of the plan"
         if case.modes[-1] != "eager" and not case.checkpoint:  # a warning of transformers is a graph break
-            assert "hooks of sequence parallelism stand aside: the plan is compiled" in seen.compiled_notes
+            assert ASIDE in seen.compiled_notes
             assert len(seen.compiled_attentions) == len(seen.attentions)
     return ran
 
@@ -40,8 +41,16 @@ def case_of(name: str, **options) -> HookCase:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_eager_and_compiled_and_one_process_agree(ranks, name: str, size: int) -> None:
+    """Four ranks of the compiled model are simulated."""
     layers = {"layers": 1} if name in ("llama", "bert") else {}
-    check(ranks, size, case_of(name, arguments={"batch": 2, **layers}))
+    case = case_of(name, arguments={"batch": 2, **layers}, modes=("eager", "sp") if size == 2 else ("eager",))
+    (eager, *_) = check(ranks, size, case)
+    if size == 4:
+        seen = simulate_compiled(size, case)
+        assert seen.errors["sp"] <= BOUND
+        assert seen.implicit == []
+        assert ASIDE in seen.compiled_notes
+        assert len(seen.compiled_attentions) == len(eager.attentions)
 
 
 #: Lengths that do not divide, a second one, and fewer tokens than ranks.

@@ -1,6 +1,7 @@
 """A model with eager hooks beside the same model compiled, and on one process; used by the tests of hooks.
 
-:func:`run_hooked` is called on every rank and returns a :class:`Hooked` of plain numbers and text.
+:func:`run_hooked` is called on every rank and returns a :class:`Hooked` of plain numbers and text;
+:func:`simulate_compiled` compiles the hooked model for all ranks in this process.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 
 import fxsp
 import models
 import zoo
+from fxsp.hooks import tracing
 from fxsp.hooks.sequence_parallel import apply_sequence_parallel, remove_sequence_parallel, report_of
 from fxsp.plan import find_plan
-from running import _cast, build, collectives, error_of, recorded
+from running import _cast, build, collectives, error_of, recorded, simulating
 from training import _checkpointing, _gradients, _inputs, _loss, _worst
 
-__all__ = ["HookCase", "Hooked", "run_hooked"]
+__all__ = ["HookCase", "Hooked", "run_hooked", "simulate_compiled"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def _compiled(model: torch.nn.Module, mode: str, plan: Any) -> Any:
     return torch.compile(model, backend="eager" if dynamic else "aot_eager", fullgraph=True, dynamic=dynamic)
 
 
-def run_hooked(rank: int, size: int, case: HookCase) -> Hooked:
-    """Run ``case`` on this rank."""
+def _hooked(case: HookCase) -> tuple[torch.nn.Module, torch.nn.Module, list[dict[str, Any]], Any]:
+    """The model with hooks, the same without, the inputs of each call, and the plan."""
     model, first = build(case.model, case.arguments)
     calls = [first, *(build(case.model, {**case.arguments, **other})[1] for other in case.calls)]
     if case.double:
@@ -93,8 +96,30 @@ def run_hooked(rank: int, size: int, case: HookCase) -> Hooked:
     _checkpointed(model, case.checkpoint)
     whole = copy.deepcopy(model)
     config = None if case.degrees is None else fxsp.SequenceParallelConfig(*case.degrees)
-    result = Hooked()
     apply_sequence_parallel(model, config, plan)
+    return model, whole, calls, plan
+
+
+def simulate_compiled(size: int, case: HookCase) -> Hooked:
+    """Mode ``"sp"`` of ``case`` on ``size`` ranks in this process: what each of them sees, as outputs are compared."""
+    model, whole, calls, plan = _hooked(case)
+    compiler, result = simulating(size)({"plan": plan}), Hooked()
+    run = torch.compile(model, **compiler.arguments, dynamic=False)
+    backend = mock.patch.object(tracing, "sp", compiler.arguments["backend"])  # that the hooks stand aside for
+    with recorded() as result.warnings, backend:
+        for inputs in calls:
+            _compare(result, "sp", run, model, whole, inputs, case.gradients)
+    report = compiler.reports()[-1]
+    result.compiled_attentions = [record.method for record in report.attentions]
+    result.compiled_notes = list(report.notes)
+    result.implicit = [str(record) for record in report.implicit_gathers if record.kind == "implicit"]
+    return result
+
+
+def run_hooked(rank: int, size: int, case: HookCase) -> Hooked:
+    """Run ``case`` on this rank."""
+    model, whole, calls, plan = _hooked(case)
+    result = Hooked()
     with recorded() as result.warnings:
         for mode in case.modes:
             run = model if mode == "eager" else _compiled(model, mode, plan)

@@ -1,0 +1,1 @@
+"""infer: what to split in a graph that no plan speaks of."""
