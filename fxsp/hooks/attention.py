@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsp.hooks.dispatch import Call, gather, mark, shard
+from fxsp.hooks.dispatch import Call, gather, mark, shard, use
 from fxsp.hooks.exchange import to_heads, to_tokens
-from fxsp.hooks.gradients import use
 from fxsp.hooks.layout import Layout, global_size, layout_of, moved, same_tokens
 from fxsp.hooks.region import Region
 from fxsp.hooks.rules import aligned

@@ -177,10 +177,8 @@ class HookRegistry:
             registry._attach()
         return registry
 
-    @classmethod
-    def check_if_exists_or_initialize(cls, module: nn.Module) -> HookRegistry:
-        """The same as :meth:`get_or_create`."""
-        return cls.get_or_create(module)
+    #: vLLM-Omni's name for it.
+    check_if_exists_or_initialize = get_or_create
 
     # --- hooks
 

@@ -13,7 +13,7 @@ rule for split values, or would mix tokens, runs on the whole value, is recorded
 and for hooks that are registered by themselves, numbers are local, and such functions are refused.
 
 A value without a layout is whole, and equal on all ranks.  Whole values that meet split ones pass through
-:func:`~fxsp.hooks.gradients.use`, whose adjoint sums their gradient over the ranks: parameters and conditioning get the
+:func:`use`, whose adjoint sums their gradient over the ranks: parameters and conditioning get the
 gradients of one process, whether by ``backward()`` or ``torch.autograd.grad``.
 """
 
@@ -26,15 +26,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxsp.hooks.gradients import check_history
 from fxsp.hooks.layout import Layout, global_size, is_constant, layout_of, mapped, means_local, meant_shape, split_in
+from fxsp.hooks.region import Region
 from fxsp.hooks.spelling import is_in_place, name_of
 from fxsp.hooks.where import note_gather, refuse
+from fxsp.kernels.ops import as_view
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.passes.rules.families import names_of
-from fxsp.torch_internals import plain_functions
+from fxsp.torch_internals import custom_function, plain_functions
 
 __all__ = ["RULES", "Call", "Rule", "SplitMode", "SplitTensor", "gather", "handle", "mark", "needs_whole", "shard"]
+__all__ += ["use"]
 
 
 def mark(x: Tensor, layout: Layout) -> Tensor:
@@ -62,11 +64,28 @@ def gather(x: Tensor, layout: Layout, *, used: bool) -> Tensor:
     region = layout.region
     with plain_functions():
         if not torch.compiler.is_compiling():
-            check_history(x)
+            _check_history(x)
         x, dim = _opened(x, layout)
         op = _ops.gather_used.default if used else _ops.gather.default
         y: Tensor = op(x, dim, list(layout.lengths), list(layout.whole), region.rank, region.size, region.group)
         return _closed(y, layout)
+
+
+def use(x: Any, region: Region) -> Any:
+    """A whole value as an operand of split ones: its gradient is summed over the ranks."""
+    if not isinstance(x, Tensor) or not torch.is_grad_enabled() or not x.requires_grad:
+        return x
+    if torch.compiler.is_compiling():
+        return _ops.use.default(x, region.group)
+    return as_view("use", x, region.group)
+
+
+def _check_history(x: Tensor) -> None:
+    """Refuse what a custom ``autograd.Function`` made of split values: its backward would get this rank's rows, of
+    which nothing tells it that they are not all tokens."""
+    made_by = custom_function(x.grad_fn)
+    if made_by:
+        refuse(made_by, "is an autograd.Function whose backward cannot tell this rank's tokens from all of them")
 
 
 def _opened(x: Tensor, layout: Layout) -> tuple[Tensor, int]:
@@ -129,18 +148,21 @@ class Call:
 
     def as_meant(self) -> Any:
         """A result of the sizes that the model knows; without values where these are not the local ones."""
-        if means_local(_layout(split_in(self.values)[0])):
+        if means_local(split_in(self.values)[0]._fxsp_layout):
             return self.run()
-        return self.with_values(
-            lambda x: x if layout_of(x) is None else torch.empty(meant_shape(x), device="meta", dtype=x.dtype)
-        )
+
+        def like(x: Tensor) -> Tensor:
+            layout = layout_of(x)
+            return x if layout is None else torch.empty(meant_shape(x, layout), device="meta", dtype=x.dtype)
+
+        return self.with_values(like)
 
     def on_whole(self, why: str, keep: Layout | None = None) -> Any:
         """Call it on gathered values; results with a row for each token are split like ``keep`` again.
 
         What it writes to its first argument is written to this rank's rows of it.
         """
-        if self.name not in RULES and any(_layout(x).region.alone for x in split_in(self.values)):
+        if self.name not in RULES and any(x._fxsp_layout.region.alone for x in split_in(self.values)):
             refuse(self.name, why)
         if self.kwargs.get("out") is not None:
             refuse(self.name, "writes into an `out` argument")
@@ -163,12 +185,6 @@ class Call:
         if self.name in _VIEWS and not torch.compiler.is_compiling():
             mapped(out, _say_copied)
         return out if keep is None else mapped(out, lambda x: _with_rows(x, keep))
-
-
-def _layout(x: Tensor) -> Layout:
-    layout = layout_of(x)
-    assert layout is not None
-    return layout
 
 
 def _with_rows(x: Tensor, layout: Layout) -> Tensor:
@@ -226,7 +242,7 @@ def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         func = _unflatten
     if not compiling and args and is_in_place(func):
         _check_not_a_copy(name, args[0])
-    found = split_in(args) or (split_in(list(kwargs.values())) if kwargs else [])
+    found = split_in([*args, *kwargs.values()])
     if not found:
         out = func(*args, **kwargs)
         if compiling and (func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0]))):
@@ -234,8 +250,8 @@ def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         return out
     call = Call(name, func, args, kwargs)
     if not compiling:
-        for x in split_in(call.values):
-            check_history(x)
+        for x in found:
+            _check_history(x)
     if name.startswith("fxsp::"):  # the backward pass of an operator of ours, on what it saved
         return call.run()
     rule = RULES.get(name)

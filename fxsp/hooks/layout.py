@@ -35,9 +35,9 @@ def layout_of(value: Any) -> Layout | None:
     return getattr(value, "_fxsp_layout", None) if isinstance(value, Tensor) else None
 
 
-def split_in(values: Iterable[Any]) -> list[Tensor]:
+def split_in(values: Iterable[Any]) -> list[Any]:
     """The split tensors among arguments, lists and tuples of them included."""
-    found: list[Tensor] = []
+    found: list[Any] = []
     for value in values:
         if isinstance(value, (list, tuple)):
             found += split_in(value)
@@ -84,11 +84,10 @@ def means_local(layout: Layout) -> bool:
     return bool(torch.compiler.is_compiling() or layout.region.alone)
 
 
-def meant_shape(x: Tensor) -> list[int]:
-    """The sizes of a tensor, split or whole, as the model knows them."""
-    sizes, layout = list(x.shape), layout_of(x)
-    if layout is not None and not means_local(layout):
-        sizes[layout.dim] = global_size(layout)
+def meant_shape(x: Tensor, layout: Layout) -> list[int]:
+    """The sizes of a split tensor as the model knows them."""
+    sizes = list(x.shape)
+    sizes[layout.dim] = sizes[layout.dim] if means_local(layout) else global_size(layout)
     return sizes
 
 

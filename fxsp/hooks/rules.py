@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsp.hooks.dispatch import Call, gather, mark, needs_whole, shard
-from fxsp.hooks.gradients import use
+from fxsp.hooks.dispatch import Call, gather, mark, needs_whole, shard, use
 from fxsp.hooks.layout import Layout, global_size, is_constant, layout_of, local_size, means_local, moved, same_tokens
 from fxsp.hooks.sizes import meaning, split_size
 from fxsp.hooks.spelling import is_in_place
@@ -101,16 +100,13 @@ def elementwise(call: Call) -> Any:
     name, values = call.name, call.values
     if call.kwargs.get("out") is not None:
         refuse(name, "writes into an `out` argument")
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     if name == "where" and len(values) == 1:
         needs_whole(name, "with one argument lists positions, which differ by rank", layout_of(values[0]))
-    new, layout, back = aligned(name, [values[i] for i in places])
+    new, layout, back = aligned(name, [value for value in values if isinstance(value, Tensor)])
     if is_in_place(call.func) and new[0] is not call.args[0]:
         needs_whole(name, "writes split tokens into a whole tensor, in place", layout)
-    for i, value in zip(places, new, strict=True):
-        values[i] = value
-    count = len(call.args)
-    out = call.func(*values[:count], **dict(zip(call.kwargs, values[count:], strict=True)))
+    local = iter(new)
+    out = call.with_values(lambda _: next(local))
     return mark(out, moved(layout, out.dim() + back))
 
 

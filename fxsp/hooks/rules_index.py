@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxsp.hooks.dispatch import Call, mark, needs_whole
-from fxsp.hooks.gradients import use
+from fxsp.hooks.dispatch import Call, mark, needs_whole, use
 from fxsp.hooks.layout import Layout, layout_of, means_local, meant_shape, moved, split_in
 from fxsp.hooks.rules import aligned, fit
 from fxsp.hooks.rules_shape import one_token, part, segments_between
@@ -68,12 +67,11 @@ def getitem(call: Call) -> Any:
     if layout is None:
         return _rows_of_table(call, x, index)
     places, items, _ = _places(name, index, x.dim())
-    place, size = places[layout.dim], meant_shape(x)[layout.dim]
+    place = places[layout.dim]
     if isinstance(place.item, slice):
-        start, stop = _bounds(name, place.item, size)
-        target = moved(layout, place.dim)
+        start, stop = _bounds(name, place.item, meant_shape(x, layout)[layout.dim])
         out = call.func(x, _all_tokens(items, layout.dim))
-        return mark(out, target) if (start, stop) == (0, size) else part(name, out, target, start, stop)
+        return part(name, out, moved(layout, place.dim), start, stop)
     if isinstance(place.item, int):
         return one_token(name, x, layout, place.item, lambda whole: call.func(whole, index))
     needs_whole(name, "takes tokens by a tensor of numbers", layout)
@@ -103,15 +101,13 @@ def setitem(call: Call) -> Any:
             needs_whole(name, "writes split tokens into a whole tensor", given)
         return _write_new(call, given)
     places, items, ndim = _places(name, index, x.dim())
-    place, size = places[layout.dim], meant_shape(x)[layout.dim]
-    bounds = _bounds(name, place.item, size) if isinstance(place.item, slice) else None
-    found = segments_between(layout, *bounds) if bounds is not None and bounds != (0, size) else None
-    if bounds is None or (bounds != (0, size) and found is None):
+    place, size = places[layout.dim], meant_shape(x, layout)[layout.dim]
+    within = isinstance(place.item, slice)
+    found = segments_between(x, layout, *_bounds(name, place.item, size)) if within else None
+    if found is None:
         needs_whole(name, "writes to some of the tokens", layout)
     index = _all_tokens(items, layout.dim)
-    if found is not None:
-        layout, first, rows = found
-        x = x.narrow(layout.dim, first, rows)
+    x, layout = found
     if isinstance(value, Tensor):
         target = moved(layout, place.dim)
         if given is not None and all(target.whole):

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxsp.hooks.dispatch import Call, gather, handle, mark, needs_whole
-from fxsp.hooks.gradients import use
+from fxsp.hooks.dispatch import Call, gather, handle, mark, needs_whole, use
 from fxsp.hooks.layout import layout_of, moved
 from fxsp.hooks.rules import elementwise, fit, marked, run_used
 from fxsp.hooks.spelling import is_reflected
 from fxsp.hooks.where import note_gather, refuse
+from fxsp.passes.rules.families import names_of
 from fxsp.torch_internals import in_backward
 
 __all__ = ["ALONG", "addmm", "along", "comparison", "einsum", "embedding", "loss", "matmul", "one_hot", "outer"]
@@ -147,15 +147,13 @@ def _normalized(call: Call) -> range:
     return range(-len(call.get(1, "normalized_shape")), 0)
 
 
-_REDUCED = """
-    sum mean amax amin nansum nanmean prod any all argmax argmin logsumexp max min median nanmedian var std var_mean
-    std_mean count_nonzero
-"""
+_REDUCED = " ".join(names_of("total", "combined", "reduction")) + " nanmean nanmedian"
 _WINDOWS = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d
     max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate
 """
 _ROWS = (
+    _Along(_REDUCED, 1, why="reduces over tokens", rows=False),
     _Along("linear", lambda call: -1, why="contracts over tokens", rows=False),
     _Along("layer_norm rms_norm", _normalized, why="normalizes over tokens"),
     _Along("group_norm instance_norm batch_norm", lambda call: None, why="normalizes over tokens"),
@@ -166,7 +164,6 @@ _ROWS = (
     _Along("diff", 2, -1),
     _Along("glu mode", 1, -1, rows=False),
     _Along("topk kthvalue", 2, -1, rows=False),
-    _Along(_REDUCED, 1, why="reduces over tokens", rows=False),
     _Along("norm linalg_norm linalg_vector_norm vector_norm", 2, why="reduces over tokens", rows=False),
     _Along(_WINDOWS, _windows),
     _Along("unbind", 1, 0, "takes the tokens apart", counts=True),

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.hooks.dispatch import Call, gather, mark, needs_whole
-from fxsp.hooks.gradients import use
+from fxsp.hooks.dispatch import Call, gather, mark, needs_whole, use
 from fxsp.hooks.layout import (
     Layout,
     global_size,
@@ -61,7 +60,7 @@ def reshape(call: Call) -> Any:
     if isinstance(call.get(1, "dtype"), torch.dtype):
         return mark(call.run(), layout)
     out = call.as_meant()
-    after = reshaped(call.name, layout, meant_shape(x), out.shape)
+    after = reshaped(call.name, layout, meant_shape(x, layout), out.shape)
     if means_local(layout):
         return mark(out, after)
     new = list(out.shape)
@@ -108,7 +107,7 @@ def expand(call: Call) -> Any:
         return mark(out, moved(layout, out.dim() + back))
     back = layout.dim - x.dim()
     out = call.as_meant()
-    if out.shape[back] != meant_shape(x)[back]:
+    if out.shape[back] != meant_shape(x, layout)[back]:
         needs_whole(call.name, "repeats tokens", layout)
     if not means_local(layout):
         sizes = list(out.shape)
@@ -120,33 +119,33 @@ def expand(call: Call) -> Any:
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 
-def segments_between(layout: Layout, start: int, stop: int) -> tuple[Layout, int, int] | None:
-    """Tokens ``start .. stop``, as the model counts them, if they are entire segments of the sequence: their layout,
-    the first of their local rows, and how many there are."""
+def segments_between(x: Tensor, layout: Layout, start: int, stop: int) -> tuple[Tensor, Layout] | None:
+    """Tokens ``start .. stop``, as the model counts them, if they are entire segments of the sequence, or all of it."""
+    if (start, stop) == (0, meant_shape(x, layout)[layout.dim]):
+        return x, layout
     if layout.outer != 1 or layout.inner != 1:
         return None
     found = segments(layout)
     places = [(x.row, x.row + x.rows) if means_local(layout) else (x.start, x.start + x.length) for x in found]
     begin = next((i for i, (at, _) in enumerate(places) if at == start), None)
-    end = next((i for i, (_, to) in enumerate(places) if to == stop), None)
-    if begin is None or end is None or end < begin:
+    end = next((i + 1 for i, (_, to) in enumerate(places) if to == stop), None)
+    if begin is None or end is None or end <= begin:
         return None
-    first, last = found[begin].row, found[end].row + found[end].rows
-    whole = layout.whole[begin : end + 1]
-    return Layout(layout.dim, layout.lengths[begin : end + 1], whole, layout.region), first, last - first
+    rows = sum(x.rows for x in found[begin:end])
+    cut = Layout(layout.dim, layout.lengths[begin:end], layout.whole[begin:end], layout.region)
+    return x.narrow(layout.dim, found[begin].row, rows), cut
 
 
 def part(name: str, x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
     """Tokens ``start .. stop`` of a split value, as the model counts them; they must be entire segments."""
     if stop <= start and not means_local(layout):  # nothing is left: every rank has it
         return x.narrow(layout.dim, 0, 0)
-    found = segments_between(layout, start, stop)
+    found = segments_between(x, layout, start, stop)
     if found is None:
         local = f"{[part.rows for part in segments(layout)]} local rows (global {layout.lengths})"
         counted = local if means_local(layout) else f"{list(layout.lengths)} tokens"
         needs_whole(name, f"cuts tokens {start}..{stop} out of segments of {counted}", layout)
-    cut, first, rows = found
-    y = x.narrow(layout.dim, first, rows)
+    y, cut = found
     if not all(cut.whole):
         return mark(y, cut)
     # Rows that every rank has: whole from here on; their gradient is shared out among the ranks.
@@ -156,13 +155,11 @@ def part(name: str, x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
 def narrow(call: Call) -> Any:
     """Entire segments, or a part of another dimension."""
     x, layout = call.x, call.layout()
-    start, length, size = call.get(2, "start"), call.get(3, "length"), meant_shape(x)[layout.dim]
+    start, length = call.get(2, "start"), call.get(3, "length")
     if call.dim(1) != layout.dim:
         return mark(call.run(), layout)
-    if length == size:
-        return mark(x.view_as(x), layout)
-    start = start + size if start < 0 else start
-    return part(call.name, x, layout, start, start + length)
+    start = start + meant_shape(x, layout)[layout.dim] if start < 0 else start
+    return part(call.name, x.view_as(x), layout, start, start + length)
 
 
 def split(call: Call) -> Any:

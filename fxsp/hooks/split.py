@@ -15,8 +15,8 @@ from fxsp.hooks.dispatch import SplitMode, gather, shard
 from fxsp.hooks.layout import Layout, layout_of, local_size
 from fxsp.hooks.region import Region
 from fxsp.hooks.tracing import sp_is_tracing
-from fxsp.hooks.values import ModuleForwardMetadata, Outputs, made_whole, token_count
-from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, refuse
+from fxsp.hooks.values import ModuleForwardMetadata, made_whole, put_back, token_count, values_of
+from fxsp.plan import PlanEntry, SequenceParallelConfig, refuse
 from fxsp.torch_internals import in_backward
 
 __all__ = [
@@ -118,14 +118,14 @@ class SequenceParallelSplitHook(_RegionHook):
         if not specs or not self._acts(module):
             return output
         lengths = self.region.call.of_hook.pop(id(self), {})
-        outputs = Outputs(output)
+        values = values_of(output)
         for index, spec in specs.items():
             label = f"output {index} of {type(module).__name__}: {spec!r}"
-            if index >= len(outputs.values):
-                raise refuse(label, f"the module returns {len(outputs.values)} value(s)")
-            if isinstance(outputs.values[index], Tensor):
-                outputs.values[index] = self._split(label, outputs.values[index], spec, lengths)
-        return outputs.packed()
+            if index >= len(values):
+                raise refuse(label, f"the module returns {len(values)} value(s)")
+            if isinstance(values[index], Tensor):
+                values[index] = self._split(label, values[index], spec, lengths)
+        return put_back(output, values)
 
     def _split_argument(self, name: str, value: Any, spec: Any, lengths: Mapping[str, int]) -> Any:
         label = f"[{name}]: {spec!r}"
@@ -184,32 +184,27 @@ class SequenceParallelGatherHook(_RegionHook):
     gradient of a gathered value is the one that every rank has.
     """
 
-    def __init__(
-        self,
-        metadata: SequenceParallelOutput | Sequence[SequenceParallelOutput | None],
-        config: SequenceParallelConfig | None,
-        region: Region | None = None,
-    ) -> None:
-        super().__init__(list(metadata) if isinstance(metadata, (list, tuple)) else [metadata], config, region)
+    def __init__(self, metadata: Any, config: SequenceParallelConfig | None, region: Region | None = None) -> None:
         self._only = not isinstance(metadata, (list, tuple))
+        super().__init__([metadata] if self._only else list(metadata), config, region)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not self._acts(module):
             return output
-        outputs = Outputs(output)
+        values = values_of(output)
         label = f"{type(module).__name__}: {self.metadata!r}"
-        present = [i for i, value in enumerate(outputs.values) if value is not None]
+        present = [i for i, value in enumerate(values) if value is not None]
         if self._only and len(present) != 1:
             raise refuse(label, f"the module returns {len(present)} values; give a list of specs")
         places = present if self._only else range(len(self.metadata))
         for index, spec in zip(places, self.metadata, strict=True):
             if spec is None:
                 continue
-            if index >= len(outputs.values):
-                raise refuse(label, f"there is no output {index}; the module returns {len(outputs.values)}")
-            if isinstance(outputs.values[index], Tensor):
-                outputs.values[index] = self._gather(label, outputs.values[index], spec)
-        return outputs.packed()
+            if index >= len(values):
+                raise refuse(label, f"there is no output {index}; the module returns {len(values)}")
+            if isinstance(values[index], Tensor):
+                values[index] = self._gather(label, values[index], spec)
+        return put_back(output, values)
 
     def _gather(self, label: str, x: Tensor, spec: Any) -> Tensor:
         if spec.expected_dims is not None and x.dim() != spec.expected_dims:
@@ -242,7 +237,8 @@ class SequenceParallelRootHook(_RegionHook):
             self.region.resolve()
         if not self._acts(module):
             return nullcontext()
-        return _one_graph() if compiling else _eager_call(self.region, given_up)
+        # If a compiler gave up on the model, it does not try its parts.
+        return _split_mode(nullcontext() if compiling else self.region.calling(given_up))
 
     def _acts(self, module: nn.Module) -> bool:
         return self.region.size > 1 and not (torch.compiler.is_compiling() and sp_is_tracing())
@@ -263,26 +259,13 @@ class SequenceParallelRootHook(_RegionHook):
 
 
 @contextmanager
-def _one_graph() -> Iterator[None]:
+def _split_mode(call: AbstractContextManager[Any]) -> Iterator[None]:
     """A :class:`SplitMode` that Dynamo does not break a graph in: what it cannot trace as one runs eagerly.
 
     (It would enter the mode for real at the break, around operators that the rules were applied to already.)
     """
-    with SplitMode():
+    with call, SplitMode():
         yield
-
-
-@contextmanager
-def _eager_call(region: Region, given_up: bool) -> Iterator[None]:
-    """One eager call of the model; if a compiler gave up on the model, it does not try its parts."""
-    region.enter()
-    try:
-        if given_up:
-            region.took_over()
-        with SplitMode():
-            yield
-    finally:
-        region.leave()
 
 
 def needs_lengths(specs: Iterable[Any]) -> list[str]:

@@ -54,23 +54,16 @@ def sp_is_tracing() -> bool:
     translation = Translation.current()
     if translation is None:
         return False
-    ours = _is_ours(translation)
+    ours = any(layer is sp for layer in backend_layers(translation.compiler()))
     if not ours:
         module = frame_module(translation)
         ours = module is not None and _claim(translation, module)
-    if ours:
-        translation.say("hooks of sequence parallelism stand aside: the plan is compiled")
-    else:
-        translation.say(_ACT)
+    translation.say("hooks of sequence parallelism stand aside: the plan is compiled" if ours else _ACT)
     return ours
 
 
 #: From here on hooks act in this graph.
 _ACT = "hooks of sequence parallelism act in the graph"
-
-
-def _is_ours(translation: Translation) -> bool:
-    return any(layer is sp for layer in backend_layers(translation.compiler()))
 
 
 def _claim(translation: Translation, module: nn.Module) -> bool:

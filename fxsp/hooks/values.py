@@ -16,7 +16,7 @@ from fxsp.hooks.dispatch import gather
 from fxsp.hooks.layout import layout_of
 from fxsp.plan import did_you_mean, listing
 
-__all__ = ["ModuleForwardMetadata", "Outputs", "made_whole", "token_count"]
+__all__ = ["ModuleForwardMetadata", "made_whole", "put_back", "token_count", "values_of"]
 
 
 @dataclass
@@ -82,22 +82,19 @@ def made_whole(output: Any) -> Any:
     return pytree.tree_unflatten([made_whole(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
-class Outputs:
-    """The values of a module's output, and the way back to what it was."""
+def values_of(output: Any) -> list[Any]:
+    """The values of a module's output."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, (list, tuple)) else [output]
 
-    def __init__(self, output: Any) -> None:
-        self._output = output
-        if isinstance(output, Mapping):
-            self.values = list(output.values())
-        else:
-            self.values = list(output) if isinstance(output, (list, tuple)) else [output]
 
-    def packed(self) -> Any:
-        output = self._output
-        if isinstance(output, Mapping):
-            for key, value in zip(list(output), self.values, strict=True):
-                output[key] = value  # type: ignore[index]
-            return output
-        if not isinstance(output, (list, tuple)):
-            return self.values[0]
-        return type(output)(*self.values) if hasattr(output, "_fields") else type(output)(self.values)
+def put_back(output: Any, values: list[Any]) -> Any:
+    """An output like ``output`` with other values; a dictionary is changed itself."""
+    if isinstance(output, Mapping):
+        for key, value in zip(list(output), values, strict=True):
+            output[key] = value  # type: ignore[index]
+        return output
+    if not isinstance(output, (list, tuple)):
+        return values[0]
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
