@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
+from fxsp import errors
 from fxsp.backend import reports
-from fxsp.errors import (
-    DegreeWarning,
-    FxspError,
-    FxspWarning,
-    ImplicitGatherWarning,
-    InputMismatchError,
-    OptionError,
-    OutputGatherWarning,
-    OwnPlanWarning,
-    PlanError,
-    ProcessGroupError,
-    RanksApartError,
-    StrictError,
-    UnshardedWarning,
-    UnsupportedError,
-    VerificationError,
-)
+from fxsp.errors import *  # noqa: F403
 from fxsp.offline.explain import Explanation, explain
 from fxsp.offline.infer_plan import InferredPlan, infer_plan
 from fxsp.offline.verify import Evidence, verify
@@ -33,32 +18,18 @@ from fxsp.plan import (
 from fxsp.report import Report
 
 __all__ = [
-    "DegreeWarning",
     "Evidence",
     "Explanation",
-    "FxspError",
-    "FxspWarning",
-    "ImplicitGatherWarning",
     "InferredPlan",
-    "InputMismatchError",
-    "OptionError",
-    "OutputGatherWarning",
-    "OwnPlanWarning",
-    "PlanError",
-    "ProcessGroupError",
-    "RanksApartError",
     "Report",
     "SequenceParallelConfig",
     "SequenceParallelInput",
     "SequenceParallelOutput",
     "SequenceParallelPartialInput",
-    "StrictError",
-    "UnshardedWarning",
-    "UnsupportedError",
-    "VerificationError",
     "explain",
     "infer_plan",
     "register_attention",
     "reports",
     "verify",
 ]
+__all__ += errors.__all__

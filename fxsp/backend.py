@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType
@@ -251,18 +252,15 @@ def _finish(
     training = is_training(inputs)
     if not normalized and (training or options.inner == "eager"):
         gm = open_regions(gm)
+    # The casts of autocast are nodes of a normalized graph.
+    explicit = normalized and torch_internals.any_autocast()
     start = time.perf_counter()
-    if not normalized or not torch_internals.any_autocast():
-        compiled = compile_inner(gm, inputs, options.inner, options.mode, training)
-        report.timings["inner"] = time.perf_counter() - start
-        return compiled
-    with torch_internals.without_autocast():
+    with torch_internals.without_autocast() if explicit else nullcontext():
         inner = compile_inner(gm, inputs, options.inner, options.mode, training)
     report.timings["inner"] = time.perf_counter() - start
 
     def run(*args: Any) -> Any:
-        # The casts of autocast are nodes of the graph.
         with torch_internals.without_autocast():
             return inner(*args)
 
-    return run
+    return run if explicit else inner

@@ -21,10 +21,12 @@ from fxsp.process_groups import missing_group, ranks_of
 from fxsp.torch_internals import inductor_modes
 from fxsp.types import Ranks
 
-__all__ = ["Degrees", "Options", "resolve_degrees", "resolve_ranks"]
+__all__ = ["INNERS", "Degrees", "Options", "resolve_degrees", "resolve_ranks"]
 
+#: What compiles the partitioned graph, by name.
+INNERS = ("inductor", "aot_eager", "eager")
 _CHOICES = {
-    "inner": ("inductor", "aot_eager", "eager"),
+    "inner": INNERS,
     "grad_reduce": ("all_reduce", "defer", "defer_mean"),
     "rng": ("global", "per_rank"),
 }

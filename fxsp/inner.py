@@ -14,10 +14,11 @@ a function
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch.fx import Graph, GraphModule
 
+from fxsp.config import INNERS
 from fxsp.errors import OptionError
 from fxsp.inspection.profiler_names import name_collectives
 from fxsp.kernels.ops import as_view, op_of
@@ -33,13 +34,10 @@ from fxsp.torch_internals import (
     mode_patches,
 )
 
-__all__ = ["INNERS", "compile_inner", "needs_values"]
+__all__ = ["compile_inner", "needs_values"]
 
-Inner = Literal["inductor", "aot_eager", "eager"]
 #: A backend of ``torch.compile``.
 Compiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
-
-INNERS: tuple[str, ...] = ("inductor", "aot_eager", "eager")
 
 #: Graphs may differ by rank after emit (a rank without pads needs no index arithmetic), and a reordering that looks at
 #: costs could then put the collectives of two ranks in different orders: a deadlock.  Inductor by itself keeps the

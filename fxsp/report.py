@@ -5,12 +5,13 @@ One :class:`Report` belongs to one compiled graph.  Passes append records; print
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fxsp.types import Sequence, as_length
 
-__all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "Memory", "Move", "PlanRecord", "Report"]
+__all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "Memory", "Move", "PlanRecord", "Report", "totals"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,11 @@ class Report:
     #: The share of the graph's work that runs on shards, of 1; None: it was not partitioned.
     share: float | None = None
 
+    def note(self, sentence: str) -> None:
+        """Say it, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def runs_whole(self, why: str) -> None:
         """The graph stays as it was: what was planned to be sent is not."""
         self.unsharded = why
@@ -164,8 +170,13 @@ class Report:
         Bytes are a number, or a formula where lengths are symbols.  Gradients of parameters are counted one by one;
         they travel in buckets, in fewer messages.
         """
-        totals: dict[str, tuple[int, Any]] = {}
-        for record in (*self.collectives, *self.backward):
-            number, size = totals.get(record.kind, (0, 0))
-            totals[record.kind] = number + 1, as_length(size + record.bytes)
-        return totals
+        return totals((record.kind, record.bytes) for record in (*self.collectives, *self.backward))
+
+
+def totals(sent: Iterable[tuple[str, Any]]) -> dict[str, tuple[int, Any]]:
+    """Of collectives, each its kind and its bytes: kind -> how many, and the bytes of all of them."""
+    found: dict[str, tuple[int, Any]] = {}
+    for kind, size in sent:
+        number, before = found.get(kind, (0, 0))
+        found[kind] = number + 1, as_length(before + size)
+    return found

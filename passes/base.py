@@ -1,7 +1,7 @@
 """The contract of all passes, stated once.
 
 A pass takes a :class:`Program` whose graph is valid FX and returns one whose graph is valid FX and which means the
-same.  It is a frozen dataclass with a ``name``.  It transforms and appends to the report; it never times, verifies,
+same.  It is a frozen dataclass.  It transforms and appends to the report; it never times, verifies,
 prints or logs: the runner does.  A pass that finds the program outside what it can carry raises
 :class:`~fxsp.errors.FxspError`, one that finds that the graph shall stay as Dynamo made it
 :class:`~fxsp.errors.RunsWhole`; it never returns a program with another meaning.
@@ -13,10 +13,12 @@ What passes know about a node is in :mod:`fxsp.passes.graph`.
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch.fx import Graph, GraphModule
 from torch.nn import Module
@@ -92,11 +94,14 @@ class Program:
         return hint(size, self.sizes)
 
 
-@runtime_checkable
-class Pass(Protocol):
+@dataclass(frozen=True)
+class Pass(ABC):
     """``apply(program) -> program``; see the module's docstring for the contract."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """That of its class, in small letters: of its stage, file and test, too."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
+    @abstractmethod
     def apply(self, program: Program) -> Program: ...

@@ -18,7 +18,7 @@ from fxsp.passes.graph import Call, facts, mark
 from fxsp.report import CollectiveRecord, Report
 from fxsp.source import describe, module_path, node_source
 from fxsp.torch_internals import python_dispatch, sympy_to_fx
-from fxsp.types import Length, Ranks, Sequence, as_length
+from fxsp.types import Length, Ranks, Sequence, Shard, as_length, product
 
 __all__ = ["Builder", "Writer", "erase_unused"]
 
@@ -83,6 +83,15 @@ class Writer:
         args, kwargs = call.bound_to(arguments).rebuild(**changes)
         return self.call(call.op, *args, **kwargs)
 
+    def permuted(self, x: Node, order: list[int]) -> Node:
+        """``x`` with its dimensions in this order."""
+        return x if order == sorted(order) else self.call(aten.permute.default, x, order)
+
+    def dense(self, x: Node, order: list[int]) -> Node:
+        """``x`` as it is, without gaps in memory, where its dimensions are in this order."""
+        new = self.call(aten.contiguous.default, self.permuted(x, order))
+        return self.permuted(new, [order.index(d) for d in range(len(order))])
+
     def refresh(self, node: Node) -> None:
         """Compute ``meta["val"]`` from the arguments' values."""
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -119,6 +128,7 @@ class Builder(Writer):
         self.training = training
         self.symbols: dict[sympy.Symbol, Node] = {}
         self._sizes: dict[sympy.Expr, Node] = {}
+        self._masked: dict[tuple[Node, str], Node] = {}
 
     def at(self, node: Node) -> None:
         """Nodes made from now on come from ``node``."""
@@ -179,21 +189,25 @@ class Builder(Writer):
 
     def deal(self, x: Node, dim: int, sequence: Sequence, size: int = 0) -> Node:
         """Global rows in the order of ``size`` ranks (0: of all), pads included, where that is another one."""
-        size = size or self.ranks.size
-        if not sequence.dealt_segments or _is_in_order(sequence, size):
-            return x
-        head_tail, *units = self.placed(sequence)
-        return self.call(_ops.deal.default, x, dim, self.sizes(sequence.lengths), head_tail, False, size, *units)
+        return x if self._in_order(sequence, size) else self._dealt(_ops.deal, x, dim, sequence, size, False)
 
     def undeal(self, x: Node, dim: int, sequence: Sequence, size: int = 0) -> Node:
         """The way back, without pads."""
-        size = size or self.ranks.size
-        if not sequence.dealt_segments or _is_in_order(sequence, size):
+        if self._in_order(sequence, size):
             return x
         if len(sequence.segments) == 1 and not any(sequence.head_tail):
             return self.narrow(x, dim, 0, sequence.length)  # the pads stand at the end
+        return self._dealt(_ops.undeal, x, dim, sequence, size)
+
+    def _in_order(self, sequence: Sequence, size: int) -> bool:
+        """Whether the rows of the ranks, one rank after the other, are the global rows; or segments are contiguous."""
+        dealt = any(sequence.head_tail) or sequence.has_pads(size or self.ranks.size)
+        return not (sequence.dealt_segments and dealt)
+
+    def _dealt(self, op: Any, x: Node, dim: int, sequence: Sequence, size: int, *more: Any) -> Node:
         head_tail, *units = self.placed(sequence)
-        return self.call(_ops.undeal.default, x, dim, self.sizes(sequence.lengths), head_tail, size, *units)
+        lengths = self.sizes(sequence.lengths)
+        return self.call(op.default, x, dim, lengths, head_tail, *more, size or self.ranks.size, *units)
 
     def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
         size = self.ranks.size
@@ -231,6 +245,39 @@ class Builder(Writer):
         rank, size, _ = self.at_rank()
         placed = self.placed(sequence)
         return self.call(_ops.mask_pads.default, x, dim, *self.sequence(sequence), rank, size, *placed)
+
+    def masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
+        """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
+        if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
+            return x
+        key = (x, str(type_))
+        if key not in self._masked:
+            exposed, dim, back = self.expose(x, shape, type_)
+            self._masked[key] = back(self.mask_pads(exposed, dim, type_.sequence))
+        return self._masked[key]
+
+    def expose(
+        self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False
+    ) -> tuple[Node, int, Callable[..., Node]]:
+        """``x`` with the tokens as a dimension of their own: ``(x, dim, back)``, where ``back`` undoes the reshape.
+
+        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask
+        made of it, so its sizes are those of the other side for shard and gather.
+        """
+        if type_.plain:
+            return x, type_.dim, lambda y: y
+        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
+        before = [*shape[: type_.dim], type_.outer]
+        after = shape[type_.dim + 1 :]
+        middle = full if whole else local
+        exposed = self.call(aten.reshape.default, x, self.sizes([*before, middle, *after]))
+
+        def back(y: Node, tokens: Length = middle) -> Node:
+            merged = product((type_.outer, tokens))
+            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
+            return self.call(aten.reshape.default, y, self.sizes(sizes))
+
+        return exposed, type_.dim + 1, back
 
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
         rank, size, _ = self.at_rank()
@@ -271,11 +318,6 @@ class Builder(Writer):
         mark(node, sent=sent)
         place = module_path(node) or self.report.root, sent, reason, node_source(node)
         self.report.collectives.append(CollectiveRecord(kind, node.name, *place, tokens, members))
-
-
-def _is_in_order(sequence: Sequence, size: int) -> bool:
-    """Whether the rows of the ranks, one rank after the other, are the global rows."""
-    return not any(sequence.head_tail) and not sequence.has_pads(size)
 
 
 def erase_unused(graph: Graph) -> None:

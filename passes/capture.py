@@ -6,23 +6,18 @@ graph.  Nothing is rewritten.  After this pass ``program.captured`` is known, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from fxsp.capture.capture import capture
 from fxsp.errors import PlanError
 from fxsp.passes.annotate.annotate import say_own_plan
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.source import input_name
 from fxsp.torch_internals import Translation
 
 __all__ = ["Capture"]
 
 
-@dataclass(frozen=True)
-class Capture:
+class Capture(Pass):
     """After this pass it is known which values the plan's names stand for."""
-
-    name: str = "capture"
 
     def apply(self, program: Program) -> Program:
         report, translation = program.report, Translation.current()

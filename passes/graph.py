@@ -172,9 +172,9 @@ def tensor_value(node: Any) -> torch.Tensor | None:
 
 
 def shape_of(node: Node) -> tuple[Length, ...]:
-    """The global shape of the tensor that ``node`` stands for."""
-    value = tensor_value(node)
-    assert value is not None
+    """The global shape of the tensor that a node of the global or the local program stands for."""
+    value = global_value(node)
+    assert isinstance(value, torch.Tensor)
     return tuple(as_length(n) for n in value.shape)
 
 

@@ -179,7 +179,7 @@ def capture(gm: fx.GraphModule, plan: Any = None, root: nn.Module | None = None)
     own = _frame_call(translation, gm)
     if own is not None:
         calls.insert(0, own)
-    found = _find_root(translation, calls, plan) if root is None else _with_root(translation, calls, root, plan)
+    found = _find_root(translation, calls, plan, root)
     found.calls = calls
     found.splits = _seen(translation).splits
     found.around = list(_calls_around(translation))
@@ -226,10 +226,14 @@ def _without_frame(plan: Any, note: str) -> Captured:
     return Captured(None, None if plan is None or isinstance(plan, str) else parse_plan(plan), notes=[note])
 
 
-def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> Captured:
+def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any, root: nn.Module | None) -> Captured:
     candidates = _candidates(translation, calls)
+    owners = [module for module in candidates if owns_plan(module)]
+    if root is not None:
+        entries = None if plan is None or isinstance(plan, str) else parse_plan(plan)
+        return Captured(root, entries, notes=_other_plans(root, owners))
     if plan is None or isinstance(plan, str):
-        owners = [module for module in candidates if owns_plan(module) and plan is None]
+        owners = owners if plan is None else []
         if not owners:
             return Captured(candidates[0] if candidates else None, None)
         entries = parse_plan(find_plan(owners[0]))
@@ -250,12 +254,6 @@ def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any) -> 
     best = candidates[fits.index(max(fits))]
     resolve_plan(entries, best)  # raises: names what is wrong with the entry in the module that fits best
     raise AssertionError("unreachable: the plan was refused a moment ago")
-
-
-def _with_root(translation: Translation, calls: list[ModuleCall], root: nn.Module, plan: Any) -> Captured:
-    owners = [module for module in _candidates(translation, calls) if owns_plan(module)]
-    entries = None if plan is None or isinstance(plan, str) else parse_plan(plan)
-    return Captured(root, entries, notes=_other_plans(root, owners))
 
 
 def _other_plans(root: nn.Module, owners: Sequence[nn.Module]) -> list[str]:
@@ -366,15 +364,11 @@ class _Inputs:
         if id(value) in self._by_tensor:
             return self._by_tensor[id(value)]
         if isinstance(value, (list, tuple)):
-            return _plain_type(value)(self.value(item, f"{source}[{index}]") for index, item in enumerate(value))
+            items = [self.value(item, f"{source}[{index}]") for index, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
         if isinstance(value, dict):
             return {key: self.value(item, f"{source}[{key!r}]") for key, item in value.items()}
         # A number that the code does not depend on has no guard: the next call may bring another one.
         if value is None or (isinstance(value, (bool, int, float, str)) and source in self._guarded):
             return value
         return Opaque("not used by the traced code")
-
-
-def _plain_type(value: Any) -> type:
-    """``list`` or ``tuple``, for their subclasses too."""
-    return list if isinstance(value, list) else tuple

@@ -11,6 +11,7 @@ Counted is what a rank really does: pads, and rows that are the same on every ra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -24,55 +25,44 @@ from fxsp.lengths import hint
 from fxsp.passes.graph import Call, facts
 from fxsp.torch_internals import is_operator, packet_of, schema
 
-__all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops"]
+__all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops", "shapes"]
 
 Shape = tuple[int, ...]
-#: The shape of a tensor node, as numbers; None for anything else.
-ShapeOf = Callable[[Any], Shape | None]
+#: The shape of a node that is a tensor, as numbers: the operands of what :data:`FORMULAS` counts are.
+ShapeOf = Callable[[Any], Shape]
 
 
-def _numel(shape: Shape) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product
+def shapes(value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:
+    """What reads the shape of a node from its value, as numbers; None for what is no tensor."""
+
+    def shape_of(node: Any) -> Shape | None:
+        value = value_of(node) if isinstance(node, Node) else None
+        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
+
+    return shape_of
 
 
 def _linear(call: Call, shape_of: ShapeOf) -> int:
     x, weight = shape_of(call["input"]), shape_of(call["weight"])
-    assert x is not None
-    assert weight is not None
-    return 2 * _numel(x) * (weight[0] if len(weight) > 1 else 1)
+    return 2 * prod(x) * (weight[0] if len(weight) > 1 else 1)
 
 
 def _matmul(call: Call, shape_of: ShapeOf) -> int:
-    a, out = shape_of(call["self"]), shape_of(call.node)
-    assert a is not None
-    assert out is not None
-    return 2 * _numel(out) * a[-1]
+    return 2 * prod(shape_of(call.node)) * shape_of(call["self"])[-1]
 
 
 def _attention(call: Call, shape_of: ShapeOf) -> int:
     q, k, v = (shape_of(call[name]) for name in ("query", "key", "value"))
-    assert q is not None
-    assert k is not None
-    assert v is not None
     return attention_flops(q, k, v, causal=bool(call.get("is_causal")))
 
 
 def _convolution(call: Call, shape_of: ShapeOf) -> int:
     """The weight is ``[out, in / groups, *kernel]``: every output element is a sum over all but its first dimension."""
-    weight, out = shape_of(call["weight"]), shape_of(call.node)
-    assert weight is not None
-    assert out is not None
-    return 2 * _numel(out) * _numel(weight[1:])
+    return 2 * prod(shape_of(call.node)) * prod(shape_of(call["weight"])[1:])
 
 
 def _transposed_convolution(call: Call, shape_of: ShapeOf) -> int:
-    weight, x = shape_of(call["weight"]), shape_of(call["input"])
-    assert weight is not None
-    assert x is not None
-    return 2 * _numel(x) * _numel(weight[1:])
+    return 2 * prod(shape_of(call["input"])) * prod(shape_of(call["weight"])[1:])
 
 
 def _einsum(call: Call, shape_of: ShapeOf) -> int:
@@ -82,12 +72,11 @@ def _einsum(call: Call, shape_of: ShapeOf) -> int:
     left = call["equation"].replace(" ", "").partition("->")[0].split(",")
     for subscripts, operand in zip(left, operands, strict=True):
         shape = shape_of(operand)
-        assert shape is not None
         hidden = len(shape) - len(subscripts.replace("...", ""))
         expanded = subscripts.replace("...", "".join(chr(0x3B1 + i) for i in range(hidden)))
         for letter, n in zip(expanded, shape, strict=True):
             letters[letter] = max(letters.get(letter, 1), n)
-    return 2 * _numel(tuple(letters.values())) if len(operands) > 1 else 0
+    return 2 * prod(letters.values()) if len(operands) > 1 else 0
 
 
 def _length(size: Node) -> int | None:
@@ -107,7 +96,7 @@ FORMULAS: dict[str, Callable[[Call, ShapeOf], int]] = {
 }
 
 
-def node_flops(node: Node, shape_of: ShapeOf, rank: int | None = None) -> int:
+def node_flops(node: Node, shape_of: Callable[[Any], Shape | None], rank: int | None = None) -> int:
     """Floating-point operations of one node, on ``rank`` (None: the busiest one); 0 for what moves or maps elements."""
     if node.op != "call_function" or not is_operator(node.target):
         return 0
@@ -117,14 +106,12 @@ def node_flops(node: Node, shape_of: ShapeOf, rank: int | None = None) -> int:
 
     op = record_of(node.target)
     if op is not None:
-        return (
-            0
-            if op.flops is None
-            else op.flops(sizes_of(node, 0, lambda n: _length(n) if (x := stand_in(n)) is None else x), rank)
-        )
+        if op.flops is None:
+            return 0
+        return op.flops(sizes_of(node, 0, lambda n: _length(n) if (x := stand_in(n)) is None else x), rank)
     formula = FORMULAS.get(schema(node.target).name)
     if formula is not None:
-        return formula(Call(node), shape_of)
+        return formula(Call(node), shape_of)  # type: ignore[arg-type]
     known: Mapping[Any, Any] = flop_registry
     count = known.get(packet_of(node.target))
     if count is None:

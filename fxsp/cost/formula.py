@@ -25,9 +25,8 @@ from fractions import Fraction
 from typing import Any
 
 from fxsp.report import CollectiveRecord, Memory
-from fxsp.types import Sequence
 
-__all__ = ["Formula", "Names", "Sent", "format_formulas", "formula_of", "memory_formulas", "sum_text"]
+__all__ = ["Formula", "Names", "Sent", "format_formulas", "formula_of", "memory_formulas", "rows_of", "sum_text"]
 
 #: Kind of collective -> the share that leaves a rank, as text and as a function of P.
 _SHARES = {
@@ -51,7 +50,7 @@ def _share(text: str, size: int, members: int = 0) -> Fraction:
     return shares.get(text, Fraction(2 * (size - 1), size))
 
 
-def _rows(length: int, parts: int, size: int) -> int:
+def rows_of(length: int, parts: int, size: int) -> int:
     """Rows of a segment on each rank, pads included."""
     return parts * -(-length // (parts * size)) if parts else length
 
@@ -67,10 +66,9 @@ class Names:
     def __init__(self) -> None:
         self._found: dict[tuple[str, int], None] = {}
 
-    def add(self, what: str, length: int) -> tuple[str, int]:
-        """Remember the tokens of ``what``; the key under which :meth:`short` knows them."""
-        self._found[what, length] = None
-        return what, length
+    def add(self, *formulas: Formula | None) -> None:
+        """Remember the lengths in formulas; :meth:`short` knows them."""
+        self._found.update(dict.fromkeys(key for formula in formulas if formula for key, _ in formula.tokens))
 
     def short(self, key: tuple[str, int]) -> str:
         if len(self._found) == 1:
@@ -95,10 +93,9 @@ class Formula:
 
     def __call__(self, size: int, lengths: Mapping[str, int] | None = None) -> int:
         """The bytes on ``size`` ranks; ``lengths`` replaces the lengths of the sequences that it names."""
-        rows = 0 if self.tokens else 1
-        for (what, length), parts in self.tokens:
-            rows += _rows((lengths or {}).get(what, length), parts, size)
-        return int(-(-self.per_token * rows * _share(self.share, size, self.members) // 1))
+        given = lengths or {}
+        rows = sum(rows_of(given.get(what, length), parts, size) for (what, length), parts in self.tokens)
+        return int(-(-self.per_token * (rows if self.tokens else 1) * _share(self.share, size, self.members) // 1))
 
     def text(self, names: Names) -> str:
         """``3072·(⌈S1/P⌉+⌈S2/P⌉)·(P-1)/P``."""
@@ -118,30 +115,29 @@ class Sent:
     formula: Formula | None = None
 
 
-def formula_of(
-    kind: str, sent: int, tokens: Sequence | None, lengths: tuple[int, ...], size: int, members: int = 0
-) -> Formula | None:
-    """The formula of one collective, or None if the bytes counted do not have that form.
+def formula_of(record: CollectiveRecord, sent: int, size: int, number: Callable[[Any], int]) -> Formula | None:
+    """The formula of one collective, or None if ``sent``, the bytes counted on ``size`` ranks, do not have that form.
 
-    ``sent`` are the bytes counted on ``size`` ranks, ``lengths`` those of the segments of ``tokens``, as numbers;
-    ``members``: it is among so many ranks only.
+    ``number`` reads a length.
     """
+    kind, tokens, members = record.kind, record.tokens, record.members
     if kind not in _SHARES or (tokens is None and kind != "all_reduce"):
         return None
     share = "(U-1)/U" if members else _SHARES[kind]
-    units = [s.unit for s in tokens.segments if s.sharded] if tokens is not None else []
+    segments = tokens.segments if tokens is not None else ()
+    units = [s.unit for s in segments if s.sharded]
     if not all(isinstance(unit, int) for unit in units):
         return None
     travelling: list[tuple[tuple[str, int], int]] = []
     rows = 0
-    for segment, n in zip(tokens.segments, lengths, strict=True) if tokens is not None else ():
+    for segment in segments:
         if not segment.sharded and kind in ("all_gather", "rotation"):
             continue  # whole on every rank: it stays at home
         if not segment.name or segment.unit != units[0]:
             return None
-        n = n // int(segment.unit)
+        n = number(segment.length) // int(segment.unit)
         travelling.append(((segment.name, n), segment.parts))
-        rows += _rows(n, segment.parts, size)
+        rows += rows_of(n, segment.parts, size)
     per_token = Fraction(sent) / (_share(share, size, members) * (rows if travelling else 1))
     if per_token.denominator != 1 and travelling:
         return None

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
-from fxsp.cost.flops import Shape, node_flops
-from fxsp.cost.formula import Formula, Names, Sent, formula_of, memory_formulas
-from fxsp.cost.memory import peak_bytes
+from fxsp.cost.flops import node_flops, shapes
+from fxsp.cost.formula import Formula, Names, Sent, formula_of, memory_formulas, rows_of
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, global_value, local_value
 from fxsp.passes.verify import infer_local
-from fxsp.report import CollectiveRecord
+from fxsp.torch_internals import storage_key
 from fxsp.types import Shard
 
-__all__ = ["Measures", "measure"]
+__all__ = ["Measures", "bytes_of", "measure"]
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Measures:
     #: Of the unsplit graph, and of each rank.
     flops_total: int = 0
     flops_per_rank: list[int] = field(default_factory=list)
-    #: Peak of the activations, of the unsplit graph and of a rank; see :mod:`fxsp.cost.memory`.
+    #: Peak of the activations, of the unsplit graph and of a rank; see :func:`peak_bytes`.
     memory_one: int = 0
     memory_rank: int = 0
     #: What is split -> its tokens, those of each rank, and the pads of all ranks together.
@@ -58,37 +59,26 @@ def measure(program: Program) -> Measures:
     for records, sent in ((program.report.collectives, found.forward), (program.report.backward, found.backward)):
         for record in records:
             size = number(record.bytes)
-            formula = _formula(record, size, program.ranks.size, number)
+            formula = formula_of(record, size, program.ranks.size, number)
             sent.append(Sent(record, size, formula))
-            for key, _ in getattr(formula, "tokens", ()):
-                found.names.add(*key)
+            found.names.add(formula)
     for attention in program.report.attentions:
         known = attention.memory
         found.memory.append(None if known is None else memory_formulas(known, number, program.ranks.size))
-        for formula in found.memory[-1][0] if found.memory[-1] is not None else ():
-            for key, _ in formula.tokens:
-                found.names.add(*key)
+        found.names.add(*(found.memory[-1] or ([], 0))[0])
     return found
 
 
 def _flops_of_ranks(program: Program, number: Callable[[Any], int]) -> list[int]:
     """All ranks do the same but for rings, in which each place meets other blocks."""
-    shape_of, size = _shapes(local_value, number), program.ranks.size
+    shape_of, size = shapes(local_value, number), program.ranks.size
     ours = [node for node in program.graph.nodes if op_of(node) is not None]
     alike = _flops(program.graph, local_value, number) - sum(node_flops(node, shape_of) for node in ours)
     return [alike + sum(node_flops(node, shape_of, rank) for node in ours) for rank in range(size)]
 
 
-def _shapes(value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> Callable[[Any], Shape | None]:
-    def shape_of(node: Any) -> Shape | None:
-        value = value_of(node) if isinstance(node, Node) else None
-        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
-
-    return shape_of
-
-
 def _flops(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> int:
-    shape_of = _shapes(value_of, number)
+    shape_of = shapes(value_of, number)
     return sum(node_flops(node, shape_of) for node in graph.nodes)
 
 
@@ -100,11 +90,55 @@ def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[
         for segment in type_.sequence.segments if isinstance(type_, Shard) else ():
             if segment.sharded and segment.name:
                 tokens = number(segment.length)
-                rows = segment.parts * -(-tokens // (segment.parts * size))
+                rows = rows_of(tokens, segment.parts, size)
                 found[segment.name] = (tokens, rows, rows * size - tokens)
     return found
 
 
-def _formula(record: CollectiveRecord, sent: int, size: int, number: Callable[[Any], int]) -> Formula | None:
-    lengths = () if record.tokens is None else tuple(number(n) for n in record.tokens.lengths)
-    return formula_of(record.kind, sent, record.tokens, lengths, size, record.members)
+def bytes_of(value: torch.Tensor, number: Callable[[Any], int]) -> int:
+    """The bytes of a tensor; ``number`` reads a size."""
+    return prod(map(number, value.shape)) * value.element_size()
+
+
+def peak_bytes(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int], *, training: bool) -> int:
+    """The largest sum of bytes that live at once; ``value_of`` has a node's fake value, ``number`` reads a size.
+
+    An estimate, the same way for one device and a rank.  Counted are the values that the graph computes (inputs and
+    parameters are not), in the order of the graph; a view shares the memory of what it looks at, and a value dies with
+    its last use.  In training every value that is no view is kept for the backward pass: an upper bound, since what
+    autograd saves, and what a compiler computes again, is decided later.
+    """
+    nodes: list[Node] = list(graph.nodes)
+    index = {node: i for i, node in enumerate(nodes)}
+    inputs: set[int] = set()
+    size_of: dict[int, int] = {}
+    last: dict[int, int] = {}
+    keys: list[list[int]] = []
+    for i, node in enumerate(nodes):
+        own = []
+        for value in tree_leaves(value_of(node)) if node.op != "output" else ():
+            if isinstance(value, torch.Tensor):
+                storage = storage_key(value)
+                own.append(storage)
+                if node.op in ("placeholder", "get_attr"):
+                    inputs.add(storage)
+                size_of[storage] = max(size_of.get(storage, 0), bytes_of(value, number))
+                last[storage] = i
+        keys.append(own)
+        for used in node.all_input_nodes:
+            for storage in keys[index[used]]:
+                last[storage] = i
+    alive = peak = 0
+    born: set[int] = set()
+    dying: dict[int, list[int]] = {}
+    for storage, i in last.items():
+        dying.setdefault(i, []).append(storage)
+    for i, own in enumerate(keys):
+        for storage in own:
+            if storage not in born and storage not in inputs:
+                born.add(storage)
+                alive += size_of[storage]
+        peak = max(peak, alive)
+        if not training:
+            alive -= sum(size_of[storage] for storage in dying.get(i, ()) if storage in born)
+    return peak

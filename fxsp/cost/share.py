@@ -8,15 +8,14 @@ gather.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from fxsp.cost.flops import Shape
+from fxsp.cost.flops import Shape, shapes
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.propagate.propagate import is_annotate
@@ -59,12 +58,7 @@ class Share:
 def share_of(program: Program) -> Share:
     """The share of a partitioned program; sizes that are symbols count as those that were traced."""
     nodes = [n for n in program.whole.graph.nodes if n.op == "call_function" and not is_annotate(n)]
-    number = program.number
-
-    def shape_of(node: Any) -> Shape | None:
-        value = node.meta.get("val") if isinstance(node, Node) else None
-        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
-
+    shape_of = shapes(lambda node: node.meta.get("val"), program.number)
     known = _sum(nodes, lambda n: work_of(n, shape_of), on_shards)
     if known.total:
         return known
@@ -102,4 +96,4 @@ def _written(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
     if any(result.alias_info is not None for result in schema(node.target).returns):
         return 0
     shape = shape_of(node)
-    return 0 if shape is None else math.prod(shape)
+    return 0 if shape is None else prod(shape)

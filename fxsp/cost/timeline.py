@@ -26,10 +26,11 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from fxsp.cost.flops import Shape, node_flops
+from fxsp.cost.flops import node_flops, shapes
+from fxsp.cost.metrics import bytes_of
 from fxsp.kernels.ops import op_of
 from fxsp.passes.attention.cost import Link
-from fxsp.passes.graph import facts
+from fxsp.passes.graph import facts, local_value
 from fxsp.torch_internals import is_operator, is_pointwise, storage_key
 
 __all__ = ["H100", "Device", "Span", "timeline"]
@@ -105,10 +106,6 @@ def timeline(
 
 
 def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
-    def shape_of(n: Any) -> Shape | None:
-        value = facts(n).local if isinstance(n, Node) else None
-        return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
-
     own = _bytes(node, number)
     op = op_of(node)
     if own == 0 or _is_view(node) or (op is not None and op.is_identity):
@@ -117,18 +114,15 @@ def _seconds(node: Node, number: Callable[[Any], int], device: Device) -> float:
     if fused and node.users and all(_pointwise(user) for user in node.users):
         return 0.0
     moved = own + sum(_bytes(n, number) for n in node.all_input_nodes if not (fused and _pointwise(n)))
-    return device.seconds(node_flops(node, shape_of), moved)
+    return device.seconds(node_flops(node, shapes(local_value, number)), moved)
 
 
 def _bytes(node: Node, number: Callable[[Any], int]) -> int:
-    total = 0
-    for value in tree_leaves(facts(node).local):
-        if isinstance(value, torch.Tensor):
-            elements = value.element_size()
-            for n in value.shape:
-                elements *= number(n)
-            total += elements
-    return total
+    return sum(bytes_of(value, number) for value in _tensors(node))
+
+
+def _tensors(node: Node) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(facts(node).local) if isinstance(value, torch.Tensor)]
 
 
 def _pointwise(node: Node) -> bool:
@@ -137,7 +131,6 @@ def _pointwise(node: Node) -> bool:
 
 def _is_view(node: Node) -> bool:
     """Whether the node's memory is that of an operand."""
-    values = [v for v in tree_leaves(facts(node).local) if isinstance(v, torch.Tensor)]
-    operands = [v for n in node.all_input_nodes for v in tree_leaves(facts(n).local)]
-    keys = {storage_key(v) for v in operands if isinstance(v, torch.Tensor)}
+    values = _tensors(node)
+    keys = {storage_key(v) for n in node.all_input_nodes for v in _tensors(n)}
     return bool(values) and all(storage_key(v) in keys for v in values)

@@ -5,7 +5,7 @@ method     when                                 what moves
 ========== ==================================== ======================================================================
 local      queries split, keys/values whole     nothing
 ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output
-ring       both split, it is asked for          keys and values, block by block (``fxsp.hooks.ring``)
+ring       both split, it is asked for          keys and values, block by block
 hybrid     both split, it is asked for          an exchange of heads among some ranks, a ring of the others
 gather_kv  both split, otherwise                one all-gather of keys and values
 whole      queries whole, keys/values split     one all-gather of keys and values; the result is whole
@@ -18,30 +18,32 @@ their meaning; a ring cuts its blocks out of them by position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsp.hooks.dispatch import gather, mark, rule, shard
+from fxsp.hooks.dispatch import Call, gather, mark, shard
 from fxsp.hooks.exchange import to_heads, to_tokens
 from fxsp.hooks.gradients import use
-from fxsp.hooks.layout import Layout, layout_of, moved, same_tokens
+from fxsp.hooks.layout import Layout, global_size, layout_of, moved, same_tokens
 from fxsp.hooks.region import Region
-from fxsp.hooks.ring import ring, ring_refusal
-from fxsp.hooks.rules import aligned, argument
+from fxsp.hooks.rules import aligned
+from fxsp.hooks.values import made_whole
 from fxsp.hooks.where import caller, refuse
+from fxsp.kernels.attention.own_kernel import written_out
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.report import AttentionRecord
 
 __all__ = ["attention"]
 
 
-class _Call(NamedTuple):
+class _Attention(NamedTuple):
     """One call of SDPA: ``q [.., H, m, d]``, ``k [.., h, n, d]``, ``v [.., h, n, e]``."""
 
+    name: str
     q: Tensor
     k: Tensor
     v: Tensor
@@ -56,89 +58,79 @@ class _Call(NamedTuple):
         )
 
 
-@rule("scaled_dot_product_attention")
-def attention(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def attention(call: Call) -> Tensor:
     """SDPA where any argument is split; the result is split as the queries are."""
-    q, k, v = (argument(args, kwargs, i, key) for i, key in enumerate(("query", "key", "value")))
-    if argument(args, kwargs, 4, "dropout_p", 0.0):
+    name, options = call.name, call.kwargs
+    q, k, v = (call.get(i, key) for i, key in enumerate(("query", "key", "value")))
+    if call.get(4, "dropout_p", 0.0):
         refuse(name, "with dropout on split tokens cannot draw the mask of one device; set it to 0")
-    mask = argument(args, kwargs, 3, "attn_mask")
-    causal = bool(argument(args, kwargs, 5, "is_causal", False))
-    call = _Call(q, k, v, mask, causal, kwargs.get("scale"), bool(kwargs.get("enable_gqa", False)))
-    if mask is not None and call.causal:
+    mask, causal = call.get(3, "attn_mask"), bool(call.get(5, "is_causal", False))
+    x = _Attention(name, q, k, v, mask, causal, options.get("scale"), bool(options.get("enable_gqa", False)))
+    if mask is not None and causal:
         refuse(name, "takes a mask or is_causal, not both")
-    layouts = [layout_of(x) for x in (q, k, v)]
-    if all(layout is None or layout.dim < x.dim() - 2 for layout, x in zip(layouts, (q, k, v), strict=True)):
-        return _stacked(name, call)
-    for layout, x in zip(layouts, (q, k, v), strict=True):
-        if layout is not None and (layout.dim != x.dim() - 2 or layout.outer != 1 or layout.inner != 1):
-            refuse(name, f"has tokens split along dimension {layout.dim} of {x.dim()}, beside others")
-    return _by_tokens(name, call, *layouts)
+    layouts = [layout_of(t) for t in (q, k, v)]
+    if all(layout is None or layout.dim < t.dim() - 2 for layout, t in zip(layouts, (q, k, v), strict=True)):
+        return _stacked(x)
+    for layout, t in zip(layouts, (q, k, v), strict=True):
+        if layout is not None and (layout.dim != t.dim() - 2 or layout.outer != 1 or layout.inner != 1):
+            refuse(name, f"has tokens split along dimension {layout.dim} of {t.dim()}, beside others")
+    return _by_tokens(x, *layouts)
 
 
-def _stacked(name: str, call: _Call) -> Tensor:
+def _stacked(x: _Attention) -> Tensor:
     """Tokens along a dimension that attention treats one by one (the batch: attention within each frame, say)."""
-    operands = [call.q, call.k, call.v] + ([call.mask] if call.mask is not None else [])
-    ndim = max(x.dim() for x in operands)
-    layout = next((layout for layout in map(layout_of, operands) if layout is not None), None)
-    assert layout is not None
-    if call.gqa and layout.dim == ndim - 3:
-        refuse(name, "with shared heads has tokens split along the heads")
-    new, layout, back = aligned(name, operands)
-    mask = new[3] if call.mask is not None else None
-    out = call.run(new[0], new[1], new[2], mask, call.causal)
+    operands = [x.q, x.k, x.v] + ([x.mask] if x.mask is not None else [])
+    layout = next(layout for layout in map(layout_of, operands) if layout is not None)
+    if x.gqa and layout.dim == max(t.dim() for t in operands) - 3:
+        refuse(x.name, "with shared heads has tokens split along the heads")
+    new, layout, back = aligned(x.name, operands)
+    out = x.run(new[0], new[1], new[2], new[3] if x.mask is not None else None, x.causal)
     _record(layout.region, "local", detail="tokens in the batch")
     return mark(out, moved(layout, out.dim() + back))
 
 
-def _by_tokens(name: str, call: _Call, lq: Layout | None, lk: Layout | None, lv: Layout | None) -> Tensor:
-    k, v = call.k, call.v
-    if (lk is None) != (lv is None):  # one of them alone is whole
-        k, lk = (gather(k, lk, used=lq is not None), None) if lk is not None else (k, None)
-        v, lv = (gather(v, lv, used=lq is not None), None) if lv is not None else (v, None)
+def _by_tokens(x: _Attention, lq: Layout | None, lk: Layout | None, lv: Layout | None) -> Tensor:
     if lq is None:
-        region = next(layout.region for layout in (lk, layout_of(call.v), layout_of(call.k)) if layout is not None)
-        k = gather(k, lk, used=False) if lk is not None else k
-        v = gather(v, lv, used=False) if lv is not None else v
+        region = next(layout.region for layout in (lk, lv) if layout is not None)
         _record(region, "whole", detail="queries are whole")
-        return call.run(call.q, k, v, _whole_mask(call.mask, used=False), call.causal)
-    if lk is None:
-        _record(lq.region, "local", detail="keys and values are whole")
-        return _rows(name, call, use(k, lq.region), use(v, lq.region), lq)
-    assert lv is not None
-    if not same_tokens(lk, lv):
-        refuse(name, "has keys and values of different tokens")
-    why: list[tuple[str, str]] = []
+        k, v, mask = map(made_whole, (x.k, x.v, x.mask))
+        return x.run(x.q, k, v, mask, x.causal)
     region = lq.region
-    if region.allgather == 1 and region.ring > 1:
-        refusal = ring_refusal(call.q, k, v, region.ulysses, call.gqa)
-        method = "hybrid" if region.ulysses > 1 else "ring"
+    if lk is None or lv is None:  # one of them alone is whole, or both are
+        k, v = (use(made_whole(t), region) for t in (x.k, x.v))
+        _record(region, "local", detail="keys and values are whole")
+        return _rows(x, k, v, lq)
+    if not same_tokens(lk, lv):
+        refuse(x.name, "has keys and values of different tokens")
+    ways = [("hybrid" if region.ulysses > 1 else "ring", region.ulysses)] if region.ring > 1 else []
+    why: list[tuple[str, str]] = []
+    for method, u in [*ways, ("ulysses", region.size)]:
+        refusal = _refusal(x, region, u, ring=method != "ulysses")
         if not refusal:
             _record(region, method, why)
-            mask = _ring_mask(name, call.mask, lq, lk)
-            return ring(call.q, k, v, mask, call.causal, call.scale, call.gqa, lq, lk)
+            return _exchanged(x, lq, lk, u, ring=method != "ulysses")
         why.append((method, refusal))
-    if region.allgather == 1:
-        refusal = _ulysses_refusal(call, region.size)
-        if not refusal:
-            _record(region, "ulysses", why)
-            return _ulysses(name, call, lq, lk)
-        why.append(("ulysses", refusal))
-    else:
-        why.append(("ulysses", "allgather_degree asks for gathered keys and values"))
     _record(region, "gather_kv", why)
-    width = k.shape[-1]
-    both = gather(torch.cat([k, v], -1), lk, used=True)
-    return _rows(name, call, both[..., :width], both[..., width:], lq)
+    width = x.k.shape[-1]
+    both = gather(torch.cat([x.k, x.v], -1), lk, used=True)
+    return _rows(x, both[..., :width], both[..., width:], lq)
 
 
-def _ulysses_refusal(call: _Call, size: int) -> str:
-    if call.q.dim() != 4 or call.k.dim() != 4 or call.v.dim() != 4:
+def _refusal(x: _Attention, region: Region, u: int, *, ring: bool) -> str:
+    """Why ``u`` ranks cannot exchange tokens for heads, or keys and values not go around the ring; or nothing."""
+    if region.allgather > 1:
+        return "allgather_degree asks for gathered keys and values"
+    if not x.q.dim() == x.k.dim() == x.v.dim() == 4:
         return "no dimension of heads"
-    for what, x in (("query", call.q), ("key", call.k), ("value", call.v)):
-        if x.shape[1] % size:
-            return f"{x.shape[1]} {what} heads do not divide over {size} ranks"
-    return "" if call.q.shape[0] == call.k.shape[0] == call.v.shape[0] else "queries and keys differ in batch size"
+    if not x.q.shape[0] == x.k.shape[0] == x.v.shape[0]:
+        return "queries and keys differ in batch size"
+    heads, shared = x.q.shape[1], x.k.shape[1]
+    if ring:
+        if shared != x.v.shape[1] or heads % shared or (heads != shared and not x.gqa):
+            return f"{shared} key/value heads do not serve {heads} query heads one by one"
+        return "" if heads % u == shared % u == 0 else f"heads do not divide over {u} ranks"
+    numbers = (("query", heads), ("key", shared), ("value", x.v.shape[1]))
+    return next((f"{n} {what} heads do not divide over {u} ranks" for what, n in numbers if n % u), "")
 
 
 def _record(region: Region, method: str, why: Sequence[tuple[str, str]] = (), detail: str = "") -> None:
@@ -147,86 +139,64 @@ def _record(region: Region, method: str, why: Sequence[tuple[str, str]] = (), de
         region.report.attentions.append(AttentionRecord(module, source, method, None, tuple(why), detail))
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
-
-
-def _whole_mask(mask: Tensor | None, *, used: bool) -> Tensor | None:
-    """All rows and columns of a mask."""
-    layout = layout_of(mask)
-    return mask if mask is None or layout is None else gather(mask, layout, used=used)
-
-
-def _check_columns(name: str, mask: Tensor, keys: int) -> None:
-    if mask.shape[-1] not in (1, keys):
-        refuse(
-            name,
-            f"has a mask for {mask.shape[-1]} keys, and there are {keys} in all.  A mask made from a local length is "
-            "of no use: make it of the global one, or name it in the plan",
-        )
-
-
-def _row_mask(name: str, call: _Call, keys: int, lq: Layout) -> Tensor | None:
-    """The mask for this rank's queries and all keys."""
-    if call.causal:
-        places = (list(lq.lengths), list(lq.whole), lq.region.rank, lq.region.size, call.q.device)
-        rows: Tensor = _ops.positions.default(*places)
-        return rows[:, None] >= torch.arange(keys, device=call.q.device)
-    mask = call.mask
-    if mask is None:
-        return None
-    layout = layout_of(mask)
-    if layout is not None and layout.dim == mask.dim() - 2 and same_tokens(layout, lq):
-        _check_columns(name, mask, keys)
-        return mask
-    per_row = mask.dim() >= 2 and mask.shape[-2] != 1
-    if layout is not None:
-        mask = gather(mask, layout, used=not per_row)
-    elif not per_row:
-        mask = use(mask, lq.region)
-    assert mask is not None
-    _check_columns(name, mask, keys)
-    _check_rows(name, mask, sum(lq.lengths))
-    # Rows are cut by `shard`, which gathers their gradient; a row for all queries has a summand on each rank.
-    return shard(mask, moved(lq, mask.dim() - 2)) if per_row else mask
-
-
-def _check_rows(name: str, mask: Tensor, queries: int) -> None:
-    if mask.dim() >= 2 and mask.shape[-2] not in (1, queries):
-        refuse(name, f"has a mask for {mask.shape[-2]} queries, and there are {queries} in all")
-
-
-def _ring_mask(name: str, mask: Tensor | None, lq: Layout, lk: Layout) -> Tensor | None:
-    """A mask that is whole, or split by rows like the queries."""
-    if mask is None:
-        return None
-    layout = layout_of(mask)
-    if layout is not None and not (layout.dim == mask.dim() - 2 and same_tokens(layout, lq)):
-        mask, layout = gather(mask, layout, used=False), None
-    _check_columns(name, mask, sum(lk.lengths))
-    if layout is None:
-        _check_rows(name, mask, sum(lq.lengths))
-    return mask
-
-
-def _rows(name: str, call: _Call, k: Tensor, v: Tensor, lq: Layout) -> Tensor:
+def _rows(x: _Attention, k: Tensor, v: Tensor, lq: Layout) -> Tensor:
     """This rank's queries against all keys."""
-    out = call.run(call.q, k, v, _row_mask(name, call, k.shape[-2], lq), False)
+    mask = _mask(x, lq, k.shape[-2], 1)
+    if x.causal:
+        places = (list(lq.lengths), list(lq.whole), lq.region.rank, lq.region.size, x.q.device)
+        rows: Tensor = _ops.positions.default(*places)
+        mask = rows[:, None] >= torch.arange(k.shape[-2], device=x.q.device)
+    out = x.run(x.q, k, v, mask, False)
     return mark(out, moved(lq, out.dim() - 2))
 
 
-# --- Ulysses ----------------------------------------------------------------------------------------------------------
+def _exchanged(x: _Attention, lq: Layout, lk: Layout, u: int, *, ring: bool) -> Tensor:
+    """``u`` consecutive ranks exchange tokens for heads, attend, and exchange back.
+
+    In a ring they are one place together (``u`` may be 1), and keys and values go from rank ``i`` to ``i + u``.
+    """
+    region, q, k, v = lq.region, x.q, x.k, x.v
+    exact = ring and written_out(q, k, v, x.mask, x.gqa)
+    if u > 1:
+        q, k, v = to_heads(q, k, v, lq, lk, u)
+    mask = _mask(x, lq, sum(lk.lengths), u)
+    if ring:
+        out, *_ = _ops.ring_attention.default(
+            q, k, v, mask, list(lq.lengths), list(lq.whole), list(lk.lengths), list(lk.whole),
+            x.causal, x.scale, u, region.rank, region.size, region.group, exact=exact,
+        )  # fmt: skip
+    else:
+        out = x.run(q, k, v, mask, x.causal)
+    return mark(to_tokens(out, lq, u) if u > 1 else out, moved(lq, 2))
 
 
-def _ulysses(name: str, call: _Call, lq: Layout, lk: Layout) -> Tensor:
-    """Exchange tokens for heads, attend, exchange back; two all-to-alls where q, k and v can travel together."""
-    q, k, v = to_heads(call.q, call.k, call.v, lq, lk, lq.region.size)
-    region, mask = lq.region, call.mask
-    if mask is not None:
-        layout = layout_of(mask)
-        mask = gather(mask, layout, used=True) if layout is not None else use(mask, region)
-        assert mask is not None
-        _check_columns(name, mask, sum(lk.lengths))
-        _check_rows(name, mask, sum(lq.lengths))
-        if mask.dim() >= 3 and mask.shape[-3] != 1:
-            mask = _ops.take.default(mask, mask.dim() - 3, region.rank, region.size)
-    return mark(to_tokens(call.run(q, k, v, mask, call.causal), lq, region.size), moved(lq, 2))
+def _mask(x: _Attention, lq: Layout, keys: int, u: int) -> Tensor | None:
+    """The mask for all keys, and the queries and heads that this rank has where ``u`` ranks exchange tokens for heads:
+    its own rows of all heads, those of its place in the ring, or all."""
+    mask, region = x.mask, lq.region
+    if mask is None:
+        return None
+    layout, shape = layout_of(mask), list(mask.shape)
+    if layout is not None:
+        shape[layout.dim] = global_size(layout)
+    if shape[-1] not in (1, keys):
+        refuse(
+            x.name,
+            f"has a mask for {shape[-1]} keys, and there are {keys} in all.  A mask made from a local length is "
+            "of no use: make it of the global one, or name it in the plan",
+        )
+    if u == 1 and layout is not None and layout.dim == mask.dim() - 2 and same_tokens(layout, lq):
+        return mask
+    rows = shape[-2] if len(shape) >= 2 else 1
+    if rows not in (1, sum(lq.lengths)):
+        refuse(x.name, f"has a mask for {rows} queries, and there are {sum(lq.lengths)} in all")
+    # Rows are cut by `shard`, which gathers their gradient; of a row for all queries each rank has a summand.
+    if u == 1 and rows != 1:
+        return shard(made_whole(mask), moved(lq, len(shape) - 2))
+    own: Tensor = use(mask, region) if layout is None else gather(mask, layout, used=True)
+    if u > 1 and len(shape) >= 3 and shape[-3] != 1:
+        own = _ops.take.default(own, len(shape) - 3, region.rank % u, u)
+    if 1 < u < region.size and rows != 1:
+        places = (list(lq.lengths), list(lq.whole), u, region.rank, region.size, own.device)
+        own = own.index_select(len(shape) - 2, _ops.place_positions.default(*places))
+    return own

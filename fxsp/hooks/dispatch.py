@@ -6,7 +6,7 @@ is a :class:`SplitTensor`, so every torch function that gets one is seen, wherev
 its forward, by the recomputation of a checkpoint in the backward pass, on any thread, with nothing switched on or off
 anywhere.  Where hooks act while Dynamo traces (``fxsp.hooks.tracing`` says where), a :class:`SplitMode` around the
 hooked module does the same.  (A mode alone would not do: when a checkpoint recomputes a function that is no module,
-none is active.)  ``fxsp.hooks.rules`` says what each function does.
+none is active.)  ``fxsp.hooks.table`` says what each function does.
 
 In eager mode the shape that the model sees of a split tensor is the global one (``fxsp.hooks.sizes``), and what has no
 rule for split values, or would mix tokens, runs on the whole value, is recorded, and said once.  While Dynamo traces,
@@ -19,7 +19,6 @@ gradients of one process, whether by ``backward()`` or ``torch.autograd.grad``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -27,29 +26,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxsp.errors import ImplicitGatherWarning
-from fxsp.hooks.gradients import check_histories, check_history
-from fxsp.hooks.layout import Layout, global_size, layout_of, local_size
+from fxsp.hooks.gradients import check_history
+from fxsp.hooks.layout import Layout, global_size, is_constant, layout_of, mapped, means_local, meant_shape, split_in
 from fxsp.hooks.spelling import is_in_place, name_of
-from fxsp.hooks.where import caller, refuse
+from fxsp.hooks.where import note_gather, refuse
 from fxsp.kernels.ops import fxsp_ops as _ops
-from fxsp.report import GatherRecord
 from fxsp.torch_internals import plain_functions
 
-__all__ = [
-    "RULES",
-    "NeedsWhole",
-    "SplitMode",
-    "SplitTensor",
-    "gather",
-    "is_constant",
-    "mark",
-    "needs_whole",
-    "note_gather",
-    "on_whole",
-    "rule",
-    "shard",
-]
+__all__ = ["RULES", "Call", "Rule", "SplitMode", "SplitTensor", "gather", "handle", "mark", "needs_whole", "shard"]
 
 
 def mark(x: Tensor, layout: Layout) -> Tensor:
@@ -97,89 +81,108 @@ def _closed(x: Tensor, layout: Layout) -> Tensor:
     return x.flatten(layout.dim, layout.dim + 2)
 
 
-# --- every torch function on split tensors ----------------------------------------------------------------------------
+# --- one call of a torch function -------------------------------------------------------------------------------------
 
-#: ``rule(name, func, args, kwargs)`` calls ``func`` on local values and marks its results.
-Rule = Callable[[str, Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
+
+class Call:
+    """A torch function, by the name that a rule has, and its arguments, some of which are split."""
+
+    def __init__(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.name, self.func, self.args, self.kwargs = name, func, args, kwargs
+
+    @property
+    def x(self) -> Any:
+        """The first operand."""
+        return self.get(0, "input tensor tensors")
+
+    def get(self, index: int, names: str, default: Any = None) -> Any:
+        """An argument by position, or by any of its names."""
+        if index < len(self.args):
+            return self.args[index]
+        return next((self.kwargs[name] for name in names.split() if name in self.kwargs), default)
+
+    def dim(self, index: int, default: Any = None) -> Any:
+        """The argument ``dim``, counted from the front."""
+        return self.get(index, "dim axis", default) % self.x.dim()
+
+    @property
+    def values(self) -> list[Any]:
+        """All arguments."""
+        return [*self.args, *self.kwargs.values()]
+
+    def layout(self) -> Layout:
+        """The layout of the first operand, where the others may not be split."""
+        layout, split = layout_of(self.x), split_in(self.values)
+        if layout is None or len(split) > 1:
+            needs_whole(self.name, "has a split argument where a whole one is needed", layout_of(split[0]))
+        return layout
+
+    def run(self) -> Any:
+        """Call the function on local values."""
+        return self.func(*self.args, **self.kwargs)
+
+    def with_values(self, change: Callable[[Any], Any]) -> Any:
+        """Call it with all tensors among the arguments changed."""
+        args = [mapped(value, change) for value in self.args]
+        return self.func(*args, **{key: mapped(value, change) for key, value in self.kwargs.items()})
+
+    def as_meant(self) -> Any:
+        """A result of the sizes that the model knows; without values where these are not the local ones."""
+        if means_local(_layout(split_in(self.values)[0])):
+            return self.run()
+        return self.with_values(
+            lambda x: x if layout_of(x) is None else torch.empty(meant_shape(x), device="meta", dtype=x.dtype)
+        )
+
+    def on_whole(self, why: str, keep: Layout | None = None) -> Any:
+        """Call it on gathered values; results with a row for each token are split like ``keep`` again.
+
+        What it writes to its first argument is written to this rank's rows of it.
+        """
+        if self.name not in RULES and any(_layout(x).region.alone for x in split_in(self.values)):
+            refuse(self.name, why)
+        if self.kwargs.get("out") is not None:
+            refuse(self.name, "writes into an `out` argument")
+        gathered: list[Tensor] = []
+
+        def whole(x: Tensor) -> Tensor:
+            layout = layout_of(x)
+            if layout is not None:
+                note_gather(self.name, layout, x, why)
+                x = gather(x, layout, used=False)
+                gathered.append(x)
+            return x
+
+        target = layout_of(self.args[0]) if self.args else None
+        out = self.with_values(whole)
+        if target is not None and is_in_place(self.func):
+            with plain_functions():
+                self.args[0].copy_(shard(gathered[0], target))
+            return self.args[0] if out is gathered[0] else out
+        if self.name in _VIEWS and not torch.compiler.is_compiling():
+            mapped(out, _say_copied)
+        return out if keep is None else mapped(out, lambda x: _with_rows(x, keep))
+
+
+def _layout(x: Tensor) -> Layout:
+    layout = layout_of(x)
+    assert layout is not None
+    return layout
+
+
+def _with_rows(x: Tensor, layout: Layout) -> Tensor:
+    return shard(x, layout) if x.dim() > layout.dim and x.shape[layout.dim] == global_size(layout) else x
+
+
+#: ``rule(call)`` calls the function on local values and marks its results.
+Rule = Callable[[Call], Any]
 
 #: Name of a torch function, method or operator -> its rule.
 RULES: dict[str, Rule] = {}
 
 
-def rule(names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for functions, by their names separated by blanks."""
-
-    def register(run: Rule) -> Rule:
-        for name in names.split():
-            assert name not in RULES, f"two rules for {name}"
-            RULES[name] = run
-        return run
-
-    return register
-
-
-def any_split(values: Any) -> bool:
-    """Whether there is a split tensor among arguments, lists and tuples of them included."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if layout_of(value) is not None:
-                return True
-        elif isinstance(value, (list, tuple)) and any_split(value):
-            return True
-    return False
-
-
-#: What makes a tensor of one value: it has a row for each token, whichever tokens a rank has.
-_CONSTANT = frozenset({torch.ones, torch.zeros, torch.full, torch.empty})
-_KEEPS_CONSTANT = frozenset("to type bool float half bfloat16 int long cuda cpu contiguous clone detach".split())
-
-
-def is_constant(x: Any) -> bool:
-    """Whether a whole tensor has one value everywhere (known only where a :class:`SplitMode` saw how it was made)."""
-    return isinstance(x, Tensor) and getattr(x, "_fxsp_constant", False)
-
-
-def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call a torch function that may have split arguments."""
-    name = name_of(func)
-    compiling = torch.compiler.is_compiling()
-    if name == "unflatten" and compiling:
-        func = _unflatten
-    if not compiling and args and is_in_place(func):
-        _check_not_a_copy(name, args[0])
-    if not any_split(args) and not (kwargs and any_split(kwargs.values())):
-        out = func(*args, **kwargs)
-        if compiling and (func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0]))):
-            out._fxsp_constant = True
-        return out
-    if not compiling:
-        check_histories([*args, *kwargs.values()])
-    if name.startswith("fxsp::"):  # the backward pass of an operator of ours, on what it saved
-        return func(*args, **kwargs)
-    run = RULES.get(name)
-    if run is None and name.startswith("."):  # dtype, requires_grad, ...
-        out = func(*args, **kwargs)
-        return refuse(name, "is not known of split tokens") if isinstance(out, Tensor) else out
-    if compiling:
-        return refuse(name, "is not known to work on split tokens") if run is None else run(name, func, args, kwargs)
-    try:
-        if run is not None:
-            return run(name, func, args, kwargs)
-        why = "has no rule for split tokens"
-    except NeedsWhole as need:
-        why = need.why
-    return on_whole(name, func, args, kwargs, None, why)
-
-
-# --- on the whole value -----------------------------------------------------------------------------------------------
-
-
 class NeedsWhole(Exception):  # noqa: N818  (it is caught: what cannot be done on shards is done on the whole value)
     """A rule cannot follow the function on split tokens."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
-        self.why = why
 
 
 def needs_whole(name: str, why: str, layout: Layout | None = None) -> NoReturn:
@@ -199,65 +202,59 @@ _VIEWS = frozenset(
 )
 
 
-def on_whole(
-    name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], keep: Layout | None, why: str
-) -> Any:
-    """Call ``func`` on gathered values; results with a row for each token are split like ``keep`` again.
-
-    What ``func`` writes to its first argument is written to this rank's rows of it.
-    """
-    found = _layouts([*args, *kwargs.values()])
-    if any(layout.region.alone for layout in found) and name not in RULES:
-        refuse(name, why)
-    if kwargs.get("out") is not None:
-        refuse(name, "writes into an `out` argument")
-
-    def whole(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            items = [whole(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, slice):
-            return slice(whole(value.start), whole(value.stop), whole(value.step))
-        layout = layout_of(value)
-        if layout is None:
-            return value
-        note_gather(name, layout, value, why)
-        return gather(value, layout, used=False)
-
-    target = layout_of(args[0]) if args else None
-    new = [whole(value) for value in args]
-    out = func(*new, **{key: whole(value) for key, value in kwargs.items()})
-    if is_in_place(func) and target is not None:
-        with plain_functions():
-            args[0].copy_(shard(new[0], target))
-        return args[0] if out is new[0] else out
-    if name in _VIEWS and not torch.compiler.is_compiling():
-        for item in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(item, Tensor):
-                item._fxsp_copy = True  # type: ignore[attr-defined]
-                if item._base is not None:
-                    item._base._fxsp_copy = True  # type: ignore[attr-defined]
-    if keep is None:
-        return out
-    if isinstance(out, Tensor):
-        return shard(out, keep) if out.dim() > keep.dim and out.shape[keep.dim] == global_size(keep) else out
-    return type(out)([shard(item, keep) for item in out])
-
-
-def _layouts(values: Sequence[Any]) -> list[Layout]:
-    found: list[Layout] = []
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            found += _layouts(value)
-        elif (layout := layout_of(value)) is not None:
-            found.append(layout)
-    return found
+def _say_copied(x: Any) -> Any:
+    x._fxsp_copy = True
+    if x._base is not None:
+        x._base._fxsp_copy = True
+    return x
 
 
 def _check_not_a_copy(name: str, x: Any) -> None:
     """A write into what is a view on one process, and a gathered copy here, would be lost."""
     if isinstance(x, Tensor) and (hasattr(x, "_fxsp_copy") or hasattr(x._base, "_fxsp_copy")):
         refuse(name, "writes into a view of split tokens, of which hooks have a copy; write to the tensor itself")
+
+
+# --- every torch function on split tensors ----------------------------------------------------------------------------
+
+#: What makes a tensor of one value: it has a row for each token, whichever tokens a rank has.
+_CONSTANT = frozenset({torch.ones, torch.zeros, torch.full, torch.empty})
+_KEEPS_CONSTANT = frozenset("to type bool float half bfloat16 int long cuda cpu contiguous clone detach".split())
+
+
+def handle(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a torch function that may have split arguments."""
+    name = name_of(func)
+    compiling = torch.compiler.is_compiling()
+    if name == "unflatten" and compiling:
+        func = _unflatten
+    if not compiling and args and is_in_place(func):
+        _check_not_a_copy(name, args[0])
+    found = split_in(args) or (split_in(list(kwargs.values())) if kwargs else [])
+    if not found:
+        out = func(*args, **kwargs)
+        if compiling and (func in _CONSTANT or (name in _KEEPS_CONSTANT and args and is_constant(args[0]))):
+            out._fxsp_constant = True
+        return out
+    call = Call(name, func, args, kwargs)
+    if not compiling:
+        for x in split_in(call.values):
+            check_history(x)
+    if name.startswith("fxsp::"):  # the backward pass of an operator of ours, on what it saved
+        return call.run()
+    rule = RULES.get(name)
+    if rule is None and name.startswith("."):  # dtype, requires_grad, ...
+        out = call.run()
+        return refuse(name, "is not known of split tokens") if isinstance(out, Tensor) else out
+    if compiling:
+        return refuse(name, "is not known to work on split tokens") if rule is None else rule(call)
+    try:
+        if rule is not None:
+            return rule(call)
+        why = "has no rule for split tokens"
+    except NeedsWhole as need:
+        why = str(need)
+    return call.on_whole(why)
 
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -272,26 +269,30 @@ def _handle_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
 
 
 #: Compilers keep out: what is compiled for itself, inside of a model that runs eagerly, runs eagerly too.
-_handle_eager = torch.compiler.disable(_handle_plain)
+_handle_disabled = torch.compiler.disable(_handle_plain)
+
+
+def _handle_eager(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if func in _DIFFERENTIATE:
+        return _differentiate(func, args, kwargs)
+    return _handle_disabled(func, args, kwargs)
+
+
+_DIFFERENTIATE = (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 
 
 def _differentiate(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """``backward`` and ``grad``: what is recomputed on the way must be seen, so nothing may be switched off."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)([plain(item) for item in value])
-        return value.view_as(value) if layout_of(value) is not None else value
+    def plain(x: Tensor) -> Tensor:
+        return x if layout_of(x) is None else x.view_as(x)
 
-    wanted = kwargs.get("inputs", args[1] if func is torch.autograd.grad else None)
-    if any_split(wanted if isinstance(wanted, (list, tuple)) else [wanted]):
+    if split_in([kwargs.get("inputs", args[1] if func is torch.autograd.grad else None)]):
         refuse(func.__name__, "with respect to a split value is local")
     with plain_functions(), torch.enable_grad():  # a checkpoint calls `backward` inside of a backward pass
-        args, kwargs = [plain(value) for value in args], {key: plain(value) for key, value in kwargs.items()}
+        args = [mapped(value, plain) for value in args]
+        kwargs = {key: mapped(value, plain) for key, value in kwargs.items()}
     return func(*args, **kwargs)
-
-
-_DIFFERENTIATE = (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 
 
 class SplitTensor(Tensor):
@@ -301,8 +302,6 @@ class SplitTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _DIFFERENTIATE:
-            return _differentiate(func, args, kwargs or {})
         return _handle_eager(func, args, kwargs or {})
 
 
@@ -325,25 +324,5 @@ class SplitMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if torch.compiler.is_compiling() and not self.real:
-            return _handle_plain(func, args, kwargs or {})
-        if func in _DIFFERENTIATE:
-            return _differentiate(func, args, kwargs or {})
-        return _handle_eager(func, args, kwargs or {})
-
-
-# --- what is reported -------------------------------------------------------------------------------------------------
-
-
-def note_gather(name: str, layout: Layout, x: Tensor, why: str) -> None:
-    """Record, and say once, that a function works on the whole value."""
-    if torch.compiler.is_compiling():
-        return
-    region = layout.region
-    module, source = caller()
-    size = x.numel() // max(local_size(layout), 1) * global_size(layout) * x.element_size()
-    record = GatherRecord(name, module, source, why, size)
-    region.report.implicit_gathers.append(record)
-    if name not in region.warned:
-        region.warned.add(name)
-        warnings.warn(ImplicitGatherWarning(f"hooks: gathered for {record}"), stacklevel=2)
+        traced = torch.compiler.is_compiling() and not self.real
+        return (_handle_plain if traced else _handle_eager)(func, args, kwargs or {})

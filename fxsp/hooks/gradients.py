@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import Layout, layout_of
+from fxsp.hooks.layout import Layout
 from fxsp.hooks.region import Region
 from fxsp.hooks.where import refuse
 from fxsp.kernels.ops import as_view
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.torch_internals import custom_function
 
-__all__ = ["check_histories", "check_history", "leave", "use"]
+__all__ = ["check_history", "leave", "use"]
 
 
 def check_history(x: Tensor) -> None:
     """Refuse what a custom ``autograd.Function`` made of split values: its backward would get this rank's rows, of
     which nothing tells it that they are not all tokens."""
-    made_by = custom_function(x)
+    made_by = custom_function(x.grad_fn)
     if made_by:
         refuse(made_by, "is an autograd.Function whose backward cannot tell this rank's tokens from all of them")
-
-
-def check_histories(values: Sequence[Any]) -> None:
-    """:func:`check_history` of all split tensors among arguments."""
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            check_histories(value)
-        elif layout_of(value) is not None:
-            check_history(value)
 
 
 def leave(x: Tensor, layout: Layout) -> Tensor:

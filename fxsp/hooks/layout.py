@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxsp.hooks.region import Region
-from fxsp.kernels.tokens import local_length
+from fxsp.kernels.tokens import Part, placed
 
-__all__ = ["Layout", "global_size", "layout_of", "local_size", "means_local", "moved", "same_tokens", "segments"]
+__all__ = ["Layout", "global_size", "layout_of", "local_size", "means_local", "meant_shape", "moved", "same_tokens"]
+__all__ += ["is_constant", "mapped", "segments", "split_in"]
 
 
 class Layout(NamedTuple):
@@ -33,19 +35,43 @@ def layout_of(value: Any) -> Layout | None:
     return getattr(value, "_fxsp_layout", None) if isinstance(value, Tensor) else None
 
 
-def segments(layout: Layout) -> list[tuple[int, int, int, bool]]:
-    """Of each segment: where its local rows begin and how many there are, its global length, whether it is whole."""
-    result, start = [], 0
-    for n, whole in zip(layout.lengths, layout.whole, strict=True):
-        rows = local_length(n, whole, layout.region.size)
-        result.append((start, rows, n, whole))
-        start = start + rows
-    return result
+def split_in(values: Iterable[Any]) -> list[Tensor]:
+    """The split tensors among arguments, lists and tuples of them included."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            found += split_in(value)
+        elif layout_of(value) is not None:
+            found.append(value)
+    return found
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An argument or result with its tensors changed: those in lists, tuples and slices, too."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, slice):
+        return slice(mapped(value.start, change), mapped(value.stop, change), mapped(value.step, change))
+    return value
+
+
+def is_constant(x: Any) -> bool:
+    """Whether a whole tensor has one value everywhere (known only where a ``SplitMode`` saw how it was made)."""
+    return isinstance(x, Tensor) and getattr(x, "_fxsp_constant", False)
+
+
+def segments(layout: Layout) -> list[Part]:
+    """The segments of its sequence, and where their rows lie on each rank."""
+    return placed(layout.lengths, layout.whole, layout.region.size)
 
 
 def local_size(layout: Layout) -> int:
     """Size of dimension ``dim`` on each rank, pads included."""
-    return sum(rows for _, rows, *_ in segments(layout)) * layout.outer * layout.inner
+    rows: int = sum(part.rows for part in segments(layout))
+    return rows * layout.outer * layout.inner
 
 
 def global_size(layout: Layout) -> int:
@@ -56,6 +82,14 @@ def global_size(layout: Layout) -> int:
 def means_local(layout: Layout) -> bool:
     """Whether a number that the model computed from a shape is a local one (else it is that of one process)."""
     return bool(torch.compiler.is_compiling() or layout.region.alone)
+
+
+def meant_shape(x: Tensor) -> list[int]:
+    """The sizes of a tensor, split or whole, as the model knows them."""
+    sizes, layout = list(x.shape), layout_of(x)
+    if layout is not None and not means_local(layout):
+        sizes[layout.dim] = global_size(layout)
+    return sizes
 
 
 def moved(layout: Layout, dim: int) -> Layout:

@@ -17,13 +17,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-import fxsp.hooks.attention
-import fxsp.hooks.rules_index
-import fxsp.hooks.rules_mix  # noqa: F401  (each registers its rules)
 from fxsp.capture.resolve import forward_signature, resolve_plan, unwrap
 from fxsp.config import Options
 from fxsp.errors import PlanError
 from fxsp.hooks.base import HookRegistry
+from fxsp.hooks.dispatch import RULES
 from fxsp.hooks.region import Region
 from fxsp.hooks.split import (
     SequenceParallelGatherHook,
@@ -31,6 +29,7 @@ from fxsp.hooks.split import (
     SequenceParallelSplitHook,
     needs_lengths,
 )
+from fxsp.hooks.table import TABLE
 from fxsp.hooks.tracing import ROOT, attached_names, hook_name
 from fxsp.hooks.values import ModuleForwardMetadata
 from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, find_plan, parse_plan
@@ -46,6 +45,8 @@ __all__ = [
     "remove_sequence_parallel",
     "report_of",
 ]
+
+RULES.update(TABLE)
 
 
 def apply_sequence_parallel(

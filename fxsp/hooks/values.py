@@ -68,7 +68,7 @@ def token_count(value: Any) -> Any:
 
 
 def made_whole(output: Any) -> Any:
-    """What a module returned, with everything in it that is split gathered."""
+    """A value, or what a module returned, with everything in it that is split gathered."""
     if isinstance(output, Tensor):
         layout = layout_of(output)
         return output if layout is None else gather(output, layout, used=False)

@@ -1,17 +1,20 @@
-"""Where in the user's code a torch function was called, for reports; and the error that says it."""
+"""Where in the user's code a torch function was called: what is reported, and the error that says it."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fxsp.errors import UnsupportedError
+from fxsp.errors import ImplicitGatherWarning, UnsupportedError
+from fxsp.hooks.layout import Layout, global_size, local_size
+from fxsp.report import GatherRecord
 
-__all__ = ["caller", "refuse"]
+__all__ = ["caller", "note_gather", "refuse"]
 
 _OURS = str(Path(__file__).resolve().parent.parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -42,3 +45,17 @@ def refuse(name: str, problem: str) -> NoReturn:
         f"hooks: `{name}`{where} {problem}.  A module between split and gather runs on this rank's tokens. Gather "
         'before it (SequenceParallelOutput), or use torch.compile(model, backend="sp"), which sees the whole program.'
     )
+
+
+def note_gather(name: str, layout: Layout, x: Tensor, why: str) -> None:
+    """Record, and say once, that a function works on the whole value."""
+    if torch.compiler.is_compiling():
+        return
+    region = layout.region
+    module, source = caller()
+    size = x.numel() // max(local_size(layout), 1) * global_size(layout) * x.element_size()
+    record = GatherRecord(name, module, source, why, size)
+    region.report.implicit_gathers.append(record)
+    if name not in region.warned:
+        region.warned.add(name)
+        warnings.warn(ImplicitGatherWarning(f"hooks: gathered for {record}"), stacklevel=2)

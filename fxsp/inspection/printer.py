@@ -20,11 +20,7 @@ from typing import Any
 import torch
 
 from fxsp import torch_internals
-from fxsp.inspection.wire import (
-    bytes_sent,
-    format_bytes,
-    length_of,
-)
+from fxsp.inspection.wire import bytes_sent, format_bytes, length_of
 from fxsp.kernels.ops import op_of
 from fxsp.passes.graph import Call, facts, value_of
 from fxsp.source import module_path
@@ -93,36 +89,24 @@ def format_graph(gm: torch.fx.GraphModule, ranks: Ranks) -> str:
 def format_rows(lines: Sequence[Row], ranks: Ranks) -> str:
     """The text of :func:`format_graph` from its lines."""
     sent = [row.sent for row in lines if row.sent is not None]
-    cells: list[tuple[str, ...]] = [
-        (
-            MARKER if row.sent is not None else "",
-            row.name,
-            row.type,
-            row.value,
-            row.op,
-            "" if row.sent is None else format_bytes(row.sent),
-            row.module,
-        )
-        for row in lines
-    ]
     values = sum(1 for row in lines if row.op != "input" and not row.op.startswith(("return ", "constant ")))
     total = as_length(sum(sent, start=0))
     head = f"P={ranks.size}, {_count(values, 'value')}, "
     head += f"{_count(len(sent), 'collective')}" + (f" sends {format_bytes(total)} per rank" if sent else "")
-    return "\n".join([head.replace("collectives sends", "collectives send"), *_aligned(cells)])
+    return "\n".join([head.replace("collectives sends", "collectives send"), *_aligned(lines)])
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> Iterable[str]:
+def _aligned(lines: Sequence[Row]) -> Iterable[str]:
     """Columns of equal width; a very wide operator does not push the columns of all other lines."""
-    widths = [max((len(line[i]) for line in lines), default=0) for i in range(4)]
-    op_width = min(max((len(line[4]) for line in lines), default=0), 72)
-    byte_width = max((len(line[5]) for line in lines), default=0)
-    for marker, name, type_, value, op, traffic, module in lines:
-        cells = [f"{marker:1}", f"{name:{widths[1]}}", f"{type_:{widths[2]}}", f"{value:{widths[3]}}"]
-        text = "  ".join([f"{cells[0]} {cells[1]}", *cells[2:], f"{op:{op_width}}"])
-        if byte_width:
-            text += f"  {traffic:>{byte_width}}"
-        yield (f"{text}  | {module}" if module else text).rstrip()
+    traffic = ["" if row.sent is None else format_bytes(row.sent) for row in lines]
+    name, type_, value, op = (
+        max((len(getattr(row, column)) for row in lines), default=0) for column in ("name", "type", "value", "op")
+    )
+    width = max(map(len, traffic), default=0)
+    for row, sent in zip(lines, traffic, strict=True):
+        text = f"{MARKER if sent else '':1} {row.name:{name}}  {row.type:{type_}}  {row.value:{value}}"
+        text += f"  {row.op:{min(op, 72)}}" + (f"  {sent:>{width}}" if width else "")
+        yield (f"{text}  | {row.module}" if row.module else text).rstrip()
 
 
 def _count(n: int, noun: str) -> str:

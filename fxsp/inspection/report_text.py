@@ -12,19 +12,7 @@ from fxsp.inspection.wire import format_bytes
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import as_length
 
-__all__ = [
-    "Figures",
-    "Section",
-    "attention_lines",
-    "format_report",
-    "gather_lines",
-    "memory_text",
-    "output_lines",
-    "places_text",
-    "plan_lines",
-    "report_lines",
-    "sections",
-]
+__all__ = ["Figures", "Section", "attention_lines", "format_report", "report_lines", "sections"]
 
 #: Lines of one section; what is longer is cut, and says so.
 _LIMIT = 12
@@ -130,13 +118,13 @@ def _groups(records: Iterable[tuple[_K, _T]]) -> Iterator[tuple[_K, list[_T]]]:
 
 def plan_lines(records: list[PlanRecord]) -> Iterator[str]:
     """Entries of a plan, alike ones on one line."""
-    applied = [record for record in records if record.applied]
-    for (entry, detail), group in _groups(((_pattern(r.entry), r.detail), r) for r in applied):
+    keyed = [((not r.applied, _pattern(r.entry), r.detail), r) for r in records]
+    for (missed, entry, detail), group in _groups(sorted(keyed, key=lambda row: row[0][0])):
         times = f" ({len(group)} times)" if len(group) > 1 else ""
-        yield f"applied      {entry}{times}" + (f"  {detail}" if detail else "")
-    for (entry, detail), group in _groups(((_pattern(r.entry), r.detail), r) for r in records if not r.applied):
-        times = f" ({len(group)} times)" if len(group) > 1 else ""
-        yield f"not applied  {entry}{times}: {detail or 'no reason recorded'}"
+        if missed:
+            yield f"not applied  {entry}{times}: {detail or 'no reason recorded'}"
+        else:
+            yield f"applied      {entry}{times}" + (f"  {detail}" if detail else "")
 
 
 def attention_lines(records: list[AttentionRecord], formulas: Sequence[str] = ()) -> Iterator[str]:

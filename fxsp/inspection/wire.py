@@ -11,12 +11,7 @@ from fxsp.kernels.ops import op_of
 from fxsp.passes.graph import facts, value_of
 from fxsp.types import Length, Ranks, as_length, shape_on_rank
 
-__all__ = [
-    "bytes_sent",
-    "format_bytes",
-    "length_of",
-    "local_shape",
-]
+__all__ = ["bytes_sent", "format_bytes", "length_of", "local_shape"]
 
 
 def local_shape(node: torch.fx.Node, ranks: Ranks) -> tuple[Length, ...] | None:

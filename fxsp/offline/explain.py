@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fxsp.cost.formula import Sent
 from fxsp.cost.metrics import Measures, measure
 from fxsp.errors import OptionError
 from fxsp.inspection.diff import diff_stages
@@ -24,7 +23,7 @@ from fxsp.offline.render.data import as_data
 from fxsp.offline.render.text import one_screen
 from fxsp.passes.pipeline import STAGES, stage_named
 from fxsp.plan import did_you_mean, listing
-from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord
+from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, totals
 from fxsp.types import Ranks
 
 __all__ = ["Explanation", "explain"]
@@ -40,6 +39,10 @@ class Explanation:
     #: One for each graph; None for a graph that stays whole.
     measures: list[Measures | None]
     seconds: float = 0.0
+
+    @property
+    def _measured(self) -> list[Measures]:
+        return [m for m in self.measures if m is not None]
 
     @property
     def plan(self) -> list[PlanRecord]:
@@ -62,13 +65,12 @@ class Explanation:
     @property
     def flops_total(self) -> int:
         """Operations of one forward pass on one device (the graphs that are split)."""
-        return sum(m.flops_total for m in self.measures if m is not None)
+        return sum(m.flops_total for m in self._measured)
 
     @property
     def flops_per_rank(self) -> list[int]:
         """Operations of each rank, pads and repeated work included."""
-        found = [m.flops_per_rank for m in self.measures if m is not None]
-        return [sum(ranks) for ranks in zip(*found, strict=True)] if found else []
+        return [sum(ranks) for ranks in zip(*(m.flops_per_rank for m in self._measured), strict=True)]
 
     @property
     def backward_collectives(self) -> list[CollectiveRecord]:
@@ -78,7 +80,7 @@ class Explanation:
     @property
     def communication_forward(self) -> dict[str, tuple[int, int]]:
         """Kind of collective -> how many, and the bytes that each rank sends in all of them, in a forward pass."""
-        return _totals(sent for m in self.measures if m is not None for sent in m.forward)
+        return totals((sent.record.kind, sent.bytes) for m in self._measured for sent in m.forward)
 
     @property
     def communication_backward(self) -> dict[str, tuple[int, int]]:
@@ -86,13 +88,13 @@ class Explanation:
 
         Gradients of parameters are counted one by one; they travel in buckets, in fewer messages.
         """
-        return _totals(sent for m in self.measures if m is not None for sent in m.backward)
+        return totals((sent.record.kind, sent.bytes) for m in self._measured for sent in m.backward)
 
     @property
     def communication(self) -> dict[str, tuple[int, int]]:
         """Forward and, in training, backward: all that a call, and a step, sends."""
-        measures = [m for m in self.measures if m is not None]
-        return _totals([sent for m in measures for sent in m.forward] + [sent for m in measures for sent in m.backward])
+        ways = [m.forward for m in self._measured] + [m.backward for m in self._measured]
+        return totals((sent.record.kind, sent.bytes) for way in ways for sent in way)
 
     @property
     def stages(self) -> list[str]:
@@ -183,11 +185,3 @@ def explain(
 def _name(model: Any) -> str:
     inner = getattr(model, "_orig_mod", model)
     return getattr(inner, "__qualname__", None) or type(inner).__name__
-
-
-def _totals(collectives: Iterable[Sent]) -> dict[str, tuple[int, int]]:
-    totals: dict[str, tuple[int, int]] = {}
-    for sent in collectives:
-        number, size = totals.get(sent.record.kind, (0, 0))
-        totals[sent.record.kind] = number + 1, size + sent.bytes
-    return totals

@@ -18,9 +18,10 @@ from fxsp.offline.partition import OfflineResult, partition_offline
 from fxsp.offline.progress import check_size, told
 from fxsp.passes.base import Program
 from fxsp.report import Report
-from fxsp.simulation.compare import Ran, accepted, copy_of, differences, run_once, same_random_numbers
+from fxsp.simulation.compare import Ran, accepted, differences, run_once, same_random_numbers
 from fxsp.simulation.divergence import first_difference
-from fxsp.simulation.machine import joint_graph, run, simulate
+from fxsp.simulation.joint import joint_graph
+from fxsp.simulation.machine import run, simulate
 
 __all__ = ["Evidence", "GraphEvidence", "verify"]
 
@@ -146,19 +147,17 @@ def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphE
         kinds[difference.kind].append(difference.error)
         evidence.names.append(difference.what)
     if not evidence.ok:
-        leaves = [copy_of(x, True) for x in inputs]
         seeds, deferred = (wanted.seeds if gradients else None), program.options.deferred
-        first = first_difference(program.gm, program.whole, size, leaves, seeds, evidence.tolerance, deferred)
+        first = first_difference(program.gm, program.whole, size, inputs, seeds, evidence.tolerance, deferred)
         evidence.first_difference = first or "no value inside differs, and no gradient of one"
     return evidence
 
 
 def _simulated(program: Program, size: int, inputs: Sequence[Any], wanted: Ran, gradients: bool) -> list[Ran]:
     """What each rank gives for copies of the inputs: of what ``wanted`` has, all."""
-    leaves = [copy_of(x, True) for x in inputs]
-    graph = joint_graph(program.gm, leaves, wanted.seeds) if gradients else program.gm
+    graph = joint_graph(program.gm, inputs, wanted.seeds) if gradients else program.gm
     with same_random_numbers():
-        ranks = simulate(graph, size, [*leaves, *wanted.seeds])
+        ranks = simulate(graph, size, [*inputs, *wanted.seeds])
     count = len(wanted.seeds) if gradients else len(ranks[0])
     found = [dict(zip(wanted.gradients, rank[count:], strict=True)) for rank in ranks]
     if program.options.deferred:  # those of parameters are left as summands
@@ -169,7 +168,7 @@ def _simulated(program: Program, size: int, inputs: Sequence[Any], wanted: Ran, 
     left: Sequence[Sequence[Any]] = [()] * size
     if any(wanted.written):
         with same_random_numbers():
-            left = run(program.gm, size, leaves).inputs
+            left = run(program.gm, size, inputs).inputs
     return [
         Ran([x for x in rank[:count] if isinstance(x, Tensor)], after, gradients=grads)
         for rank, after, grads in zip(ranks, left, found, strict=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fxsp.kernels.op import same_memory
+from fxsp.simulation.joint import differentiate
 from fxsp.torch_internals import is_wrapper_subclass, storage_key, version
 
 __all__ = [
@@ -110,13 +111,8 @@ def run_once(function: Callable[..., Any], args: Sequence[Any], *, gradients: bo
         ran = Ran([x.detach() for x in flat if isinstance(x, Tensor)], values, written)
         if gradients:
             ran.seeds = random_seeds(flat)
-            pairs = [(x, s) for x, s in zip(flat, ran.seeds, strict=True) if s is not None]
             wanted = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
-            ran.gradients = dict.fromkeys(wanted)
-            if pairs and wanted:
-                outputs, given = zip(*pairs, strict=True)
-                found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
-                ran.gradients = dict(zip(wanted, found, strict=True))
+            ran.gradients = dict(zip(wanted, differentiate(flat, ran.seeds, list(wanted.values())), strict=True))
     return ran
 
 

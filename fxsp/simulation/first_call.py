@@ -92,10 +92,8 @@ class Trial:
         return texts
 
     def _diagnosis(self, args: Sequence[Any], wanted: Ran) -> str:
-        inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
-        seeds = wanted.seeds or None
-        tolerance = accepted(*args)
-        found = first_difference(self.local, self.typed, self.ranks.size, inputs, seeds, tolerance, self.defer)
+        size, seeds = self.ranks.size, wanted.seeds or None
+        found = first_difference(self.local, self.typed, size, args, seeds, accepted(*args), self.defer)
         if found:
             return f"the first that differs, on simulated ranks: {found}"
         return (

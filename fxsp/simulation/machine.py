@@ -21,22 +21,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxsp import torch_internals
-from fxsp.errors import UnsupportedError
+from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.families import family
-from fxsp.simulation.joint import joint_graph
-from fxsp.simulation.placement import assemble, check_replicated
 from fxsp.simulation.reference import table as oracle
+from fxsp.simulation.reference.lanes import pieces, total
+from fxsp.types import Partial, Shard, Type
 
-__all__ = [
-    "Simulation",
-    "assemble",
-    "check_replicated",
-    "joint_graph",
-    "run",
-    "simulate",
-    "simulate_with_grads",
-]
+__all__ = ["Simulation", "assemble", "check_replicated", "run", "simulate"]
 
 #: One value on all ranks.
 Lanes = list[Any]
@@ -281,23 +273,66 @@ def _is_random(function: Any) -> bool:
     return torch_internals.is_operator(function) and torch.Tag.nondeterministic_seeded in function.tags
 
 
-def simulate_with_grads(
-    gm: torch.fx.GraphModule,
-    size: int,
-    inputs: Sequence[Any],
-    grad_outputs: Sequence[torch.Tensor | None] | None = None,
-) -> tuple[list[list[Any]], list[list[torch.Tensor]]]:
-    """Forward and backward of every rank: ``(outputs[rank], input_grads[rank])``.
+# --- one value on all ranks -------------------------------------------------------------------------------------------
 
-    ``grad_outputs`` are the global gradients of the flattened outputs (ones if None; None for one that has no
-    gradient), the same on every rank, as the gradient of a whole value is.  ``input_grads`` has one tensor for each
-    input that requires grad, in order.  To call it repeatedly for one graph, keep :func:`joint_graph` and
-    :func:`simulate` that.
+
+def check_replicated(outputs: Sequence[Sequence[Any]], *, rtol: float = 1e-9, atol: float = 1e-12) -> list[Any]:
+    """Rank 0's outputs, after a check that every rank has the same ones.
+
+    Whole values are bitwise equal, unless ranks add summands in different orders; hence the tiny tolerance, relative
+    to the largest element.  Raises ``VerificationError`` that names the output and the rank.
     """
-    outputs = simulate(gm, size, inputs)
-    if grad_outputs is None:
-        grad_outputs = [torch.ones_like(x) if isinstance(x, torch.Tensor) else None for x in outputs[0]]
-    joint = joint_graph(gm, inputs, grad_outputs)
-    results = simulate(joint, size, [*inputs, *grad_outputs])
-    count = len(outputs[0])
-    return [r[:count] for r in results], [r[count:] for r in results]
+    for rank, other in enumerate(outputs):
+        if len(other) != len(outputs[0]):
+            raise VerificationError(f"rank {rank} has {len(other)} outputs, rank 0 has {len(outputs[0])}")
+        for i, (a, b) in enumerate(zip(outputs[0], other, strict=True)):
+            problem = _difference(a, b, rtol, atol)
+            if problem:
+                raise VerificationError(f"output {i} of rank {rank} is not that of rank 0: {problem}")
+    return list(outputs[0])
+
+
+def _difference(a: Any, b: Any, rtol: float, atol: float) -> str:
+    """What distinguishes two values, or ``""``."""
+    if a is b:
+        return ""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return "" if a == b else f"{b!r} instead of {a!r}"
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
+    if torch.equal(a, b):
+        return ""
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        return f"{int((a != b).sum())} of {a.numel()} elements differ"
+    if not torch.equal(a.isnan(), b.isnan()):
+        return f"{int((a.isnan() != b.isnan()).sum())} of {a.numel()} elements are NaN in one of them only"
+    tolerance = max(rtol, 8 * torch.finfo(a.dtype).eps)
+    a, b = a.nan_to_num(), b.nan_to_num()
+    error, scale = float((a - b).abs().max()), float(a.abs().max())
+    return "" if error <= atol + tolerance * scale else f"largest difference {error:.3g}, largest element {scale:.3g}"
+
+
+def assemble(type_: Type, lanes: Sequence[torch.Tensor], whole: torch.Tensor | None = None) -> torch.Tensor:
+    """The global value of which ``lanes`` (one tensor per rank) are the local ones, by its sharding type.
+
+    ``R`` and ``U``: rank 0's (see :func:`check_replicated` for a check); ``P``: the sum; ``S``: the shards without
+    their pads, a whole segment from the local value ``whole``, else from rank 0.
+    """
+    if isinstance(type_, Partial):
+        return total(lanes)
+    if not isinstance(type_, Shard):
+        return lanes[0]
+    tokens, dim, size = type_.sequence, type_.dim, len(lanes)
+    apart = int(type_.outer), int(tokens.local_length(size))  # [outer * sequence] as two dimensions
+    rows = [lane.unflatten(dim, apart) for lane in lanes]
+    everywhere = rows[0] if whole is None else whole.unflatten(dim, apart)
+    lengths, units = (list(map(int, n)) for n in (tokens.lengths, tokens.units))
+    parts = []
+    for piece in pieces(lengths, tokens.whole, size, tokens.head_tail, units):
+        if piece.whole:
+            parts.append(everywhere.narrow(dim + 1, piece.local_start, piece.length))
+            continue
+        found = torch.cat([lane.narrow(dim + 1, piece.local_start, piece.local_length) for lane in rows], dim + 1)
+        order = torch.cat([piece.rows(rank) for rank in range(size)]).argsort()[: piece.length]
+        parts.append(found.index_select(dim + 1, order.to(found.device)))
+    return torch.cat(parts, dim + 1).flatten(dim, dim + 1)

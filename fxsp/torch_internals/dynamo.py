@@ -158,23 +158,28 @@ class Translation:
 
     def returned(self, gm: torch.fx.GraphModule) -> Any:
         """What the frame returns, as :func:`read_value` gives it; Opaque if the graph ends in a graph break."""
+        result = self._result(gm)
+        if result is None:
+            return Opaque("the graph ends in a graph break, before the module returns")
+        return finish_value(read_value(result), self.tracer())
+
+    def _result(self, gm: torch.fx.GraphModule) -> Any:
+        """The Dynamo variable that the frame returns; None if the graph ends in a graph break."""
         reason = getattr(getattr(gm, "compile_subgraph_reason", None), "reason", "")
         stack = self._output.root_tx.stack
-        if reason != "return_value" or not stack:
-            return Opaque("the graph ends in a graph break, before the module returns")
-        return finish_value(read_value(stack[-1]), self.tracer())
+        return stack[-1] if reason == "return_value" and stack else None
 
     def output_names(self, gm: torch.fx.GraphModule) -> list[str]:
         """What the frame's code calls each output of ``gm``, ``"logits"`` or ``"cache.layers[0].keys"``, by position.
 
         ``""`` for one that is not found; nothing at all where the graph ends in a graph break.
         """
-        reason = getattr(getattr(gm, "compile_subgraph_reason", None), "reason", "")
-        if reason != "return_value" or not self._output.root_tx.stack:
+        result = self._result(gm)
+        if result is None:
             return []
         stored = getattr(self._output.side_effects, "store_attr_mutations", {})
         names: dict[torch.fx.Node, str] = {}
-        _name_values(self._output.root_tx.stack[-1], "", stored, names, set())
+        _name_values(result, "", stored, names, set())
         for item, attributes in list(stored.items()):  # what is kept in an object that the caller has
             if base := _source_name(item):
                 for name, value in attributes.items():

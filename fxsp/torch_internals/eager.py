@@ -37,14 +37,9 @@ def only_inlined(function: _F) -> _F:
     return function
 
 
-def custom_function(x: torch.Tensor) -> str:
-    """The name of the custom ``autograd.Function`` that a tensor came out of; nothing for those of torch (checkpoints)
-    and ours, and for any other tensor."""
-    return custom_function_of(x.grad_fn)
-
-
-def custom_function_of(node: Any) -> str:
-    """The name of the custom ``autograd.Function`` that a node of the autograd graph is, as :func:`custom_function`."""
+def custom_function(node: Any) -> str:
+    """The name of the custom ``autograd.Function`` that a node of the autograd graph is; nothing for those of torch
+    (checkpoints) and ours, and for any other node."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return ""
     function: Any = type(node)._forward_cls  # type: ignore[attr-defined]

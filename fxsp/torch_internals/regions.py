@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -94,22 +95,13 @@ def is_functorch(target: Any) -> bool:
     return module.startswith(("torch._functorch", "torch._C._functorch"))
 
 
-#: name of a function that opens or closes a level of a functorch transform -> change of depth
-_FUNCTORCH_LEVELS = {
-    "_vmap_increment_nesting": 1,
-    "_vmap_decrement_nesting": -1,
-    "_grad_increment_nesting": 1,
-    "_grad_decrement_nesting": -1,
-    "_jvp_increment_nesting": 1,
-    "_jvp_decrement_nesting": -1,
-    "_func_increment_nesting": 1,
-    "_func_decrement_nesting": -1,
-}
+_LEVEL = re.compile(r"_(?:vmap|grad|jvp|func)_(in|de)crement_nesting")
 
 
 def functorch_depth_change(target: Any) -> int:
     """+1 for a call that opens a level of a functorch transform, -1 for one that closes it, else 0."""
-    return _FUNCTORCH_LEVELS.get(getattr(target, "__name__", ""), 0) if is_functorch(target) else 0
+    level = _LEVEL.fullmatch(getattr(target, "__name__", "")) if is_functorch(target) else None
+    return 0 if level is None else 1 if level[1] == "in" else -1
 
 
 def is_functorch_gradient(target: Any) -> bool:

@@ -116,12 +116,10 @@ def plain_tensors(value: Any) -> list[torch.Tensor] | None:
 
     None if there are none to read on this rank alone: it is no tensor, or a fake, or a part of a distributed one.
     """
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
     if not isinstance(value, torch.Tensor) or hasattr(value, "placements") or fake_mode_of(value) is not None:
         return None
-    if is_traceable_wrapper_subclass(value):
-        names, _ = value.__tensor_flatten__()
+    if is_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = [plain_tensors(getattr(value, name)) for name in names]
         return None if None in parts else [tensor for part in parts for tensor in part or ()]
     if value.device.type == "meta" or value.layout != torch.strided:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsp.kernels.op import Local, Sent
 from fxsp.kernels.ops import op_of
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, facts, global_value, reachable, value_of
 from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.verify import infer_local
@@ -37,11 +37,8 @@ __all__ = ["Backward", "backward_collectives"]
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Backward:
+class Backward(Pass):
     """After this pass the report says what gradients will send."""
-
-    name: str = "backward"
 
     def apply(self, program: Program) -> Program:
         program.report.backward.extend(backward_collectives(program))

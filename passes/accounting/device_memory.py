@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.fx import Node
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.accounting.memory_traffic import attended, attention_output, costs, is_attention
 from fxsp.passes.accounting.prologue import producers_of
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import facts, global_value
 from fxsp.report import AttentionRecord, Memory, Move
 from fxsp.torch_internals import is_operator, schema
@@ -35,11 +35,8 @@ aten = torch.ops.aten
 _PACK = fxsp_ops.pack_heads.default
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
+class DeviceMemory(Pass):
     """After this pass the report says what each attention moves, and packs are spelled for who will write them."""
-
-    name: str = "device_memory"
 
     def apply(self, program: Program) -> Program:
         groups: dict[AttentionRecord, list[Node]] = {}

@@ -43,7 +43,7 @@ from fxsp.passes.annotate.dynamo_graph import (
     place_after,
     written_by,
 )
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
 from fxsp.report import PlanRecord, Report
@@ -53,11 +53,8 @@ from fxsp.types import Ranks, as_length, quotient
 __all__ = ["Annotate", "annotate", "remove_annotations", "say_own_plan"]
 
 
-@dataclass(frozen=True)
-class Annotate:
+class Annotate(Pass):
     """After this pass the plan is in the graph."""
-
-    name: str = "annotate"
 
     def apply(self, program: Program) -> Program:
         captured = program.captured

@@ -17,7 +17,7 @@ Afterwards a graph that the plan does not split is split like those before it; t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from fxsp.capture.resolve import ResolvedEntry, resolve_plan
 from fxsp.errors import RunsWhole
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.annotate.dynamo_graph import written_by
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelInput
 from fxsp.process_groups import missing_group
@@ -41,11 +41,8 @@ __all__ = ["Carry", "carry"]
 EMPTY_PLAN = "the plan is empty: it names no module and no value"
 
 
-@dataclass(frozen=True)
-class Carry:
+class Carry(Pass):
     """After this pass something is split: by the plan, or because it was before."""
-
-    name: str = "carry"
 
     def apply(self, program: Program) -> Program:
         captured, report = program.captured, program.report

@@ -7,10 +7,10 @@ whole passes the split on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fxsp.errors import RunsWhole
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import facts
 from fxsp.passes.work import has_work
 from fxsp.types import Replicate
@@ -18,11 +18,8 @@ from fxsp.types import Replicate
 __all__ = ["Worthwhile"]
 
 
-@dataclass(frozen=True)
-class Worthwhile:
+class Worthwhile(Pass):
     """After this pass a graph with carried splits multiplies matrices on shards."""
-
-    name: str = "worthwhile"
 
     def apply(self, program: Program) -> Program:
         carried = program.carried

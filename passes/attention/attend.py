@@ -15,10 +15,10 @@ from fxsp.passes.attention.operators import BANDED, SDPA
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.attention.repeat_kv import repeat_heads, repeated_heads
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import facts, mark, type_of
-from fxsp.types import Length, Sequence, Shard, as_length
+from fxsp.passes.graph import facts, mark, shape_of, type_of
+from fxsp.types import Length, Sequence, Shard
 
-__all__ = ["Attend", "global_shape"]
+__all__ = ["Attend"]
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ class Attend:
         self.window = self.args.get("window") if self.op.op is BANDED else None
         value = facts(node).whole
         #: Of the output, global and heads first.
-        self.shape = list(self.op.laid(tuple(as_length(n) for n in value.shape)))
+        self.shape = list(self.op.laid(shape_of(node)))
         self.device, self.itemsize = value.device, value.element_size()
         #: How often the kernel reads each key and value.
         self.repeat = 1
@@ -151,7 +151,7 @@ class Attend:
         """What this rank's rows may look at, ``[Lq, S]``, or with a mask of keys ``[B, 1, Lq, S]``: keys at or before a
         query's position (the flag means the upper left), not before its window.
         """
-        length = global_shape(k)[-2]
+        length = shape_of(k)[-2]
         key = ("causal", str(queries), str(length), self.device, self.window, self.mask)
         if key not in self.cache:
             call = self.build.call
@@ -170,8 +170,3 @@ class Attend:
 def _node(argument: Any) -> Node:
     assert isinstance(argument, Node)
     return argument
-
-
-def global_shape(x: Node) -> tuple[Length, ...]:
-    """The global shape of what a local node stands for."""
-    return tuple(as_length(n) for n in facts(x).whole.shape)

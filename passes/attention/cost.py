@@ -96,5 +96,7 @@ class Way:
         return self.refusal or f"sends {self.sent} bytes per rank in {self.cost(link)}"
 
     def cost(self, link: Link) -> str:
-        """Messages, the bytes of the backward pass, and the time."""
+        """Messages, the bytes of the backward pass, and the time; nothing where nothing is sent for it."""
+        if not self.messages:
+            return ""
         return link.text(self.messages, self.sent, self.messages_backward, self.backward)

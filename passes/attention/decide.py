@@ -144,7 +144,7 @@ class Attention(Special):
         choice, report, node = decision.detail, local.program.report, call.node
         arguments = local.arguments(call, decision)
         if choice.op.dropout is not None and arguments.get(choice.op.dropout):
-            local.note(BY_POSITION)
+            report.note(BY_POSITION)
         note_degree(local.program, node, choice.method, choice.rejected)
         detail = "; ".join(filter(None, [choice.detail, METHODS[choice.method].work(call, choice)]))
         place = module_path(node) or report.root, node_source(node)

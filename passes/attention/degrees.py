@@ -7,14 +7,12 @@ for each compile, an error under ``strict``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch.fx import Node
 
 from fxsp.config import Degrees as Asked
 from fxsp.errors import StrictError
 from fxsp.passes.attention.methods import METHODS
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.source import place
 
 __all__ = ["Degrees", "asked_of", "note_degree"]
@@ -40,11 +38,8 @@ def note_degree(
     program.ignored_degrees.append(sentence)
 
 
-@dataclass(frozen=True)
-class Degrees:
+class Degrees(Pass):
     """After this pass the report names every attention that does not follow the degrees; an error under ``strict``."""
-
-    name: str = "degrees"
 
     def apply(self, program: Program) -> Program:
         sentences = list(dict.fromkeys(program.ignored_degrees))

@@ -28,9 +28,10 @@ import torch
 from torch.fx import Node
 
 from fxsp.kernels.ops import fxsp_ops as _ops
-from fxsp.passes.attention.attend import Attend, global_shape
+from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import Question
+from fxsp.passes.graph import shape_of
 from fxsp.types import Length, Sequence, as_length, product, same_length
 
 __all__ = ["HeadExchange", "exchanging"]
@@ -101,7 +102,7 @@ class HeadExchange:
         ``queries_come``, ``keys_come``: they may stay as they come, the blocks of the ranks one after the other.
         """
         x = self.x
-        q, k, v = (global_shape(n)[-1] for n in (x.q, x.k, x.v))
+        q, k, v = (shape_of(n)[-1] for n in (x.q, x.k, x.v))
         queries, keys = (x.queries, queries_come), (x.keys, keys_come)
         if x.queries.same_as(x.keys) and same_length(q, v):
             return self.to_heads([x.q, x.k, x.v], *keys, 1 if queries_come and not keys_come else 0)
@@ -116,13 +117,13 @@ class HeadExchange:
         tensors anyway.
         """
         build = self.x.build
-        heads = [_share(global_shape(x)[1], self.members) for x in tensors]
+        heads = [_share(shape_of(x)[1], self.members) for x in tensors]
         packed = build.pack_heads(tensors, sequence.local_length(build.ranks.size), self.members)  # [u, L, B h, D]
         moved, split = packed, Sequence(tuple(s for s in sequence.segments if s.sharded))
         if any(sequence.whole):
             kept = [build.narrow(packed, 1, at, n) for at, n, s in sequence.placed(build.ranks.size) if s.sharded]
             moved = build.call(aten.cat.default, kept, 1)
-        received = self._all_to_all(moved, split, sum(heads), global_shape(tensors[0])[-1])  # by source
+        received = self._all_to_all(moved, split, sum(heads), shape_of(tensors[0])[-1])  # by source
         batch = self.x.shape[0]
         done = self._apart(self._blocks(received), heads[:first]) if first else []
         if first:

@@ -11,7 +11,6 @@ After this pass no ``distributed_attention`` remains.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fxsp.passes.attention.decide import distributed_attention
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.operators import ATTENTION_OPS, BANDED
 from fxsp.passes.attention.repeat_kv import chain_of
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, global_value, mark, type_of
 from fxsp.torch_internals import saved_tag
@@ -33,11 +32,8 @@ __all__ = ["LowerAttention"]
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class LowerAttention:
+class LowerAttention(Pass):
     """After this pass attention is local, and its collectives are nodes of the graph."""
-
-    name: str = "lower_attention"
 
     def apply(self, program: Program) -> Program:
         graph = program.graph

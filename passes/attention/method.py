@@ -15,9 +15,9 @@ from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import AttentionChoice, Question
 from fxsp.passes.graph import Call
-from fxsp.types import Sequence, Shard, Type, Used, same_length
+from fxsp.types import Replicate, Sequence, Shard, Type, Used, same_length
 
-__all__ = ["Method", "beside_whole_queries", "own_heads"]
+__all__ = ["Method", "own_heads"]
 
 
 class Method:
@@ -26,6 +26,8 @@ class Method:
     name: str
     #: Whether an attention that runs so is none that degrees speak of.
     beyond_degrees: bool = False
+    #: What it needs of all but keys and values where queries are whole and these are split.
+    beside_keys: Type = Replicate()
 
     def ways(self, question: Question) -> Iterator[Way]:
         """What it costs, for all degrees that it may have, or why it is not legal; nothing where it is out of place."""
@@ -39,6 +41,9 @@ class Method:
         """What each of the tensor arguments must be; ``tokens`` is their dimension of tokens."""
         op = choice.op
         keys: Type = Used() if choice.keys is None else Shard(tokens, choice.keys)
+        if choice.queries is None and choice.keys is not None:
+            given = [name for name, value in call.arguments.items() if isinstance(value, Node)]
+            return {name: keys if name in (op.key, op.value) else self.beside_keys for name in given}
         needed: dict[str, Type] = {op.query: queries, op.key: keys, op.value: keys}
         for name, dim in op.per_head.items():
             if isinstance(call[name], Node):
@@ -78,11 +83,3 @@ def own_heads(call: Call, name: str, dim: int) -> Type:
     """A tensor with an entry for each head: those of a rank's own heads."""
     shape = call.shape(name)
     return Shard(dim % len(shape), Sequence.of(shape[dim]), origin=f"the {name} of a rank's own heads")
-
-
-def beside_whole_queries(call: Call, choice: AttentionChoice, tokens: int, whole: Type) -> dict[str, Type]:
-    """What each of the tensor arguments must be: keys and values split, all others ``whole``."""
-    assert choice.keys is not None
-    given = [name for name, value in call.arguments.items() if isinstance(value, Node)]
-    keys = Shard(tokens, choice.keys)
-    return {name: keys if name in (choice.op.key, choice.op.value) else whole for name in given}

@@ -20,13 +20,14 @@ from fxsp.errors import OptionError
 from fxsp.kernels.ops import local_ops
 from fxsp.passes.graph import Call, tensor_nodes
 from fxsp.passes.rules.families import overloads
-from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.rules.notation import written
+from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import RULES
 from fxsp.plan import did_you_mean, listing
 from fxsp.torch_internals import overload_of
 from fxsp.types import Length
 
-__all__ = ["ATTENTION_OPS", "BANDED", "SDPA", "AttentionOp", "attention_op", "register_attention"]
+__all__ = ["ATTENTION_OPS", "BANDED", "SDPA", "AttentionOp", "register_attention"]
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 #: What *masks* makes of an attention whose mask it has seen through.
@@ -129,11 +130,6 @@ ATTENTION_OPS: dict[Any, AttentionOp] = {
 }  # fmt: skip
 
 
-def attention_op(call: Call) -> AttentionOp | None:
-    """What is known of the operator that is called, if it is an attention."""
-    return ATTENTION_OPS.get(call.op)
-
-
 def register_attention(
     op: Any,
     *,
@@ -221,28 +217,19 @@ def register_attention(
     RULES[overload] = _batch_rule
 
 
+_BATCH = written(
+    "[b, q0, q1, q2], [b, k0, k1, k2], [b, v0, v1, v2] -> [b, o0, o1, o2]"
+    " whole={q0, q1, q2, k0, k1, k2, v0, v1, v2, o0, o1, o2}"
+)
+
+
 def _batch_rule(call: Call) -> OpRule | None:
     """Of an operator that is registered: the batch passes, all else is whole."""
-    op = ATTENTION_OPS[call.op]
-    names = (op.query, op.key, op.value)
-    operands = call.operands
-    if op.refusal(call) or isinstance(call.node.meta["val"], (tuple, list)) or len(operands) != 3:
+    op, operands = ATTENTION_OPS[call.op], call.operands
+    if op.refusal(call) or len(operands) != 3 or {*operands} != {call[n] for n in (op.query, op.key, op.value)}:
         return None
-    order = {id(call[n]): i for i, n in enumerate(names)}
-    if any(len(call.shape(n)) != 4 for n in names) or any(id(x) not in order for x in operands):
-        return None
-    sizes: dict[str, Length] = {"b": call.shape(op.query)[0]}
-    dims: list[Dims] = []
-    for letter, node in zip("qkv", operands, strict=True):
-        shape = call.shape(names[order[id(node)]])
-        if shape[0] != sizes["b"]:
-            return None
-        dims.append((("b",), *((f"{letter}{i}",) for i in range(3))))
-        sizes |= {f"{letter}{i}": n for i, n in enumerate(shape[1:])}
-    (out,) = call.result_shapes()
-    sizes |= {f"o{i}": n for i, n in enumerate(out[1:])}
-    result: Dims = (("b",), *((f"o{i}",) for i in range(3)))
-    return OpRule(tuple(dims), (result,), sizes, whole=frozenset(sizes) - {"b"})
+    alike = len({shape[:1] for shape in call.operand_shapes()}) == 1 and isinstance(call.node.meta["val"], torch.Tensor)
+    return _BATCH(call) if alike else None
 
 
 def _kernel(name: str, **facts: Any) -> None:

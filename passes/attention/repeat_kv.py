@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import global_value
+from fxsp.passes.graph import Call, global_value
 from fxsp.passes.rules.families import family
 from fxsp.types import Length, as_length, same_length
 
@@ -83,9 +83,8 @@ def repeat_heads(build: Builder, x: Node, times: int) -> Node:
 
 
 def _is_repeat_interleave(node: Node) -> bool:
-    arguments = dict(zip(("self", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
-    shape = _shape(_argument(node))
-    return len(shape) == 4 and isinstance(arguments["repeats"], int) and arguments.get("dim") in (1, -3)
+    call = Call(node)
+    return len(_shape(_argument(node))) == 4 and isinstance(call["repeats"], int) and call["dim"] in (1, -3)
 
 
 def _skip_copies(node: Node) -> Node:

@@ -28,7 +28,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, reachable, shape_of, tensor_nodes, tensor_value
 from fxsp.passes.rules.decide import Decision, decide, locate, weights
 from fxsp.passes.rules.families import family, names_of
-from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import rule_of
 from fxsp.passes.special.special import Special
 from fxsp.report import AttentionRecord
@@ -169,33 +169,29 @@ def _followed(start: Node, dim: int, near: Callable[[Node, int], Iterable[tuple[
     return {node: at[node] for node in reachable([start], step)}
 
 
+def _kept(node: Node, i: int) -> dict[int, int]:
+    """Dimensions of an operand that are dimensions of the result, and nothing else: which."""
+    if node.target in family("cat", "slice", "split"):
+        return {d: d for d in range(len(shape_of(Call(node).operands[i])))}
+    rule = rule_of(node)
+    dims = (rule.operands[i] if rule is not None else None) or ()
+    out = rule.results[0] if rule is not None else ()
+    return {d: out.index(factors) for d, factors in enumerate(dims) if len(factors) == 1 and factors in out}
+
+
 def _operands(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     """The operands that have the dimension ``dim`` of a result, and where."""
-    rule = rule_of(node)
     for i, operand in enumerate(Call(node).operands):
-        if node.target in family("cat", "slice", "split"):
-            yield operand, dim
-        elif rule is not None and (at := _where(rule.operands[i], rule.results[0][dim])) is not None:
-            yield operand, at
+        yield from ((operand, at) for at, result in _kept(node, i).items() if result == dim)
 
 
 def _users(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     """The results that have the dimension ``dim`` of their operand ``node``, and where."""
     for user in node.users:
-        if user.target not in PASSED or tensor_value(user) is None:
-            continue
-        if user.target in family("cat", "slice", "split"):
-            yield user, dim
-            continue
-        rule = rule_of(user)
-        dims = rule.operands[Call(user).operands.index(node)] if rule is not None else None
-        if rule is not None and dims is not None and (at := _where(rule.results[0], dims[dim])) is not None:
-            yield user, at
-
-
-def _where(dims: Dims | None, factors: tuple[str, ...]) -> int | None:
-    """The dimension that is this one factor, and nothing else."""
-    return dims.index(factors) if dims is not None and len(factors) == 1 and factors in dims else None
+        if user.target in PASSED and tensor_value(user) is not None:
+            at = _kept(user, Call(user).operands.index(node)).get(dim)
+            if at is not None:
+                yield user, at
 
 
 def _factors(node: Node) -> tuple[OpRule, int, list[set[str]]] | None:

@@ -13,7 +13,6 @@ nodes can be told from others.  They stay listed where they are; an attention's 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch.fx import Node
 
@@ -22,7 +21,7 @@ from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.question import Question
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, decision_of, facts, is_split, mark, reachable, shape_of, type_of
 from fxsp.passes.rules.decide import locate
 from fxsp.passes.rules.families import family
@@ -99,11 +98,8 @@ def _normalizers(operands: list[Node]) -> Iterator[Node]:
                     yield from (total, *total.users)
 
 
-@dataclass(frozen=True)
-class UnfusedReport:
+class UnfusedReport(Pass):
     """After this pass the records of attentions that are written out are complete."""
-
-    name: str = "unfused_report"
 
     def apply(self, program: Program) -> Program:
         found: list[Written] = program.unfused.reported if program.unfused is not None else []

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -44,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsp import torch_internals
 from fxsp.errors import RunsWhole, UnsupportedError
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.builder import Writer, erase_unused
 from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
@@ -57,11 +56,8 @@ __all__ = ["Functionalize", "functionalize"]
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Functionalize:
+class Functionalize(Pass):
     """After this pass nothing is written to but inputs, at the end; where that cannot be, the graph runs whole."""
-
-    name: str = "functionalize"
 
     def apply(self, program: Program) -> Program:
         try:
@@ -188,17 +184,11 @@ class _Functionalizer:
             return value
         strides = like.meta["val"].stride()
         if all(isinstance(stride, int) for stride in strides):
-            order = sorted(range(len(strides)), key=lambda d: -strides[d])
-            inverse = [order.index(d) for d in range(len(order))]
-            value = self.w.call(aten.contiguous.default, self._permuted(value, order))
-            value = self._permuted(value, inverse)
+            value = self.w.dense(value, sorted(range(len(strides)), key=lambda d: -strides[d]))
         else:
             value = self.w.call(aten.contiguous.default, value)
         self.moved |= not same_strides(value, like)
         return value
-
-    def _permuted(self, value: Node, order: list[int]) -> Node:
-        return value if order == sorted(order) else self.w.call(aten.permute.default, value, order)
 
     # --- views
 

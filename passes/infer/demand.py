@@ -18,7 +18,7 @@ Sizes are read only to know which factor of a dimension is meant, and never comp
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,8 @@ class Births:
             for i, shard in enumerate(wanted[node]):
                 found = frozenset(birth for source in sources[node, i] for birth in born[source])
                 unit = shard.sequence.units[0]
-                if not found and shard.plain and isinstance(unit, int) and self._may_be_born(node):
+                one = same_length(shape_of(node)[shard.dim], 1)
+                if not found and shard.plain and isinstance(unit, int) and not one and self._may_be_born(node):
                     found = frozenset((Birth(node, shard.dim, unit),))
                 born[node, i] = found
         return {seed: tuple(sorted(born[at], key=lambda b: (order[b.node], b.dim))) for seed, at in starts.items()}
@@ -132,15 +133,12 @@ class Births:
 
     def _back(self, node: Node, shard: Shard) -> Iterator[tuple[Node, Shard]]:
         """What has to be split for ``node`` to be split like this."""
-        result = 0
-        if node.target is operator.getitem and isinstance(node.args[0], Node):
-            producer, index = node.args
-            assert isinstance(index, int)
+        result, (producer, index) = 0, (*node.args[:2], None, None)[:2]
+        if node.target is operator.getitem and isinstance(producer, Node) and isinstance(index, int):
             value = producer.meta.get("val")
-            if not isinstance(value, (tuple, list)) or not is_operator(producer.target):
+            if not isinstance(value, (tuple, list)):
                 return
-            result = sum(isinstance(v, torch.Tensor) for v in value[:index])
-            node = producer
+            result, node = sum(isinstance(v, torch.Tensor) for v in value[:index]), producer
         if node.op != "call_function" or not is_operator(node.target) or facts(node).island:
             return
         found = [
@@ -207,10 +205,11 @@ def seeds_of_attentions(program: Program, work: Any) -> list[Seed]:
     return [seed for seed in found if not same_length(shape_of(seed.node)[seed.dim], 1)]
 
 
-def seeds_of_work(nodes: Iterable[Node], work: Any) -> list[Seed]:
+def seeds_of_work(nodes: Iterable[Node], work: Any, varying: Container[Node]) -> list[Seed]:
     """The rows of linear layers and convolutions: of each the longest dimension that its result has from an input.
 
-    Of a value of two dimensions these are its rows, else not the first dimension, which is a batch.
+    ``varying`` are the values that depend on an input.  Of a value of two dimensions these are its rows, else not the
+    first dimension, which is a batch.
     """
     found = []
     for node in nodes:
@@ -223,7 +222,10 @@ def seeds_of_work(nodes: Iterable[Node], work: Any) -> list[Seed]:
             for d, factors in enumerate(rule.results[0])
             if len(factors) == 1
             and factors[0] not in rule.whole
-            and any(dims is not None and factors in dims and not _is_state(x) for x, dims in _pairs(operands, rule))
+            and any(
+                dims is not None and factors in dims and x in varying
+                for x, dims in zip(operands, rule.operands, strict=True)
+            )
             and (d > 0 or value.ndim < 3)
         ]
         lengths = shape_of(node)
@@ -232,10 +234,6 @@ def seeds_of_work(nodes: Iterable[Node], work: Any) -> list[Seed]:
             dim = max(kept, key=lambda d: (hint(lengths[d]), -d))
             found.append(Seed(node, dim, work(node), "rows", node))
     return found
-
-
-def _pairs(operands: list[Node], rule: OpRule) -> Iterator[tuple[Node, Any]]:
-    yield from zip(operands, rule.operands, strict=True)
 
 
 def _is_state(node: Node) -> bool:

@@ -16,6 +16,8 @@ Output, for a model of one input and attentions in between::
 
 The second is where an operator needs all tokens and nothing of weight comes afterwards: a picture is put together.
 
+A graph stays whole where a rank would send more bytes than it would save operations: no machine gains by that.
+
 Equal graphs give equal candidates, prices and choices on all ranks: only the graph is read.  No guard is added.
 
 After this pass the graph has annotations, or it runs whole because splitting it would not pay, which the report says.
@@ -30,7 +32,7 @@ from torch.fx import Node
 
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import is_split, reachable, type_of
 from fxsp.passes.infer.demand import Birth, Births, Seed, seeds_of_attentions, seeds_of_work
 from fxsp.passes.infer.naming import Namer
@@ -42,20 +44,20 @@ from fxsp.report import PlanRecord
 __all__ = ["Candidate", "Infer"]
 
 #: So many candidates are priced at most, whatever the graph.
-_MOST = 10
+_MOST = 14
 #: Work that is whole is looked at again if it is more than this part of all.
 _REST = 0.05
+#: A rank has an even share of the work if it does at most so much of it, times the number of ranks.
+_EVEN = 1.1
 #: So often it is looked at what is whole.
 _ROUNDS = 2
-#: An entry of the plan has to save this part of the time.
-_PAYS = 0.005
+#: An entry of the plan has to save work, or this part of the time; one that saves work is left out for so much of the
+#: bytes.
+_PAYS, _FEWER = 0.01, 0.05
 
 
-@dataclass(frozen=True)
-class Infer:
+class Infer(Pass):
     """After this pass a graph without a plan is annotated, or runs whole."""
-
-    name: str = "infer"
 
     def apply(self, program: Program) -> Program:
         captured, program.captured = program.captured, None  # it holds the model
@@ -63,13 +65,14 @@ class Infer:
             return program
         search = _Search(program)
         best = search.run()
-        if best is None or best.price.seconds >= search.whole.seconds:
-            raise RunsWhole(not_worth(search.whole, best and best.price, search.refusal), remedy=None)
+        if best is None or search.whole.operations - best.price.operations <= best.price.sent:
+            raise RunsWhole(not_worth(search.whole, None if best is None else best.price, search.refusal), remedy=None)
         namer, report = Namer(captured, program.graph), program.report
+        ends = search.ends(best)
         search.write(best.births, namer)
         for birth in best.births:
             report.plan.append(PlanRecord(str(namer.name(birth)), True, reason(birth, search.seeds[birth])))
-        for end in search.ends(best):
+        for end in ends:
             search.gather(end, namer)
             report.plan.append(PlanRecord(str(namer.name(end, gather=True)), True, "nothing of weight comes after it"))
         report.inferred = [entry for one in namer.names.values() if (entry := one.entry) is not None]
@@ -121,7 +124,7 @@ class _Search:
             if best is not None:
                 self.price(best.births, anew=True)
                 self.births.met = is_split
-            found = self._remember(self.births.of(seeds_of_work(whole, self.pricing.work)))
+            found = self._remember(self.births.of(seeds_of_work(whole, self.pricing.work, self.births.varying)))
             self.erase()
             given = () if best is None else best.births
             before = best
@@ -163,9 +166,15 @@ class _Search:
                 break
             left = tuple(b for b in best.births if b not in kind)
             without = self.price(left) if left else None
-            if without is not None and without.price.seconds <= best.price.seconds * (1 + _PAYS):
+            if without is not None and self._pays_less(without.price, best.price):
                 best = without
         return best
+
+    def _pays_less(self, without: Price, price: Price) -> bool:
+        """Whether what is left out did not pay: time is the same, or less is sent and the work is as good as even."""
+        idle = without.operations <= price.operations and without.seconds <= price.seconds * (1 + _PAYS)
+        even = without.part * self.program.ranks.size <= _EVEN
+        return idle or (even and without.sent < price.sent * (1 - _FEWER))
 
     def _cheapest(self, best: Candidate | None, candidates: Iterable[Candidate | None]) -> Candidate | None:
         for one in candidates:

@@ -66,13 +66,13 @@ class Namer:
         return Named(describe(birth.node), spec(False), None)
 
     def _targets(self, node: Node) -> Iterator[tuple[str, str | int | None, tuple[int, int] | None, bool]]:
+        spelled = facts(node).spelled
         if node.op == "placeholder":
-            spelled = (self._inputs[node.name],) if node.name in self._inputs else ()
+            spelled = tuple(filter(None, (self._inputs.get(node.name),)))
             for call in self._calls:
                 for name, value in call.arguments.items():
                     yield from ((call.paths[0], name, part, False) for part in _places(value, spelled))
             return
-        spelled = facts(node).spelled
         for call in self._calls if spelled else ():
             outputs = list(call.outputs.values()) if isinstance(call.outputs, dict) else call.outputs
             if isinstance(outputs, (list, tuple)):

@@ -19,6 +19,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from fxsp.cost.flops import shapes
 from fxsp.lengths import hint
 from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.question import AttentionChoice
@@ -83,10 +84,7 @@ class Pricing:
     def __post_init__(self) -> None:
         graph, number = self.program.graph, self.program.number
 
-        def shape_of(node: object) -> tuple[int, ...] | None:
-            value = node.meta.get("val") if isinstance(node, Node) else None
-            return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
-
+        shape_of = shapes(lambda node: node.meta.get("val"), number)
         self._calls: list[_Static] = []
         self._bytes: dict[Node, int] = {}
         for node in graph.nodes:

@@ -53,7 +53,7 @@ def alternatives(
 ) -> list[str]:
     """What other candidates would have cost, the cheapest first."""
     births, price = best
-    found = []
+    found: list[str] = []
     for other, cost in sorted(others, key=lambda one: one[1].seconds):
         if set(other) == set(births) or len(found) == _SHOWN:
             continue

@@ -34,18 +34,23 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.attention.operators import BANDED, SDPA
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.builder import Writer, erase_unused
-from fxsp.passes.graph import Call, shape_of
-from fxsp.passes.masks.terms import Leaf, Term, Where, equal
-from fxsp.passes.masks.transfer import terms_of
+from fxsp.passes.graph import Call, shape_of, tensor_value
+from fxsp.passes.masks import arithmetic, values
+from fxsp.passes.masks.terms import Affine, Leaf, Term, Where, equal, simplified
+from fxsp.passes.masks.values import Terms, Transfer, is_integer
 from fxsp.passes.rules.families import family
 from fxsp.torch_internals import fake_mode_of
 from fxsp.types import Length, same_length
 
-__all__ = ["Band", "Masks", "band_of"]
+__all__ = ["TABLE", "Band", "Masks", "band_of", "terms_of"]
 
 aten = torch.ops.aten
+#: Operator -> its transfer function.
+TABLE: dict[Any, Transfer] = {
+    op: function for ops, function in (*values.FUNCTIONS, *arithmetic.FUNCTIONS) for op in ops
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,8 @@ class Band:
     leaves: frozenset[Leaf] = frozenset()
 
 
-@dataclass(frozen=True)
-class Masks:
+class Masks(Pass):
     """After this pass a mask that is known to be causal is the flag, and one that repeats its rows has one."""
-
-    name: str = "masks"
 
     def apply(self, program: Program) -> Program:
         attentions = [n for n in program.graph.nodes if n.target is SDPA and isinstance(Call(n)["attn_mask"], Node)]
@@ -77,7 +79,7 @@ class Masks:
         return program
 
 
-def _rewrite(write: Writer, call: Call, terms: dict[Node, Term], rows: dict[Node, Node]) -> None:
+def _rewrite(write: Writer, call: Call, terms: Terms, rows: dict[Node, Node]) -> None:
     mask = call["attn_mask"]
     queries, keys = call.shape("query")[-2], call.shape("key")[-2]
     band = band_of(mask, terms, queries, keys)
@@ -87,7 +89,7 @@ def _rewrite(write: Writer, call: Call, terms: dict[Node, Term], rows: dict[Node
     elif band == Band(0) and not call.get("is_causal"):
         changes = {"attn_mask": None, "is_causal": True}
     elif band is not None and _is_banded(call, band):
-        row = next((_one_row_of(write, mask, leaf, rows) for leaf in band.leaves), None)
+        row = next((_one_row(write, mask, leaf, rows) for leaf in band.leaves), None)
         arguments = [call[name] for name in ("query", "key", "value")]
         call.node.target = BANDED
         window = band.high if isinstance(band.high, int) else None
@@ -96,7 +98,7 @@ def _rewrite(write: Writer, call: Call, terms: dict[Node, Term], rows: dict[Node
         return
     elif band is not None and band.low is band.high is None and len(band.leaves) == 1:
         (leaf,) = band.leaves
-        changes = {"attn_mask": _one_row_of(write, mask, leaf, rows)}
+        changes = {"attn_mask": _one_row(write, mask, leaf, rows)}
     else:
         changes = {"attn_mask": _unexpanded(mask)}
     call.node.args, call.node.kwargs = call.rebuild(**changes)
@@ -109,13 +111,7 @@ def _is_banded(call: Call, band: Band) -> bool:
     return known and more and not call.get("is_causal") and not call.get("dropout_p")
 
 
-def _one_row_of(write: Writer, mask: Node, leaf: Leaf, rows: dict[Node, Node]) -> Node:
-    if mask not in rows:
-        rows[mask] = _one_row(write, mask, leaf)
-    return rows[mask]
-
-
-def band_of(mask: Node, terms: dict[Node, Term], queries: Length, keys: Length) -> Band | None:
+def band_of(mask: Node, terms: Terms, queries: Length, keys: Length) -> Band | None:
     """What ``mask`` is proven to allow, for an attention of so many queries and keys; None if that is not known."""
     term, value = terms.get(mask), mask.meta["val"]
     shape = shape_of(mask)
@@ -165,8 +161,10 @@ def _allows(term: Where, dtype: torch.dtype) -> bool | None:
     return False if dtype is not torch.float16 and term.no == torch.finfo(dtype).min else None
 
 
-def _one_row(write: Writer, mask: Node, leaf: Leaf) -> Node:
-    """``[..., 1, S]``: the boolean tensor of ``leaf`` with its dimensions where the mask has them."""
+def _one_row(write: Writer, mask: Node, leaf: Leaf, rows: dict[Node, Node]) -> Node:
+    """``[..., 1, S]``: the boolean tensor of ``leaf`` with its dimensions where the mask has them; once for a mask."""
+    if mask in rows:
+        return rows[mask]
     there = [d for d in leaf.dims if d is not None]
     # The other dimensions have size 1, or the tensor would differ along them.
     rest = [d for d in range(len(shape_of(leaf.node))) if d not in there]
@@ -178,7 +176,8 @@ def _one_row(write: Writer, mask: Node, leaf: Leaf) -> Node:
         for i, d in enumerate(leaf.dims):
             if d is None:
                 new = write.call(aten.unsqueeze.default, new, i)
-        return write.call(aten.logical_not.default, new) if leaf.inverted else new
+        rows[mask] = write.call(aten.logical_not.default, new) if leaf.inverted else new
+    return rows[mask]
 
 
 def _unexpanded(mask: Node) -> Node:
@@ -191,3 +190,40 @@ def _unexpanded(mask: Node) -> Node:
             return mask
         mask = source
     return mask
+
+
+def terms_of(graph: torch.fx.Graph) -> Terms:
+    """The terms of all nodes that have one."""
+    found: Terms = {}
+    for node in graph.nodes:
+        transfer = TABLE.get(node.target) if node.op == "call_function" else None
+        if transfer is None or tensor_value(node) is None:
+            continue
+        term = transfer(Call(node), found)
+        if term is not None:
+            term = _fitted(simplified(term.aligned(len(shape_of(node))), shape_of(node)), node)
+        if term is not None:
+            found[node] = term
+    return found
+
+
+def _fitted(term: Term, node: Node) -> Term | None:
+    """The term with its numbers in the node's dtype; None where that would round them."""
+    dtype = node.meta["val"].dtype
+    if isinstance(term, Affine):
+        return term if is_integer(dtype) else None
+    values = [_cast(v, dtype) for v in (term.yes, term.no)]
+    return None if None in values else Where(term.conditions, *values)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if dtype is torch.bool:
+        return bool(value) if isinstance(value, (bool, int, float)) else None
+    if dtype.is_floating_point:
+        rounds = not isinstance(value, (bool, int, float)) or torch.finfo(dtype).max < abs(value) < math.inf
+        return None if rounds else float(value)
+    if is_integer(dtype):
+        if isinstance(value, float):
+            return int(value) if value.is_integer() else None
+        return int(value) if isinstance(value, bool) else value
+    return None

@@ -28,7 +28,6 @@ import operator
 from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsp import torch_internals
 from fxsp.errors import RunsWhole, UnsupportedError
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import mark
 from fxsp.passes.normalize.autocast import AutocastState, ExplicitAutocast
 from fxsp.passes.normalize.fast_paths import FAST_PATHS
@@ -50,11 +49,8 @@ from fxsp.torch_internals import is_wrapper_subclass
 __all__ = ["Normalize", "normalize"]
 
 
-@dataclass(frozen=True)
-class Normalize:
+class Normalize(Pass):
     """After this pass the graph consists of ATen operators; what cannot be traced runs whole."""
-
-    name: str = "normalize"
 
     def apply(self, program: Program) -> Program:
         inputs, program.inputs = program.inputs, ()

@@ -46,10 +46,8 @@ def restride(
     writer = Writer(gm.graph, mode)
     writer.at(output)
     with writer.on_behalf_of(node):
-        new = node if order == sorted(order) else writer.call(aten.permute.default, node, order)
-        new = writer.call(aten.clone.default, new, memory_format=torch.contiguous_format)
-        if order != sorted(order):
-            new = writer.call(aten.permute.default, new, [order.index(d) for d in range(len(order))])
+        new = writer.call(aten.clone.default, writer.permuted(node, order), memory_format=torch.contiguous_format)
+        new = writer.permuted(new, [order.index(d) for d in range(len(order))])
     if not same(tuple(new.meta["val"].stride()), tuple(want.stride())):
         return None
     leaves[index] = new

@@ -111,5 +111,5 @@ def refuse_custom_functions(results: Any, what: str) -> None:
     """A subclass may call a custom ``autograd.Function``, whose backward a trace loses: UnsupportedError."""
     ends = [x.grad_fn for x in tree_leaves(results) if isinstance(x, torch.Tensor) and x.grad_fn is not None]
     for function in reachable(ends, lambda f: [before for before, _ in f.next_functions if before is not None]):
-        if name := torch_internals.custom_function_of(function):
+        if name := torch_internals.custom_function(function):
             raise UnsupportedError(f"{what} runs {name}, the backward pass of which a trace does not see")

@@ -17,7 +17,6 @@ After this pass every tensor in the graph is local, except inputs and outputs, w
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.fx import GraphModule, Node
 from fxsp.capture.graph_breaks import Split
 from fxsp.errors import UnsupportedError
 from fxsp.passes.attention.unfused_report import mark_written, record_written
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.functionalize.inplace import written_arguments
 from fxsp.passes.graph import Call, facts, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
@@ -45,11 +44,8 @@ aten = torch.ops.aten
 _WRITTEN = "an input that is written to has its global shape"
 
 
-@dataclass(frozen=True)
-class Partition:
+class Partition(Pass):
     """After this pass the graph is local: all sizes, all data movement and all reductions are explicit."""
-
-    name: str = "partition"
 
     def apply(self, program: Program) -> Program:
         return _Partitioner(program).run()
@@ -225,7 +221,7 @@ class _Partitioner(Converter):
         for i, (old, needed) in enumerate(zip(call.operands, decision.operands, strict=True)):
             new = self.get(self.values[old], needed)
             if i in decision.masked[:1] and isinstance(needed, Shard):
-                new = self.masked(new, shape_of(old), needed)
+                new = self.build.masked(new, shape_of(old), needed)
             operands.setdefault(old, []).append(new)
         return _map_in_order(call.arguments, operands, self.copies)
 
@@ -244,11 +240,6 @@ class _Partitioner(Converter):
             return self.in_memory_as(new, old) if old is by_strides else new
 
         self._copied(node, self.graph.node_copy(node, argument))
-
-    def note(self, sentence: str) -> None:
-        """Say it in the report, once."""
-        if sentence not in self.program.report.notes:
-            self.program.report.notes.append(sentence)
 
 
 def _is_parameter(node: Node) -> bool:

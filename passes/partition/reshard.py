@@ -6,7 +6,6 @@ conversion costs, and why it is needed, goes to the report; one that nobody aske
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +69,6 @@ class Converter:
         self.remedy = ""
         #: Values that become whole whoever needs them first.
         self.outputs = frozenset(program.graph.output_node().all_input_nodes)
-        self._masked: dict[tuple[Node, str], Node] = {}
         #: The output that is being made whole.
         self.ending: Node | None = None
 
@@ -82,39 +80,6 @@ class Converter:
         if isinstance(type_, Shard):
             new.meta.pop("val", None)
         return new
-
-    def masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
-        """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
-        if not type_.sequence.has_pads(self.ranks.size) and not any(type_.sequence.whole):
-            return x
-        key = (x, str(type_))
-        if key not in self._masked:
-            exposed, dim, back = self.expose(x, shape, type_)
-            self._masked[key] = back(self.build.mask_pads(exposed, dim, type_.sequence))
-        return self._masked[key]
-
-    def expose(
-        self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False
-    ) -> tuple[Node, int, Callable[..., Node]]:
-        """``x`` with the tokens as a dimension of their own: ``(x, dim, back)``, where ``back`` undoes the reshape.
-
-        ``whole`` says that ``x`` is the global value, else it is local; ``back`` takes what a shard, gather or mask
-        made of it, so its sizes are those of the other side for shard and gather.
-        """
-        if type_.plain:
-            return x, type_.dim, lambda y: y
-        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
-        before = [*shape[: type_.dim], type_.outer]
-        after = shape[type_.dim + 1 :]
-        middle = full if whole else local
-        exposed = self.build.call(aten.reshape.default, x, self.build.sizes([*before, middle, *after]))
-
-        def back(y: Node, tokens: Length = middle) -> Node:
-            merged = product((type_.outer, tokens))
-            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
-            return self.build.call(aten.reshape.default, y, self.build.sizes(sizes))
-
-        return exposed, type_.dim + 1, back
 
     def get(self, value: Value, needed: Type, kind: str = "implicit") -> Node:
         """``value`` in the needed form; conversions are made once per value."""
@@ -148,7 +113,7 @@ class Converter:
         self.reason = self.reason or f"it is {value.forms[0][0]}, and is needed as {needed}"
         x = self.get(value, Replicate(), kind)
         shape = shape_of(value.node)
-        exposed, dim, back = self.expose(x, shape, needed, whole=True)
+        exposed, dim, back = self.build.expose(x, shape, needed, whole=True)
         new = self.build.shard(exposed, dim, needed.sequence)
         return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
 
@@ -199,7 +164,7 @@ class Converter:
         elif not value.wanted and len(chain := repeats_of(old, self._is_held)) > 1:
             return self._repeat(chain, Used() if used else Replicate(), kind)
         self._report_gather(value, kind, reason, sent)
-        exposed, dim, back = self.expose(node, shape, type_)
+        exposed, dim, back = self.build.expose(node, shape, type_)
         new = self.build.gather(exposed, dim, type_.sequence, used=used)
         for key in ("stack_trace", "nn_module_stack"):  # an output has no place of its own
             if not self._has_place() and key in old.meta:
@@ -252,11 +217,7 @@ class Converter:
         real = [d for d in order if not same_length(shape[d], 1)]
         if real == sorted(real, key=lambda d: (d != tokens, d)):
             return x
-        inverse = [order.index(d) for d in dims]
-        if order == dims:
-            return self.build.call(aten.contiguous.default, x)
-        dense = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
-        return self.build.call(aten.permute.default, dense, inverse)
+        return self.build.dense(x, order)
 
     def in_memory_as(self, x: Node, old: Node) -> Node:
         """``x``, the whole value of ``old``, with the very strides of ``old``."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fxsp.errors import PlanError, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.decide import Attention
 from fxsp.passes.attention.unfused import UnfusedProducts
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.rules.decide import Decision, decide_by_rule, replicate_all
 from fxsp.passes.rules.families import family
@@ -55,7 +55,7 @@ from fxsp.types import (
     same_length,
 )
 
-__all__ = ["SPECIALS", "Propagate", "is_annotate", "is_random"]
+__all__ = ["SPECIALS", "Propagate", "is_annotate"]
 
 
 #: Who is asked before the rules, in this order: the first that decides has decided.
@@ -70,16 +70,8 @@ def is_annotate(node: Node) -> bool:
     return node.op == "call_function" and node.target is fxsp_ops.annotate.default
 
 
-def is_random(op: Any) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in op.tags
-
-
-@dataclass(frozen=True)
-class Propagate:
+class Propagate(Pass):
     """After this pass every tensor node has a type, and every call on tensors a decision."""
-
-    name: str = "propagate"
 
     def apply(self, program: Program) -> Program:
         for node in program.graph.nodes:
@@ -183,7 +175,7 @@ def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
     text = as_length(text_len.meta["val"] if isinstance(text_len, Node) else text_len)
     if isinstance(text, int) and text < 0:
         segment = _segment(length, name, head_tail)
-        segment = replace(segment, unit=unit[0], layout="contiguous") if unit else segment
+        segment = replace(segment, unit=as_length(unit[0]), layout="contiguous") if unit else segment
         return Shard(dim, Sequence((segment,)), origin=str(entry))
     rest = as_length(length - text)
     if isinstance(rest, int) and rest <= 0:

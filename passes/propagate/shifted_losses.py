@@ -35,7 +35,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.lengths import hint
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.builder import Writer, erase_unused
 from fxsp.passes.graph import Call, facts, shape_of, tensor_value, type_of
 from fxsp.passes.propagate.propagate import Propagate
@@ -57,11 +57,8 @@ _NONE = 0
 _KEEP_ZERO = family("keeps_zero", "scale", "reshape")
 
 
-@dataclass(frozen=True)
-class ShiftedLosses:
+class ShiftedLosses(Pass):
     """After this pass a causal loss does not gather its scores."""
-
-    name: str = "shifted_losses"
 
     def apply(self, program: Program) -> Program:
         found = [one for node in program.graph.nodes if (one := _shifted(node)) is not None]

@@ -20,14 +20,13 @@ After this pass ``program.head_tail`` are the lengths of the segments that are s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch.fx import Node
 
 from fxsp.lengths import hint
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.question import AttentionChoice
-from fxsp.passes.base import Program
+from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, facts, shape_of, type_of
 from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.rules.decide import Decision
@@ -36,11 +35,8 @@ from fxsp.types import Length, Shard, product, same_length
 __all__ = ["Zigzag"]
 
 
-@dataclass(frozen=True)
-class Zigzag:
+class Zigzag(Pass):
     """After this pass causal rings are balanced, where nothing else would pay for it."""
-
-    name: str = "zigzag"
 
     def apply(self, program: Program) -> Program:
         lengths: list[Length] = []

@@ -150,6 +150,9 @@ def cut_bounds(call: Call, length: Length, dim: int) -> list[tuple[Length, Lengt
                 return None
             end = position(call.get("end"), length, length)
         return None if start is None or end is None else [(start, end)]
+    if "index" in call.arguments:  # select of a number that is known
+        start = position(call["index"], 0, length) if isinstance(call["index"], int) else None
+        return None if start is None else [(start, as_length(start + 1))]
     bounds: list[tuple[Length, Length]] = []
     for shape in call.result_shapes():
         before = bounds[-1][1] if bounds else 0

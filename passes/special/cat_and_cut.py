@@ -29,7 +29,30 @@ class Cats(Special):
     ops = family("cat")
 
     def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
-        return _cat(call, types)
+        shapes = call.operand_shapes()
+        rank = len(shapes[0])
+        if any(len(s) != rank for s in shapes):
+            return None
+        dim = call.dim("dim", rank)
+        joined = [t for t in types if isinstance(t, Shard) and t.dim == dim]
+        if not joined or any(isinstance(t, Shard) and (t.dim != dim or not t.plain) for t in types):
+            return None
+        segments: list[Segment] = []
+        operands: list[Type] = []
+        layouts = {t.sequence.layout for t in joined}
+        layout: Layout = layouts.pop() if len(layouts) == 1 else "contiguous"
+        for shape, type_ in zip(shapes, types, strict=True):
+            if isinstance(type_, Shard):
+                operands.append(type_)
+            elif same_length(shape[dim], 0):
+                operands.append(Used())
+                continue
+            else:
+                # A whole operand among sharded ones is split as a segment of its own: free, and evenly spread.
+                operands.append(Shard(dim, Sequence.of(shape[dim], layout=layout), origin="joined to sharded tokens"))
+            segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
+        result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
+        return Decision(tuple(operands), (result,))
 
 
 class Cuts(Special):
@@ -73,33 +96,6 @@ class Cuts(Special):
                 piece = build.call(aten.movedim.int, build.leave(moved, length), 0, source.dim)
             pieces.append(piece)
         return pieces if isinstance(call.node.meta["val"], (tuple, list)) else pieces[0]
-
-
-def _cat(call: Call, types: list[Type]) -> Decision | None:
-    shapes = call.operand_shapes()
-    rank = len(shapes[0])
-    if any(len(s) != rank for s in shapes):
-        return None
-    dim = call.dim("dim", rank)
-    joined = [t for t in types if isinstance(t, Shard) and t.dim == dim]
-    if not joined or any(isinstance(t, Shard) and (t.dim != dim or not t.plain) for t in types):
-        return None
-    segments: list[Segment] = []
-    operands: list[Type] = []
-    layouts = {t.sequence.layout for t in joined}
-    layout: Layout = layouts.pop() if len(layouts) == 1 else "contiguous"
-    for shape, type_ in zip(shapes, types, strict=True):
-        if isinstance(type_, Shard):
-            operands.append(type_)
-        elif same_length(shape[dim], 0):
-            operands.append(Used())
-            continue
-        else:
-            # A whole operand among sharded ones is split as a segment of its own: free, and evenly spread.
-            operands.append(Shard(dim, Sequence.of(shape[dim], layout=layout), origin="joined to sharded tokens"))
-        segments.extend(operands[-1].sequence.segments)  # type: ignore[union-attr]
-    result = Shard(dim, Sequence(tuple(segments)), origin=f"{call.op} along the tokens")
-    return Decision(tuple(operands), (result,))
 
 
 def segments_between(sequence: Sequence, start: Length, end: Length) -> tuple[int, int] | None:

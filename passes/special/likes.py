@@ -47,7 +47,9 @@ class Likes(Special):
     def write(self, local: Local, call: Call, decision: Decision) -> Node:
         split = any(isinstance(t, Shard) for t in decision.operands)
         if call.op in family("drawn") and split and local.program.options.rng == "per_rank":
-            local.note(f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too")
+            local.program.report.note(
+                f"{call.op} of split values draws for the whole value on every rank, with rng='per_rank' too"
+            )
         return write_like(local.build, call.node, decision.results[0], local.copies)
 
 
@@ -72,6 +74,7 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
     # In memory as the program's own value: numbers are drawn in that order.
     strides = [hint(as_length(stride)) for stride in value.stride()]
     order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
+    inverse = [order.index(d) for d in range(len(order))]
     laid = build.sizes([sizes[d] for d in order])
     if call.op in family("constant"):
         options = {"dtype": value.dtype, "device": value.device}
@@ -80,13 +83,6 @@ def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]
         else:
             fill = arguments["fill_value"] if "fill_value" in arguments else int(call.op is aten.ones_like.default)
             new = build.call(aten.full.default, laid, fill, **options)
-        return _turned(build, new, order)
+        return build.permuted(new, inverse)
     like = build.call(aten.empty.memory_format, laid, dtype=given.dtype, device=given.device)
-    return build.same(call, {**arguments, "self": _turned(build, like, order)})
-
-
-def _turned(build: Builder, x: Node, order: list[int]) -> Node:
-    """``x``, whose dimensions are in the order of memory, as the program has them."""
-    if order == list(range(len(order))):
-        return x
-    return build.call(aten.permute.default, x, [order.index(d) for d in range(len(order))])
+    return build.same(call, {**arguments, "self": build.permuted(like, inverse)})

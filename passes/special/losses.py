@@ -46,7 +46,7 @@ class Losses(Special):
             return losses
         shape = call.operand_shapes()[0] if call.op in family("elementwise_loss") else call.operand_shapes()[1]
         wide = torch.promote_types(call.node.meta["val"].dtype, torch.float32)
-        total = build.call(aten.sum.default, local.masked(losses, shape, unreduced), dtype=wide)
+        total = build.call(aten.sum.default, build.masked(losses, shape, unreduced), dtype=wide)
         if call["reduction"] != _MEAN:
             return total
         if call.op in family("elementwise_loss"):
@@ -59,7 +59,7 @@ class Losses(Special):
             chosen = build.call(aten.index_select.default, arguments["weight"], 0, flat)
             chosen = build.call(aten.view_as.default, chosen, counted)
             weights = build.call(aten.mul.Tensor, weights, chosen)
-        count = build.all_reduce(build.call(aten.sum.default, local.masked(weights, shape, unreduced), dtype=wide))
+        count = build.all_reduce(build.call(aten.sum.default, build.masked(weights, shape, unreduced), dtype=wide))
         sent = reduced_bytes(1, wide, build.ranks.size)
         build.record("all_reduce", count, sent, "targets that are not ignored")
         return build.call(aten.div.Tensor, total, count)

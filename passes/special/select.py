@@ -15,7 +15,7 @@ from fxsp.passes.graph import Call, Decision, facts, shape_of
 from fxsp.passes.rules.dims import cut_bounds
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import Length, Partial, Shard, Type, as_length, same_length
+from fxsp.types import Partial, Shard, Type, as_length, same_length
 
 __all__ = ["Select"]
 
@@ -33,21 +33,12 @@ class Select(Special):
         if not isinstance(type_, Shard) or not plain or facts(x).free or x.meta["val"].dtype is torch.bool:
             return None
         shape = shape_of(x)
-        if type_.dim != call.dim("dim", len(shape)):
+        dim = call.dim("dim", len(shape))
+        bounds = cut_bounds(call, shape[dim], dim) if type_.dim == dim else None
+        if bounds is None or not same_length(as_length(bounds[0][1] - bounds[0][0]), 1):
             return None
-        position: Length
-        if call.op is aten.select.int:
-            index = call["index"]
-            if not isinstance(index, int):
-                return None
-            position = as_length(shape[type_.dim] + index) if index < 0 else index
-        else:
-            bounds = cut_bounds(call, shape[type_.dim], type_.dim)
-            if bounds is None or not same_length(as_length(bounds[0][1] - bounds[0][0]), 1):
-                return None
-            position = bounds[0][0]
         result = Partial(origin=f"{call.op}: one rank has the token")
-        return Decision((type_,), (result,), detail=position, special=self)
+        return Decision((type_,), (result,), detail=bounds[0][0], special=self)
 
     def write(self, local: Local, call: Call, decision: Decision) -> Node:
         build, (source,), value = local.build, decision.operands, call.operands[0].meta["val"]

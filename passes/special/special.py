@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from torch.fx import Node
@@ -10,7 +10,7 @@ from torch.fx import Node
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import Call, Decision
-from fxsp.types import Length, Shard, Type
+from fxsp.types import Type
 
 __all__ = ["Local", "Special"]
 
@@ -28,17 +28,6 @@ class Local(Protocol):
 
     def same_call(self, call: Call, decision: Decision) -> Node:
         """The same call on these arguments; a summand is wide."""
-
-    def masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
-        """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
-
-    def expose(
-        self, x: Node, shape: tuple[Length, ...], type_: Shard, *, whole: bool = False
-    ) -> tuple[Node, int, Callable[..., Node]]:
-        """``x`` with the tokens as a dimension of their own, which that is, and the way back."""
-
-    def note(self, sentence: str) -> None:
-        """Say it in the report, once."""
 
 
 class Special:

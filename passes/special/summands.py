@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch.fx import Node
 
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, Decision, type_of
 from fxsp.passes.rules.families import family
 from fxsp.passes.rules.summands import decide_summands
 from fxsp.passes.special.sized import Sized
-from fxsp.passes.special.special import Local, Special
+from fxsp.passes.special.special import Special
 from fxsp.passes.special.sums import Sums
 from fxsp.types import Type
 
@@ -27,11 +25,7 @@ class Summands(Special):
 
     def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
         decision = decide_summands(call, [type_of(x) for x in call.operands])
-        return None if decision is None else replace(decision, special=self)
-
-    def write(self, local: Local, call: Call, decision: Decision) -> Node | list[Any]:
-        if call.op in family("total"):
-            return Sums().write(local, call, decision)
-        if call.op in family("expand"):
-            return Sized().write(local, call, decision)
-        return local.same_call(call, decision)
+        if decision is None:
+            return None
+        special = Sums() if call.op in family("total") else Sized() if call.op in family("expand") else self
+        return replace(decision, special=special)

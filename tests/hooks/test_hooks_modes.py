@@ -183,6 +183,9 @@ class Centred(nn.Module):
             y = torch.cat([Custom.apply(y), y], -1)
         elif self.how == "output":
             return Custom.apply(y)
+        elif self.how == "products":
+            y = (y @ y.transpose(1, 2)).softmax(-1) @ y + torch.einsum("bsd,btd->bst", y, y).sum(-1, keepdim=True)
+            y = y + (y.unsqueeze(2) - y.unsqueeze(1)).square().sum(2)
         else:
             y = torch.fft.fft(y, dim=1).real + torch.cdist(y, y).sum(-1, keepdim=True)
         return y * 2
@@ -222,3 +225,10 @@ def test_an_operator_without_a_rule_runs_whole_and_is_reported(ranks) -> None:
         assert error <= 1e-12
         assert any("fft" in text for text in warnings)
         assert any("cdist" in text for text in warnings)
+
+
+def test_an_operand_that_is_gathered_has_the_gradient_of_one_process(ranks) -> None:
+    for error, warnings in ranks(3).run(_centred, "products", True):
+        assert error <= 1e-12
+        for name in ("matmul", "einsum", "sub"):
+            assert any(f"gathered for {name} " in text for text in warnings)

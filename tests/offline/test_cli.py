@@ -22,6 +22,8 @@ def planned():
     model = small.Model()
     model._sp_plan = small.SPLIT
     return model, (small.inputs(),), {}
+def single():
+    return torch.nn.Linear(2, 2), (torch.randn(1, 2),), {}
 def mixed():
     model = small.Model(mix=True)
     model._sp_plan = small.SPLIT
@@ -59,8 +61,8 @@ def test_progress_after_a_while(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert main(["verify", "factories:planned", "--ranks", "2"]) == 0
     error = capsys.readouterr().err
     assert re.search(r"^fxsp: 2 ranks: tracing and partitioning \.\.\. \d+ s$", error, re.MULTILINE)
-    assert main(["verify", "factories:build", "--ranks", "2"]) == 1, "nothing was split, so nothing was verified"
-    assert "not split (no plan" in capsys.readouterr().out
+    assert main(["verify", "factories:single", "--ranks", "2"]) == 1, "nothing was split, so nothing was verified"
+    assert "not split (there is nothing to split" in capsys.readouterr().out
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,8 +94,19 @@ def test_failures(arguments: list[str], message: str, capsys: pytest.CaptureFixt
 
 
 def test_an_unsplit_model_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "factories:build", "--ranks", "2"]) == 1
-    assert "runs whole on every rank: no plan" in capsys.readouterr().out
+    assert main(["explain", "factories:single", "--ranks", "2"]) == 1
+    assert "runs whole on every rank: there is nothing to split" in capsys.readouterr().out
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "factories:build", "--ranks", "2"]) == 0
+    out = capsys.readouterr().out
+    assert '"x": SequenceParallelInput(split_dim=1, expected_dims=3),' in out
+    assert "# the plan is inferred:" in out
+    assert main(["plan", "factories:single", "--ranks", "2"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("_sp_plan = {\n}\n")
+    assert "# there is nothing to split" in out
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def test_reasons() -> None:
 
 def test_unsplit_models_and_wrong_options() -> None:
     e = fxsp.explain(torch.nn.Linear(2, 2), torch.randn(1, 2), world_size=2)
-    assert "runs whole on every rank: no plan" in str(e)
+    assert "runs whole on every rank: there is nothing to split" in str(e)
     assert e.flops_per_rank == []
     with pytest.raises(fxsp.OptionError, match="at least 1"):
         fxsp.explain(torch.nn.Linear(2, 2), torch.randn(1, 2), world_size=0)

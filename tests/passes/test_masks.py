@@ -19,8 +19,7 @@ from fxsp.offline.partition import partition_offline
 from fxsp.passes.attention.operators import BANDED
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts
-from fxsp.passes.masks.masks import SDPA, Band, Masks, band_of
-from fxsp.passes.masks.transfer import terms_of
+from fxsp.passes.masks.masks import SDPA, Band, Masks, band_of, terms_of
 from fxsp.simulation.machine import check_replicated
 from fxsp.types import Ranks
 from lockstep import gradients

@@ -154,7 +154,7 @@ def gradients(
     *,
     poison_pads: bool = False,
 ) -> tuple[list[tuple[Any, ...]], list[list[torch.Tensor]]]:
-    """``(outputs[rank], input_grads[rank])``, as :func:`fxsp.simulation.machine.simulate_with_grads`."""
+    """``(outputs[rank], input_grads[rank])``, as :func:`with_grads.simulate_with_grads`."""
     lanes = [
         [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for _ in range(size)]
         for x in inputs

@@ -46,38 +46,15 @@ def page(e: Any) -> str:
 
 
 def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
-    """What :func:`graph_data` has, as short rows."""
-    known = graph_data(result, m)
-    data: dict[str, Any] = {
-        "whole": known["unsharded"],
-        "plan": [[record["entry"], record["applied"], record["detail"]] for record in known["plan"]],
-        "attention": [
-            [
-                a["module"],
-                a["method"],
-                a["source"],
-                [f"{name}: {why}" for name, why in a["rejected"].items()],
-                a["detail"],
-            ]
-            for a in known["attentions"]
-        ],
-        "implicit": [
-            [g["op"], g["module"], g["source"], g["reason"]]
-            for g in known["implicit_gathers"]
-            if g["kind"] == "implicit"
-        ],
-        "notes": known["notes"],
-        "cards": [],
-    }
-    program = result.program
+    """What :func:`graph_data` has, collectives as short rows, and what is drawn: the values, their times, and cards."""
+    data, program = graph_data(result, m), result.program
     if m is None or program is None:
-        return data
+        return data | {"cards": []}
     sent: dict[str, int] = {}
     for each in m.forward:  # a ring's rotations are one node
         sent[each.record.value] = sent.get(each.record.value, 0) + each.bytes
-    data["collectives"] = [_collective(record) for record in known["collectives"]]
-    data["backward"] = [_collective(record) for record in known["backward"]]
-    data["letters"] = legend_text(m)
+    for way in ("collectives", "backward"):
+        data[way] = [_collective(record) for record in data[way]]
     nodes = {node.name: node for node in program.graph.nodes}
     data["rows"] = [
         [row.name, row.type, row.value, row.op, row.module, node_source(nodes[row.name]) if row.name in nodes else ""]
@@ -87,8 +64,7 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
     ]
     spans = timeline(program.gm, sent, m.number, _device(result))
     data["time"] = [[s.node.name, round(s.start * 1e6, 2), round(s.end * 1e6, 2), int(s.communicates)] for s in spans]
-    data["cards"] = _cards(m)
-    return data
+    return data | {"letters": legend_text(m), "cards": _cards(m)}
 
 
 def _device(result: OfflineResult) -> Device:

@@ -16,7 +16,23 @@ import torch
 
 from fxsp.errors import VerificationError
 
-__all__ = ["Lanes", "Piece", "check_local", "each", "fresh", "pieces", "poison", "rows_are_zeroed", "smaller", "total"]
+__all__ = [
+    "Lanes",
+    "Piece",
+    "check_local",
+    "each",
+    "fresh",
+    "pieces",
+    "poisoned",
+    "rows_are_zeroed",
+    "smaller",
+    "total",
+]
+
+
+#: Of each segment a number, or whether it is something.
+Lengths = Sequence[int]
+Flags = Sequence[bool]
 
 
 class Lanes(list[Any]):
@@ -32,38 +48,52 @@ class Piece:
     local_start: int
     local_length: int
     whole: bool
-    #: Number of ranks, if it is split into heads and tails; else 0.
-    head_tail: int = 0
+    size: int
+    head_tail: bool = False
+    unit: int = 1
 
     def rows(self, rank: int) -> torch.Tensor:
         """Index within the segment of each local row; pads run past the end."""
         if self.head_tail:
-            blocks = torch.arange(self.head_tail * self.local_length).view(2 * self.head_tail, -1)
+            blocks = torch.arange(self.size * self.local_length).view(2 * self.size, -1)
             return torch.cat([blocks[rank], blocks[-1 - rank]])
         first = 0 if self.whole else rank * self.local_length
         return torch.arange(first, first + self.local_length)
 
+    def dealt(self) -> torch.Tensor:
+        """The rows of all ranks, one rank after the other; tokens that are split as they come have no pads yet."""
+        if not self.head_tail and self.unit == 1:
+            return torch.arange(self.length)
+        return torch.cat([self.rows(rank) for rank in range(self.size)])
 
-def pieces(
-    lengths: Sequence[int], whole: Sequence[bool], size: int, head_tail: Sequence[bool] = (), units: Sequence[int] = ()
-) -> Iterator[Piece]:
+    def tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which token of the segment each row is; a pad is a copy of one of the last unit."""
+        last = self.length - self.unit + (rows - self.length) % self.unit
+        return torch.where(rows < self.length, rows, last)
+
+
+def pieces(lengths: Lengths, whole: Flags, size: int, head_tail: Flags = (), units: Lengths = ()) -> Iterator[Piece]:
     """The segments of these lengths, in order."""
     start = local_start = 0
-    for i, (n, is_whole) in enumerate(zip(lengths, whole, strict=True)):
-        n = int(n)
+    for i, (n, is_whole) in enumerate(zip(map(int, lengths), whole, strict=True)):
         dealt = len(head_tail) > i and bool(head_tail[i])
         unit, parts = int(units[i]) if units else 1, 2 if dealt else 1
         local = n if is_whole else unit * parts * -(-n // (unit * parts * size))
-        yield Piece(start, n, local_start, local, bool(is_whole), size if dealt else 0)
+        yield Piece(start, n, local_start, local, bool(is_whole), size, dealt, unit)
         start += n
         local_start += local
 
 
-def rows_are_zeroed(x: torch.Tensor, dim: int, row_is_zero: torch.Tensor) -> torch.Tensor:
-    """``x`` with zeros (never a product with zero) where ``row_is_zero`` along ``dim``."""
+def along(flags: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Of each row along ``dim`` a flag, as a mask of ``x``."""
     shape = [1] * x.dim()
     shape[dim] = -1
-    return x.masked_fill(row_is_zero.to(x.device).view(shape), 0)
+    return flags.to(x.device).view(shape)
+
+
+def rows_are_zeroed(x: torch.Tensor, dim: int, row_is_zero: torch.Tensor) -> torch.Tensor:
+    """``x`` with zeros (never a product with zero) where ``row_is_zero`` along ``dim``."""
+    return x.masked_fill(along(row_is_zero, x, dim), 0)
 
 
 def total(lanes: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -90,14 +120,7 @@ def each(x: Lanes, function: Callable[[torch.Tensor], torch.Tensor]) -> Lanes:
 
 
 def check_local(
-    name: str,
-    x: Lanes,
-    dim: int,
-    lengths: Sequence[int],
-    whole: Sequence[bool],
-    size: int,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[int] = (),
+    name: str, x: Lanes, dim: int, lengths: Lengths, whole: Flags, size: int, head_tail: Flags = (), units: Lengths = ()
 ) -> None:
     """Raises ``VerificationError`` unless dimension ``dim`` of every lane has the local rows of these segments."""
     expected = sum(piece.local_length for piece in pieces(lengths, whole, size, head_tail, units))
@@ -108,26 +131,13 @@ def check_local(
             )
 
 
-def poison(
-    result: Lanes, x: Lanes, dim: int, lengths: Sequence[int], whole: Sequence[bool], size: int, **_: Any
-) -> Lanes:
-    """Other values in the pad rows: those of the first row, three quarters of them where numbers are real.
+def poisoned(lane: torch.Tensor, x: torch.Tensor, dim: int, pads: torch.Tensor) -> torch.Tensor:
+    """``lane`` with other values in its pads: those of the first row of ``x``, three quarters where numbers are real.
 
     Values that the program might have, because pads, being copies of rows, promise just that: nothing new overflows or
     leaves a domain, so zero times a pad is zero, and an index of a pad is in range.
     """
-    poisoned = Lanes()
-    for r, lane in enumerate(result):
-        lane = lane.clone()
-        for piece in pieces(lengths, whole, size):
-            pads = (piece.rows(r) >= piece.length).nonzero().flatten()
-            if piece.whole or not pads.numel():
-                continue
-            first = smaller(x[r].narrow(dim, 0, 1))
-            for row in pads.tolist():
-                lane.narrow(dim, piece.local_start + row, 1).copy_(first)
-        poisoned.append(lane)
-    return poisoned
+    return torch.where(along(pads, lane, dim), smaller(x.narrow(dim, 0, 1)), lane)
 
 
 def smaller(x: torch.Tensor) -> torch.Tensor:

@@ -14,30 +14,23 @@ import torch
 from torch import Tensor
 
 from fxsp.kernels.draws import kept
+from fxsp.simulation.reference.lanes import Flags, Lengths, pieces
 
 __all__ = ["by_autograd", "place_positions", "ring_attention", "ring_attention_backward", "weighted"]
 
 
 def _tokens(
-    lengths: Sequence[int],
-    whole: Sequence[bool],
-    ulysses: int,
-    ring: int,
-    place: int,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[int] = (),
+    lengths: Lengths, whole: Flags, ulysses: int, ring: int, place: int, head_tail: Flags = (), units: Lengths = ()
 ) -> list[int]:
-    """The global position of each row of one place of the ring; -1 - n for a pad, n that of its segment's last row."""
+    """The global position of each row of one place of the ring; -1 - n for a pad, n that of its segment's last row.
+
+    The rows of a place are those of ``ulysses`` ranks in a row: those of one rank, were units so many times as long.
+    """
     result: list[int] = []
-    start = 0
-    kinds = head_tail or [False] * len(lengths), units or [1] * len(lengths)
-    for n, entire, dealt, unit in zip(lengths, whole, *kinds, strict=True):
-        parts = 2 * ring if dealt else ring
-        rows = n if entire else ulysses * unit * -(-n // (ulysses * parts * unit))
-        firsts = [0] if entire else [place * rows, (parts - 1 - place) * rows] if dealt else [place * rows]
-        for first in firsts:
-            result += [start + i if i < n else -1 - (start + n - 1) for i in range(first, first + rows)]
-        start += n
+    for piece in pieces(lengths, whole, ring, head_tail, [ulysses * unit for unit in units or [1] * len(lengths)]):
+        last = piece.start + piece.length - 1
+        rows = (piece.start + piece.rows(place)).tolist()
+        result += [row if row <= last else -1 - last for row in rows]
     return result
 
 
@@ -100,11 +93,11 @@ class _Fused(torch.autograd.Function):
 
 def ring_attention(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
-    q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
+    q_lengths: Lengths, q_whole: Flags, k_lengths: Lengths, k_whole: Flags,
     causal: bool, scale: float | None, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
-    q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
-    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, q_units: Sequence[int] = (),
-    k_units: Sequence[int] = (), exact: bool = False,
+    q_head_tail: Flags = (), k_head_tail: Flags = (), window: int | None = None,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, q_units: Lengths = (),
+    k_units: Lengths = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """``(out, lse, rest)`` of each rank; differentiable."""
     ring = size // ulysses
@@ -136,14 +129,7 @@ def ring_attention(
 
 
 def place_positions(
-    lengths: Sequence[int],
-    whole: Sequence[bool],
-    ulysses: int,
-    rank: int = 0,
-    size: int = 1,
-    device: Any = "cpu",
-    head_tail: Sequence[bool] = (),
-    units: Sequence[int] = (),
+    lengths: Lengths, whole: Flags, ulysses: int, size: int, device: Any, head_tail: Flags = (), units: Lengths = ()
 ) -> Any:
     """The global index of each row of a rank's place in the ring; a pad has that of its segment's last row."""
     places = [_tokens(lengths, whole, ulysses, size // ulysses, r // ulysses, head_tail, units) for r in range(size)]
@@ -153,11 +139,11 @@ def place_positions(
 def ring_attention_backward(
     grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
     mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor], rest: Sequence[Tensor],
-    q_lengths: Sequence[int], q_whole: Sequence[bool], k_lengths: Sequence[int], k_whole: Sequence[bool],
+    q_lengths: Lengths, q_whole: Flags, k_lengths: Lengths, k_whole: Flags,
     causal: bool, scale: float | None, mask_grad: bool, ulysses: int, rank: int = 0, size: int = 1, group: str = "",
-    q_head_tail: Sequence[bool] = (), k_head_tail: Sequence[bool] = (), window: int | None = None,
-    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, q_units: Sequence[int] = (),
-    k_units: Sequence[int] = (), exact: bool = False,
+    q_head_tail: Flags = (), k_head_tail: Flags = (), window: int | None = None,
+    dropout_p: float = 0.0, seed: Sequence[Tensor] | Tensor | None = None, q_units: Lengths = (),
+    k_units: Lengths = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`ring_attention`."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.simulation.reference.lanes import pieces
+from fxsp.simulation.reference.lanes import Flags, Lengths, pieces
 from fxsp.simulation.reference.ring import by_autograd, weighted
 
 __all__ = ["merged_attention", "merged_attention_backward"]
@@ -21,8 +21,8 @@ __all__ = ["merged_attention", "merged_attention_backward"]
 
 def merged_attention(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Sequence[Tensor] | None,
-    k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None, rank: int = 0, size: int = 1,
-    group: str = "", k_head_tail: Sequence[bool] = (), k_units: Sequence[int] = (), exact: bool = False,
+    k_lengths: Lengths, k_whole: Flags, causal: bool, scale: float | None, rank: int = 0, size: int = 1,
+    group: str = "", k_head_tail: Flags = (), k_units: Lengths = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """``(out, lse, rest)`` of each rank; differentiable."""
     total = sum(k_lengths)
@@ -65,9 +65,9 @@ def merged_attention(
 def merged_attention_backward(
     grad: Sequence[Tensor], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor],
     mask: Sequence[Tensor] | None, out: Sequence[Tensor], lse: Sequence[Tensor],
-    rest: Sequence[Tensor], k_lengths: Sequence[int], k_whole: Sequence[bool], causal: bool, scale: float | None,
-    mask_grad: bool, rank: int = 0, size: int = 1, group: str = "", k_head_tail: Sequence[bool] = (),
-    k_units: Sequence[int] = (), exact: bool = False,
+    rest: Sequence[Tensor], k_lengths: Lengths, k_whole: Flags, causal: bool, scale: float | None,
+    mask_grad: bool, rank: int = 0, size: int = 1, group: str = "", k_head_tail: Flags = (),
+    k_units: Lengths = (), exact: bool = False,
 ) -> Any:  # fmt: skip
     """The gradients of q, k, v and the mask, by autograd of :func:`merged_attention`."""
 

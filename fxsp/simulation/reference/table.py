@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from fxsp.errors import UnsupportedError, VerificationError
-from fxsp.simulation.reference import extremes, ops, ring, split_kv
-from fxsp.simulation.reference import zigzag as oracle_deal
-from fxsp.simulation.reference.lanes import Lanes, poison
+from fxsp.simulation.reference import ops, ring, split_kv
+from fxsp.simulation.reference.lanes import Lanes, pieces, poisoned
+from fxsp.torch_internals import parameters
 
 __all__ = ["Call", "Lanes", "bind"]
 
@@ -33,30 +33,33 @@ class Call:
 
     def run(self, *, poison_pads: bool = False) -> Lanes:
         """Execute it; ``poison_pads`` overwrites the pads it makes, unless they are promised to be zero."""
-        result = self.function(**self.arguments)
-        if not poison_pads or self.arguments.get("zero_pads", True):
+        given = self.arguments
+        result = self.function(**given)
+        if not poison_pads or given.get("zero_pads", True):
             return result
-        if self.name == "shard":
-            return poison(result, **self.arguments)
         if self.name == "pack_heads":
-            length = self.arguments["xs"][0][0].shape[2]
-            return Lanes([torch.cat([y[:, :length], 0.75 * y[:, :1].expand_as(y[:, length:])], 1) for y in result])
-        x, lengths, size = (self.arguments[name] for name in ("x", "lengths", "size"))
+            length = given["xs"][0][0].shape[2]
+            return Lanes([poisoned(y, y, 1, torch.arange(y.shape[1]) >= length) for y in result])
+        x, lengths, size, dim = given["x"], given["lengths"], given["size"], given.get("dim", 0)
+        whole = given.get("whole", [False] * len(lengths))
+        found = list(pieces(lengths, whole, size, given.get("head_tail", ()), given.get("units", ())))
         if self.name == "deal":
-            how = self.arguments["dim"], lengths, self.arguments["head_tail"], size, self.arguments.get("units", ())
-            return Lanes([oracle_deal.poisoned(y, lane, *how) for y, lane in zip(result, x, strict=True)])
+            pads = torch.cat([piece.dealt() >= piece.length for piece in found])
+            return Lanes([poisoned(y, lane, dim, pads) for y, lane in zip(result, x, strict=True)])
+        of_rank = [torch.cat([piece.rows(r) >= piece.length for piece in found]) for r in range(size)]
+        if self.name == "shard":
+            return Lanes([poisoned(y, lane, dim, pads) for y, lane, pads in zip(result, x, of_rank, strict=True)])
         # pack: for each receiver
-        split = [False] * len(lengths)
         return Lanes(
             [
-                torch.stack(poison(Lanes(y), Lanes([lane] * size), 0, lengths, split, size))
+                torch.stack([poisoned(block, lane, 0, pads) for block, pads in zip(y, of_rank, strict=True)])
                 for y, lane in zip(result, x, strict=True)
             ]
         )
 
 
 def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Call:
-    """The call of operator ``name``; tensor operands are :class:`Lanes`.  The rank and the group are dropped.
+    """The call of operator ``name``; tensor operands are :class:`Lanes`.  Dropped is what its meaning does not ask for.
 
     Raises ``VerificationError`` if the call is for another number of ranks, ``UnsupportedError`` if the operator is
     unknown.
@@ -64,13 +67,15 @@ def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> C
     function = _OPERATORS.get(name)
     if function is None:
         raise UnsupportedError(f"the simulator does not know fxsp::{name}; it knows {', '.join(sorted(_OPERATORS))}")
-    arguments = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
-    if name in _LOCAL and size % arguments["size"] == 0:
-        # Among some consecutive ranks.
-        return Call(name, function, arguments)
-    if arguments.get("size", size) != size:
-        raise VerificationError(f"fxsp::{name} is for {arguments['size']} ranks, the simulation has {size}")
-    arguments["size"] = size
+    names = [known.name for known in parameters(getattr(torch.ops.fxsp, name).default)]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    asked = inspect.signature(function).parameters
+    arguments = {key: value for key, value in given.items() if key in asked}
+    of = given.get("size", size)
+    if of != size and not (name in _LOCAL and size % of == 0):  # of some consecutive ranks
+        raise VerificationError(f"fxsp::{name} is for {of} ranks, the simulation has {size}")
+    if "size" in asked:
+        arguments["size"] = of
     return Call(name, function, arguments)
 
 
@@ -86,8 +91,6 @@ def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:
 _LOCAL = frozenset({"deal", "pack", "pack_heads", "put", "take", "undeal", "unpack"})
 
 #: What each file defines, by the name of the function.
-_OPERATORS = {
-    function.__name__: _lanes(function) for module in (ops, ring, split_kv, extremes) for function in module.OPERATORS
-}
+_OPERATORS = {function.__name__: _lanes(function) for module in (ops, ring, split_kv) for function in module.OPERATORS}
 # Forward they mean what others do.
 _OPERATORS.update(gather_used=_OPERATORS["gather"], reduce_grad=_OPERATORS["all_reduce"])

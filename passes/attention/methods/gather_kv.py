@@ -17,12 +17,12 @@ import torch
 from torch.fx import Node
 
 from fxsp.config import Degrees
-from fxsp.passes.attention.attend import Attend, global_shape
+from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
-from fxsp.passes.attention.method import Method, beside_whole_queries
-from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import Call, facts, mark
-from fxsp.types import Replicate, Type, as_length
+from fxsp.passes.attention.method import Method
+from fxsp.passes.attention.question import Question
+from fxsp.passes.graph import facts, mark, shape_of
+from fxsp.types import as_length
 
 __all__ = ["GatherKV"]
 
@@ -46,14 +46,9 @@ class GatherKV(Method):
     def asked(self, degrees: Degrees) -> str:
         return f"allgather_degree={degrees.allgather}" if (degrees.allgather or 1) > 1 else ""
 
-    def needs(self, call: Call, choice: AttentionChoice, queries: Type, tokens: int) -> dict[str, Type]:
-        if choice.queries is None:
-            return beside_whole_queries(call, choice, tokens, Replicate())
-        return super().needs(call, choice, queries, tokens)
-
     def lower(self, x: Attend) -> Node:
         build, keys = x.build, x.keys
-        widths = [global_shape(x.k)[-1], global_shape(x.v)[-1]]
+        widths = [shape_of(x.k)[-1], shape_of(x.v)[-1]]
         both = build.call(aten.cat.default, [x.k, x.v], -1)
         whole = build.gather(both, len(x.shape) - 2, keys, used=x.choice.queries is not None)
         build.record("all_gather", whole, x.choice.way.sent, "keys and values of an attention", keys)

@@ -7,22 +7,15 @@ sent, and what they cost is said.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch.fx import Node
 
 from fxsp.passes.attention.attend import Attend
-from fxsp.passes.attention.cost import Link, Way
+from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method
 from fxsp.passes.attention.question import Question
 
 __all__ = ["Local"]
-
-
-@dataclass(frozen=True)
-class _Local(Way):
-    def cost(self, link: Link) -> str:
-        return ""
 
 
 class Local(Method):
@@ -35,7 +28,7 @@ class Local(Method):
         if question.keys is None:
             outputs = question.outputs is not None
             note = "its keys and values are outputs of the graph, gathered once for both" if outputs else ""
-            yield _Local(self.name, question.outputs or 0, refusal=question.per_rows, note=note)
+            yield Way(self.name, question.outputs or 0, messages=0, refusal=question.per_rows, note=note)
 
     def lower(self, x: Attend) -> Node:
         return x.rows(x.k, x.v)

@@ -23,12 +23,12 @@ from fxsp.config import Degrees
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.lengths import hint
-from fxsp.passes.attention.attend import Attend, global_shape
+from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
 from fxsp.passes.attention.method import Method
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import Call, mark
+from fxsp.passes.graph import Call, mark, shape_of
 from fxsp.types import Type, Used, as_length, product, same_length
 
 __all__ = ["Hybrid", "Ring"]
@@ -85,7 +85,7 @@ class Ring(Method):
             bool(x.causal), x.args.get("scale"), choice.ulysses, *build.at_rank(), *_more(x), **x.exact,
         )  # fmt: skip
         out = build.call(operator.getitem, both, 0)
-        (batch, heads, _, width), value = global_shape(x.k), global_shape(x.v)
+        (batch, heads, _, width), value = shape_of(x.k), shape_of(x.v)
         # After an exchange, u times the rows of a u-th of the heads.
         rows = x.keys.split_length(build.ranks.size)
         sent = product((batch, heads, rows, as_length(width + value[3]), x.itemsize))
@@ -131,7 +131,7 @@ def _more(x: Attend) -> list[Any]:
 def _mask_of_place(x: Attend, mask: Node) -> Node:
     """A whole mask -> the rows of this place's queries, and the heads of this rank."""
     build, queries, u = x.build, x.queries, x.choice.ulysses
-    shape = global_shape(mask)
+    shape = shape_of(mask)
     if len(shape) >= 3 and not same_length(shape[-3], 1):
         mask = build.take(mask, len(shape) - 3, u)
     if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(queries.length, 1)):

@@ -25,10 +25,9 @@ from fxsp.kernels.counts import reduced_bytes
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
-from fxsp.passes.attention.method import Method, beside_whole_queries
-from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import Call
-from fxsp.types import Type, Used, as_length, product
+from fxsp.passes.attention.method import Method
+from fxsp.passes.attention.question import Question
+from fxsp.types import Used, as_length, product
 
 __all__ = ["Merged"]
 
@@ -38,6 +37,7 @@ class Merged(Method):
 
     name = "merged"
     beyond_degrees = True
+    beside_keys = Used()
 
     def ways(self, question: Question) -> Iterator[Way]:
         if question.queries is not None or question.keys is None:
@@ -47,9 +47,6 @@ class Merged(Method):
         sent = product((size - 1, *lead, rows, packed, like.element_size()))
         back = reduced_bytes(product((*lead, rows, width)), like.dtype, size) if question.program.training else None
         yield Way(self.name, sent, back, refusal=question.blocks_refusal)
-
-    def needs(self, call: Call, choice: AttentionChoice, queries: Type, tokens: int) -> dict[str, Type]:
-        return beside_whole_queries(call, choice, tokens, Used())
 
     def lower(self, x: Attend) -> Node:
         build, keys, ranks = x.build, x.keys, x.build.ranks

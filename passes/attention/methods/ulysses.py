@@ -15,13 +15,13 @@ from typing import Any
 from torch.fx import Node
 
 from fxsp.config import Degrees
-from fxsp.passes.attention.attend import Attend, global_shape
+from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
 from fxsp.passes.attention.method import Method, own_heads
 from fxsp.passes.attention.operators import SDPA
 from fxsp.passes.attention.question import AttentionChoice, Question
-from fxsp.passes.graph import Call
+from fxsp.passes.graph import Call, shape_of
 from fxsp.types import Type, Used, as_length, same_length
 
 __all__ = ["Ulysses"]
@@ -89,7 +89,7 @@ def _has_rows(mask: Any) -> bool:
     """Whether a mask may tell one query from another."""
     if not isinstance(mask, Node):
         return mask is not None
-    shape = global_shape(mask)
+    shape = shape_of(mask)
     return len(shape) >= 2 and not same_length(shape[-2], 1)
 
 
@@ -102,4 +102,4 @@ def _is_for_all_heads(mask: Any) -> bool:
     """Whether a mask, if there is one, is the same for all heads of all batch entries."""
     if not isinstance(mask, Node):
         return mask is None
-    return all(same_length(n, 1) for n in global_shape(mask)[:-2])
+    return all(same_length(n, 1) for n in shape_of(mask)[:-2])

@@ -38,17 +38,20 @@ function show(index) {
   graph = data.graphs[index];
   $("cards").replaceChildren(...graph.cards.map(([title, value, note]) =>
     el("div", "card", el("p", "", title), el("strong", "", value), el("p", "", note))));
-  $("whole").hidden = !graph.whole;
-  $("whole").textContent = graph.whole ? "Runs whole on every rank: " + graph.whole : "";
-  $("plan").replaceChildren(table([{ t: "entry", c: 1 }, { t: "" }], grouped(graph.plan, (r) => [pattern(r[0].split("[")[0]), r[0].split("[")[1], r[1], r[2]])
-    .map((g) => [g.length > 1 ? times(g.length) + g[0][0] : g[0][0],
-      el("span", g[0][1] ? "yes" : "no", (g[0][1] ? "applied " : "not applied: ") + g[0][2])])));
+  $("whole").hidden = !graph.unsharded;
+  $("whole").textContent = graph.unsharded ? "Runs whole on every rank: " + graph.unsharded : "";
+  $("plan").replaceChildren(table([{ t: "entry", c: 1 }, { t: "" }], grouped(graph.plan, (r) => [pattern(r.entry.split("[")[0]), r.entry.split("[")[1], r.applied, r.detail])
+    .map((g) => [times(g.length) + g[0].entry,
+      el("span", g[0].applied ? "yes" : "no", (g[0].applied ? "applied " : "not applied: ") + g[0].detail)])));
+  const rejected = (a) => Object.entries(a.rejected).map(([name, why]) => name + ": " + why);
   $("attention").replaceChildren(table([{ t: "module", c: 1 }, { t: "method" }, { t: "rejected" }],
-    grouped(graph.attention, (r) => [pattern(r[0]), r[1], r[3]]).map((g) => [
-      el("span", "", times(g.length) + (g.length > 1 ? pattern(g[0][0]) : g[0][0] || "root"), el("div", "soft", g[0][2])),
-      el("span", "chip", g[0][1]), el("span", "soft", g[0][3].join("; "))])));
-  $("gathers").hidden = !graph.implicit.length;
-  $("implicit").replaceChildren(table([{ t: "operator", c: 1 }, { t: "module", c: 1 }, { t: "line", c: 1 }, { t: "why" }], graph.implicit));
+    grouped(graph.attentions, (a) => [pattern(a.module), a.method, rejected(a)]).map((g) => [
+      el("span", "", times(g.length) + (g.length > 1 ? pattern(g[0].module) : g[0].module || "root"), el("div", "soft", g[0].source)),
+      el("span", "chip", g[0].method), el("span", "soft", rejected(g[0]).join("; "))])));
+  const implicit = graph.implicit_gathers.filter((g) => g.kind === "implicit");
+  $("gathers").hidden = !implicit.length;
+  $("implicit").replaceChildren(table([{ t: "operator", c: 1 }, { t: "module", c: 1 }, { t: "line", c: 1 }, { t: "why" }],
+    implicit.map((g) => [g.op, g.module, g.source, g.reason])));
   $("letters").textContent = graph.letters || "";
   const heads = [{ t: "kind" }, { t: "module", c: 1 }, { t: "line", c: 1 }, { t: "bytes", n: 1 }, { t: "formula", c: 1 }, { t: "why" }];
   $("collectives").replaceChildren(table([{ t: "value", c: 1 }, ...heads],
