@@ -209,10 +209,13 @@ class Builder(Writer):
         lengths = self.sizes(sequence.lengths)
         return self.call(op.default, x, dim, lengths, head_tail, *more, size or self.ranks.size, *units)
 
-    def shard(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        size = self.ranks.size
-        x = self.deal(x, dim, sequence)
-        return self.call(_ops.shard.default, x, dim, *self.sequence(sequence.dealt(size)), False, *self.at_rank())
+    def shard(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
+        """This rank's part of a whole value."""
+        exposed, dim, back = self.expose(x, shape, type_, whole=True)
+        size, sequence = self.ranks.size, type_.sequence
+        x = self.deal(exposed, dim, sequence)
+        new = self.call(_ops.shard.default, x, dim, *self.sequence(sequence.dealt(size)), False, *self.at_rank())
+        return back(new, sequence.local_length(size))
 
     def gather(self, x: Node, dim: int, sequence: Sequence, *, used: bool) -> Node:
         op, size = _ops.gather_used if used else _ops.gather, self.ranks.size
@@ -242,9 +245,8 @@ class Builder(Writer):
         return self.call(_ops.all_to_all_within.default, x, *self.at_rank())
 
     def mask_pads(self, x: Node, dim: int, sequence: Sequence) -> Node:
-        rank, size, _ = self.at_rank()
-        placed = self.placed(sequence)
-        return self.call(_ops.mask_pads.default, x, dim, *self.sequence(sequence), rank, size, *placed)
+        where = *self.sequence(sequence), *self.at_rank()[:2]
+        return self.call(_ops.mask_pads.default, x, dim, *where, *self.placed(sequence))
 
     def masked(self, x: Node, shape: tuple[Length, ...], type_: Shard) -> Node:
         """``x`` with its pads zeroed, and with whole segments counted by one rank only."""
@@ -265,24 +267,19 @@ class Builder(Writer):
         made of it, so its sizes are those of the other side for shard and gather.
         """
         if type_.plain:
-            return x, type_.dim, lambda y: y
-        local, full = type_.sequence.local_length(self.ranks.size), type_.sequence.length
-        before = [*shape[: type_.dim], type_.outer]
-        after = shape[type_.dim + 1 :]
-        middle = full if whole else local
-        exposed = self.call(aten.reshape.default, x, self.sizes([*before, middle, *after]))
+            return x, type_.dim, lambda y, *_: y
+        lead, last = shape[: type_.dim], shape[type_.dim + 1 :]
+        count = type_.sequence.length if whole else type_.sequence.local_length(self.ranks.size)
+        exposed = self.call(aten.reshape.default, x, self.sizes([*lead, type_.outer, count, *last]))
 
-        def back(y: Node, tokens: Length = middle) -> Node:
-            merged = product((type_.outer, tokens))
-            sizes = [*shape[: type_.dim], merged, *shape[type_.dim + 1 :]]
-            return self.call(aten.reshape.default, y, self.sizes(sizes))
+        def back(y: Node, tokens: Length = count) -> Node:
+            return self.call(aten.reshape.default, y, self.sizes([*lead, product((type_.outer, tokens)), *last]))
 
         return exposed, type_.dim + 1, back
 
     def positions(self, sequence: Sequence, device: torch.device) -> Node:
-        rank, size, _ = self.at_rank()
-        placed = self.placed(sequence)
-        return self.call(_ops.positions.default, *self.sequence(sequence), rank, size, device, *placed)
+        where = *self.sequence(sequence), *self.at_rank()[:2]
+        return self.call(_ops.positions.default, *where, device, *self.placed(sequence))
 
     def seed(self, device: torch.device) -> Node:
         """A number that the generators of all ranks agree on, int64 ``[1]``."""

@@ -178,14 +178,11 @@ def shape_of(node: Node) -> tuple[Length, ...]:
     return tuple(as_length(n) for n in value.shape)
 
 
-def tensor_nodes(value: Any) -> Iterator[Node]:
+def tensor_nodes(value: Any) -> list[Node]:
     """Tensor-valued nodes inside one argument (a node, or nested lists of them)."""
-    if isinstance(value, Node):
-        if isinstance(value.meta.get("val"), torch.Tensor):
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensor_nodes(item)
+    found: list[Node] = []
+    torch.fx.map_arg(value, found.append)
+    return [node for node in found if tensor_value(node) is not None]
 
 
 def reachable(
@@ -241,7 +238,7 @@ class Call:
     @property
     def operands(self) -> list[Node]:
         """All tensor operands, in schema order; lists of tensors are flattened."""
-        return [n for value in self.arguments.values() for n in tensor_nodes(value)]
+        return tensor_nodes(list(self.arguments.values()))
 
     def shape(self, name: str) -> tuple[Length, ...]:
         return shape_of(self.arguments[name])

@@ -60,4 +60,4 @@ def _guessed(node: Node, shape_of: Callable[[Any], Shape | None]) -> int:
 
 def operands_of(node: Node) -> list[Node]:
     """The tensors that a call reads."""
-    return list(tensor_nodes((node.args, list(node.kwargs.values()))))
+    return tensor_nodes((node.args, node.kwargs))

@@ -31,6 +31,7 @@ from fxsp.hooks.layout import Layout, global_size, is_constant, layout_of, mappe
 from fxsp.hooks.spelling import is_in_place, name_of
 from fxsp.hooks.where import note_gather, refuse
 from fxsp.kernels.ops import fxsp_ops as _ops
+from fxsp.passes.rules.families import names_of
 from fxsp.torch_internals import plain_functions
 
 __all__ = ["RULES", "Call", "Rule", "SplitMode", "SplitTensor", "gather", "handle", "mark", "needs_whole", "shard"]
@@ -193,13 +194,8 @@ def needs_whole(name: str, why: str, layout: Layout | None = None) -> NoReturn:
 
 
 #: What may return a view, through which the model would write into a value of its own.
-_VIEWS = frozenset(
-    """
-    getitem narrow select split split_with_sizes chunk tensor_split unbind unsafe_chunk unsafe_split hsplit vsplit
-    dsplit view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze expand expand_as diagonal
-    unfold movedim
-    """.split()
-)
+_VIEWS = names_of("view", "slice", "split", "select", "unsafe_split", "unfold")
+_VIEWS |= {"getitem", "hsplit", "vsplit", "dsplit", "diagonal"}
 
 
 def _say_copied(x: Any) -> Any:

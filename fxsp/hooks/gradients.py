@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsp.hooks.layout import Layout
 from fxsp.hooks.region import Region
 from fxsp.hooks.where import refuse
 from fxsp.kernels.ops import as_view
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.torch_internals import custom_function
 
-__all__ = ["check_history", "leave", "use"]
+__all__ = ["check_history", "use"]
 
 
 def check_history(x: Tensor) -> None:
@@ -23,16 +22,6 @@ def check_history(x: Tensor) -> None:
     made_by = custom_function(x.grad_fn)
     if made_by:
         refuse(made_by, "is an autograd.Function whose backward cannot tell this rank's tokens from all of them")
-
-
-def leave(x: Tensor, layout: Layout) -> Tensor:
-    """Rows that every rank has, taken out of a split value: whole; the gradient is shared out among the ranks."""
-    region = layout.region
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x
-    lengths, whole = list(layout.lengths), [True] * len(layout.lengths)
-    y: Tensor = _ops.gather.default(x, layout.dim, lengths, whole, region.rank, region.size, region.group)
-    return y
 
 
 def use(x: Any, region: Region) -> Any:

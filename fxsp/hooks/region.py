@@ -28,6 +28,8 @@ class Call:
         self.lengths: dict[str, int] = {}
         #: Local length of a split value -> its global lengths.
         self.split: dict[int, list[int]] = {}
+        #: By the id of a hook, from its ``pre_forward`` to its ``post_forward``: as ``lengths``, of its own module.
+        self.of_hook: dict[int, dict[str, int]] = {}
 
     def saw(self, length: int, local: int) -> None:
         """A value of ``length`` tokens is split into ``local`` rows."""
@@ -98,10 +100,8 @@ class Region:
         self.report = Report()
         #: Functions whose implicit gather was warned about, and what else is said once.
         self.warned: set[str] = set()
-        #: Whether ``fxsp.reports()`` has the report of a call that was to be compiled.
-        self._announced = False
         self._threads = threading.local()
-        self._traced: Call | None = None
+        self._traced = Call()
         self._last = Call()
 
     # --- the model's call in progress in this thread, under its hooks
@@ -124,42 +124,33 @@ class Region:
     def took_over(self) -> None:
         """The call in progress was to be compiled, and is not."""
         note = "hooks run this call eagerly: it was not compiled as one graph (a graph break, or the recompile limit)"
-        if note not in self.report.notes:
-            self.report.notes.append(note)
-        if not self._announced:
-            self._announced = True
+        self.note(note)
+        if note not in self.warned:
+            self.warned.add(note)
             keep_report(self.report)
             warnings.warn(FxspWarning(note), stacklevel=2)
+
+    def note(self, note: str) -> None:
+        """Write a note into the report, once; where Dynamo traces there is none."""
+        if not torch.compiler.is_compiling() and note not in self.report.notes:
+            self.report.notes.append(note)
 
     def leave(self) -> None:
         """The call ends, normally or not."""
         self._last = self._threads.calls.pop()
 
-    def trace(self, call: Call | None) -> None:
-        """Dynamo traces a call of the model; None: it ends."""
-        self._traced = call
+    def trace(self) -> None:
+        """A call of the model that Dynamo traces begins, or ends."""
+        self._traced = Call()
 
     @property
     def call(self) -> Call:
-        """The call in progress; in a backward pass, the last one."""
+        """The call in progress; in a backward pass, the last one; of a hook by itself, one for each thread."""
         if torch.compiler.is_compiling():
-            return self._traced or Call()
+            return self._traced
+        if self.alone:
+            return self._threads.__dict__.setdefault("call", Call())  # type: ignore[no-any-return]
         return self._threads.calls[-1] if self.running else self._last
-
-    def remember(self, hook: Any, lengths: dict[str, int]) -> None:
-        """From a hook's ``pre_forward`` to its ``post_forward``."""
-        if torch.compiler.is_compiling():
-            hook.traced_lengths = lengths
-        else:
-            self._threads.__dict__.setdefault("hooks", {})[id(hook)] = lengths
-
-    def recall(self, hook: Any) -> dict[str, int]:
-        """What was remembered, once."""
-        if not torch.compiler.is_compiling():
-            return self._threads.__dict__.get("hooks", {}).pop(id(hook), {})  # type: ignore[no-any-return]
-        lengths: dict[str, int] = hook.traced_lengths
-        hook.traced_lengths = {}
-        return lengths
 
     # --- copies
 

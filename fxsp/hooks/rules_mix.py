@@ -119,36 +119,18 @@ def one_hot(call: Call) -> Any:
 # --- along some dimensions --------------------------------------------------------------------------------------------
 
 
-class Along(NamedTuple):
+class _Along(NamedTuple):
     """What a function of one tensor works along, and what is done where that are the tokens."""
 
-    #: Of a call: the dimension, or several; None: all.
-    dims: Callable[[Call], Any]
+    names: str
+    #: Where its argument ``dim`` stands, or the dimensions of a call; None: all.
+    dims: int | Callable[[Call], Any]
+    default: Any = None
     why: str = "works along the tokens"
     #: Whether the result has a row for each token even so.
     rows: bool = True
     #: Whether its arguments or results count tokens, so that numbers must not be local ones.
     counts: bool = False
-
-
-def _argument(index: int, default: Any = None) -> Callable[[Call], Any]:
-    return lambda call: call.get(index, "dim dims axis", default)
-
-
-def _reduced(index: int) -> Callable[[Call], Any]:
-    def dims(call: Call) -> Any:
-        found = call.get(index, "dim axis")
-        return None if isinstance(found, bool) or found == () or found == [] else found  # x.var(unbiased)
-
-    return dims
-
-
-def _rolled(index: int) -> Callable[[Call], Any]:
-    def dims(call: Call) -> Any:
-        found = call.get(index, "dims")
-        return refuse(call.name, "of all elements is not followed") if found is None else found
-
-    return dims
 
 
 def _windows(call: Call) -> Any:
@@ -161,44 +143,39 @@ def _padded(call: Call) -> list[int]:
     return [-1 - i // 2 for i, amount in enumerate(call.get(1, "pad")) if amount]
 
 
-_LINEAR = Along(lambda call: -1, "contracts over tokens", False)
-_NORMALIZES = "normalizes over tokens"
-_REDUCES = "reduces over tokens"
-#: Names -> what these functions work along.
-_ALONG = (
-    ("linear", _LINEAR),
-    ("layer_norm rms_norm", Along(lambda call: range(-len(call.get(1, "normalized_shape")), 0), _NORMALIZES)),
-    ("group_norm instance_norm batch_norm", Along(lambda call: None, _NORMALIZES)),
-    ("softmax log_softmax softmin sort argsort", Along(_argument(1, -1))),
-    ("cumsum cumprod cummax cummin logcumsumexp", Along(_argument(1))),
-    ("flip", Along(_rolled(1))),
-    ("roll", Along(_rolled(2))),
-    ("normalize", Along(_argument(2, 1))),
-    ("diff", Along(_argument(2, -1))),
-    ("glu mode", Along(_argument(1, -1), rows=False)),
-    ("topk kthvalue", Along(_argument(2, -1), rows=False)),
-    (
-        """
-        sum mean amax amin nansum nanmean prod any all argmax argmin logsumexp max min median nanmedian var std
-        var_mean std_mean count_nonzero
-        """,
-        Along(_reduced(1), _REDUCES, False),
-    ),
-    ("norm linalg_norm linalg_vector_norm vector_norm", Along(_reduced(2), _REDUCES, False)),
-    (
-        """
-        conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-        avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate
-        """,
-        Along(_windows),
-    ),
-    ("unbind", Along(_argument(1, 0), "takes the tokens apart", counts=True)),
-    ("view_as_complex", Along(lambda call: -1, "makes complex numbers of pairs of tokens", counts=True)),
-    ("repeat_interleave", Along(_argument(2), "repeats tokens", counts=True)),
-    ("pad constant_pad_nd", Along(_padded, "adds tokens", counts=True)),
+def _normalized(call: Call) -> range:
+    return range(-len(call.get(1, "normalized_shape")), 0)
+
+
+_REDUCED = """
+    sum mean amax amin nansum nanmean prod any all argmax argmin logsumexp max min median nanmedian var std var_mean
+    std_mean count_nonzero
+"""
+_WINDOWS = """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d
+    max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate
+"""
+_ROWS = (
+    _Along("linear", lambda call: -1, why="contracts over tokens", rows=False),
+    _Along("layer_norm rms_norm", _normalized, why="normalizes over tokens"),
+    _Along("group_norm instance_norm batch_norm", lambda call: None, why="normalizes over tokens"),
+    _Along("softmax log_softmax softmin sort argsort", 1, -1),
+    _Along("cumsum cumprod cummax cummin logcumsumexp flip", 1),
+    _Along("roll", 2),
+    _Along("normalize", 2, 1),
+    _Along("diff", 2, -1),
+    _Along("glu mode", 1, -1, rows=False),
+    _Along("topk kthvalue", 2, -1, rows=False),
+    _Along(_REDUCED, 1, why="reduces over tokens", rows=False),
+    _Along("norm linalg_norm linalg_vector_norm vector_norm", 2, why="reduces over tokens", rows=False),
+    _Along(_WINDOWS, _windows),
+    _Along("unbind", 1, 0, "takes the tokens apart", counts=True),
+    _Along("view_as_complex", lambda call: -1, why="makes complex numbers of pairs of tokens", counts=True),
+    _Along("repeat_interleave", 2, why="repeats tokens", counts=True),
+    _Along("pad constant_pad_nd", _padded, why="adds tokens", counts=True),
 )
-ALONG = {name: along for names, along in _ALONG for name in names.split()}
+#: Names -> what these functions work along.
+ALONG = {name: row for row in _ROWS for name in row.names.split()}
 
 
 def along(call: Call) -> Any:
@@ -206,9 +183,15 @@ def along(call: Call) -> Any:
     if call.name in ("max", "min") and (isinstance(call.get(1, ""), Tensor) or "other" in call.kwargs):
         return elementwise(call)
     x, layout, entry = call.x, call.layout(), ALONG[call.name]
-    dims = entry.dims(call)
-    dims = range(x.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
-    mixed = {d % x.dim() for d in dims}
+    if isinstance(entry.dims, int):
+        dims = call.get(entry.dims, "dim dims axis", entry.default)
+        dims = None if isinstance(dims, bool) or dims == () or dims == [] else dims  # a bool: x.var(unbiased)
+    else:
+        dims = entry.dims(call)
+    if dims is None and call.name in ("roll", "flip"):
+        refuse(call.name, "of all elements is not followed")
+    dims = range(x.dim()) if dims is None else dims
+    mixed = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
     if layout.dim in mixed:
         if entry.counts:
             needs_whole(call.name, entry.why, layout)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxsp.hooks.dispatch import Call, gather, mark, needs_whole
-from fxsp.hooks.gradients import leave, use
+from fxsp.hooks.gradients import use
 from fxsp.hooks.layout import (
     Layout,
     global_size,
@@ -147,7 +147,10 @@ def part(name: str, x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
         needs_whole(name, f"cuts tokens {start}..{stop} out of segments of {counted}", layout)
     cut, first, rows = found
     y = x.narrow(layout.dim, first, rows)
-    return leave(y, cut) if all(cut.whole) else mark(y, cut)
+    if not all(cut.whole):
+        return mark(y, cut)
+    # Rows that every rank has: whole from here on; their gradient is shared out among the ranks.
+    return gather(y, cut, used=False) if torch.is_grad_enabled() and y.requires_grad else y
 
 
 def narrow(call: Call) -> Any:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import nn
 
 from fxsp.capture.resolve import forward_signature, resolve_plan, unwrap
-from fxsp.config import Options
 from fxsp.errors import PlanError
 from fxsp.hooks.base import HookRegistry
 from fxsp.hooks.dispatch import RULES
@@ -62,7 +61,7 @@ def apply_sequence_parallel(
     """
     root = unwrap(module)
     found = _hooks(root, plan)
-    region = Region(Options.parse({"config": config}).config, group)
+    region = Region(config, group)
     if _root_hook(root) is not None:
         raise PlanError(f"{type(root).__name__} has hooks of sequence parallelism; remove them first")
     attached: list[tuple[nn.Module, str]] = []
@@ -95,7 +94,13 @@ def enable_sequence_parallel_for_model(
 
     Without ``config``, heads are exchanged over all ranks.  Raises ``ValueError`` if the model has no plan.
     """
-    apply_sequence_parallel(model, config, _own_plan(model), group=group)
+    root = unwrap(model)
+    plan = find_plan(root)
+    if plan is None:
+        raise ValueError(
+            f"{type(root).__name__} has no _sp_plan (and no _cp_plan): give it one, or use apply_sequence_parallel"
+        )
+    apply_sequence_parallel(model, config, plan, group=group)
 
 
 def disable_sequence_parallel_for_model(model: nn.Module) -> None:
@@ -111,16 +116,6 @@ def report_of(model: nn.Module) -> Report:
     if hook is None:
         raise ValueError(f"{type(model).__name__} has no hooks of sequence parallelism")
     return hook.region.report
-
-
-def _own_plan(model: nn.Module) -> Any:
-    root = unwrap(model)
-    plan = find_plan(root)
-    if plan is None:
-        raise ValueError(
-            f"{type(root).__name__} has no _sp_plan (and no _cp_plan): give it one, or use apply_sequence_parallel"
-        )
-    return plan
 
 
 def _root_hook(root: nn.Module) -> SequenceParallelRootHook | None:
@@ -150,34 +145,26 @@ def _hooks(root: nn.Module, plan: Any) -> list[tuple[nn.Module, str, Any, Any]]:
         key = (id(row.module), hook_name(row.entry))
         wanted.setdefault(key, (row.module, []))[1].append(row.entry)
     known = forward_signature(root).parameters
-    sources = [name for name in needs_lengths([row.entry.spec for row in rows]) if name in known]
+    sources = [name for name in needs_lengths(row.entry.spec for row in rows) if name in known]
     result: list[tuple[nn.Module, str, Any, Any]] = [(root, ROOT, SequenceParallelRootHook, sources)]
     for (_, name), (module, own) in wanted.items():
-        if isinstance(own[0].spec, SequenceParallelOutput):
-            result.append((module, name, SequenceParallelGatherHook, _output_metadata(own)))
-        else:
-            result.append((module, name, SequenceParallelSplitHook, _input_metadata(own)))
+        gathers = isinstance(own[0].spec, SequenceParallelOutput)
+        result.append((module, name, *(_gather(own) if gathers else _split(own))))
     return result
 
 
-def _input_metadata(entries: Sequence[PlanEntry]) -> dict[str | int, Any]:
-    metadata: dict[str | int, Any] = {}
+def _split(entries: Sequence[PlanEntry]) -> tuple[Any, Any]:
+    metadata: dict[Any, Any] = {}
     for entry in entries:
-        target = 0 if entry.target is None else entry.target
         if entry.part is None:
-            metadata[target] = entry.spec
+            metadata[entry.target] = entry.spec
         else:
             index, count = entry.part
-            metadata.setdefault(target, [None] * count)[index] = entry.spec
-    return metadata
+            metadata.setdefault(entry.target, [None] * count)[index] = entry.spec
+    return SequenceParallelSplitHook, metadata
 
 
-def _output_metadata(entries: Sequence[PlanEntry]) -> Any:
-    if entries[0].target is None:
-        return entries[0].spec
-    targets = [entry.target for entry in entries if isinstance(entry.target, int)]
-    metadata: list[Any] = [None] * (max(targets) + 1)
-    for entry in entries:
-        assert isinstance(entry.target, int)
-        metadata[entry.target] = entry.spec
-    return metadata
+def _gather(entries: Sequence[PlanEntry]) -> tuple[Any, Any]:
+    specs: dict[Any, Any] = {entry.target: entry.spec for entry in entries}
+    only = entries[0].target is None
+    return SequenceParallelGatherHook, specs[None] if only else [specs.get(i) for i in range(max(specs) + 1)]

@@ -25,17 +25,6 @@ class SplitSize(int):
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (meaning(self),)
 
-    def __repr__(self) -> str:
-        return repr(meaning(self))
-
-    __str__ = __repr__
-
-    def __format__(self, spec: str) -> str:
-        return format(meaning(self), spec)
-
-    def __hash__(self) -> int:
-        return hash(meaning(self))
-
 
 def meaning(value: Any) -> Any:
     """A plain number: the global one while the model runs, or is recomputed in a backward pass; else the local one."""
@@ -63,10 +52,8 @@ def _operator(name: str) -> Callable[..., Any]:
     return run
 
 
-_BINARY = "add sub mul floordiv mod divmod pow truediv lshift rshift and or xor"
-_NAMES = [f"__{kind}{name}__" for name in _BINARY.split() for kind in ("", "r")]
-_NAMES += [
-    f"__{name}__" for name in "eq ne lt le gt ge neg pos abs invert bool float int round ceil floor trunc".split()
-]
+#: Methods of an int that speak of its value; `__index__`, which C asks for, stays the global one.
+_NAMES = vars(int).keys() - {"__new__", "__index__", "__getattribute__", "__getnewargs__", "__sizeof__"}
 for _name in _NAMES:
-    setattr(SplitSize, _name, _operator(_name))
+    if _name.startswith("__") and callable(getattr(int, _name)):
+        setattr(SplitSize, _name, _operator(_name))

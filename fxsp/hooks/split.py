@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,16 +13,10 @@ from fxsp.capture.resolve import unwrap
 from fxsp.hooks.base import ModelHook
 from fxsp.hooks.dispatch import SplitMode, gather, shard
 from fxsp.hooks.layout import Layout, layout_of, local_size
-from fxsp.hooks.region import Call, Region
+from fxsp.hooks.region import Region
 from fxsp.hooks.tracing import sp_is_tracing
 from fxsp.hooks.values import ModuleForwardMetadata, Outputs, made_whole, token_count
-from fxsp.plan import (
-    PlanEntry,
-    SequenceParallelConfig,
-    SequenceParallelOutput,
-    SequenceParallelPartialInput,
-    refuse,
-)
+from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, refuse
 from fxsp.torch_internals import in_backward
 
 __all__ = [
@@ -33,30 +27,19 @@ __all__ = [
 
 
 class _RegionHook(ModelHook):
-    """What the hooks of one plan share."""
+    """What the hooks of one plan share: ``region``; a hook that is registered by itself has one of its own."""
 
     def __init__(self, metadata: Any, config: SequenceParallelConfig | None, region: Region | None = None) -> None:
         self.metadata = metadata
-        self._config = config
-        self.module_forward_metadata: ModuleForwardMetadata | None = None
-        #: Registered by itself, and not by ``apply_sequence_parallel``.
-        self._alone = region is None
-        self._region = region
+        self.module_forward_metadata: Any = None
+        self.region = Region(config, alone=True) if region is None else region
         #: Whether the last call in a forward pass split; a recomputation in the backward pass does the same.
         self._acted = False
-        self.traced_lengths: dict[str, int] = {}
 
     @property
     def config(self) -> SequenceParallelConfig | None:
         """The degrees of attention."""
-        return self._config if self._region is None else self._region.config
-
-    @property
-    def region(self) -> Region:
-        """The ranks; a hook that is registered by itself takes the default process group."""
-        if self._region is None:
-            self._region = Region(self._config, alone=True)
-        return self._region
+        return self.region.config
 
     def around_forward(self, module: nn.Module, given_up: bool) -> AbstractContextManager[Any]:
         """Within the model the mode is there already; a checkpoint calls the module by itself once more."""
@@ -67,31 +50,40 @@ class _RegionHook(ModelHook):
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.module_forward_metadata = ModuleForwardMetadata(_cls=type(unwrap(module)))
         self.module_forward_metadata._look_up()  # now: Dynamo does not follow `inspect`
-        assert self.region is not None  # a configuration that does not fit is refused now
         return module
 
     def _acts(self, module: nn.Module) -> bool:
         """Whether the hook is to do its work in this call."""
         region = self.region
-        if not region.resolved and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             region.resolve()
         if region.size == 1:
             return False
         if torch.compiler.is_compiling():
             if sp_is_tracing():
                 return False
-            if self._alone:
+            if region.alone:
                 raise RuntimeError("torch.compile needs hooks that are attached by apply_sequence_parallel")
             return True
-        if self._alone or region.running:
+        if region.alone or region.running:
             self._acted = True
         elif not in_backward():
             # A part of a model that backend "sp" compiles, or of one that is not called as a whole: whole values.
             self._acted = False
-            note = f"{type(module).__name__}: hooks of the plan stand aside, the model's own call is not under hooks"
-            if note not in region.report.notes:
-                region.report.notes.append(note)
+            aside = "hooks of the plan stand aside, the model's own call is not under hooks"
+            region.note(f"{type(module).__name__}: {aside}")
         return self._acted
+
+    def _counts(self, names: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
+        """The text tokens that the module's own arguments tell, else those of the model."""
+        found: dict[str, int] = {}
+        for name in names:
+            place = self.module_forward_metadata.cached_parameter_indices.get(name, len(args))
+            count = token_count(kwargs.get(name, args[place] if place < len(args) else None))
+            count = self.region.call.lengths.get(name) if count is None else count
+            if count is not None:
+                found[name] = count
+        return found
 
 
 class SequenceParallelSplitHook(_RegionHook):
@@ -104,16 +96,8 @@ class SequenceParallelSplitHook(_RegionHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not self._acts(module):
             return args, kwargs
-        assert self.module_forward_metadata is not None
         values = list(args)
-        lengths: dict[str, int] = {}
-        for spec in self.metadata.values():
-            for one in spec if isinstance(spec, (list, tuple)) else [spec]:
-                source = getattr(one, "text_len_source", None)
-                if isinstance(source, str) and source not in lengths:
-                    count = self._text_length(source, args, kwargs)
-                    if count is not None:
-                        lengths[source] = count
+        lengths = self._counts(needs_lengths(self.metadata.values()), args, kwargs)
         for name, spec in self.metadata.items():
             if isinstance(name, int):
                 continue
@@ -126,15 +110,14 @@ class SequenceParallelSplitHook(_RegionHook):
             else:
                 assert index is not None
                 values[index] = new
-        if lengths and any(isinstance(name, int) for name in self.metadata):
-            self.region.remember(self, lengths)
+        self.region.call.of_hook[id(self)] = lengths
         return tuple(values), kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         specs = {index: spec for index, spec in self.metadata.items() if isinstance(index, int)}
         if not specs or not self._acts(module):
             return output
-        lengths = self.region.recall(self)
+        lengths = self.region.call.of_hook.pop(id(self), {})
         outputs = Outputs(output)
         for index, spec in specs.items():
             label = f"output {index} of {type(module).__name__}: {spec!r}"
@@ -182,7 +165,7 @@ class SequenceParallelSplitHook(_RegionHook):
         if hasattr(spec, "text_len_source"):
             source = spec.text_len_source
             if isinstance(source, str) and source not in lengths:
-                self._note(f"{label}: not applied, {source!r} is not passed")
+                self.region.note(f"{label}: not applied, {source!r} is not passed")
                 return x
             text = lengths[source] if isinstance(source, str) else source
         if size <= text:  # nothing is left to split
@@ -192,20 +175,6 @@ class SequenceParallelSplitHook(_RegionHook):
         layout = Layout(dim, lengths_, whole, region)
         region.call.saw(sum(lengths_), local_size(layout))
         return shard(x, layout)
-
-    def _text_length(self, source: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-        """From the module's own argument, else from the model's."""
-        assert self.module_forward_metadata is not None
-        try:
-            value, _, _ = self.module_forward_metadata._get_parameter_from_args_kwargs(source, args, kwargs)
-        except ValueError:
-            value = None
-        count = token_count(value)
-        return self.region.call.lengths.get(source) if count is None else count
-
-    def _note(self, note: str) -> None:
-        if not torch.compiler.is_compiling() and note not in self.region.report.notes:
-            self.region.report.notes.append(note)
 
 
 class SequenceParallelGatherHook(_RegionHook):
@@ -268,36 +237,28 @@ class SequenceParallelRootHook(_RegionHook):
     plan: tuple[PlanEntry, ...] = ()
 
     def around_forward(self, module: nn.Module, given_up: bool) -> AbstractContextManager[Any]:
-        if torch.compiler.is_compiling():
-            return nullcontext() if sp_is_tracing() or self.region.size == 1 else _one_graph()
-        if not self.region.resolved:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.region.resolve()
-        if self.region.size == 1:
+        if not self._acts(module):
             return nullcontext()
-        return _eager_call(self.region, given_up)
+        return _one_graph() if compiling else _eager_call(self.region, given_up)
 
     def _acts(self, module: nn.Module) -> bool:
-        if self.region.size == 1:
-            return False
-        return not (torch.compiler.is_compiling() and sp_is_tracing())
+        return self.region.size > 1 and not (torch.compiler.is_compiling() and sp_is_tracing())
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._acts(module):
             if torch.compiler.is_compiling():
-                self.region.trace(Call())
-            assert self.module_forward_metadata is not None
-            for name in self.metadata:
-                value, _, _ = self.module_forward_metadata._get_parameter_from_args_kwargs(name, args, kwargs)
-                count = token_count(value)
-                if count is not None:
-                    self.region.call.lengths[name] = count
+                self.region.trace()
+            self.region.call.lengths.update(self._counts(self.metadata, args, kwargs))
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not self._acts(module):
             return output
         if torch.compiler.is_compiling():
-            self.region.trace(None)
+            self.region.trace()
         return made_whole(output)
 
 
@@ -324,7 +285,8 @@ def _eager_call(region: Region, given_up: bool) -> Iterator[None]:
         region.leave()
 
 
-def needs_lengths(specs: Sequence[Any]) -> list[str]:
-    """The arguments that tell a number of text tokens."""
-    sources = [s.text_len_source for s in specs if isinstance(s, SequenceParallelPartialInput)]
+def needs_lengths(specs: Iterable[Any]) -> list[str]:
+    """The arguments that tell a number of text tokens, by specs and lists of them."""
+    every = [one for spec in specs for one in (spec if isinstance(spec, (list, tuple)) else [spec])]
+    sources = [getattr(one, "text_len_source", None) for one in every]
     return [source for source in dict.fromkeys(sources) if isinstance(source, str)]

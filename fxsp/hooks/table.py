@@ -12,7 +12,13 @@ from fxsp.passes.rules.families import names_of
 
 __all__ = ["TABLE"]
 
-#: Of each rule the names that are no operators of ATen, or not in its family.
+#: Rules that have the name of the function.
+_OF_ONE: tuple[Rule, ...] = (
+    rules.as_strided, rules.copy, rules.dropout, rules_shape.squeeze, rules_shape.unsqueeze, rules_shape.narrow,
+    rules_shape.select, rules_shape.index_select, rules_shape.stack, rules_index.getitem, rules_index.setitem,
+    rules_mix.outer, rules_mix.einsum, rules_mix.embedding, rules_mix.one_hot,
+)  # fmt: skip
+#: Of each other rule the names that are no operators of ATen, or not in its family.
 _NAMES: tuple[tuple[Rule, str], ...] = (
     (
         rules.elementwise,
@@ -39,29 +45,14 @@ _NAMES: tuple[tuple[Rule, str], ...] = (
         """,
     ),
     (rules.sizes, ".shape size numel nelement __len__"),
-    (rules.as_strided, "as_strided"),
-    (rules.copy, "copy"),
-    (rules.dropout, "dropout"),
     (rules.random, "rand_like randn_like randint_like bernoulli"),
     (rules_shape.reshape, "view reshape flatten unflatten ravel view_as reshape_as _unsafe_view"),
     (rules_shape.permute, "permute transpose swapaxes swapdims t movedim moveaxis adjoint .T .H .mT .mH"),
-    (rules_shape.squeeze, "squeeze"),
-    (rules_shape.unsqueeze, "unsqueeze"),
     (rules_shape.expand, "expand expand_as broadcast_to repeat tile"),
-    (rules_shape.narrow, "narrow"),
     (rules_shape.split, "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit"),
-    (rules_shape.select, "select"),
-    (rules_shape.index_select, "index_select"),
     (rules_shape.cat, "cat concat concatenate"),
-    (rules_shape.stack, "stack"),
-    (rules_index.getitem, "getitem"),
-    (rules_index.setitem, "setitem"),
     (rules_mix.matmul, "matmul mm bmm mv dot"),
     (rules_mix.addmm, "addmm baddbmm"),
-    (rules_mix.outer, "outer"),
-    (rules_mix.einsum, "einsum"),
-    (rules_mix.embedding, "embedding"),
-    (rules_mix.one_hot, "one_hot"),
     (rules_mix.along, " ".join(rules_mix.ALONG)),
     (rules_mix.loss, "cross_entropy nll_loss cosine_similarity"),
     (rules_mix.comparison, "equal allclose"),
@@ -72,5 +63,6 @@ _NAMES: tuple[tuple[Rule, str], ...] = (
 TABLE: dict[str, Rule] = {
     **dict.fromkeys(names_of("elementwise"), rules.elementwise),
     **dict.fromkeys(names_of("elementwise_loss"), rules_mix.loss),
+    **{rule.__name__: rule for rule in _OF_ONE},
     **{name: rule for rule, names in _NAMES for name in names.split()},
 }

@@ -41,7 +41,7 @@ def attached_names(root: nn.Module, region: Any) -> set[str]:
         for registry in found
         if registry is not None
         for name in registry.names
-        if name != ROOT and getattr(registry.get_hook(name), "_region", None) is region
+        if name != ROOT and getattr(registry.get_hook(name), "region", None) is region
     }
 
 

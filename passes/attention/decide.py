@@ -1,25 +1,15 @@
 """Attention: how scaled dot product attention runs on split tokens.
 
-The decision is made where types are known (*propagate*), the nodes are written by *attention* once the graph is local.
-
-========== ==================================== ======================================================================
-method     when                                 what moves
-========== ==================================== ======================================================================
-local      queries split, keys/values whole     nothing
-ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output (DeepSpeed-Ulysses)
-hybrid     heads divide over some ranks only    the same among those, keys and values around a ring of the others
-ring       it is asked for                      keys and values, block by block
-gather_kv  both split, or keys alone            one all-gather of keys and values
-merged     queries whole, keys split            one all-gather of the outputs, and of their log-sum-exps
-========== ==================================== ======================================================================
-
-Where several are legal their costs decide (:mod:`fxsp.passes.attention.choose`); heads are never padded.
+The decision is made where types are known (*propagate*): of the methods (:mod:`fxsp.passes.attention.methods`) that are
+legal the costs decide.  The nodes are written by *lower_attention* once the graph is local.
 
 Without a ring an attention sees keys and values in their original order, whole and without pads, so masks and the
 causal flag keep their global meaning; a mask is cut by query rows or by heads, never reordered.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch.fx import Node
 
@@ -35,8 +25,9 @@ from fxsp.passes.attention.repeat_kv import repeated_heads
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, mark, type_of
 from fxsp.passes.rules.decide import Decision, replicate_all
-from fxsp.passes.rules.dims import broadcast
-from fxsp.passes.rules.rule import Dims, OpRule
+from fxsp.passes.rules.dims import aligned
+from fxsp.passes.rules.notation import Pattern
+from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import rule
 from fxsp.passes.special.dropout import BY_POSITION
 from fxsp.passes.special.special import Local, Special
@@ -44,11 +35,7 @@ from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source, place
 from fxsp.types import Length, Replicate, Shard, Type, as_length, same_length
 
-__all__ = [
-    "SDPA",
-    "Attention",
-    "distributed_attention",
-]
+__all__ = ["SDPA", "Attention", "distributed_attention"]
 
 
 def distributed_attention(*args: object, **kwargs: object) -> object:
@@ -56,29 +43,28 @@ def distributed_attention(*args: object, **kwargs: object) -> object:
     raise AssertionError("distributed_attention is lowered by the attention pass")
 
 
+_RULE = Pattern.parse("[*b, m, d], [*b, n, d], [*b, n, e] -> [*b, m, e] whole={d, e, n}")
+
+
 @rule([SDPA, BANDED])
 def sdpa(call: Call) -> OpRule | None:
-    """Batch and query rows pass: ``([b, h, m, d], [b, h, n, d], [b, h, n, e]) -> ([b, h, m, e]) whole={d, e, n}``."""
-    q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
-    (out,) = call.result_shapes()
-    lead = out[:-2]
-    (bq, bk, bv), batch, sizes = broadcast([q[:-2], k[:-2], v[:-2]], lead, "b")
-    whole = {"d", "n", "e"}
-    if call.get("enable_gqa") and lead:
+    """Batch and query rows pass, these where nothing counts them: ``whole={d, e, n}``."""
+    (out,), (q, k, v) = call.result_shapes(), (call.shape(name) for name in ("query", "key", "value"))
+    found = _RULE.fit([q, k, v], [out])
+    if found is None:
+        return None
+    (*batch, rows, _), operands, whole, sizes = found.results[0], list(found.operands), found.whole, found.sizes
+    if call.get("enable_gqa") and batch:
         # Query heads share key heads: the head dimension cannot be cut factor by factor.
-        bk, bv = (*bk[:-1], ("hk",)), (*bv[:-1], ("hk",))
-        whole |= {"hk", f"b{len(lead) - 1}"}
-        sizes["hk"] = k[-3]
+        operands[1:] = ((*dims[:-3], ("hk",), *dims[-2:]) for dims in operands[1:] if dims is not None)
+        whole, sizes = whole | {"hk", *batch[-1]}, sizes | {"hk": k[-3]}
     if call.get("is_causal") or call.get("window") is not None:
-        whole.add("m")
-    sizes |= {"m": q[-2], "n": k[-2], "d": q[-1], "e": v[-1]}
-    operands: list[Dims] = [(*bq, ("m",), ("d",)), (*bk, ("n",), ("d",)), (*bv, ("n",), ("e",))]
+        whole |= {"m"}
     if isinstance(call.get("attn_mask"), Node):
         mask = call.shape("attn_mask")
-        (dims,), _, _ = broadcast([mask], (*lead, q[-2], k[-2]), "m")
-        names = {f"m{i}": f for i, f in enumerate([*(b[0] for b in batch), "m", "n"])}
-        operands.append(tuple(tuple(names[f] for f in d) for d in dims))
-    return OpRule(tuple(operands), ((*batch, ("m",), ("e",)),), sizes, whole=frozenset(whole))
+        scores = list(zip((*batch, rows, ("n",)), (*out[:-1], k[-2]), strict=True))[len(out) - len(mask) :]
+        operands.append(tuple(f if aligned(n, size) else () for n, (f, size) in zip(mask, scores, strict=True)))
+    return replace(found, operands=tuple(operands), whole=whole, sizes=sizes)
 
 
 class Attention(Special):
@@ -132,12 +118,14 @@ class Attention(Special):
         if best is None:
             return replicate_all(call, types, "; ".join(why for _, why in rejected))
         if keys is not None:
-            whole = "the queries are whole on every rank" if queries is None else ""
-            detail = "; ".join(filter(None, (detail, whole, _seen(call))))
+            note = "the queries are whole on every rank" if queries is None else ""
+            detail = "; ".join(filter(None, (detail, note, _seen(call))))
         choice = AttentionChoice(best, op, queries, question.keys, repeat, rejected, detail)
         needed = METHODS[best.method].needs(call, choice, q_type, tokens)
         operands = tuple(needed[name] for name, value in call.arguments.items() if isinstance(value, Node))
-        results = _results(call, choice, tokens)
+        whole: Type = Replicate(origin=f"{call.op} of whole queries" if queries is None else "")
+        out = whole if queries is None else Shard(tokens, queries, origin=f"{call.op} by query tokens")
+        results = tuple(out if i == op.output else whole for i in range(len(call.result_shapes())))
         return Decision(operands, results, _reason(types, operands), detail=choice, special=self)
 
     def write(self, local: Local, call: Call, decision: Decision) -> Node | list[Node | None]:
@@ -155,14 +143,6 @@ class Attention(Special):
         if isinstance(node.meta["val"], (tuple, list)):
             return [new if i == choice.op.output else None for i in range(len(node.meta["val"]))]
         return new
-
-
-def _results(call: Call, choice: AttentionChoice, tokens: int) -> tuple[Type, ...]:
-    count = len(call.result_shapes())
-    if choice.queries is None:
-        return tuple(Replicate(origin=f"{call.op} of whole queries") for _ in range(count))
-    result = Shard(tokens, choice.queries, origin=f"{call.op} by query tokens")
-    return tuple(result if i == choice.op.output else Replicate() for i in range(count))
 
 
 def _may_stay_whole(call: Call, op: AttentionOp, kv_types: list[Type], outputs: list[Node]) -> bool:

@@ -26,6 +26,8 @@ class Method:
     name: str
     #: Whether an attention that runs so is none that degrees speak of.
     beyond_degrees: bool = False
+    #: Whether a rank computes its own heads of an operator that has an entry for each.
+    exchanges_heads: bool = False
     #: What it needs of all but keys and values where queries are whole and these are split.
     beside_keys: Type = Replicate()
 
@@ -47,14 +49,10 @@ class Method:
         needed: dict[str, Type] = {op.query: queries, op.key: keys, op.value: keys}
         for name, dim in op.per_head.items():
             if isinstance(call[name], Node):
-                needed[name] = self.per_head(call, name, dim)
+                needed[name] = own_heads(call, name, dim) if self.exchanges_heads else Used()
         if op.mask is not None and op.mask_in(call) is not None:
             needed[op.mask] = self.mask(call, choice)
         return needed
-
-    def per_head(self, call: Call, name: str, dim: int) -> Type:
-        """What it needs of a tensor with an entry for each head."""
-        return Used()
 
     def mask(self, call: Call, choice: AttentionChoice) -> Type:
         """What it needs of the mask: rows that are split like the queries, unless one row serves all of them."""

@@ -90,7 +90,7 @@ class AttentionOp:
         for argument, value in call.arguments.items():
             if argument in known:
                 continue
-            if any(True for _ in tensor_nodes(value)):
+            if tensor_nodes(value):
                 return f"{name}: the compiler is not told what its tensor argument {argument!r} means"
             if argument in {self.causal, self.dropout} | self.constants | self.positional:
                 continue

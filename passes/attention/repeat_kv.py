@@ -9,23 +9,27 @@ Models with grouped queries often spell them out (``repeat_kv`` of transformers)
 
 which would move each key and value four times.  The same question is asked of the global graph, where the method is
 chosen, and of the local one, where the exchange is written.
+
+Of any value that repeats others (:func:`repeats_of`) what is gathered is the value that is repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.fx import Node
 
 from fxsp.passes.builder import Builder
-from fxsp.passes.graph import Call, global_value
+from fxsp.passes.graph import Call, facts, global_value, shape_of, tensor_nodes
 from fxsp.passes.rules.families import family
-from fxsp.types import Length, as_length, same_length
+from fxsp.types import Length, Shard, as_length, product, quotient, same_length
 
-__all__ = ["chain_of", "repeat_heads", "repeated_heads"]
+__all__ = ["chain_of", "repeat_heads", "repeated", "repeated_heads", "repeats_of"]
 
 aten = torch.ops.aten
+#: Of one operand; the same elements, some of them several times.
+_VIEWS = family("view", "copy", "repeat_interleave")
 
 
 def repeated_heads(node: Node) -> tuple[Node, int]:
@@ -103,3 +107,33 @@ def _shape(node: Node) -> tuple[Length, ...]:
     """The global shape; of a node without one (an input of the local graph), nothing."""
     value = global_value(node)
     return tuple(as_length(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def repeats_of(node: Node, held: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+    """``[node, ..., x]``: each is a view of the next, and ``x`` is split, and smaller or ``held``; else ``[node]``.
+
+    ``held`` says which values are whole anyway: nothing is sent for their views.
+    """
+    chain, best = [node], 1
+    while node.target in _VIEWS:
+        operands = tensor_nodes((node.args, node.kwargs))
+        if len(operands) != 1 or not isinstance(facts(operands[0]).type, Shard):
+            break
+        (node,) = operands
+        chain.append(node)
+        if _times(chain[best - 1], node) is not None or held(node):
+            best = len(chain)
+    return chain[:best]
+
+
+def repeated(node: Node) -> tuple[Node, int]:
+    """``(x, n)``: a value repeats the elements of ``x`` ``n`` times; ``(node, 1)`` if it repeats none."""
+    source = repeats_of(node)[-1]
+    times = _times(node, source)
+    return (source, times) if source is not node and times is not None else (node, 1)
+
+
+def _times(node: Node, source: Node) -> int | None:
+    """How much larger a value is than ``source``, where that is known and more than once."""
+    times = quotient(product(shape_of(node)), product(shape_of(source)))
+    return times if isinstance(times, int) and times > 1 else None

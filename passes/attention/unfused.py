@@ -35,23 +35,12 @@ from fxsp.report import AttentionRecord
 from fxsp.source import node_source
 from fxsp.types import Sequence, Shard, Type, product, same_length
 
-__all__ = [
-    "PASSED",
-    "PRODUCTS",
-    "VIEWS",
-    "Product",
-    "UnfusedProducts",
-    "Written",
-    "find_written",
-    "is_computed",
-    "source_of",
-    "unfused_of",
-]
+__all__ = ["PRODUCTS", "VIEWS", "UnfusedProducts", "Written", "is_computed", "source_of", "unfused_of"]
 
 PRODUCTS = family("product")
 VIEWS = family("view")
 #: What may stand between a product and a softmax: rows stay rows, columns stay columns.
-PASSED = family("cheap", "cat", "slice", "split") | {torch.ops.aten.dropout.default}
+_PASSED = family("cheap", "cat", "slice", "split") | {torch.ops.aten.dropout.default}
 _REMEDY = 'use scaled_dot_product_attention (attn_implementation="sdpa" in transformers), whose cheapest way is chosen'
 
 
@@ -60,6 +49,7 @@ class Product:
     """A product of an attention: of queries (left) and keys (right), or of weights (left) and values (right)."""
 
     node: Node
+    rule: OpRule
     #: Positions among the operands of the call.
     left: int
     right: int
@@ -96,10 +86,13 @@ class Written:
 
 
 class Unfused:
-    """The attentions of a program that are written out."""
+    """The attentions of a program that are written out: every softmax over keys, with the products around it."""
 
     def __init__(self, graph: Graph) -> None:
-        self.attentions = find_written(graph)
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        found = (_around(node, order) for node in graph.nodes if node.target in family("softmax"))
+        #: In the order of the graph.
+        self.attentions = [one for one in found if one is not None]
         #: A product -> what is known of it, and the attention that it is part of, the first of several.
         products = ((one, p) for one in reversed(self.attentions) for p in reversed((*one.scores, *one.results)))
         self.products = {p.node: (one, p) for one, p in products}
@@ -115,24 +108,17 @@ def unfused_of(program: Program) -> Unfused:
     return found
 
 
-def find_written(graph: Graph) -> list[Written]:
-    """Every softmax over keys, with the products before and after it, in the order of the graph."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    found = (_around(node, order) for node in graph.nodes if node.target in family("softmax"))
-    return [one for one in found if one is not None]
-
-
 def _around(softmax: Node, order: dict[Node, int]) -> Written | None:
     rank = len(shape_of(softmax))
     if not rank:
         return None
     dim = Call(softmax).dim("dim", rank)
     (source,) = Call(softmax).operands
-    before = _followed(source, dim, lambda node, at: _operands(node, at) if node.target in PASSED else ())
+    before = _followed(source, dim, lambda node, at: _operands(node, at) if node.target in _PASSED else ())
     scores = {
         node: made
         for node, at in before.items()
-        if node.target not in PASSED and (made := _makes_scores(node, at)) is not None
+        if node.target not in _PASSED and (made := _makes_scores(node, at)) is not None
     }
     if not scores:
         return None
@@ -188,7 +174,7 @@ def _operands(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
 def _users(node: Node, dim: int) -> Iterator[tuple[Node, int]]:
     """The results that have the dimension ``dim`` of their operand ``node``, and where."""
     for user in node.users:
-        if user.target in PASSED and tensor_value(user) is not None:
+        if user.target in _PASSED and tensor_value(user) is not None:
             at = _kept(user, Call(user).operands.index(node)).get(dim)
             if at is not None:
                 yield user, at
@@ -215,7 +201,7 @@ def _makes_scores(node: Node, dim: int) -> Product | None:
     rows = [f for dims in rule.results[0] for f in dims if f in sides[1 - keys] and f not in sides[keys]]
     if column in sides[1 - keys] or not rows or not is_computed(Call(node).operands[first + keys]):
         return None
-    return Product(node, first + 1 - keys, first + keys, column, rows[-1])
+    return Product(node, rule, first + 1 - keys, first + keys, column, rows[-1])
 
 
 def _makes_result(node: Node, weights: Node, dim: int) -> Product | None:
@@ -233,7 +219,7 @@ def _makes_result(node: Node, weights: Node, dim: int) -> Product | None:
     kept = any(column in d for d in rule.results[0])
     if kept or column not in sides[1 - left] or not is_computed(given[1 - left]):
         return None
-    return Product(node, first + left, first + 1 - left, column)
+    return Product(node, rule, first + left, first + 1 - left, column)
 
 
 def is_computed(node: Node) -> bool:
@@ -249,16 +235,15 @@ class UnfusedProducts(Special):
 
     def decide(self, call: Call, types: list[Type], program: Program) -> Decision | None:
         """A decision by another rule; None for anything else, and where the operator's own will do."""
-        rule = rule_of(call.node)
-        found = unfused_of(program).products.get(call.node) if rule is not None else None
-        if rule is None or found is None:
+        found = unfused_of(program).products.get(call.node)
+        if found is None:
             return None
         one, it = found
-        types = list(types)
+        types, rule = list(types), it.rule
         keys = types[it.right]
         if it.row and not isinstance(types[it.left], Shard):
             placed = locate(keys, rule.operands[it.right], rule.sizes) if isinstance(keys, Shard) else None
-            sequence = _split_of_queries(it, rule, keys, program) if placed and placed.factor == it.column else None
+            sequence = _split_of_queries(it, keys, program) if placed and placed.factor == it.column else None
             dims = rule.operands[it.left]
             if sequence is None or dims is None:
                 return None
@@ -276,10 +261,10 @@ class UnfusedProducts(Special):
         return replace(decision, reason=reason, remedy="" if one.strange else _REMEDY)
 
 
-def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -> Sequence | None:
+def _split_of_queries(it: Product, keys: Type, program: Program) -> Sequence | None:
     """How whole queries are split beside split keys; None if their scores are few, so that these may be gathered."""
     assert isinstance(keys, Shard)
-    rows = rule.sizes[it.row]
+    rows = it.rule.sizes[it.row]
     if same_length(rows, keys.sequence.length) and keys.plain:
         return keys.sequence
     # Queries may come in chunks: what counts are the scores of all of them, and keys and values once.
@@ -293,6 +278,6 @@ def _split_of_queries(it: Product, rule: OpRule, keys: Type, program: Program) -
 
 def source_of(node: Node, through: Container[Any] = VIEWS) -> Node:
     """What a value is a view of, or is made of by other operators of one tensor."""
-    while node.target in through and (first := next(tensor_nodes(node.args), None)) is not None:
-        node = first
+    while node.target in through and (first := tensor_nodes(node.args)):
+        node = first[0]
     return node

@@ -20,13 +20,12 @@ from fxsp.passes.attention.choose import choose
 from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.question import Question
+from fxsp.passes.attention.repeat_kv import repeated
 from fxsp.passes.attention.unfused import PRODUCTS, VIEWS, Written, is_computed, source_of, unfused_of
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, decision_of, facts, is_split, mark, reachable, shape_of, type_of
 from fxsp.passes.rules.decide import locate
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.table import rule_of
-from fxsp.passes.special.repeats import repeated
 from fxsp.report import AttentionRecord
 from fxsp.source import module_path, node_source
 from fxsp.types import Length, Partial, Shard, as_length, product, quotient, same_length
@@ -44,7 +43,8 @@ LINEAR = "linear"
 def mark_written(program: Program) -> None:
     """Mark the nodes of attentions that are written out, before partitioning."""
     unfused = unfused_of(program)
-    found = [one for one in unfused.attentions if _is_split(one)]
+    parts = ((one, (*one.scores, *one.results)) for one in unfused.attentions)
+    found = [one for one, products in parts if any(is_split(x) for p in products for x in (p.node, *p.operands))]
     taken = {node for one in found for node in one.nodes}
     others = (node for node in program.graph.nodes if node not in taken)
     found += [Written(node, nodes) for node in others if (nodes := _linear(node)) is not None]
@@ -60,11 +60,6 @@ def record_written(program: Program, node: Node) -> None:
     one: Written | None = facts(node).written_attention
     if one is not None and one.record is not None and one.first is node:
         program.report.attentions.append(one.record)
-
-
-def _is_split(one: Written) -> bool:
-    products = (*one.scores, *one.results)
-    return any(is_split(x) for p in products for x in (p.node, *p.operands))
 
 
 def _linear(first: Node) -> frozenset[Node] | None:
@@ -103,20 +98,17 @@ class UnfusedReport(Pass):
 
     def apply(self, program: Program) -> Program:
         found: list[Written] = program.unfused.reported if program.unfused is not None else []
-        names: dict[Written, set[str]] = {one: set() for one in found}
-        for node in program.graph.nodes if names else ():
-            if (one := facts(node).written_attention) is not None:
-                names[one].add(node.name)
-        for one, own in names.items():
-            _complete(one, own, program)
+        of = {node.name: facts(node).written_attention for node in program.graph.nodes} if found else {}
+        for one in found:
+            _complete(one, of, program)
         return program
 
 
-def _complete(one: Written, own: set[str], program: Program) -> None:
+def _complete(one: Written, of: dict[str, Written | None], program: Program) -> None:
     record = one.record
     assert record is not None
     forward, backward = (
-        [r.bytes for r in records if r.value in own]
+        [r.bytes for r in records if of.get(r.value) is one]
         for records in (program.report.collectives, program.report.backward)
     )
     record.method = _method(one)
@@ -140,9 +132,7 @@ def _method(one: Written) -> str:
     if not one.scores:
         return LINEAR
     scores = one.scores[0]
-    type_ = type_of(scores.node)
-    rule = rule_of(scores.node)
-    assert rule is not None
+    type_, rule = type_of(scores.node), scores.rule
     if not isinstance(type_, Shard):
         return WHOLE
     placed = locate(type_, rule.results[0], rule.sizes)
@@ -169,10 +159,9 @@ def _question(one: Written, program: Program) -> Question | None:
     """The same attention with queries ``[B, H, S, D]``, keys and values with the heads that they have."""
     scores, result = one.scores[0], one.results[0]
     (query, key), value = scores.operands, result.operands[1]
-    rule, types = rule_of(scores.node), decision_of(scores.node).operands
-    last = rule_of(result.node)
-    queries, keys = types[scores.left], type_of(key)
-    if rule is None or last is None or not isinstance(queries, Shard) or not isinstance(keys, Shard):
+    rule, keys = scores.rule, type_of(key)
+    queries = decision_of(scores.node).operands[scores.left]
+    if not isinstance(queries, Shard) or not isinstance(keys, Shard):
         return None
     batch = [f for dims in rule.results[0] for f in dims if f not in (scores.row, scores.column)]
     rows, columns = rule.sizes[scores.row], rule.sizes[scores.column]

@@ -51,9 +51,8 @@ _REST = 0.05
 _EVEN = 1.1
 #: So often it is looked at what is whole.
 _ROUNDS = 2
-#: An entry of the plan has to save work, or this part of the time; one that saves work is left out for so much of the
-#: bytes.
-_PAYS, _FEWER = 0.01, 0.05
+#: An entry of the plan has to save work, or this part of the time.
+_PAYS = 0.01
 
 
 class Infer(Pass):
@@ -174,7 +173,7 @@ class _Search:
         """Whether what is left out did not pay: time is the same, or less is sent and the work is as good as even."""
         idle = without.operations <= price.operations and without.seconds <= price.seconds * (1 + _PAYS)
         even = without.part * self.program.ranks.size <= _EVEN
-        return idle or (even and without.sent < price.sent * (1 - _FEWER))
+        return idle or (even and without.sent < price.sent)
 
     def _cheapest(self, best: Candidate | None, candidates: Iterable[Candidate | None]) -> Candidate | None:
         for one in candidates:

@@ -52,13 +52,18 @@ def _binary(call: Call, terms: Terms) -> Term | None:
         for x, factor in ((left, right), (right, left)):
             if name == "mul" and all(equal(c, 0) for c in factor.coeffs):
                 return x.aligned(len(factor.coeffs)) * factor.const
-    found = [where_of(a, terms), where_of(b, terms)]
-    values = [t for t in found if t is not None]
-    if len(values) < 2 or not all(_plain(v) for t in values for v in (t.yes, t.no)):
+    values = _aligned(call, terms, a, b)
+    if not values or not all(_plain(v) for t in values for v in (t.yes, t.no)):
         return None
     if name in names_of("bitwise") and any(isinstance(v, float) for t in values for v in (t.yes, t.no)):
         return None
-    return combine(_ARITHMETIC[name], [t.aligned(len(shape_of(call.node))) for t in values])
+    return combine(_ARITHMETIC[name], values)
+
+
+def _aligned(call: Call, terms: Terms, *arguments: Any) -> list[Where]:
+    """The terms of arguments, with the dimensions of the result; none if one is not known."""
+    found = [where_of(x, terms) for x in arguments]
+    return [t.aligned(len(shape_of(call.node))) for t in found if t is not None] if None not in found else []
 
 
 def _plain(value: Any) -> bool:
@@ -87,9 +92,8 @@ def _masked_fill(call: Call, terms: Terms) -> Term | None:
 
 
 def _chosen(call: Call, terms: Terms, *arguments: Any) -> Term | None:
-    found = [where_of(x, terms) for x in arguments]
-    chosen = [t.aligned(len(shape_of(call.node))) for t in found if t is not None]
-    return combine(lambda c, a, b: a if c else b, chosen) if len(chosen) == 3 else None
+    chosen = _aligned(call, terms, *arguments)
+    return combine(lambda c, a, b: a if c else b, chosen) if chosen else None
 
 
 def _triangle(call: Call, terms: Terms) -> Term | None:

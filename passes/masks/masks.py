@@ -119,11 +119,8 @@ def band_of(mask: Node, terms: Terms, queries: Length, keys: Length) -> Band | N
         return None
     if not (same_length(shape[-2], queries) or same_length(shape[-2], 1)):
         return None
-    exact = _allows(term, value.dtype)
-    if exact is None:
-        flipped = term.flipped()
-        exact = _allows(flipped, value.dtype) if flipped is not None else None
-        term = flipped if exact is not None and flipped is not None else term
+    ways = ((t, _allows(t, value.dtype)) for t in (term, term.flipped()) if t is not None)
+    term, exact = next((way for way in ways if way[1] is not None), (term, None))
     if exact is None:
         return None
     low: Length | None = None

@@ -171,7 +171,7 @@ class _Partitioner(Converter):
 
     def _scalar(self, node: Node) -> None:
         """Sizes keep their global meaning: they are computed again from the sizes of the inputs."""
-        if any(True for _ in tensor_nodes(list(node.args))):
+        if tensor_nodes(node.args):
             value = node.meta["val"]
             expr = as_length(value) if isinstance(value, torch.SymInt) else None
             if expr is not None and (isinstance(expr, int) or expr.free_symbols <= self.build.symbols.keys()):

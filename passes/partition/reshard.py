@@ -16,12 +16,12 @@ from fxsp.errors import RunsWhole, StrictError, UnsupportedError
 from fxsp.kernels.counts import reduced_bytes, split_bytes
 from fxsp.lengths import hint
 from fxsp.passes.attention.operators import ATTENTION_OPS
+from fxsp.passes.attention.repeat_kv import repeats_of
 from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, is_split, mark, reachable, shape_of, tensor_nodes
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.likes import is_constant, write_like
-from fxsp.passes.special.repeats import repeats_of
 from fxsp.report import GatherRecord
 from fxsp.source import module_path, node_source, place
 from fxsp.torch_internals import is_wrapper_subclass
@@ -111,11 +111,7 @@ class Converter:
         if is_constant(value.node):
             return write_like(self.build, value.node, needed, self.copies)
         self.reason = self.reason or f"it is {value.forms[0][0]}, and is needed as {needed}"
-        x = self.get(value, Replicate(), kind)
-        shape = shape_of(value.node)
-        exposed, dim, back = self.build.expose(x, shape, needed, whole=True)
-        new = self.build.shard(exposed, dim, needed.sequence)
-        return new if needed.plain else back(new, needed.sequence.local_length(self.ranks.size))
+        return self.build.shard(self.get(value, Replicate(), kind), shape_of(value.node), needed)
 
     def _leave(self, x: Node, shape: tuple[Length, ...]) -> Node:
         """A used value as a replicated one: the same data, its gradient shared out over the ranks."""
@@ -170,7 +166,7 @@ class Converter:
             if not self._has_place() and key in old.meta:
                 new.meta.setdefault(key, old.meta[key])
         self.build.record("all_gather", new, sent, value.wanted or reason, type_.sequence)
-        return self._laid_out(new if type_.plain else back(new, type_.sequence.length), value, type_.dim)
+        return self._laid_out(back(new, type_.sequence.length), value, type_.dim)
 
     def _is_held(self, old: Node) -> bool:
         """Whether a value is whole, or will be; keys and values of an attention are, by whatever view it takes them."""
@@ -191,7 +187,7 @@ class Converter:
                 op = aten.reshape.default if old.target in family("reshape") else aten.expand.default
                 new = self.build.call(op, new, self.build.sizes(shape_of(old)))
             else:
-                mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, list(old.kwargs.values()))), new)}
+                mapping = {**self.copies, **dict.fromkeys(tensor_nodes((old.args, old.kwargs)), new)}
                 args, kwargs = torch.fx.map_arg((old.args, old.kwargs), mapping.__getitem__)
                 new = self.build.call(old.target, *args, **kwargs)
             if old is not chain[0]:  # that one is kept by who asked for it

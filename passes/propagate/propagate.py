@@ -30,30 +30,15 @@ from fxsp.passes.base import Pass, Program
 from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.rules.decide import Decision, decide_by_rule, replicate_all
 from fxsp.passes.rules.families import family
-from fxsp.passes.special.cat_and_cut import Cats, Cuts
+from fxsp.passes.special.cat_and_cut import Cats, Cuts, Select, SliceScatter
 from fxsp.passes.special.dropout import Dropout
 from fxsp.passes.special.extremes import Extremes
 from fxsp.passes.special.likes import Likes, is_constant
 from fxsp.passes.special.losses import Losses
-from fxsp.passes.special.select import Select
-from fxsp.passes.special.sized import Sized
-from fxsp.passes.special.slice_scatter import SliceScatter
 from fxsp.passes.special.special import Special
-from fxsp.passes.special.summands import Summands
-from fxsp.passes.special.sums import Sums
+from fxsp.passes.special.sums import Sized, Summands, Sums
 from fxsp.source import place
-from fxsp.types import (
-    Layout,
-    Length,
-    Partial,
-    Replicate,
-    Segment,
-    Sequence,
-    Shard,
-    Type,
-    as_length,
-    same_length,
-)
+from fxsp.types import Length, Partial, Replicate, Segment, Sequence, Shard, Type, as_length, same_length
 
 __all__ = ["SPECIALS", "Propagate", "is_annotate"]
 
@@ -110,17 +95,13 @@ class Propagate(Pass):
             return replicate_all(call, given, "all operands are whole")
         # A summand is summed before it is used, unless what uses it is linear.
         types: list[Type] = [Replicate() if isinstance(t, Partial) else t for t in given]
-        alone = facts(node).row_wise and any(isinstance(t, Shard) for t in types)
-        if alone and not _splits_rows(types[0], shape_of(operands[0])):
+        rows = isinstance(types[0], Shard) and types[0].dim < len(shape_of(operands[0])) - 1
+        if facts(node).row_wise and not rows and any(isinstance(t, Shard) for t in types):
             return replicate_all(call, types, f"{call.op} on a tensor subclass treats rows alone, not columns")
         for special in SPECIALS:
             if call.op in special.ops and (decision := special.decide(call, types, program)) is not None:
                 return decision
         return decide_by_rule(call, types)
-
-
-def _splits_rows(x: Type, shape: tuple[Length, ...]) -> bool:
-    return isinstance(x, Shard) and x.dim < len(shape) - 1
 
 
 def _refuse_writes(call: Call) -> None:
@@ -155,7 +136,7 @@ def _is_free(node: Node, type_: Any) -> bool:
     if is_constant(node):
         return True
     cheap = node.target in family("cheap", "cat", "slice", "split")
-    return cheap and all(facts(n).free for n in tensor_nodes((node.args, list(node.kwargs.values()))))
+    return cheap and all(facts(n).free for n in tensor_nodes((node.args, node.kwargs)))
 
 
 def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
@@ -188,5 +169,5 @@ def _annotated(node: Node, source: Type, head_tail: Iterable[Length]) -> Type:
 
 
 def _segment(length: Length, name: str, head_tail: Iterable[Length]) -> Segment:
-    layout: Layout = "head-tail" if any(same_length(length, n) for n in head_tail) else "contiguous"
-    return Segment(length, name=name, layout=layout)
+    dealt = any(same_length(length, n) for n in head_tail)
+    return Segment(length, name=name, layout="head-tail" if dealt else "contiguous")

@@ -23,14 +23,13 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from fxsp.lengths import hint
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.base import Pass, Program
-from fxsp.passes.graph import Call, facts, shape_of, type_of
+from fxsp.passes.graph import Call, facts, type_of
 from fxsp.passes.propagate.propagate import Propagate
-from fxsp.passes.rules.decide import Decision
-from fxsp.types import Length, Shard, product, same_length
+from fxsp.passes.rules.decide import weights
+from fxsp.types import Length, Shard, same_length
 
 __all__ = ["Zigzag"]
 
@@ -62,24 +61,21 @@ class Zigzag(Pass):
 
 def _lengths(node: Node) -> Iterator[Length]:
     decision = facts(node).decision
-    if isinstance(decision, Decision) and isinstance(choice := decision.detail, AttentionChoice):
+    if decision is not None and isinstance(choice := decision.detail, AttentionChoice):
         if choice.queries is not None and METHODS[choice.method].wants_head_tail(Call(node), choice):
             yield from (s.units for s in choice.queries.segments if s.sharded)
 
 
 def _gathered(program: Program) -> int:
     """Bytes, global and by size hints, of the values that some call needs in another form than they have."""
-    total = 0
-    seen: set[tuple[Node, str]] = set()
+    found: dict[tuple[Node, str], int] = {}
     for node in program.graph.nodes:
         decision = facts(node).decision
-        if not isinstance(decision, Decision):
+        if decision is None:
             continue
-        for old, needed in zip(Call(node).operands, decision.operands, strict=True):
+        call = Call(node)
+        for old, needed, sent, free in zip(call.operands, decision.operands, *weights(call), strict=True):
             have = type_of(old)
-            if not isinstance(have, Shard) or have.same_as(needed) or facts(old).free:
-                continue
-            if (old, str(needed)) not in seen:
-                seen.add((old, str(needed)))
-                total += hint(product((*shape_of(old), old.meta["val"].element_size())))
-    return total
+            if isinstance(have, Shard) and not have.same_as(needed) and not free:
+                found[old, str(needed)] = sent
+    return sum(found.values())

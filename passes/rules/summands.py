@@ -39,7 +39,7 @@ def decide_summands(call: Call, types: list[Type]) -> Decision | None:
 
 def _is_linear(node: Node) -> bool:
     """Whether a call is linear in its tensors together, and rounds no more than what it reads."""
-    operands = list(tensor_nodes((node.args, list(node.kwargs.values()))))
+    operands = tensor_nodes((node.args, node.kwargs))
     if node.target in family("joins"):
         known = len(operands) > 1  # a number that is added would be added once per rank
     else:

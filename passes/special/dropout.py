@@ -43,7 +43,4 @@ class Dropout(Special):
             return back(build.call(local_ops.dropout.default, own, build.seed(like.device), rows, dim, p))
         ones = build.call(aten.ones.default, build.sizes(shape), dtype=like.dtype, device=like.device)
         draw = build.call(call.op, ones, p, train)
-        exposed, dim, back = build.expose(draw, shape, type_, whole=True)
-        own = build.shard(exposed, dim, type_.sequence)
-        own = own if type_.plain else back(own, type_.sequence.local_length(build.ranks.size))
-        return build.call(aten.mul.Tensor, x, own)
+        return build.call(aten.mul.Tensor, x, build.shard(draw, shape, type_))

@@ -44,7 +44,7 @@ class Losses(Special):
         losses = build.same(call, arguments, reduction=_NONE)
         if call["reduction"] == _NONE:
             return losses
-        shape = call.operand_shapes()[0] if call.op in family("elementwise_loss") else call.operand_shapes()[1]
+        shape = call.operand_shapes()[1 if call.op in family("class_loss") else 0]
         wide = torch.promote_types(call.node.meta["val"].dtype, torch.float32)
         total = build.call(aten.sum.default, build.masked(losses, shape, unreduced), dtype=wide)
         if call["reduction"] != _MEAN:

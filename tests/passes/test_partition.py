@@ -427,7 +427,7 @@ def test_broadcast_from_one_token() -> None:
 
 
 def test_a_wrong_local_shape_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxsp.passes.special import sized
+    from fxsp.passes.special import sums as sized
 
     def global_sizes(build: Any, node: Any, type_: Any) -> list[Any]:
         return list(node.meta["val"].shape)

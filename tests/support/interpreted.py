@@ -1,5 +1,8 @@
 """Cases for Triton's interpreter, each kernel against its eager twin, in a process of their own.
 
+The interpreter takes as long for a small tile as for a large one: where many tokens, or gradients, are moved, tiles are
+taller than those of a GPU.
+
 ``TRITON_INTERPRET=1`` has to be set before Triton is imported, so ``test_exchange_kernels.py`` runs this file as a
 program: it prints one line of JSON, case -> error (empty: the case passed).  What a kernel does not write is NaN.
 """
@@ -10,6 +13,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -210,6 +214,24 @@ def check_poison() -> None:
     assert torch.zeros(3).new_empty(3, 4).isnan().all()
 
 
+#: Cases whose tiles have that many times the rows of a GPU's.
+TALL = {"2000 tokens": 16, "one of 2000": 16, "gradients of heads": 4}
+
+
+def tiles(case: str) -> Any:
+    """A context in which the kernels' tiles are as tall as is right for the case."""
+    from fxsp.kernels import triton_ops
+
+    times = max((times for part, times in TALL.items() if part in case), default=1)
+    usual = triton_ops.tile
+
+    def tall(elements: Any, itemsize: int) -> tuple[int, int]:
+        rows, across = usual(elements, itemsize)
+        return rows * times, across
+
+    return mock.patch.object(triton_ops, "tile", tall)
+
+
 def cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {"poison": check_poison}
     for case in HEADS:
@@ -238,7 +260,8 @@ def main(only: list[str]) -> None:
                 continue
             torch.manual_seed(0)
             try:
-                run()
+                with tiles(name):
+                    run()
             except Exception:  # noqa: BLE001  reported by the test of this case
                 errors[name] = traceback.format_exc()
             else:

@@ -8,7 +8,9 @@ once more here, so a wrong pair in the kernels' table shows against ``simulate_w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,30 @@ from fxsp.simulation.reference import table as oracle
 from fxsp.simulation.reference.table import Lanes
 from fxsp.torch_internals import is_higher_order, is_operator, schema
 
-__all__ = ["gradients", "lanes_of"]
+__all__ = ["collectives", "gradients", "lanes_of"]
+
+#: Our operators that send, and the names that reports use.
+_SENDS = {
+    "gather": "all_gather",
+    "gather_used": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "reduce_grad": "all_reduce",
+    "all_to_all": "all_to_all",
+    "all_to_all_within": "all_to_all",
+}
+_counting: list[Counter[str]] = []
+
+
+@contextlib.contextmanager
+def collectives() -> Iterator[Counter[str]]:
+    """Counts the collectives that the lanes run inside, those of backward passes included."""
+    counts: Counter[str] = Counter()
+    _counting.append(counts)
+    try:
+        yield counts
+    finally:
+        _counting.pop()
 
 
 def is_random(target: Any) -> bool:
@@ -29,6 +54,8 @@ def is_random(target: Any) -> bool:
 def _call(name: str, lanes: Sequence[torch.Tensor], *args: Any, poison: bool = False) -> list[torch.Tensor]:
     if name == "scale_grad":  # an operator of gradients, which no simulated rank has
         return list(lanes)
+    for counts in _counting:
+        counts.update([_SENDS[name]] if name in _SENDS else [])
     call = oracle.bind(name, [Lanes(lanes), *args], {}, len(lanes))
     return list(call.run(poison_pads=poison))
 

@@ -1,7 +1,8 @@
 """A model on real ranks beside the same model on one process: what the tests of whole models compare and count.
 
 :func:`run_case` is called on every rank (``ranks(2).run(run_case, Case(...))``); it builds the model, runs it eagerly
-and compiled with ``backend="sp"``, and returns an :class:`Outcome` of plain numbers and text.
+and compiled with ``backend="sp"``, and returns an :class:`Outcome` of plain numbers and text.  :func:`simulate_case`
+does the same for all ranks in this process, with one compile instead of one on each rank.
 """
 
 from __future__ import annotations
@@ -19,11 +20,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import fxsp
+import lockstep
 import models
 import zoo
 from fxsp.report import Report
+from simulated import Simulated, by_plan
 
-__all__ = ["Case", "Outcome", "build", "collectives", "compiled", "error_of", "recorded", "run_case"]
+__all__ = [
+    "Case",
+    "Compiler",
+    "Outcome",
+    "build",
+    "collectives",
+    "compiled",
+    "error_of",
+    "on_this_rank",
+    "recorded",
+    "run_case",
+    "simulate_case",
+    "simulating",
+]
 
 
 @dataclass(frozen=True)
@@ -132,12 +148,48 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="sp", options={"inner": "aot_eager", **options})
 
 
+@dataclass(frozen=True)
+class Compiler:
+    """What compiles a case: on this rank, or for all ranks in this process."""
+
+    #: Arguments of ``torch.compile``.
+    arguments: dict[str, Any]
+    #: Of all graphs that it compiled.
+    reports: Callable[[], list[Report]]
+    #: Counts the collectives that run inside.
+    collectives: Callable[[], contextlib.AbstractContextManager[Counter[str]]]
+
+
+def on_this_rank(options: dict[str, Any]) -> Compiler:
+    before = len(fxsp.reports())
+    arguments = {"backend": "sp", "options": {"inner": "aot_eager", **options}}
+    return Compiler(arguments, lambda: fxsp.reports()[before:], collectives)
+
+
+def simulating(size: int) -> Callable[[dict[str, Any]], Compiler]:
+    def for_all_ranks(options: dict[str, Any]) -> Compiler:
+        torch.compiler.reset()
+        reports: list[Report] = []
+        return Compiler({"backend": Simulated(size, by_plan(options, reports))}, lambda: reports, lockstep.collectives)
+
+    return for_all_ranks
+
+
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 def run_case(rank: int, size: int, case: Case) -> Outcome:
     """Run ``case`` on this rank, without gradients."""
+    return _run(case, on_this_rank)
+
+
+def simulate_case(size: int, case: Case) -> Outcome:
+    """The same on ``size`` ranks in this process: what each of them sees, as their outputs are compared."""
+    return _run(case, simulating(size))
+
+
+def _run(case: Case, compiler_of: Callable[[dict[str, Any]], Compiler]) -> Outcome:
     model, inputs = build(case.model, case.arguments)
     calls = [inputs, *(build(case.model, {**case.arguments, **other})[1] for other in case.calls)]
     with torch.no_grad():
@@ -146,20 +198,19 @@ def run_case(rank: int, size: int, case: Case) -> Outcome:
     if case.precision == "bfloat16":
         model = model.to(torch.bfloat16)
         calls = _cast(calls, torch.bfloat16)
-    before = len(fxsp.reports())
     compiles, found, eager = [], [], []
     with torch.no_grad(), autocast, recorded() as texts, contextlib.redirect_stdout(io.StringIO()):
         if case.precision != "float32":
             eager = [models.first_tensor(model(**call)) for call in calls]
-        options = {"inner": "aot_eager", "print": "partitioned", **case.options}
-        fast = torch.compile(model, backend="sp", options=options, dynamic=case.dynamic)
+        compiler = compiler_of({"print": "partitioned", **case.options})
+        fast = torch.compile(model, **compiler.arguments, dynamic=case.dynamic)
         for call in calls:
-            had = len(fxsp.reports())
+            had = len(compiler.reports())
             found.append(models.first_tensor(fast(**call)))
-            compiles.append(len(fxsp.reports()) - had)
-        with collectives() as ran:
+            compiles.append(len(compiler.reports()) - had)
+        with compiler.collectives() as ran:
             models.first_tensor(fast(**calls[0]))
-    reports: list[Report] = fxsp.reports()[before:]
+    reports = compiler.reports()
     first = reports[0]
     return Outcome(
         errors=[error_of(a, b) for a, b in zip(found, expected, strict=True)],

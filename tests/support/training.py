@@ -1,6 +1,7 @@
 """One training step on real ranks beside the same step on one process; used by the tests of gradients.
 
-:func:`run_step` is called on every rank and returns a :class:`Step` of plain numbers and text.
+:func:`run_step` is called on every rank and returns a :class:`Step` of plain numbers and text.  :func:`simulate_step`
+does the same for all ranks in this process, with one compile instead of one on each rank.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-import fxsp
 import models
-from running import build, collectives, error_of, recorded
+from running import Compiler, build, error_of, on_this_rank, recorded, simulating
 
-__all__ = ["Step", "StepCase", "run_step"]
+__all__ = ["Step", "StepCase", "run_step", "simulate_step"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,15 @@ def _checkpointing(model: nn.Module) -> None:
 
 def run_step(rank: int, size: int, case: StepCase) -> Step:
     """One step of ``case`` on this rank, and on one process."""
+    return _run(case, on_this_rank)
+
+
+def simulate_step(size: int, case: StepCase) -> Step:
+    """The same on ``size`` ranks in this process: what each of them sees, as outputs and gradients are compared."""
+    return _run(case, simulating(size))
+
+
+def _run(case: StepCase, compiler_of: Callable[[dict[str, Any]], Compiler]) -> Step:
     model, made = build(case.model, case.arguments)
     if case.loss == "labels":
         made["labels"] = _labels(made["input_ids"])
@@ -143,21 +152,20 @@ def run_step(rank: int, size: int, case: StepCase) -> Step:
     expected_loss.backward()
     expected = _gradients(whole, same)
 
-    options = {"inner": "aot_eager", **case.options}
+    compiler = compiler_of(case.options)
     run: Callable[..., Tensor]
     if case.loss == "function":
 
         def step(**arguments: Any) -> Tensor:
             return _loss(model(**arguments))
 
-        run = torch.compile(step, backend="sp", options=options, dynamic=case.dynamic)
+        run = torch.compile(step, **compiler.arguments, dynamic=case.dynamic)
     else:
-        fast = torch.compile(model, backend="sp", options=options, dynamic=case.dynamic)
+        fast = torch.compile(model, **compiler.arguments, dynamic=case.dynamic)
 
         def run(**arguments: Any) -> Tensor:
             return _loss(fast(**arguments))
 
-    before = len(fxsp.reports())
     with recorded() as texts:
         loss = run(**inputs)
         loss.backward()
@@ -165,11 +173,11 @@ def run_step(rank: int, size: int, case: StepCase) -> Step:
             if isinstance(x, Tensor):
                 x.grad = None
         # Again, now that all is compiled, to see which collectives run.
-        with collectives() as forward:
+        with compiler.collectives() as forward:
             loss = run(**inputs)
-        with collectives() as backward:
+        with compiler.collectives() as backward:
             loss.backward()
-    reports = fxsp.reports()[before:]
+    reports = compiler.reports()
     unreduced = _worst(_gradients(model, inputs), expected)[0]
     if case.reduce:
         for p in model.parameters():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HELD", "MODULES"]
+__all__ = ["HELD", "MODULES", "Block"]
 
 Built = tuple[nn.Module, dict[str, Any]]
 WIDTH, HEADS = 16, 4

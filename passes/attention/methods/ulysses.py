@@ -34,6 +34,7 @@ class Ulysses(Method):
     """Legal where heads divide over the ranks."""
 
     name = "ulysses"
+    exchanges_heads = True
 
     def ways(self, question: Question) -> Iterator[Way]:
         if question.queries is None or question.keys is None:
@@ -45,9 +46,6 @@ class Ulysses(Method):
 
     def asked(self, degrees: Degrees) -> str:
         return f"ulysses_degree={degrees.ulysses}" if (degrees.ulysses or 1) > 1 and degrees.ring == 1 else ""
-
-    def per_head(self, call: Call, name: str, dim: int) -> Type:
-        return own_heads(call, name, dim)
 
     def mask(self, call: Call, choice: AttentionChoice) -> Type:
         name = choice.op.mask
