@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -177,10 +178,7 @@ def quotient(a: Length, b: Length) -> Length | None:
 
 def product(lengths: Any) -> Length:
     """The product of lengths (1 for none)."""
-    result: Length = 1
-    for length in lengths:
-        result = result * length
-    return as_length(result)
+    return as_length(prod(lengths))
 
 
 def parse_length(text: str) -> Length:

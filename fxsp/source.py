@@ -6,6 +6,7 @@ import inspect
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,14 +59,11 @@ def node_source(node: torch.fx.Node, *, full: bool = False) -> str:
 
 def forward_source(module: object) -> str:
     """``"model.py:12"``: where the ``forward`` of a module's class is defined; ``""`` for those of torch."""
-    code = getattr(inspect.unwrap(getattr(type(module), "forward", None) or _nothing), "__code__", None)
-    if code is None or _in_torch(code.co_filename) or code is _nothing.__code__:
+    forward: Any = getattr(type(module), "forward", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None or _in_torch(code.co_filename):
         return ""
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
-
-
-def _nothing() -> None:
-    """Stands for a ``forward`` that is not there."""
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ others.  Where lengths are ints, a rank that has no pads gets a plain narrow ins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from fxsp.kernels import collectives
 from fxsp.kernels.attention.ring_blocks import chunks_of
 from fxsp.kernels.exchange import place
-from fxsp.kernels.tokens import Part, Size, placed
+from fxsp.kernels.rows import along, cut, joined
+from fxsp.kernels.tokens import Flags, Lengths, Part, placed
 from fxsp.types import as_length, product, same_length
 
 __all__ = ["known_dense"]
@@ -46,14 +47,6 @@ def known_dense(x: Tensor) -> bool:
 def dense(x: Tensor) -> Tensor:
     """``x``, or a copy of it without gaps between its elements (its dimensions stay in the same order in memory)."""
     return x if known_dense(x) else x.clone()
-
-
-def _shape_along(x: Tensor, dim: int) -> list[int]:
-    return [-1 if i == dim else 1 for i in range(x.dim())]
-
-
-def _cat(pieces: list[Tensor], dim: int) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
@@ -85,7 +78,7 @@ def _own_rows(x: Tensor, dim: int, part: Part, zero_pads: bool, rank: int) -> Te
         return torch.cat([mine, pads], dim) if real else pads
     index = part.index(rank, x.device)
     mine = x.index_select(dim, index.clamp(max=length - 1) + part.start)
-    return mine.masked_fill((index >= length).view(_shape_along(x, dim)), 0) if zero_pads else mine
+    return mine.masked_fill((index >= length).view(along(x, dim)), 0) if zero_pads else mine
 
 
 def _rows_kernels(x: Tensor, dim: int) -> Any:
@@ -94,14 +87,7 @@ def _rows_kernels(x: Tensor, dim: int) -> Any:
 
 
 def shard(
-    x: Tensor,
-    dim: int,
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
-    zero_pads: bool,
-    rank: int,
-    size: int,
-    group: str,
+    x: Tensor, dim: int, lengths: Lengths, whole: Flags, zero_pads: bool, rank: int, size: int, group: str
 ) -> Tensor:
     parts = placed(lengths, whole, size)
     pads = any(part.may_have_pads(rank) for part in parts)
@@ -113,17 +99,11 @@ def shard(
         x.narrow(dim, part.start, part.length) if part.whole or size == 1 else _own_rows(x, dim, part, zero_pads, rank)
         for part in parts
     ]
-    return dense(_cat(pieces, dim))
+    return dense(joined(pieces, dim))
 
 
 def _gathered(
-    x: Tensor,
-    dim: int,
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
-    size: int,
-    group: str,
-    whole_rows: Callable[[Tensor], Tensor],
+    x: Tensor, dim: int, lengths: Lengths, whole: Flags, size: int, group: str, whole_rows: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The global rows from everyone's local ones: one all-gather for all split segments together.
 
@@ -136,7 +116,7 @@ def _gathered(
     parts = placed(lengths, whole, size)
     own = [local if len(parts) == 1 else local.narrow(0, part.row, part.rows) for part in parts]
     split = [piece for piece, part in zip(own, parts, strict=True) if not part.whole]
-    send = local if len(split) == len(own) else (_cat(split, 0) if split else None)
+    send = local if len(split) == len(own) else (joined(split, 0) if split else None)
     blocks = None
     if send is not None:
         blocks = collectives.all_gather(send, size, group) if size > 1 else send.contiguous()
@@ -145,37 +125,30 @@ def _gathered(
             movers = _rows_kernels(x, dim) if len(split) == len(own) else None
             if movers is not None:
                 return movers.unpack_rows(blocks, lengths, whole, size, 0, dim)  # type: ignore[no-any-return]
-    pieces, start = [], 0
+    pieces = []
+    gathered = iter([] if blocks is None else cut(blocks, [part.rows for part in parts if not part.whole], 1))
     for piece, part in zip(own, parts, strict=True):
         if part.whole:
             pieces.append(whole_rows(piece))
             continue
-        assert blocks is not None
-        rows = blocks
+        rows = next(gathered)
         if len(split) > 1:
-            rows = blocks.narrow(1, start, part.rows).reshape([size * part.rows, *local.shape[1:]])
-            start = start + part.rows
+            rows = rows.reshape([size * part.rows, *local.shape[1:]])
         if not (isinstance(part.length, int) and size * part.rows == part.length):
             rows = rows.narrow(0, 0, part.length)
         pieces.append(rows)
-    return dense(_cat(pieces, 0)).movedim(0, dim)
+    return dense(joined(pieces, 0)).movedim(0, dim)
 
 
-def gather(
-    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
-) -> Tensor:
+def gather(x: Tensor, dim: int, lengths: Lengths, whole: Flags, rank: int, size: int, group: str) -> Tensor:
     return _gathered(x, dim, lengths, whole, size, group, lambda rows: rows)
 
 
-def gather_sum(
-    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
-) -> Tensor:
+def gather_sum(x: Tensor, dim: int, lengths: Lengths, whole: Flags, rank: int, size: int, group: str) -> Tensor:
     return _gathered(x, dim, lengths, whole, size, group, lambda rows: all_reduce(rows, group if size > 1 else ""))
 
 
-def reduce_scatter(
-    x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], rank: int, size: int, group: str
-) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, lengths: Lengths, whole: Flags, rank: int, size: int, group: str) -> Tensor:
     if size == 1:
         return dense(x)
     rows = x.movedim(dim, 0)
@@ -200,26 +173,20 @@ def reduce_scatter(
         send = blocks[0]
     else:
         send = torch.cat([b.unflatten(0, [size, n]) for b, n in zip(blocks, split, strict=True)], 1).flatten(0, 1)
-    summed = collectives.reduce_scatter(send, size, group)
-    pieces, start = [], 0
-    for piece, part in zip(own, parts, strict=True):
-        if part.whole:
-            pieces.append(piece)
-            continue
-        pieces.append(summed if len(blocks) == 1 else summed.narrow(0, start, part.rows))
-        start = start + part.rows
-    return dense(_cat(pieces, 0)).movedim(0, dim)
+    summed = iter(cut(collectives.reduce_scatter(send, size, group), split, 0))
+    pieces = [piece if part.whole else next(summed) for piece, part in zip(own, parts, strict=True)]
+    return dense(joined(pieces, 0)).movedim(0, dim)
 
 
 def mask_pads(
     x: Tensor,
     dim: int,
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
+    lengths: Lengths,
+    whole: Flags,
     rank: int,
     size: int,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    head_tail: Flags = (),
+    units: Lengths = (),
 ) -> Tensor:
     keep, all_kept = [], True
     for part in placed(lengths, whole, size, head_tail, units):
@@ -231,46 +198,46 @@ def mask_pads(
             all_kept = all_kept and not part.may_have_pads(rank)
     if all_kept or (size == 1 and not any(head_tail)):
         return dense(x)
-    return x.masked_fill(~_cat(keep, 0).view(_shape_along(x, dim)), 0)
+    return x.masked_fill(~joined(keep, 0).view(along(x, dim)), 0)
 
 
-def scale_whole(x: Tensor, dim: int, lengths: Sequence[Size], whole: Sequence[bool], size: int) -> Tensor:
+def scale_whole(x: Tensor, dim: int, lengths: Lengths, whole: Flags, size: int) -> Tensor:
     pieces = []
     for part in placed(lengths, whole, size):
         piece = x.narrow(dim, part.row, part.rows)
         pieces.append(piece / size if part.whole else piece)
-    return dense(_cat(pieces, dim))
+    return dense(joined(pieces, dim))
 
 
 def positions(
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
+    lengths: Lengths,
+    whole: Flags,
     rank: int,
     size: int,
     device: torch.device,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    head_tail: Flags = (),
+    units: Lengths = (),
 ) -> Tensor:
     pieces = []
     for part in placed(lengths, whole, size, head_tail, units):
         index = part.index(rank, device)
         pieces.append((index if part.whole else index.clamp(max=part.length - 1)) + part.start)
-    return _cat(pieces, 0)
+    return joined(pieces, 0)
 
 
 def place_positions(
-    lengths: Sequence[Size],
-    whole: Sequence[bool],
+    lengths: Lengths,
+    whole: Flags,
     ulysses: int,
     rank: int,
     size: int,
     device: torch.device,
-    head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    head_tail: Flags = (),
+    units: Lengths = (),
 ) -> Tensor:
     chunks = chunks_of(lengths, whole, ulysses, size // ulysses, rank // ulysses, head_tail, units)
     rows = [(torch.arange(c.rows, device=device) + c.first).clamp(max=c.limit - 1) for c in chunks]
-    return _cat(rows, 0)
+    return joined(rows, 0)
 
 
 def take(x: Tensor, dim: int, rank: int, size: int) -> Tensor:

@@ -29,7 +29,6 @@ from fxsp.kernels.attention.banded import BANDED
 from fxsp.kernels.attention.ops import ATTENTIONS
 from fxsp.kernels.draws import DRAWS
 from fxsp.kernels.exchange import exchange
-from fxsp.kernels.exchange.head_ops import HEADS
 from fxsp.kernels.exchange.zigzag import deal, undeal
 from fxsp.kernels.extremes import EXTREMES
 from fxsp.kernels.op import Op, define, unchanged
@@ -43,10 +42,8 @@ local_ops = torch.ops.fxsp_local
 
 def _contiguous(x: Tensor, *group: Any) -> Tensor:
     """The shape of what went through a collective, said directly: graphs are full of it."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if group[0] else _as_it_lies(x)
-
-
-def _as_it_lies(x: Tensor, *_: Any) -> Tensor:
+    if group[0]:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
 
 
@@ -63,7 +60,7 @@ _RANKS = "int rank, int size, str group"
 #: The operators of ours, all of them.
 OPS: tuple[Op, ...] = (
     Op("annotate", "(Tensor x, str kind, int dim, SymInt text_len, str entry, int unit=1) -> Tensor",
-       unchanged, "R -> R", lambda g, *_: g, fake=_as_it_lies),
+       unchanged, "R -> R", lambda g, *_: g),
     Op("shard", f"(Tensor x, {_SEQ}, bool zero_pads, {_RANKS}) -> Tensor", lowering.shard, "R -> S",
        lambda g, dim, lengths, whole, zero_pads, *at: fxsp_ops.gather_sum(g, dim, lengths, whole, *at),
        returns=counts.returned_rows),
@@ -79,14 +76,12 @@ OPS: tuple[Op, ...] = (
     Op("all_reduce", "(Tensor x, str group) -> Tensor", lowering.all_reduce, "P -> R", "use", fake=_contiguous,
        sends=counts.reduced),
     Op("use", "(Tensor x, str group) -> Tensor", unchanged, "R -> U",
-       lambda g, group: fxsp_ops.reduce_grad(g, group) if group else g, fake=_as_it_lies,
-       returns=counts.returned_use),
+       lambda g, group: fxsp_ops.reduce_grad(g, group) if group else g, returns=counts.returned_use),
     # An all_reduce of a gradient: emit may put several into one bucket.
     Op("reduce_grad", "(Tensor x, str group) -> Tensor", lowering.all_reduce, "P -> R", "use", fake=_contiguous,
        sends=counts.reduced),
     # A whole value whose gradient is multiplied, where an outer reducer takes the mean (see fxsp.summands).
-    Op("scale_grad", "(Tensor x, int factor) -> Tensor", unchanged, "U -> U", lambda g, factor: g * factor,
-       fake=_as_it_lies),
+    Op("scale_grad", "(Tensor x, int factor) -> Tensor", unchanged, "U -> U", lambda g, factor: g * factor),
     Op("all_to_all", "(Tensor x, str group) -> Tensor", lowering.all_to_all, "S -> S", "all_to_all",
        fake=_contiguous, sends=counts.exchanged, returns=counts.once_more, moves=counts.moved, saved=True),
     # Of as many consecutive ranks as the first dimension has blocks.
@@ -113,7 +108,7 @@ OPS: tuple[Op, ...] = (
        lambda g, lengths, size, zero_pads: fxsp_ops.unpack(g, lengths, size), moves=counts.moved),
     Op("unpack", "(Tensor x, SymInt[] lengths, int size) -> Tensor", exchange.unpack, "S -> U",
        lambda g, lengths, size: fxsp_ops.pack(g, lengths, size, True), moves=counts.moved),
-    *HEADS,
+    *exchange.HEADS,
     *ATTENTIONS,
     *EXTREMES,
 )  # fmt: skip

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "Size", "local_length", "placed"]
+__all__ = ["Flags", "Lengths", "Part", "Size", "local_length", "placed"]
 
 #: An ``int`` or a ``SymInt``; torch's annotations do not know that the latter is welcome wherever the former is.
 Size = Any
+#: Of each segment.
+Lengths = Sequence[Size]
+Flags = Sequence[bool]
 
 
 def _once(compute: Callable[[Part], Size]) -> Any:
@@ -97,8 +100,8 @@ class Part:
 
 
 def placed(
-    lengths: Sequence[Size], whole: Sequence[bool], size: int, head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    lengths: Lengths, whole: Flags, size: int, head_tail: Flags = (),
+    units: Lengths = (),
 ) -> list[Part]:  # fmt: skip
     """The segments of an operator's arguments; ``head_tail`` and ``units`` may be left out (none; one)."""
     parts: list[Part] = []

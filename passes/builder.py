@@ -14,17 +14,24 @@ from torch.fx import Graph, Node
 from fxsp.errors import UnsupportedError
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.kernels.ops import op_of
+from fxsp.lengths import hint
 from fxsp.passes.graph import Call, facts, mark
 from fxsp.report import CollectiveRecord, Report
 from fxsp.source import describe, module_path, node_source
 from fxsp.torch_internals import python_dispatch, sympy_to_fx
 from fxsp.types import Length, Ranks, Sequence, Shard, as_length, product
 
-__all__ = ["Builder", "Writer", "erase_unused"]
+__all__ = ["Builder", "Writer", "erase_unused", "memory_order"]
 
 #: What a node has from the one that it was written for.
 _LENT = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "seq_nr")
 aten = torch.ops.aten
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions of a value, the outermost in memory first."""
+    steps = [hint(as_length(stride)) for stride in value.stride()]
+    return sorted(range(len(steps)), key=lambda d: -steps[d])
 
 
 class Writer:
@@ -34,7 +41,7 @@ class Writer:
     """
 
     #: What passes know of the origin, and of what is written for it, too.
-    lent: tuple[str, ...] = ("island", "row_wise", "no_grad")
+    lent: tuple[str, ...] = ("island", "row_wise")
 
     def __init__(self, graph: Graph, mode: Any = None) -> None:
         self.graph = graph

@@ -74,8 +74,6 @@ class Facts:
     island: str = ""
     #: Whether an operator on a tensor subclass treats every row alone.
     row_wise: bool = False
-    #: Whether it is computed under ``torch.no_grad()``.
-    no_grad: bool = False
     #: Whether an input is a parameter.
     is_parameter: bool = False
     #: Whether an input is a parameter or buffer of a module.

@@ -8,11 +8,21 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fxsp.cost.formula import Names, Sent, sum_text
+from fxsp.cost.metrics import Measures
 from fxsp.inspection.wire import format_bytes
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import as_length
 
-__all__ = ["Figures", "Section", "attention_lines", "format_report", "report_lines", "sections"]
+__all__ = [
+    "Section",
+    "attention_lines",
+    "format_count",
+    "format_report",
+    "legend_text",
+    "memory_texts",
+    "report_lines",
+    "sections",
+]
 
 #: Lines of one section; what is longer is cut, and says so.
 _LIMIT = 12
@@ -40,31 +50,21 @@ class Section:
         return [f"{self.title}:", *(f"  {row}" for row in [*cut, *more, *filter(None, [self.foot])])]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What measuring a graph adds to its report: bytes as numbers, with formulas, and lines about work and memory."""
+def sections(report: Report, measures: Measures | None = None) -> list[Section]:
+    """A report, part by part.  Equal records share a line.
 
-    forward: Sequence[Sent]
-    backward: Sequence[Sent]
-    names: Names
-    #: The formula of what each attention moves through memory, as text.
-    memory: Sequence[str]
-    #: What the letters of the formulas are.
-    legend: str
-    work: Sequence[str]
-
-
-def sections(report: Report, figures: Figures | None = None) -> list[Section]:
-    """A report, part by part.  Equal records share a line."""
+    A graph that was measured tells bytes as numbers, with their formulas, and has lines about work and memory.
+    """
     forward: Sequence[Sent] = [Sent(record, record.bytes) for record in report.collectives]
     backward: Sequence[Sent] = [Sent(record, record.bytes) for record in report.backward]
     names, limit, legend = None, _LIMIT, ""
-    if figures is not None:
-        forward, backward, names, limit, legend = figures.forward, figures.backward, figures.names, 25, figures.legend
+    if measures is not None:
+        forward, backward, names, limit = measures.forward, measures.backward, measures.names, 25
+        legend = legend_text(measures)
     last = "backward" if backward else "forward"
     found = [
         Section("plan" if report.inferred is None else "plan (inferred)", [*plan_lines(report.plan)]),
-        Section("attention", [*attention_lines(report.attentions, figures.memory if figures is not None else ())]),
+        Section("attention", [*attention_lines(report.attentions, () if measures is None else memory_texts(measures))]),
         *(
             Section(
                 f"collectives (sent per rank, {way})",
@@ -79,16 +79,16 @@ def sections(report: Report, figures: Figures | None = None) -> list[Section]:
             [*gather_lines(gather for gather in report.implicit_gathers if gather.kind == "implicit")],
         ),
         Section("gathers for graph outputs", [*output_lines(report.implicit_gathers)]),
-        Section("work and memory", figures.work if figures is not None else ()),
+        Section("work and memory", () if measures is None else [*_work(measures)]),
         Section("notes", report.notes),
     ]
     return [section for section in found if section.lines]
 
 
-def report_lines(report: Report, figures: Figures | None = None) -> list[str]:
+def report_lines(report: Report, measures: Measures | None = None) -> list[str]:
     """The text of all :func:`sections`, below a line that says why, if the graph runs whole."""
     first = [f"runs whole on every rank: {report.unsharded}"] if report.unsharded else []
-    return first + [line for section in sections(report, figures) for line in section.text()]
+    return first + [line for section in sections(report, measures) for line in section.text()]
 
 
 def format_report(report: Report) -> str:
@@ -202,3 +202,51 @@ def _pattern(path: str) -> str:
 
 def _total(sent: Iterable[Sent]) -> str:
     return format_bytes(as_length(sum((s.bytes for s in sent), start=0)))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def format_count(n: float) -> str:
+    """``"1.5 TFLOP"``."""
+    for unit in ("", "K", "M", "G", "T"):
+        if n < 1000:
+            return f"{n:.3g} {unit}FLOP"
+        n /= 1000
+    return f"{n:.3g} PFLOP"
+
+
+def memory_texts(m: Measures) -> list[str]:
+    """The formula of what each attention moves through memory, where there is one."""
+    texts = []
+    for known in m.memory:
+        formulas, rest = known or ([], 0)
+        texts.append(sum_text([*((0, formula) for formula in formulas), (rest, None)], m.names) if formulas else "")
+    return texts
+
+
+def legend_text(m: Measures) -> str:
+    """``P = 8; S = 4096 tokens of <root>[x]``: what the letters of formulas are."""
+    among = sorted({f.members for s in (*m.forward, *m.backward) if (f := s.formula) is not None and f.members})
+    lengths = [f"{short} = {n} tokens of {what}" for short, what, n in m.names.legend()]
+    return "; ".join([f"P = {len(m.flops_per_rank)}", *[f"U = {n}" for n in among], *lengths])
+
+
+def _work(m: Measures) -> Iterator[str]:
+    size, busiest = len(m.flops_per_rank), max(m.flops_per_rank, default=0)
+    if m.flops_total:
+        even = m.flops_total / (size * busiest) if busiest else 1.0
+        idlest = min(m.flops_per_rank)
+        spread = "each" if idlest == busiest else f"at most, {format_count(idlest)} at least"
+        yield (
+            f"operations   {format_count(m.flops_total)} on one device, {format_count(busiest)} a rank {spread}: "
+            f"{even:.0%} of an even split"
+        )
+    share = m.memory_rank / m.memory_one if m.memory_one else 1.0
+    yield (
+        f"activations  {format_bytes(m.memory_one)} on one device, {format_bytes(m.memory_rank)} a rank: "
+        f"{share:.0%} (an even split is {1 / size:.0%})"
+    )
+    for name, (tokens, rows, pads) in m.padding.items():
+        waste = f"{pads} pads, {pads / (tokens + pads):.1%} of the rows" if pads else "no pads"
+        yield f"tokens       {name}: {tokens} {'in' if pads else '='} {size} x {rows}, {waste}"

@@ -15,12 +15,12 @@ from fxsp.cost.metrics import Measures, measure
 from fxsp.errors import OptionError
 from fxsp.inspection.diff import diff_stages
 from fxsp.inspection.printer import Row, format_rows
+from fxsp.inspection.report_text import report_lines
 from fxsp.offline.partition import OfflineResult, partition_offline
 from fxsp.offline.progress import check_size, told
 from fxsp.offline.provenance import UnknownNameError, reasons
 from fxsp.offline.render import page as html
-from fxsp.offline.render.data import as_data
-from fxsp.offline.render.text import one_screen
+from fxsp.offline.render.data import graph_data
 from fxsp.passes.pipeline import STAGES, stage_named
 from fxsp.plan import did_you_mean, listing
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, totals
@@ -134,7 +134,17 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as dictionaries, lists, numbers and text."""
-        return as_data(self)
+        return {
+            "model": self.model,
+            "world_size": self.world_size,
+            "seconds": self.seconds,
+            "flops_total": self.flops_total,
+            "flops_per_rank": self.flops_per_rank,
+            "communication": _counts(self.communication),
+            "communication_forward": _counts(self.communication_forward),
+            "communication_backward": _counts(self.communication_backward),
+            "graphs": [graph_data(r, m) for r, m in zip(self.results, self.measures, strict=True)],
+        }
 
     def to_json(self, *, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
@@ -146,7 +156,16 @@ class Explanation:
         return target
 
     def __str__(self) -> str:
-        return one_screen(self)
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        graphs = f", {len(self.results)} graphs" if len(self.results) != 1 else ""
+        lines = [f"{self.model} on {ranks}{graphs}"]
+        if not self.results:
+            return lines[0] + ": Dynamo traced nothing"
+        for i, (result, m) in enumerate(zip(self.results, self.measures, strict=True)):
+            if len(self.results) > 1:
+                lines.append(f"graph {i}:")
+            lines += report_lines(result.report, m)
+        return "\n".join(lines)
 
 
 def explain(
@@ -185,3 +204,7 @@ def explain(
 def _name(model: Any) -> str:
     inner = getattr(model, "_orig_mod", model)
     return getattr(inner, "__qualname__", None) or type(inner).__name__
+
+
+def _counts(communication: dict[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {kind: {"count": number, "bytes": size} for kind, (number, size) in communication.items()}

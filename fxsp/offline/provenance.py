@@ -12,8 +12,8 @@ from torch.fx import Node
 
 from fxsp.cost.formula import format_formulas
 from fxsp.cost.metrics import Measures
+from fxsp.inspection.report_text import legend_text
 from fxsp.inspection.wire import format_bytes
-from fxsp.offline.render.text import legend_text
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, is_split, reachable
 from fxsp.plan import did_you_mean, listing

@@ -130,9 +130,7 @@ def _lines(gm: GraphModule) -> Iterator[str]:
                 yield f"%{number} = input"
                 continue
             # The names of groups differ where an axis other than the sequence's is communicated over.
-            text = (
-                _constant if ".c10d" not in f".{_target(node)}" and "c10d_functional" not in _target(node) else _quiet
-            )
+            text = _quiet if "c10d" in _target(node) else _constant
             args = [_argument(a, numbers, text) for a in node.args]
             args += [f"{key}={_argument(a, numbers, text)}" for key, a in node.kwargs.items()]
             where = node_source(node)

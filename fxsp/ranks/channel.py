@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ class Channel:
 
     # --- what the compiler says ---------------------------------------------------------------------------------------
 
-    def agree(self, kind: str, what: str, topics: dict[str, str], describe: Callable[..., str] | None = None) -> None:
+    def agree(self, kind: str, what: str, topics: dict[str, str]) -> None:
         """Return once all ranks have said the same; else raise the same :class:`InputMismatchError` on each of them."""
         with self._lock:
             digests = {topic: hashlib.sha256(text.encode()).hexdigest()[:16] for topic, text in topics.items()}

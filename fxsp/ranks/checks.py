@@ -19,18 +19,10 @@ from fxsp import torch_internals
 from fxsp.ranks.alike import Alike, random_states
 from fxsp.ranks.channel import Channel
 
-__all__ = ["check_inputs", "fingerprint", "value_topics"]
+__all__ = ["check_inputs", "value_topics"]
 
-#: Words in a row of the table whose sums a fingerprint is made of, and elements of a weight that a sample has.
+#: Words in a row of the table whose sums a digest is made of, and elements of a weight that a sample has.
 _ROW, _SAMPLE = 1024, 64
-
-
-def fingerprint(value: Any) -> list[int]:
-    """Two 64-bit numbers that differ, almost certainly, when dtype, shape or any bit of ``value`` differs."""
-    if not isinstance(value, Tensor):
-        return [_stable((value,)), 0]
-    first, second = _sums(value).tolist()
-    return [_stable((str(value.dtype), *value.shape)) ^ (first % 2**62), second]
 
 
 def _sums(value: Tensor) -> Tensor:
@@ -56,10 +48,7 @@ def _weights(count: int, device: torch.device) -> Tensor:
 
 def _stable(parts: tuple[Any, ...]) -> int:
     """A hash that is the same in every process."""
-    result = 1469598103934665603
-    for byte in repr(parts).encode():
-        result = ((result ^ byte) * 1099511628211) % 2**62
-    return result
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) % 2**62
 
 
 def check_inputs(

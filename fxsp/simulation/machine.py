@@ -5,7 +5,6 @@ lines on lists (:mod:`fxsp.simulation.reference.table`), written apart from the 
 for tests, for ``fxsp.verify``, and for trying a plan before there are machines.  No process group is needed::
 
     outputs = simulate(partitioned, 8, inputs)      # outputs[rank][i], flattened
-    result = check_replicated(outputs)              # the outputs, the same on every rank
 
 A value that is certainly the same on all ranks is computed once and its one tensor stands in all eight places.
 """
@@ -21,18 +20,20 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxsp import torch_internals
-from fxsp.errors import UnsupportedError, VerificationError
+from fxsp.errors import UnsupportedError
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.families import family
 from fxsp.simulation.reference import table as oracle
 from fxsp.simulation.reference.lanes import pieces, total
 from fxsp.types import Partial, Shard, Type
 
-__all__ = ["Simulation", "assemble", "check_replicated", "run", "simulate"]
+__all__ = ["Simulation", "assemble", "run", "simulate"]
 
 #: One value on all ranks.
 Lanes = list[Any]
 Observer = Callable[[torch.fx.Node, Lanes], None]
+#: What an operator of ours means, and its arguments: :func:`fxsp.simulation.reference.table.bind`.
+Meaning = Callable[[str, Sequence[Any], dict[str, Any], int], tuple[Callable[..., Lanes], dict[str, Any]]]
 
 #: Communication that is no fxsp operator: the oracle must not depend on what emit makes of one.
 _FOREIGN = frozenset({"c10d", "_c10d_functional", "c10d_functional", "symm_mem"})
@@ -54,19 +55,17 @@ def simulate(
     size: int,
     inputs: Sequence[Any],
     *,
-    poison_pads: bool = False,
     observe: Observer | None = None,
+    bind: Meaning = oracle.bind,
 ) -> list[list[Any]]:
     """Run a partitioned graph for ``size`` ranks on global ``inputs``; ``result[rank]`` are its flattened outputs.
 
     The rank in the graph's fxsp nodes is replaced by the simulated one; the size in them must be ``size``
     (``VerificationError``).  ``inputs`` are not modified.
 
-    ``poison_pads`` gives the pad rows that ``fxsp.shard`` and ``fxsp.pack`` make other values than the copies they are
-    (see :mod:`fxsp.simulation.reference.table`): a result that changes depends on pads.  ``observe(node, lanes)`` is
-    called for each node.
+    ``observe(node, lanes)`` is called for each node; ``bind`` says what operators of ours mean.
     """
-    return run(gm, size, inputs, poison_pads=poison_pads, observe=observe).outputs
+    return run(gm, size, inputs, observe=observe, bind=bind).outputs
 
 
 def run(
@@ -74,12 +73,12 @@ def run(
     size: int,
     inputs: Sequence[Any],
     *,
-    poison_pads: bool = False,
     observe: Observer | None = None,
+    bind: Meaning = oracle.bind,
 ) -> Simulation:
     """As :func:`simulate`, and returns the inputs too: ``result.inputs[rank]`` are what in-place operators left."""
     copies = [_private(x) for x in inputs]
-    machine = _Machine(gm, size, poison_pads, observe)
+    machine = _Machine(gm, size, observe, bind)
     with torch.no_grad():
         return machine.run(copies)
 
@@ -87,11 +86,11 @@ def run(
 class _Machine:
     """The state of one run: for each live node its lanes, and whether they are one shared value."""
 
-    def __init__(self, gm: torch.fx.GraphModule, size: int, poison_pads: bool, observe: Observer | None) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, size: int, observe: Observer | None, bind: Meaning) -> None:
         self.gm = gm
         self.size = size
-        self.poison_pads = poison_pads
         self.observe = observe
+        self.bind = bind
         self.env: dict[torch.fx.Node, Lanes] = {}
         self.shared: set[torch.fx.Node] = set()
 
@@ -172,8 +171,8 @@ class _Machine:
         # Tensors become lists over ranks; all else (lengths, sizes) is the same on every rank, so rank 0's is taken.
         lift = [torch.fx.node.map_arg(arg, self._lift) for arg in node.args]
         lift_kw = {key: torch.fx.node.map_arg(arg, self._lift) for key, arg in node.kwargs.items()}
-        call = oracle.bind(name, lift, lift_kw, self.size)
-        lanes = call.run(poison_pads=self.poison_pads)
+        function, arguments = self.bind(name, lift, lift_kw, self.size)
+        lanes = function(**arguments)
         self._set(node, lanes, shared=all(lane is lanes[0] for lane in lanes))
 
     def _lift(self, node: torch.fx.Node) -> Any:
@@ -273,49 +272,10 @@ def _is_random(function: Any) -> bool:
     return torch_internals.is_operator(function) and torch.Tag.nondeterministic_seeded in function.tags
 
 
-# --- one value on all ranks -------------------------------------------------------------------------------------------
-
-
-def check_replicated(outputs: Sequence[Sequence[Any]], *, rtol: float = 1e-9, atol: float = 1e-12) -> list[Any]:
-    """Rank 0's outputs, after a check that every rank has the same ones.
-
-    Whole values are bitwise equal, unless ranks add summands in different orders; hence the tiny tolerance, relative
-    to the largest element.  Raises ``VerificationError`` that names the output and the rank.
-    """
-    for rank, other in enumerate(outputs):
-        if len(other) != len(outputs[0]):
-            raise VerificationError(f"rank {rank} has {len(other)} outputs, rank 0 has {len(outputs[0])}")
-        for i, (a, b) in enumerate(zip(outputs[0], other, strict=True)):
-            problem = _difference(a, b, rtol, atol)
-            if problem:
-                raise VerificationError(f"output {i} of rank {rank} is not that of rank 0: {problem}")
-    return list(outputs[0])
-
-
-def _difference(a: Any, b: Any, rtol: float, atol: float) -> str:
-    """What distinguishes two values, or ``""``."""
-    if a is b:
-        return ""
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return "" if a == b else f"{b!r} instead of {a!r}"
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return f"{b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
-    if torch.equal(a, b):
-        return ""
-    if not (a.dtype.is_floating_point or a.dtype.is_complex):
-        return f"{int((a != b).sum())} of {a.numel()} elements differ"
-    if not torch.equal(a.isnan(), b.isnan()):
-        return f"{int((a.isnan() != b.isnan()).sum())} of {a.numel()} elements are NaN in one of them only"
-    tolerance = max(rtol, 8 * torch.finfo(a.dtype).eps)
-    a, b = a.nan_to_num(), b.nan_to_num()
-    error, scale = float((a - b).abs().max()), float(a.abs().max())
-    return "" if error <= atol + tolerance * scale else f"largest difference {error:.3g}, largest element {scale:.3g}"
-
-
 def assemble(type_: Type, lanes: Sequence[torch.Tensor], whole: torch.Tensor | None = None) -> torch.Tensor:
     """The global value of which ``lanes`` (one tensor per rank) are the local ones, by its sharding type.
 
-    ``R`` and ``U``: rank 0's (see :func:`check_replicated` for a check); ``P``: the sum; ``S``: the shards without
+    ``R`` and ``U``: rank 0's; ``P``: the sum; ``S``: the shards without
     their pads, a whole segment from the local value ``whole``, else from rank 0.
     """
     if isinstance(type_, Partial):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxsp.kernels.counts import local_attention_flops
 from fxsp.kernels.op import Op
+from fxsp.kernels.rows import joined
 
 __all__ = ["BANDED", "allowed", "banded_attention"]
 
@@ -58,7 +59,7 @@ def banded_attention(
         q = query.narrow(-2, start, stop - start)
         k, v = (x.narrow(-2, first, last - first) for x in (key, value))
         outs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, -2)
+    return joined(outs, -2)
 
 
 BANDED = Op(

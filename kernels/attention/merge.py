@@ -20,22 +20,20 @@ large as it likes), and what is to be added to it, the logarithm of a sum that i
 rest, 1e-6 of a million keys, whatever the level.
 
 One meaning, two spellings: :func:`merge_eager` in plain operations, which Inductor fuses on the CPU, and on CUDA one
-Triton kernel each for the forward and the backward pass, as the operator ``fxsp_kernels::merge``.  It is defined when
-it is first needed: to import this module takes neither Triton nor a GPU.  The kernel's result lies as ``[B, m, H, E]``,
-as fused attention kernels give it.
+Triton kernel (:mod:`fxsp.kernels.attention.triton_merge`).  It is imported when it is first needed: to import this
+module takes neither Triton nor a GPU.  The kernel's result lies as ``[B, m, H, E]``, as fused attention kernels give
+it.  Nothing here needs a gradient: those of a ring and of merged attention are operators of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxsp.kernels.attention.own_kernel import wide
-from fxsp.types import as_length, same_length
 
 __all__ = ["above", "join", "merge", "merge_eager", "merge_operator", "rounded", "wide"]
 
@@ -74,6 +72,13 @@ def merge(
     return merge_eager(out, lse, other, other_lse, dtype)
 
 
+def merge_operator() -> Callable[..., Any]:
+    """``fxsp_kernels::merge``, which needs Triton."""
+    from fxsp.kernels.attention.triton_merge import merge
+
+    return merge  # type: ignore[no-any-return]
+
+
 def _shares(lse: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The shares of both in the sum of exponentials, and its logarithm."""
     top = torch.maximum(lse, other_lse)
@@ -97,75 +102,3 @@ def merge_eager(
     a, b, total = _shares(lse, other_lse)
     x, y = _seen(out, lse, lse.dtype), _seen(other, other_lse, lse.dtype)
     return (x * a.unsqueeze(-1) + y * b.unsqueeze(-1)).to(dtype), total
-
-
-# The kernels.
-
-
-def _tile(width: int) -> tuple[int, int]:
-    """Tokens and elements of a tile, powers of two: some 2048 elements, and all of a row."""
-    elements = max(16, 1 << (width - 1).bit_length())
-    return max(1, 2048 // elements), elements
-
-
-def _room(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the like of ``x [B, H, m, E]``, as ``[B, m, H, E]``."""
-    batch, heads, tokens, width = x.shape
-    return torch.empty([batch, tokens, heads, width], dtype=dtype, device=x.device)
-
-
-def _unit(tensors: Sequence[Tensor]) -> int:
-    """The largest of 8, 4, 2, 1 at whose multiples all rows certainly begin, in elements; adds no guard."""
-    rows = [as_length(s) for x in tensors if x.dim() == 4 for s in x.stride()[:3]]
-    return next(n for n in (8, 4, 2, 1) if all(same_length(as_length(s % n), 0) for s in rows))
-
-
-def _launch(kernel: Any, strided: Sequence[Tensor], room: Sequence[Tensor], like: Tensor) -> None:
-    """``strided`` are the operands, ``room`` the results; ``like`` is one of the former, ``[B, H, m, E]``."""
-    import triton.language as tl
-
-    batch, heads, tokens, width = like.shape
-    block_m, block_e = _tile(width)
-    unit = _unit(strided)
-    strides: list[Any] = []
-    for x in strided:
-        strides += [s // unit for s in x.stride()[:3]] + [x.stride(3)] if x.dim() == 4 else x.stride()
-    kernel[(-(-tokens // block_m) * heads, batch, 1)](
-        *strided, *room, heads, tokens, *strides, E=width, UNIT=unit, BLOCK_M=block_m, BLOCK_E=block_e,
-        ACC=tl.float64 if wide(like.dtype) == torch.float64 else tl.float32,
-    )  # fmt: skip
-
-
-@cache
-def merge_operator() -> Callable[..., Any]:
-    """``fxsp_kernels::merge``, differentiable; the first call defines it."""
-    from torch.library import triton_op, wrap_triton
-
-    from fxsp.kernels.attention.triton_merge import merge_backward_kernel, merge_kernel
-
-    @triton_op("fxsp_kernels::merge", mutates_args={})
-    def forward(
-        out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        merged, total = _room(out, dtype), torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-        _launch(wrap_triton(merge_kernel), (out, lse, other, other_lse), (merged, total), out)
-        return merged.transpose(1, 2), total
-
-    @triton_op("fxsp_kernels::merge_backward", mutates_args={})
-    def backward(
-        grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dx, dy = (_room(x, x.dtype) for x in (out, other))
-        da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (lse, other_lse))
-        operands = (grad, grad_lse, out, lse, other, other_lse)
-        _launch(wrap_triton(merge_backward_kernel), operands, (dx, da, dy, db), out)
-        return dx.transpose(1, 2), da, dy.transpose(1, 2), db
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-
-    def gradient(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        return (*backward(grad, grad_lse, *ctx.saved_tensors), None)
-
-    forward.register_autograd(gradient, setup_context=setup)
-    return forward  # type: ignore[no-any-return]

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fxsp.kernels import collectives
 from fxsp.kernels.attention.merge import join, rounded, wide
-from fxsp.kernels.attention.ring_bias import bias_of, four, keys_of, mask_gradient, range_of, tokens_first
+from fxsp.kernels.attention.ring_bias import Draw, bias_of, four, keys_of, mask_gradient, range_of, tokens_first
 from fxsp.kernels.attention.ring_blocks import Chunk, Meeting, chunks_of, in_pieces, meetings, same_sequence
-from fxsp.kernels.attention.ring_draws import Draw
 from fxsp.kernels.attention.ring_kernels import block_backward, block_forward
+from fxsp.kernels.rows import cut, joined
 
 __all__ = ["ring_attention", "ring_attention_backward"]
 
@@ -30,17 +30,25 @@ Size = Any
 
 
 class _Ring:
-    """The places of the ring, and what each step has to do."""
+    """The places of the ring, and what each step has to do.
+
+    ``causal`` and ``window`` are those of :func:`fxsp.kernels.attention.banded.allowed`, of global positions;
+    ``dropout_p`` and ``seed`` those of :func:`fxsp.kernels.draws.dropped_attention`.  ``exact``: torch would write this
+    attention out (:mod:`fxsp.kernels.attention.own_kernel`); it says something for gradients.
+    """
 
     def __init__(
         self, q: Tensor, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None,
         ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (),
         window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None, q_units: Any = (), k_units: Any = (),
+        exact: bool = False,
     ) -> None:  # fmt: skip
         self.ring = size // ulysses
         self.place = rank // ulysses
-        self.causal = causal
-        self.same = same_sequence(q_lengths, q_whole, k_lengths, k_whole, q_head_tail, k_head_tail, q_units, k_units)
+        self.causal, self.exact = causal, exact
+        self.same = same_sequence(
+            (q_lengths, q_whole, q_head_tail, q_units), (k_lengths, k_whole, k_head_tail, k_units)
+        )
         self.at = (ulysses, rank, size, group)
         self.window = window
         self.draw = None if seed is None or not dropout_p else Draw(dropout_p, seed, rank % ulysses * q.shape[1])
@@ -86,35 +94,19 @@ class _Ring:
 
     def receive(self, pending: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """What the place before has sent, in the shapes of what was sent."""
-        flat = collectives.wait(pending)
-        result: list[Tensor] = []
-        start: Size = 0
-        for x in like:
-            result.append(flat.narrow(0, start, x.numel()).view(x.shape))
-            start = start + x.numel()
-        return result
+        parts = cut(collectives.wait(pending), [x.numel() for x in like], 0)
+        return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any,
-    causal: bool, scale: float | None, ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (),
-    k_head_tail: Any = (), window: Size = None, dropout_p: float = 0.0, seed: Tensor | None = None, q_units: Any = (),
-    k_units: Any = (), exact: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [B, H, Lq, E], lse [B, H, Lq], rest [B, H, Lq])`` of this rank's queries over everyone's keys.
 
     The log-sum-exp is rounded to one number, ``lse``; with the ``rest`` it is exact.
 
     ``q [B, H, Lq, D]``, ``k [B, h, Lk, D]``, ``v [B, h, Lk, E]`` are local rows; the rows of ``mask`` are those of the
-    queries (or one), its columns all keys in global order (or one).  ``causal`` and ``window`` are those of
-    :func:`fxsp.kernels.attention.banded.allowed`, of global positions; ``dropout_p`` and ``seed`` are those of
-    :func:`fxsp.kernels.draws.dropped_attention`.  ``exact``: torch would write this attention out
-    (:mod:`fxsp.kernels.attention.own_kernel`); it says something for gradients.
+    queries (or one), its columns all keys in global order (or one).  ``where`` are the arguments of :class:`_Ring`.
     """
-    ring = _Ring(
-        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
-        window, dropout_p, seed, q_units, k_units,
-    )  # fmt: skip
+    ring = _Ring(q, *where)
     mask = four(mask)
     held: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(ring.queries)
     steps = [ring.step(t) for t in range(ring.ring)]
@@ -147,21 +139,20 @@ def ring_attention(
             result = (nothing.unsqueeze(-1).expand(*none.shape, v.shape[3]), none, nothing)
         for one, x in zip(parts, (result[0].to(q.dtype), *rounded(*result[1:])), strict=True):
             one.append(x)
-    out, lse, rest = (one[0] if len(one) == 1 else torch.cat(one, 2) for one in parts)
+    out, lse, rest = (joined(one, 2) for one in parts)
     return tokens_first(out), lse.contiguous(), rest.contiguous()
 
 
 def ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor,
-    q_lengths: Any, q_whole: Any, k_lengths: Any, k_whole: Any, causal: bool, scale: float | None, mask_grad: bool,
-    ulysses: int, rank: int, size: int, group: str, q_head_tail: Any = (), k_head_tail: Any = (), window: Size = None,
-    dropout_p: float = 0.0, seed: Tensor | None = None, q_units: Any = (), k_units: Any = (), exact: bool = False,
+    *where: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the results of the forward pass."""
-    ring = _Ring(
-        q, q_lengths, q_whole, k_lengths, k_whole, causal, scale, ulysses, rank, size, group, q_head_tail, k_head_tail,
-        window, dropout_p, seed, q_units, k_units,
-    )  # fmt: skip
+    """Gradients of q, k, v and the mask (of no elements unless ``mask_grad``), from the results of the forward pass.
+
+    ``where``: as there, with ``mask_grad`` before ``ulysses``.
+    """
+    tokens, (mask_grad, *place) = where[:6], where[6:]
+    ring = _Ring(q, *tokens, *place)
     dtype = wide(q.dtype)
     given, mask = mask, four(mask)
     dq: list[Tensor | None] = [None] * len(ring.queries)
@@ -180,17 +171,16 @@ def ring_attention_backward(
             g, part, o, level, more = (x.narrow(2, first, rows) for x in (grad, q, out, lse, rest))
             bias = ring.bias(mask, keys, call, q)
             flag = call.how == "causal" and bias is None
+            weights = ring.weights(keys, call, q)
             gq, gk, gv, gbias = block_backward(
-                g, part, ks, vs, bias, o, level, more, flag, ring.scale, mask_grad, ring.weights(keys, call, q), exact
+                g, part, ks, vs, bias, o, level, more, flag, ring.scale, mask_grad, weights, ring.exact
             )
             for i in call.queries:
                 c = ring.queries[i]
                 dq[i] = _added(dq[i], gq.narrow(2, c.row - first, c.rows), dtype)
-            start: Size = 0
-            for j in call.keys:
-                dk[j] = _added(dk[j], gk.narrow(2, start, keys[j].real), dtype)
-                dv[j] = _added(dv[j], gv.narrow(2, start, keys[j].real), dtype)
-                start = start + keys[j].real
+            for grads, g in ((dk, gk), (dv, gv)):
+                for j, part in zip(call.keys, cut(g, [keys[j].real for j in call.keys], 2), strict=True):
+                    grads[j] = _added(grads[j], part, dtype)
             if dmask is not None and gbias is not None:
                 dmask = mask_gradient(dmask, gbias, ring.queries, keys, call)
         mine = [_rows(parts, keys, x, dtype) for parts, x in ((dk, k), (dv, v))]
@@ -226,7 +216,7 @@ def _rows(parts: Sequence[Tensor | None], chunks: Sequence[Chunk], like: Tensor,
         left = c.rows if part is None else c.rows - part.shape[2] if c.static else 0
         if not (isinstance(left, int) and left == 0):
             pieces.append(like.new_zeros([like.shape[0], like.shape[1], left, like.shape[3]], dtype=dtype))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    return joined(pieces, 2)
 
 
 def _with_split(ring: _Ring, own: Tensor, arrived: Tensor) -> Tensor:
@@ -234,12 +224,6 @@ def _with_split(ring: _Ring, own: Tensor, arrived: Tensor) -> Tensor:
     keys = ring.keys[ring.place]
     if not any(k.whole for k in keys):
         return own + arrived
-    pieces = []
-    row: Size = 0
-    for k in keys:
-        piece = own.narrow(2, k.row, k.rows)
-        if not k.whole:
-            piece = piece + arrived.narrow(2, row, k.rows)
-            row = row + k.rows
-        pieces.append(piece)
-    return torch.cat(pieces, 2)
+    moved = iter(cut(arrived, [k.rows for k in keys if not k.whole], 2))
+    pieces = cut(own, [k.rows for k in keys], 2)
+    return torch.cat([x if k.whole else x + next(moved) for x, k in zip(pieces, keys, strict=True)], 2)

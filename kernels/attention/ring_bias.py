@@ -1,4 +1,4 @@
-"""What one call of the block kernel in a ring sees: its rows and columns of the mask, and what is forbidden.
+"""What one call of the block kernel in a ring sees: its rows and columns of the mask, what is forbidden, and dropout.
 
 A call is a :class:`~fxsp.kernels.attention.ring_blocks.Meeting` of some of the queries and some of the keys that are
 here; what positions (the causal flag, a window) and pads forbid becomes an additive bias, but for what the kernel's
@@ -8,16 +8,21 @@ own causal flag says.  Most calls of a causal ring see all of their keys, and ha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxsp.kernels.attention.banded import allowed as allowed_by_band
+from fxsp.kernels.attention.own_kernel import wide
 from fxsp.kernels.attention.ring_blocks import Chunk, Meeting
+from fxsp.kernels.draws import kept
+from fxsp.kernels.rows import joined
 from fxsp.types import as_length, same_length
 
 __all__ = [
+    "Draw",
     "bias_of",
     "four",
     "keys_of",
@@ -44,8 +49,7 @@ def keys_of(x: Tensor, chunks: Sequence[Chunk], which: Sequence[int]) -> Tensor:
     """The first ``real`` rows of these chunks."""
     if len(which) == len(chunks) and all(same_length(as_length(k.real), as_length(k.rows)) for k in chunks):
         return x
-    pieces = [x.narrow(2, chunks[j].row, chunks[j].real) for j in which]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    return joined([x.narrow(2, chunks[j].row, chunks[j].real) for j in which], 2)
 
 
 def one(n: Size) -> bool:
@@ -119,7 +123,7 @@ def _columns(mask: Tensor, keys: Sequence[Chunk], which: Sequence[int]) -> Tenso
             pieces.append(mask.index_select(-1, positions(k, mask.device).clamp(max=k.limit - 1)))
         else:
             pieces.append(mask.narrow(-1, k.first, k.real))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+    return joined(pieces, -1)
 
 
 def positions(chunk: Chunk, device: torch.device, rows: Size = None) -> Tensor:
@@ -147,3 +151,30 @@ def _allowed(
     if meeting.how != "positions":
         return real
     return allowed_by_band(*tokens_of(queries, keys, meeting, device), causal, window, real)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Dropout of an attention that is computed block by block.
+
+    Whether a probability stays is a hash of one seed and of its place in the whole attention: batch entry, head, query,
+    key (:mod:`fxsp.kernels.draws`).  So it does not matter which rank computes a block, nor when; the backward pass
+    draws the same once more, and nothing but the seed is kept for it.
+
+    With weights ``w`` (0, or ``1 / (1 - p)``) and probabilities ``P`` the output is ``(P w) V``.  The log-sum-exp is
+    that of all scores, dropped or not: blocks merge as they do without dropout.  So ``dP = w (g V^T)``, and as before
+    the sum of ``P dP`` over all keys is ``g`` times the final output: ``dS = P (dP - g . out)``.
+    """
+
+    #: The probability of being dropped; int64 ``[1]``, the same on all ranks; the first of the heads here.
+    p: float
+    seed: Tensor
+    head: int
+
+    def weights(self, queries: Sequence[Chunk], keys: Sequence[Chunk], call: Meeting, q: Tensor) -> Tensor:
+        """``[B, H, m, n]`` for one call of the block kernel; ``q [B, H, ...]``."""
+        rows, columns = tokens_of(queries, keys, call, q.device)
+        batch, heads = (torch.arange(n, device=q.device) for n in q.shape[:2])
+        places = [batch.view(-1, 1, 1, 1), (heads + self.head).view(-1, 1, 1), rows.unsqueeze(1), columns]
+        scale = 1 / (1 - self.p) if self.p < 1 else 0.0
+        return kept(self.seed, places, self.p).to(wide(q.dtype)) * scale

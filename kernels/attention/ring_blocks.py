@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fxsp.kernels.tokens import Size, placed
+from fxsp.kernels.tokens import Flags, Lengths, Size, placed
 from fxsp.types import as_length, same_length
 
 __all__ = ["Chunk", "Meeting", "chunks_of", "in_pieces", "meetings", "pairs_of"]
@@ -80,8 +80,8 @@ class Meeting:
 
 
 def chunks_of(
-    lengths: Sequence[Size], whole: Sequence[bool], ulysses: int, ring: int, place: int, head_tail: Sequence[bool] = (),
-    units: Sequence[Size] = (),
+    lengths: Lengths, whole: Flags, ulysses: int, ring: int, place: int, head_tail: Flags = (),
+    units: Lengths = (),
 ) -> list[Chunk]:  # fmt: skip
     """The chunks of one place of the ring, in the order of its rows."""
     result: list[Chunk] = []
@@ -162,8 +162,7 @@ def pairs_of(
 ) -> int:
     """Pairs of a query and a key that one place of the ring computes, pads too; lengths are ints, in tuples."""
     own = in_pieces(chunks_of(queries[0], queries[1], ulysses, ring, place, *queries[2:]), window)
-    a_units, b_units = (x[3] if len(x) > 3 else () for x in (queries, keys))
-    same = same_sequence(queries[0], queries[1], keys[0], keys[1], queries[2], keys[2], a_units, b_units)
+    same = same_sequence(queries, keys)
     pairs = 0
     for step in range(ring):
         here = chunks_of(keys[0], keys[1], ulysses, ring, (place - step) % ring, *keys[2:])
@@ -230,21 +229,14 @@ def _span(q: Chunk) -> tuple[int, int]:
     return min(q.first, last), min(q.first + q.rows - 1, last)
 
 
-def same_sequence(
-    a: Sequence[Size],
-    a_whole: Sequence[bool],
-    b: Sequence[Size],
-    b_whole: Sequence[bool],
-    a_head_tail: Sequence[bool] = (),
-    b_head_tail: Sequence[bool] = (),
-    a_units: Sequence[Size] = (),
-    b_units: Sequence[Size] = (),
-) -> bool:
+def same_sequence(a: Tokens, b: Tokens) -> bool:
     """Whether both describe one sequence; adds no guard."""
-    pairs = [*zip(a, b, strict=False), *zip(a_units or [1] * len(a), b_units or [1] * len(b), strict=False)]
-    return (
-        len(a) == len(b)
-        and list(a_whole) == list(b_whole)
-        and list(a_head_tail) == list(b_head_tail)
-        and all(same_length(as_length(m), as_length(n)) for m, n in pairs)
+
+    def parts(lengths: Lengths, *kinds: Any) -> tuple[list[list[Any]], list[Any]]:
+        whole, head_tail, units = (*kinds, (), ())[:3]
+        return [list(whole), list(head_tail)], [*lengths, *(units or [1] * len(lengths))]
+
+    (kinds, sizes), (others, other_sizes) = parts(*a), parts(*b)
+    return kinds == others and all(
+        same_length(as_length(m), as_length(n)) for m, n in zip(sizes, other_sizes, strict=True)
     )

@@ -7,8 +7,8 @@ broadcasts to ``[B, H, m, n]``.  The log-sum-exp is two tensors ``[B, H, m]``, f
 together: with them every block's probabilities, and so its gradients, are those of the whole attention (Ring
 Attention, Liu et al. 2023; the formulas are those of FlashAttention, Dao et al. 2022).
 
-With dropout the probabilities are multiplied by ``weights [B, H, m, n]`` (:mod:`fxsp.kernels.attention.ring_draws`);
-then the block is written out, and its probabilities are held.
+With dropout the probabilities are multiplied by ``weights [B, H, m, n]``
+(:class:`fxsp.kernels.attention.ring_bias.Draw`); then the block is written out, and its probabilities are held.
 """
 
 from __future__ import annotations

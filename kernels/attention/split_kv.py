@@ -25,6 +25,7 @@ from fxsp.kernels.attention.merge import above, rounded, wide
 from fxsp.kernels.attention.ring_bias import bias_of, four, keys_of, mask_gradient, tokens_first
 from fxsp.kernels.attention.ring_blocks import Chunk, Meeting, chunks_of
 from fxsp.kernels.attention.ring_kernels import block_backward, block_forward
+from fxsp.kernels.rows import cut, joined
 from fxsp.types import as_length, same_length
 
 __all__ = ["merged_attention", "merged_attention_backward", "packed_width"]
@@ -67,16 +68,15 @@ class _Block:
 
     def spread(self, g: Tensor, like: Tensor) -> Tensor:
         """The way back: zeros for pads, and for what another rank attends to."""
-        pieces, start = [], 0
+        pieces = []
+        seen = iter(cut(g, [self.chunks[j].real for j in self.call.keys], 2))
         for j, c in enumerate(self.chunks):
-            used: Any = 0
+            used = c.real if j in self.call.keys else 0
             if j in self.call.keys:
-                used = c.real
-                pieces.append(g.narrow(2, start, used))
-                start = start + used
+                pieces.append(next(seen))
             if not same_length(as_length(c.rows), as_length(used)):
                 pieces.append(like.new_zeros([*like.shape[:2], c.rows - used, like.shape[3]], dtype=g.dtype))
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).to(like.dtype)
+        return joined(pieces, 2).to(like.dtype)
 
 
 def _own(q: Tensor, k: Tensor, v: Tensor, block: _Block, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton: two attentions merged, and its backward pass (see :mod:`fxsp.kernels.attention.merge` for the meaning).
+"""Triton: two attentions merged (see :mod:`fxsp.kernels.attention.merge` for the meaning).
 
 Imported only where a kernel is wanted: a CPU build of torch has no Triton.
 
@@ -14,10 +14,16 @@ of 8 it learns that each row begins at a place from which 16 bytes can be moved 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
-__all__ = ["merge_backward_kernel", "merge_kernel"]
+from fxsp.kernels.attention.own_kernel import wide
+from fxsp.types import as_length, same_length
+
+__all__ = ["merge", "merge_kernel"]
 
 
 @triton.jit
@@ -81,37 +87,23 @@ def merge_kernel(
     tl.store(lse + (n * H + h) * M + m, total, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["H", "M", "s_ab", "s_ah", "s_am", "s_bb", "s_bh", "s_bm", "s_lb", "s_lh", "s_lm"])
-def merge_backward_kernel(
-    g, gl, x, a, y, b, dx, da, dy, db, H, M,
-    s_gb, s_gh, s_gm, s_ge, s_lb, s_lh, s_lm,
-    s_xb, s_xh, s_xm, s_xe, s_ab, s_ah, s_am, s_yb, s_yh, s_ym, s_ye, s_bb, s_bh, s_bm,
-    E: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Gradients ``g [B, H, M, E]`` of ``out`` and ``gl [B, H, M]`` of ``lse`` -> those of x, a, y, b.
-
-    ``dx, dy`` are ``[B, M, H, E]``, ``da, db`` are ``[B, H, M]``, contiguous.  With shares p, q and out = p x + q y::
-
-        dx = p g      da = p (gl + <g, x - out>)      dy = q g      db = q (gl + <g, y - out>)
-
-    Grid: (tiles of tokens * H, B).
-    """
-    h, n, m, e, m_m, m_e = _tile(H, M, BLOCK_M, BLOCK_E, E)
-    left = _sums(a, s_ab, s_ah, s_am, n, h, m, m_m, ACC)
-    right = _sums(b, s_bb, s_bh, s_bm, n, h, m, m_m, ACC)
-    of_lse = _sums(gl, s_lb, s_lh, s_lm, n, h, m, m_m, ACC)
-    p, q, _ = _weights(left, right)
-    m_tile = m_m[:, None] & m_e[None, :]
-    m_x = m_tile & (left != float("-inf"))[:, None]
-    m_y = m_tile & (right != float("-inf"))[:, None]
-    vg = _rows(g, s_gb, s_gh, s_gm, s_ge, n, h, m, e, m_tile, UNIT, ACC)
-    vx = _rows(x, s_xb, s_xh, s_xm, s_xe, n, h, m, e, m_x, UNIT, ACC)
-    vy = _rows(y, s_yb, s_yh, s_ym, s_ye, n, h, m, e, m_y, UNIT, ACC)
-    # x - out is q (x - y), y - out is p (y - x): no difference of nearly equal sums.
-    both = tl.sum(vg * (vx - vy), axis=1)
-    o_x = ((n * M + m) * (H * E) + h * E)[:, None] + e[None, :]
-    o_a = (n * H + h) * M + m
-    tl.store(dx + o_x, (p[:, None] * vg).to(dx.dtype.element_ty), mask=m_tile)
-    tl.store(dy + o_x, (q[:, None] * vg).to(dy.dtype.element_ty), mask=m_tile)
-    tl.store(da + o_a, (p * (of_lse + q * both)).to(da.dtype.element_ty), mask=m_m)
-    tl.store(db + o_a, (q * (of_lse - p * both)).to(db.dtype.element_ty), mask=m_m)
+@triton_op("fxsp_kernels::merge", mutates_args={})
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`fxsp.kernels.attention.merge.merge`."""
+    batch, heads, tokens, width = out.shape
+    merged = torch.empty([batch, tokens, heads, width], dtype=dtype, device=out.device)
+    total = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    # A tile is some 2048 elements, and all of a row: powers of two.
+    block_e = max(16, 1 << (width - 1).bit_length())
+    block_m = max(1, 2048 // block_e)
+    # The largest number of elements at whose multiples all rows certainly begin; adds no guard.
+    rows = [as_length(s) for x in (out, other) for s in x.stride()[:3]]
+    unit = next(n for n in (8, 4, 2, 1) if all(same_length(as_length(s % n), 0) for s in rows))
+    strides = []
+    for x, a in ((out, lse), (other, other_lse)):
+        strides += [*(s // unit for s in x.stride()[:3]), x.stride(3), *a.stride()]
+    wrap_triton(merge_kernel)[(-(-tokens // block_m) * heads, batch, 1)](
+        out, lse, other, other_lse, merged, total, heads, tokens, *strides, E=width, UNIT=unit, BLOCK_M=block_m,
+        BLOCK_E=block_e, ACC=tl.float64 if wide(out.dtype) == torch.float64 else tl.float32,
+    )  # fmt: skip
+    return merged.transpose(1, 2), total

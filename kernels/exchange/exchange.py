@@ -12,7 +12,8 @@ gradient is ever index-added.
 
 On CUDA each is one Triton kernel, and so one pass over memory.  On a CPU it is plain tensor operations, which Inductor
 fuses into one pass; so it is on CUDA for a compiler where ``fuse`` is set, which then fuses what makes the operands as
-well.  Where strides suffice (one segment without pads) it is a view on both.
+well (see :mod:`fxsp.passes.accounting.device_memory`); it changes no value.  Where strides suffice (one segment without
+pads) it is a view on both.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsp.kernels.counts import moved
 from fxsp.kernels.exchange import place
+from fxsp.kernels.op import Op, Saved
+from fxsp.kernels.rows import along, joined
 from fxsp.kernels.tokens import placed
 from fxsp.types import as_length, same_length
 
-__all__ = ["pack", "pack_heads", "unpack", "unpack_heads"]
+__all__ = ["HEADS", "pack", "pack_heads", "unpack", "unpack_heads"]
 
 
 def _same(a: Any, b: Any) -> bool:
     return same_length(as_length(a), as_length(b))
-
-
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
@@ -47,7 +47,7 @@ def unpack(x: Tensor, lengths: list[int], size: int) -> Tensor:
     for p in placed(lengths, [False] * len(lengths), size):
         rows = x.narrow(1, p.row, p.rows).reshape(size * p.rows, *x.shape[2:])
         parts.append(rows.narrow(0, 0, p.length))
-    return _cat(parts, 0)
+    return joined(parts, 0)
 
 
 def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
@@ -61,7 +61,7 @@ def pack(x: Tensor, lengths: list[int], size: int, zero_pads: bool) -> Tensor:
     for p in placed(lengths, [False] * len(lengths), size):
         rows = _padded(x.narrow(0, p.start, p.length), 0, size * p.rows, zero_pads)
         parts.append(rows.reshape(size, p.rows, *x.shape[1:]))
-    return _cat(parts, 1)
+    return joined(parts, 1)
 
 
 def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
@@ -78,7 +78,7 @@ def _padded(x: Tensor, dim: int, rows: Any, zero_pads: bool) -> Tensor:
     result = x.index_select(dim, index.clamp(max=length - 1))
     if not zero_pads:
         return result
-    return torch.where((index < length).view([-1 if i == dim else 1 for i in range(x.dim())]), result, 0)
+    return torch.where((index < length).view(along(x, dim)), result, 0)
 
 
 def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool = False) -> Tensor:
@@ -92,7 +92,7 @@ def pack_heads(xs: Sequence[Tensor], rows: Any, zero_pads: bool, size: int, fuse
             x = _padded(x, 2, rows, zero_pads)
         parts.append(x.unflatten(1, (size, x.shape[1] // size)).permute(1, 3, 0, 2, 4).flatten(2, 3))
     # Permuted first, then joined, so that the buffer is written once.
-    return _cat(parts, 2).contiguous()
+    return joined(parts, 2).contiguous()
 
 
 def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = False) -> Tensor:
@@ -107,4 +107,59 @@ def unpack_heads(x: Tensor, heads: Sequence[int], length: Any, fuse: bool = Fals
         part.unflatten(2, (batch, h)).permute(2, 1, 0, 3, 4).flatten(2, 3)
         for h, part in zip(heads, x.split([batch * h for h in heads], 2), strict=True)
     ]
-    return _cat(parts, 2).contiguous()
+    return joined(parts, 2).contiguous()
+
+
+# As operators, each the adjoint of the other (on what is no pad).
+
+
+def _pack_fake(xs: list[Tensor], rows: Any, zero_pads: bool, size: int, fuse: bool) -> Tensor:
+    batch, _, _, width = xs[0].shape
+    return xs[0].new_empty([size, rows, batch * sum(x.shape[1] // size for x in xs), width])
+
+
+def _unpack_fake(x: Tensor, heads: list[int], length: Any, fuse: bool) -> Tensor:
+    size, _, all_heads, width = x.shape
+    return x.new_empty([all_heads // sum(heads), length, size * sum(heads), width])
+
+
+def _apart(x: Tensor, heads: list[int], size: int) -> list[Tensor]:
+    """``[B, L, P sum of h_i, D]`` -> ``[B, P h_i, L, D]`` each, views."""
+    return [part.transpose(1, 2) for part in x.split([size * h for h in heads], 2)]
+
+
+def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    xs, _, _, ctx.size, ctx.fuse = inputs
+    ctx.heads, ctx.length, ctx.batch = [x.shape[1] // ctx.size for x in xs], xs[0].shape[2], xs[0].shape[0]
+
+
+def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    unpack = torch.ops.fxsp.unpack_heads
+    if ctx.fuse:
+        # Each by itself: what comes behind reads its own part of the buffer.
+        own = zip(ctx.heads, grad.split([ctx.batch * h for h in ctx.heads], 2), strict=True)
+        return [unpack(part, [h], ctx.length, True).transpose(1, 2) for h, part in own], None, None, None, None
+    whole = unpack(grad, ctx.heads, ctx.length, False)
+    return _apart(whole, ctx.heads, ctx.size), None, None, None, None
+
+
+def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.heads, _, ctx.fuse = inputs
+    ctx.size, ctx.rows = x.shape[:2]
+
+
+def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    parts = _apart(grad, ctx.heads, ctx.size)
+    return torch.ops.fxsp.pack_heads(parts, ctx.rows, True, ctx.size, ctx.fuse), None, None, None
+
+
+HEADS = (
+    Op(
+        "pack_heads", "(Tensor[] xs, SymInt rows, bool zero_pads, int size, bool fuse) -> Tensor", pack_heads,
+        "S -> S", Saved(_pack_setup, _pack_backward), _pack_fake, moves=moved,
+    ),
+    Op(
+        "unpack_heads", "(Tensor x, int[] heads, SymInt length, bool fuse) -> Tensor", unpack_heads,
+        "S -> S", Saved(_unpack_setup, _unpack_backward), _unpack_fake, moves=moved,
+    ),
+)  # fmt: skip

@@ -19,12 +19,11 @@ Each is the adjoint of the other: rows are moved, and no gradient is index-added
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from fxsp.kernels.tokens import Part, Size, placed
+from fxsp.kernels.rows import along
+from fxsp.kernels.tokens import Flags, Lengths, Part, Size, placed
 
 __all__ = ["deal", "undeal"]
 
@@ -60,13 +59,13 @@ def _places(part: Part, device: torch.device) -> Tensor:
     return places
 
 
-def _parts(lengths: Sequence[Size], head_tail: Sequence[bool], size: int, units: Sequence[Size]) -> list[Part]:
+def _parts(lengths: Lengths, head_tail: Flags, size: int, units: Lengths) -> list[Part]:
     return placed(lengths, [False] * len(lengths), size, head_tail, units)
 
 
 def deal(
-    x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool], zero_pads: bool, size: int,
-    units: Sequence[Size] = (),
+    x: Tensor, dim: int, lengths: Lengths, head_tail: Flags, zero_pads: bool, size: int,
+    units: Lengths = (),
 ) -> Tensor:  # fmt: skip
     """Rows in global order -> the rows of rank 0, of rank 1, ..., segment by segment."""
     index, pads = [], []
@@ -77,12 +76,10 @@ def deal(
     rows = x.index_select(dim, torch.cat(index))
     if not zero_pads:
         return rows
-    return rows.masked_fill(torch.cat(pads).view([-1 if d == dim else 1 for d in range(x.dim())]), 0)
+    return rows.masked_fill(torch.cat(pads).view(along(x, dim)), 0)
 
 
-def undeal(
-    x: Tensor, dim: int, lengths: Sequence[Size], head_tail: Sequence[bool], size: int, units: Sequence[Size] = ()
-) -> Tensor:
+def undeal(x: Tensor, dim: int, lengths: Lengths, head_tail: Flags, size: int, units: Lengths = ()) -> Tensor:
     """The way back; the tokens are outermost in memory, as those of a gathered value are."""
     index = []
     start: Size = 0

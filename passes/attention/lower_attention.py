@@ -61,7 +61,7 @@ class LowerAttention(Pass):
                     written.meta.update(saved_tag())
             mark(new, type=type_of(node), whole=facts(node).whole)
             node.replace_all_uses_with(new)
-            repeats = [old for given in x.given[1:] for old in list(chain_of(given))[:-1]]
+            repeats = [old for given in x.given[1:] for old in chain_of(given)[:-1]]
             graph.erase_node(node)
             for old in dict.fromkeys(repeats):
                 if not old.users:

@@ -15,7 +15,7 @@ Of any value that repeats others (:func:`repeats_of`) what is gathered is the va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.fx import Node
@@ -43,38 +43,30 @@ def repeated_heads(node: Node) -> tuple[Node, int]:
     return last, all_heads // heads
 
 
-def chain_of(node: Node) -> Iterator[Node]:
+def chain_of(node: Node) -> list[Node]:
     """``node``, the views between, and the tensor whose heads it repeats; ``node`` alone if it repeats none."""
-    yield node
     end = _skip_copies(node)
-    if end.target in family("repeat_interleave") and _is_repeat_interleave(end):
-        yield from (end,) if end is not node else ()
-        yield _argument(end)
-        return
-    if end.target not in family("reshape"):
-        return
-    expanded = _skip_copies(_argument(end))
-    if expanded.target not in family("expand"):
-        return
+    chain = [node] if end is node else [node, end]
+    if end.target in family("repeat_interleave"):
+        call, x = Call(end), _argument(end)
+        known = len(_shape(x)) == 4 and isinstance(call["repeats"], int) and call["dim"] in (1, -3)
+        return [*chain, x] if known else [node]
+    expanded = _skip_copies(_argument(end)) if end.target in family("reshape") else end
+    if end is expanded or expanded.target not in family("expand"):
+        return [node]
     grouped = _argument(expanded)
     if grouped.target not in family("reshape"):
-        return
+        return [node]
     x = _argument(grouped)
     shapes = [_shape(n) for n in (x, grouped, expanded, node)]
     if [len(s) for s in shapes] != [4, 5, 5, 4]:
-        return
-    batch, heads, tokens, width = shapes[0]
-    times, all_heads = shapes[2][2], shapes[3][1]
-    if not all(isinstance(n, int) for n in (heads, times, all_heads)):
-        return
-    wanted = [
-        (batch, heads, 1, tokens, width),
-        (batch, heads, times, tokens, width),
-        (batch, heads * times, tokens, width),
-    ]
-    if all(same_length(a, b) for s, w in zip(shapes[1:], wanted, strict=True) for a, b in zip(s, w, strict=True)):
-        yield from (n for n in (end, expanded, grouped) if n is not node)
-        yield x
+        return [node]
+    (batch, heads, tokens, width), times = shapes[0], shapes[2][2]
+    if not all(isinstance(n, int) for n in (heads, times, shapes[3][1])):
+        return [node]
+    found = [n for shape in shapes[1:] for n in shape]
+    wanted = [batch, heads, 1, tokens, width, batch, heads, times, tokens, width, batch, heads * times, tokens, width]
+    return [*chain, expanded, grouped, x] if all(map(same_length, found, wanted)) else [node]
 
 
 def repeat_heads(build: Builder, x: Node, times: int) -> Node:
@@ -84,11 +76,6 @@ def repeat_heads(build: Builder, x: Node, times: int) -> Node:
     grouped = build.call(aten.unsqueeze.default, x, 2)
     expanded = build.call(aten.expand.default, grouped, [-1, -1, times, -1, -1])
     return build.call(aten.flatten.using_ints, expanded, 1, 2)
-
-
-def _is_repeat_interleave(node: Node) -> bool:
-    call = Call(node)
-    return len(_shape(_argument(node))) == 4 and isinstance(call["repeats"], int) and call["dim"] in (1, -3)
 
 
 def _skip_copies(node: Node) -> Node:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ import fxsp.errors
 from fxsp.errors import VerificationError
 from fxsp.kernels import collectives, lowering
 from fxsp.kernels.ops import fxsp_ops, op_of
+from fxsp.kernels.rows import cut, joined
 from fxsp.torch_internals import arguments_of, fake_mode_of, functionalized, is_operator, schema, storage_key
 from fxsp.types import as_length
 
@@ -90,7 +91,7 @@ def is_kernel(target: Any) -> bool:
 
 def drop_identities(graph: Graph) -> None:
     """Remove the operators that are nothing forward (``use``, say), in place."""
-    with _Outputs(graph):
+    with _apart(graph):
         for node in list(graph.nodes):
             if (op := op_of(node)) is not None and op.is_identity:
                 _replace(node, node.args[0])
@@ -109,7 +110,7 @@ def emit(
     splicer = _Splicer(graph, decompositions)
     for bucket in _buckets(graph, bucket_bytes):
         _reduce_together(splicer, bucket)
-    with _Outputs(graph):
+    with _apart(graph):
         for node in list(graph.nodes):
             op = op_of(node)
             if op is not None and op.is_identity:
@@ -141,9 +142,8 @@ class _Splicer:
         self.graph = graph
         self.decompositions = dict(decompositions or {})
         self._traces: dict[Any, Graph] = {}
-        self._mode = next(
-            (mode for node in graph.nodes if (mode := fake_mode_of(node.meta.get("val"))) is not None), None
-        )
+        modes = (fake_mode_of(node.meta.get("val")) for node in graph.nodes)
+        self._mode: AbstractContextManager[Any] = next(filter(None, modes), contextlib.nullcontext())
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], at: Node, like: Node) -> Any:
         """Insert ``function(*args)`` before ``at``, with the source line of ``like``; its result, as nodes."""
@@ -164,7 +164,7 @@ class _Splicer:
             return function(*torch.fx.map_arg(args, lambda _: next(left)))
 
         values = [node.meta["val"] for node in inputs]
-        with torch.no_grad(), _mode_or_nothing(self._mode):
+        with torch.no_grad(), self._mode:
             trace = make_fx(run, self.decompositions)(*values).graph
             if self.decompositions and any(is_kernel(node.target) for node in trace.nodes):
                 # A compiler gets the Triton kernels themselves, and so places their outputs and launches them.
@@ -191,16 +191,12 @@ class _Splicer:
         copy = self.graph.node_copy(node, new.__getitem__)
         # Not the trace's own value: the trace serves many nodes, and each has its own storage.
         args, kwargs = torch.fx.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
-        with _mode_or_nothing(self._mode):
+        with self._mode:
             target: Any = node.target
             val = target(*args, **kwargs)
         copy.meta = {key: like.meta[key] for key in _INHERITED if key in like.meta}
         copy.meta["val"] = val
         return copy
-
-
-def _mode_or_nothing(mode: Any) -> AbstractContextManager[Any]:
-    return contextlib.nullcontext() if mode is None else mode
 
 
 def _description(value: Any) -> Any:
@@ -211,41 +207,35 @@ def _description(value: Any) -> Any:
     return (sizes, value.dtype, value.device)
 
 
-class _Outputs:
+def _results(graph: Graph) -> list[Any]:
+    return list(pytree.tree_leaves(graph.output_node().args[0]))
+
+
+def _places(graph: Graph) -> list[Any]:
+    """A key for the memory of each input and result; None for what is no tensor."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    values = [node.meta.get("val") if isinstance(node, Node) else None for node in (*inputs, *_results(graph))]
+    return [storage_key(value) if isinstance(value, Tensor) else None for value in values]
+
+
+@contextlib.contextmanager
+def _apart(graph: Graph) -> Iterator[None]:
     """Keeps apart, by a clone, the results of a graph that had their own memory and would share it afterwards."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-
-    def _places(self) -> list[Any]:
-        """A key for the memory of each input and result; None for what is no tensor."""
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        values = [node.meta.get("val") if isinstance(node, Node) else None for node in (*inputs, *self._results())]
-        return [storage_key(value) if isinstance(value, Tensor) else None for value in values]
-
-    def _results(self) -> list[Any]:
-        return list(pytree.tree_leaves(self.graph.output_node().args[0]))
-
-    def __enter__(self) -> None:
-        self.before = self._places()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is not None:
-            return
-        after, results = self._places(), self._results()
-        inputs = len(after) - len(results)
-        for i, node in enumerate(results, start=inputs):
-            if after[i] is None:
-                continue
-            if any(after[i] == after[j] and self.before[i] != self.before[j] for j in range(i)):
-                with self.graph.inserting_before(self.graph.output_node()):
-                    clone = self.graph.call_function(torch.ops.aten.clone.default, (node,))
-                clone.meta = dict(node.meta)
-                clone.meta["val"] = torch.ops.aten.clone.default(node.meta["val"])
-                results[i - inputs] = clone
-                after[i] = object()
-        _, spec = pytree.tree_flatten(self.graph.output_node().args[0])
-        self.graph.output_node().args = (pytree.tree_unflatten(results, spec),)
+    before = _places(graph)
+    yield
+    after, results, output = _places(graph), _results(graph), graph.output_node()
+    inputs = len(after) - len(results)
+    for i, node in enumerate(results, start=inputs):
+        if after[i] is None:
+            continue
+        if any(after[i] == after[j] and before[i] != before[j] for j in range(i)):
+            with graph.inserting_before(output):
+                clone = graph.call_function(torch.ops.aten.clone.default, (node,))
+            clone.meta = {**node.meta, "val": torch.ops.aten.clone.default(node.meta["val"])}
+            results[i - inputs] = clone
+            after[i] = object()
+    _, spec = pytree.tree_flatten(output.args[0])
+    output.args = (pytree.tree_unflatten(results, spec),)
 
 
 # Buckets of gradients
@@ -291,14 +281,9 @@ def _reduce_together(splicer: _Splicer, bucket: list[Node]) -> None:
 
 def _start(group: str, *gradients: Tensor) -> Tensor:
     flat = [collectives.summand(g).view(-1) for g in gradients]
-    return collectives.start_all_reduce(flat[0] if len(flat) == 1 else torch.cat(flat), group)
+    return collectives.start_all_reduce(joined(flat, 0), group)
 
 
 def _finish(pending: Tensor, *like: Tensor) -> list[Tensor]:
-    flat = collectives.wait(pending)
-    results, start = [], 0
-    for g in like:
-        part = flat if len(like) == 1 else flat.narrow(0, start, g.numel())
-        results.append(part.view(g.shape).to(g.dtype))
-        start += g.numel()
-    return results
+    parts = cut(collectives.wait(pending), [g.numel() for g in like], 0)
+    return [part.view(g.shape).to(g.dtype) for part, g in zip(parts, like, strict=True)]

@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from fxsp import torch_internals
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.passes.base import Pass, Program
-from fxsp.passes.builder import Writer, erase_unused
+from fxsp.passes.builder import Writer, erase_unused, memory_order
 from fxsp.passes.functionalize.inplace import NEW_VIEW, functional_value, gives_memory, written_arguments
 from fxsp.passes.functionalize.storages import Storage, Tensor, all_keys, keys_of, same_strides
 from fxsp.passes.functionalize.views import View, cover, view_of
@@ -182,11 +182,9 @@ class _Functionalizer:
         """``value`` with the strides of ``like``, so that what is known of views of it stays true."""
         if same_strides(value, like):
             return value
-        strides = like.meta["val"].stride()
-        if all(isinstance(stride, int) for stride in strides):
-            value = self.w.dense(value, sorted(range(len(strides)), key=lambda d: -strides[d]))
-        else:
-            value = self.w.call(aten.contiguous.default, value)
+        tensor = like.meta["val"]
+        known = all(isinstance(stride, int) for stride in tensor.stride())
+        value = self.w.dense(value, memory_order(tensor) if known else list(range(tensor.ndim)))
         self.moved |= not same_strides(value, like)
         return value
 

@@ -57,8 +57,6 @@ class View:
     identity: bool = False
 
 
-Make = Callable[[Node, Node, dict[str, Any], int | None], "View | None"]
-
 _IDENTITY = View(lambda _, whole: whole, lambda _, __, value: value, complete=True, identity=True)
 
 
@@ -66,11 +64,11 @@ def view_of(node: Node, whole: Node, index: int | None = None) -> View | None:
     """The view that ``node``, or its result ``index``, makes of ``whole``; None for an unknown one."""
     name = torch_internals.schema(node.target).name
     if is_annotation(node.target):
-        return View(_again(node), _value, complete=True)
+        return _inverted(node, lambda _, __, value: value)
     if index is None and name != "aten::detach" and _same_place(node.meta["val"], whole.meta["val"]):
         return _IDENTITY
-    make = _maker(name.removeprefix("aten::").removesuffix("_"))
-    return make(node, whole, Call(node).arguments, index) if make is not None and name.startswith("aten::") else None
+    namespace, _, name = name.partition("::")
+    return _view(name.removesuffix("_"), node, whole, index) if namespace == "aten" else None
 
 
 def _same_place(a: Any, b: Any) -> bool:
@@ -92,22 +90,48 @@ def _again(node: Node) -> Callable[[Writer, Node], Node]:
     return lambda w, base: w.call(target, base, *args, **kwargs)
 
 
-def _value(_: Writer, __: Node, value: Node) -> Node:
-    return value
+def _inverted(node: Node, put: Callable[[Writer, Node, Node], Node], *, detaches: bool = False) -> View:
+    """A view that has all elements of the whole."""
+    return View(_again(node), put, complete=True, detaches=detaches)
 
 
-def _reshaped(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-    return View(_again(node), lambda w, base, v: w.call(aten.reshape.default, v, w.sizes_of(base)), complete=True)
-
-
-def _detached(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-    return View(_again(node), _value, complete=True, detaches=True)
-
-
-def _permuted(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
-    moved = order(node.target, a, whole.meta["val"].ndim)
-    inverse = [moved.index(d) for d in range(len(moved))]
-    return View(_again(node), lambda w, base, v: w.call(aten.permute.default, v, inverse), complete=True)
+def _view(name: str, node: Node, whole: Node, index: int | None) -> View | None:
+    a, value = Call(node).arguments, whole.meta["val"]
+    if name in names_of("reshape") and "dtype" not in a:
+        return _inverted(node, lambda w, base, v: w.call(aten.reshape.default, v, w.sizes_of(base)))
+    if name in names_of("permute") - names_of("conjugates"):
+        moved = order(node.target, a, value.ndim)
+        inverse = [moved.index(d) for d in range(len(moved))]
+        return _inverted(node, lambda w, _, v: w.call(aten.permute.default, v, inverse))
+    if name in names_of("split", "unsafe_split") and index is not None:
+        return _part(node, whole, a.get("dim", 0), index)
+    match name:
+        case "view":
+            return _inverted(node, lambda w, _, v: w.call(aten.view.dtype, v, value.dtype))
+        case "view_as_real":
+            return _inverted(node, lambda w, _, v: w.call(aten.view_as_complex.default, v))
+        case "view_as_complex":
+            return _inverted(node, lambda w, _, v: w.call(aten.view_as_real.default, v))
+        case "detach":
+            return _inverted(node, lambda _, __, v: v, detaches=True)
+        case "slice":
+            return _sliced(whole, a["dim"], a["start"], a["end"], a["step"])
+        case "narrow":
+            return _narrowed(node, whole, a["dim"], a["start"], a["length"])
+        case "select":
+            return _selected(a["dim"], a["index"])
+        case "unbind" if index is not None:
+            return _selected(a["dim"], index)
+        case "diagonal":
+            where = (a["offset"], a["dim1"], a["dim2"])
+            return View(_again(node), lambda w, base, v: w.call(aten.diagonal_scatter.default, base, v, *where))
+        case "real" if value.is_complex():
+            other = aten.imag.default
+            return View(_again(node), lambda w, base, v: w.call(aten.complex.default, v, w.call(other, base)))
+        case "imag":
+            other = aten.real.default
+            return View(_again(node), lambda w, base, v: w.call(aten.complex.default, w.call(other, base), v))
+    return None
 
 
 def _sliced(whole: Node, dim: int, start: Any, stop: Any, step: Any = 1) -> View | None:
@@ -134,12 +158,7 @@ def _piece(size: Any, dim: int, start: Any, stop: Any, step: Any) -> Piece | Non
     return None
 
 
-def _slice(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View | None:
-    return _sliced(whole, a["dim"], a["start"], a["end"], a["step"])
-
-
-def _narrow(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View | None:
-    dim, start, length = a["dim"], a["start"], a["length"]
+def _narrowed(node: Node, whole: Node, dim: int, start: Any, length: Any) -> View | None:
     if isinstance(start, int) and isinstance(length, int):
         size = whole.meta["val"].shape[dim]
         if start < 0:
@@ -155,12 +174,9 @@ def _narrow(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View |
     return View(_again(node), put)
 
 
-def _parts(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View | None:
+def _part(node: Node, whole: Node, dim: int, index: int) -> View | None:
     """One of the results of ``split``, ``chunk`` and the like."""
-    dim = a.get("dim", 0)
     sizes = [part.shape[dim] for part in node.meta["val"]]
-    if index is None:
-        return None
     index %= len(sizes)
     if all(isinstance(size, int) for size in sizes):
         start = sum(sizes[:index])
@@ -178,80 +194,11 @@ def _parts(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> Vie
     return View(part, put)
 
 
-def _select(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
-    return _selected(a["dim"], a["index"])
-
-
-def _unbind(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View | None:
-    return None if index is None else _selected(a["dim"], index)
-
-
 def _selected(dim: int, index: Any) -> View:
     return View(
         lambda w, base: w.call(aten.select.int, base, dim, index),
         lambda w, base, v: w.call(aten.select_scatter.default, base, v, dim, index),
     )
-
-
-def _diagonal(node: Node, whole: Node, a: dict[str, Any], _: int | None) -> View:
-    rest = (a["offset"], a["dim1"], a["dim2"])
-    return View(_again(node), lambda w, base, v: w.call(aten.diagonal_scatter.default, base, v, *rest))
-
-
-def _unary(inverse: Any) -> Callable[..., View]:
-    def make(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-        return View(_again(node), lambda w, base, v: w.call(inverse, v), complete=True)
-
-    return make
-
-
-def _real(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View | None:
-    if not whole.meta["val"].is_complex():
-        return None
-    return View(
-        _again(node),
-        lambda w, base, v: w.call(aten.complex.default, v, w.call(aten.imag.default, base)),
-    )
-
-
-def _imag(node: Node, whole: Node, _: dict[str, Any], __: int | None) -> View:
-    return View(
-        _again(node),
-        lambda w, base, v: w.call(aten.complex.default, w.call(aten.real.default, base), v),
-    )
-
-
-def _view(node: Node, whole: Node, a: dict[str, Any], index: int | None) -> View:
-    if "dtype" in a:
-        dtype = whole.meta["val"].dtype
-        return View(_again(node), lambda w, base, v: w.call(aten.view.dtype, v, dtype), complete=True)
-    return _reshaped(node, whole, a, index)
-
-
-#: ATen operators that may make views -> what view.  Those that keep everything in place need no entry.
-_VIEWS: dict[str, Make] = {
-    "view": _view,
-    "detach": _detached,
-    "slice": _slice,
-    "narrow": _narrow,
-    "select": _select,
-    "unbind": _unbind,
-    "diagonal": _diagonal,
-    "view_as_real": _unary(aten.view_as_complex.default),
-    "view_as_complex": _unary(aten.view_as_real.default),
-    "real": _real,
-    "imag": _imag,
-}
-#: Families that do.
-_FAMILIES = (
-    (names_of("permute") - names_of("conjugates"), _permuted),
-    (names_of("split", "unsafe_split"), _parts),
-    (names_of("reshape"), _reshaped),
-)
-
-
-def _maker(name: str) -> Make | None:
-    return _VIEWS.get(name) or next((make for names, make in _FAMILIES if name in names), None)
 
 
 def cover(w: Writer, size: Any, writes: Sequence[tuple[Piece | None, Node]]) -> Node | None:

@@ -84,15 +84,9 @@ def _unary(call: Call, terms: Terms) -> Term | None:
 
 
 def _choose(call: Call, terms: Terms) -> Term | None:
-    return _chosen(call, terms, call["condition"], call["self"], call["other"])
-
-
-def _masked_fill(call: Call, terms: Terms) -> Term | None:
-    return _chosen(call, terms, call["mask"], call["value"], call["self"])
-
-
-def _chosen(call: Call, terms: Terms, *arguments: Any) -> Term | None:
-    chosen = _aligned(call, terms, *arguments)
+    """``where`` and ``masked_fill``."""
+    names = ("condition", "self", "other") if "condition" in call.arguments else ("mask", "value", "self")
+    chosen = _aligned(call, terms, *(call[name] for name in names))
     return combine(lambda c, a, b: a if c else b, chosen) if chosen else None
 
 
@@ -134,8 +128,7 @@ def _diff(call: Call, terms: Terms) -> Term | None:
 FUNCTIONS: tuple[tuple[Iterable[Any], Transfer], ...] = (
     (overloads(*(f"{name}.{o}" for name in _ARITHMETIC for o in ("Tensor", "Scalar", "default"))), _binary),
     (family("negation"), _unary),
-    (overloads("where.*"), _choose),
-    (overloads("masked_fill.*"), _masked_fill),
+    (overloads("where.*", "masked_fill.*"), _choose),
     (family("triangle"), _triangle),
     (overloads("cumsum"), _cumsum),
     (overloads("diff"), _diff),

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -68,12 +69,7 @@ def enclose_functorch(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """``gm`` itself if no functorch transform is in it, else a copy with each outermost one as a call."""
     if not any(torch_internals.functorch_depth_change(n.target) for n in gm.graph.nodes if n.op == "call_function"):
         return gm
-    graph = torch.fx.Graph()
-    nodes: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, nodes))
-    copy = torch.fx.GraphModule(gm, graph)  # with the modules and constants that the graph refers to
-    for before, after in nodes.items():
-        after.meta = dict(before.meta)
+    copy = torch.fx.GraphModule(gm, deepcopy(gm.graph))  # with the modules and constants that the graph refers to
     copy.meta.update(gm.meta)
     for stretch in _stretches(copy.graph):
         _enclose(copy, stretch)

@@ -16,8 +16,8 @@ Output::
 
 Afterwards every node is a placeholder, a ``get_attr``, a call of an operator overload (or ``getitem``, or arithmetic on
 sizes) or an *island* (the fact ``island`` says why it was not opened); its value needs no context: casts are explicit,
-``no_grad`` regions depend on detached values only (and are marked ``no_grad``).  ``meta["val"]`` is the value as a
-fake tensor of the compilation's fake mode, and that of a placeholder says whether it requires grad.
+``no_grad`` regions depend on detached values only.  ``meta["val"]`` is the value as a fake tensor of the compilation's
+fake mode, and that of a placeholder says whether it requires grad.
 
 In-place operators are still there: *functionalize* takes them away.
 """
@@ -161,24 +161,28 @@ def _fresh(value: torch.Tensor) -> torch.Tensor:
     return value.detach().requires_grad_(value.requires_grad)
 
 
+def _recorded(value: Any) -> Any:
+    """What Dynamo recorded of a node; a constant is itself."""
+    return value.meta.get("example_value", value.meta.get("val")) if isinstance(value, torch.fx.Node) else value
+
+
 def _compare(
     gm: torch.fx.GraphModule, inputs: list[Any], outputs: list[Any], storage_of: Callable[[torch.Tensor], int]
 ) -> None:
     """Outputs must have the facts that Dynamo recorded; values of the two fake modes never meet."""
     nodes = tree_leaves(gm.graph.output_node().args[0])
-    expected = [n.meta.get("example_value", n.meta.get("val")) if isinstance(n, torch.fx.Node) else n for n in nodes]
+    expected = list(map(_recorded, nodes))
     for index, (node, want, found) in enumerate(zip(nodes, expected, outputs, strict=True)):
         if want is None and isinstance(node, torch.fx.Node):
             continue  # Dynamo recorded nothing
         if found is None and _is_left_out(node, want):
             continue
-        for fact, a, b in _facts(want, found):
-            if not _same(a, b):
-                where = describe(node) if isinstance(node, torch.fx.Node) else repr(node)
-                raise UnsupportedError(
-                    f"output {index}, {where}: traced to ATen operators its {fact} is {b}, but Dynamo recorded {a}"
-                )
-    before = [p.meta.get("example_value", p.meta.get("val")) for p in gm.graph.find_nodes(op="placeholder")]
+        for fact, a, b in _differences(want, found):
+            where = describe(node) if isinstance(node, torch.fx.Node) else repr(node)
+            raise UnsupportedError(
+                f"output {index}, {where}: traced to ATen operators its {fact} is {b}, but Dynamo recorded {a}"
+            )
+    before = list(map(_recorded, gm.graph.find_nodes(op="placeholder")))
     want_alias, found_alias = _aliases(before, expected), _aliases(inputs, outputs, storage_of)
     for index, (a, b) in enumerate(zip(want_alias, found_alias, strict=True)):
         if a != b and None not in (expected[index], outputs[index]):
@@ -202,32 +206,32 @@ def _restride(
     storage_of: Callable[[torch.Tensor], int],
 ) -> None:
     """Outputs that differ from what Dynamo recorded by their strides alone are laid in memory as recorded."""
-    nodes = tree_leaves(gm.graph.output_node().args[0])
+    expected = map(_recorded, tree_leaves(gm.graph.output_node().args[0]))
     aliases = _aliases(inputs, outputs, storage_of)
     shared = {storage_of(v) for v, owner in zip(outputs, aliases, strict=True) if owner and isinstance(v, torch.Tensor)}
-    for index, (node, found) in enumerate(zip(nodes, outputs, strict=True)):
-        want = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, torch.fx.Node) else None
-        if not isinstance(want, torch.Tensor) or not isinstance(found, torch.Tensor) or storage_of(found) in shared:
-            continue
-        if [fact for fact, a, b in _facts(want, found) if not _same(a, b)] == ["strides"]:
+    for index, (want, found) in enumerate(zip(expected, outputs, strict=True)):
+        if [fact for fact, _, _ in _differences(want, found)] == ["strides"] and storage_of(found) not in shared:
             laid = restride(new, mode, index, want, _same)
             if laid is not None:
                 outputs[index] = laid.requires_grad_(found.requires_grad)
 
 
-def _facts(want: Any, found: Any) -> list[tuple[str, Any, Any]]:
-    if not isinstance(want, torch.Tensor) or not isinstance(found, torch.Tensor):
-        kinds = tuple("tensor" if isinstance(v, torch.Tensor) else "number" for v in (want, found))
-        return [("kind", kinds[0], kinds[1])]
-    facts = [
-        ("dtype", want.dtype, found.dtype),
-        ("device", want.device, found.device),
-        ("shape", tuple(want.shape), tuple(found.shape)),
-        ("requires_grad", want.requires_grad, found.requires_grad),
-    ]
-    if want.layout == found.layout == torch.strided:
-        facts.append(("strides", tuple(want.stride()), tuple(found.stride())))
-    return facts
+def _differences(want: Any, found: Any) -> list[tuple[str, Any, Any]]:
+    """The facts of two values that are not the same."""
+    facts: list[tuple[str, Any, Any]]
+    if isinstance(want, torch.Tensor) and isinstance(found, torch.Tensor):
+        facts = [
+            ("dtype", want.dtype, found.dtype),
+            ("device", want.device, found.device),
+            ("shape", tuple(want.shape), tuple(found.shape)),
+            ("requires_grad", want.requires_grad, found.requires_grad),
+        ]
+        if want.layout == found.layout == torch.strided:
+            facts.append(("strides", tuple(want.stride()), tuple(found.stride())))
+    else:
+        a, b = ("tensor" if isinstance(v, torch.Tensor) else "number" for v in (want, found))
+        facts = [("kind", a, b)]
+    return [(fact, a, b) for fact, a, b in facts if not _same(a, b)]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -245,16 +249,12 @@ def _aliases(
     storage_of: Callable[[torch.Tensor], int] = torch_internals.storage_key,
 ) -> list[str]:
     """For each output the first input or earlier output with the same storage, ``""`` for none."""
-    owners: dict[int, str] = {}
-    for index, value in enumerate(inputs):
-        if isinstance(value, torch.Tensor):
-            owners.setdefault(storage_of(value), f"input {index}")
-    found = []
-    for index, value in enumerate(outputs):
-        if isinstance(value, torch.Tensor):
-            key = storage_of(value)
+    owners: dict[Any, str] = {None: ""}  # None: no tensor
+    found: list[str] = []
+    for kind, values in (("input", inputs), ("output", outputs)):
+        found = []
+        for index, value in enumerate(values):
+            key = storage_of(value) if isinstance(value, torch.Tensor) else None
             found.append(owners.get(key, ""))
-            owners.setdefault(key, f"output {index}")
-        else:
-            found.append("")
+            owners.setdefault(key, f"{kind} {index}")
     return found

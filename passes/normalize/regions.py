@@ -18,7 +18,8 @@ Where *normalize* opens them, they are inlined (:mod:`fxsp.passes.normalize.isla
 
 from __future__ import annotations
 
-import torch
+from copy import deepcopy
+
 from torch.fx import GraphModule, Node
 
 from fxsp import torch_internals
@@ -32,15 +33,11 @@ def open_regions(gm: GraphModule) -> GraphModule:
     changed = any(body is not getattr(gm, name) for name, body in bodies.items())
     if not changed and not any(_is_region(node) for node in gm.graph.nodes):
         return gm
-    graph = torch.fx.Graph()
-    nodes: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(gm.graph, nodes))
-    copy = GraphModule(gm, graph)
+    copy = GraphModule(gm, deepcopy(gm.graph))
+    copy.meta.update(gm.meta)
     for name, body in bodies.items():
         setattr(copy, name, body)
-    copy.meta.update(gm.meta)
-    for before, after in nodes.items():
-        after.meta = dict(before.meta)
+    graph = copy.graph
     for node in list(graph.nodes):
         if not _is_region(node):
             continue

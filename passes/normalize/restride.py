@@ -18,13 +18,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fxsp.lengths import hint
-from fxsp.passes.builder import Writer
-from fxsp.types import as_length, product, same_length
+from fxsp.kernels.lowering import known_dense
+from fxsp.passes.builder import Writer, memory_order
 
 __all__ = ["restride"]
-
-aten = torch.ops.aten
 
 
 def restride(
@@ -34,9 +31,7 @@ def restride(
 
     ``same(a, b)`` compares strides.
     """
-    shape, strides = ([as_length(n) for n in facts] for facts in (want.shape, want.stride()))
-    order = sorted(range(len(shape)), key=lambda d: (-hint(strides[d]), d))
-    if not _fills_memory([(shape[d], strides[d]) for d in order]):
+    if not known_dense(want):
         return None
     output = gm.graph.output_node()
     leaves, spec = tree_flatten(output.args[0])
@@ -46,8 +41,7 @@ def restride(
     writer = Writer(gm.graph, mode)
     writer.at(output)
     with writer.on_behalf_of(node):
-        new = writer.call(aten.clone.default, writer.permuted(node, order), memory_format=torch.contiguous_format)
-        new = writer.permuted(new, [order.index(d) for d in range(len(order))])
+        new = writer.dense(node, memory_order(want))
     if not same(tuple(new.meta["val"].stride()), tuple(want.stride())):
         return None
     leaves[index] = new
@@ -55,13 +49,3 @@ def restride(
     value = new.meta["val"]
     assert isinstance(value, torch.Tensor)
     return value
-
-
-def _fills_memory(dims: list[tuple[Any, Any]]) -> bool:
-    """Whether dimensions ``(size, stride)``, outermost first, are those of a dense tensor."""
-    step: Any = 1
-    for size, stride in reversed(dims):
-        if not same_length(size, 1) and not same_length(stride, step):
-            return False
-        step = product((step, size))
-    return True

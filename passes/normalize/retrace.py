@@ -4,7 +4,7 @@ What is not simply run:
 
 * Grad mode.  Instead of a marker that makes the meaning of a node depend on its place, a value that requires grad is
   detached where it enters a ``no_grad`` region.  The region's values then depend on nothing that requires grad, and
-  nodes may be moved, shared and added freely.  They are marked ``no_grad``.
+  nodes may be moved, shared and added freely.
 * Autocast.  Casts become explicit, see :mod:`fxsp.passes.normalize.autocast`.
 * Activation checkpoints.  The body is traced in place, its nodes tagged as AOTAutograd's partitioner wants them.
 * Memory.  An input that is given other memory (``p.data = x``, as offloading does) is ``x`` from there on; ``set_`` is
@@ -19,7 +19,7 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,10 +69,6 @@ class _State:
     def no_grad(self) -> bool:
         """Whether this is a region that takes grad mode away."""
         return self.ambient_grad and not self.grad
-
-
-def _detach(value: torch.Tensor) -> torch.Tensor:
-    return value.detach() if value.requires_grad else value
 
 
 class _InAutocast(torch.nn.Module):
@@ -190,34 +186,26 @@ class Retracer(torch.fx.Interpreter):
 
     def _run(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
         """Run one operation, in grad mode as the graph has it."""
-        if not self.state.no_grad:
+        with self._grad_mode(args, kwargs) as (args, kwargs):
             result = call(target, args, kwargs)
-            if holds_subclass((args, kwargs)):
-                refuse_custom_functions(result, describe(self._node))
-            return result
-        last = _last()
-        args, kwargs, check = self._leave_grad(args, kwargs)
-        result = call(target, args, kwargs)
-        check()
-        for written in _after(last):
-            mark(written, no_grad=True)
+        if not self.state.no_grad and holds_subclass((args, kwargs)):
+            refuse_custom_functions(result, describe(self._node))
         return result
 
-    def _leave_grad(self, args: Any, kwargs: Any) -> tuple[Any, Any, Callable[[], None]]:
-        """Detach what requires grad; the check afterwards refuses writes to it."""
+    @contextlib.contextmanager
+    def _grad_mode(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+        """The arguments, in a region without grad detached from what requires it; writes to that are refused."""
+        if not self.state.no_grad:
+            yield args, kwargs
+            return
         outside = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
         versions = [torch_internals.version(x) for x in outside]
-        node = self._node
-
-        def check() -> None:
-            if versions != [torch_internals.version(x) for x in outside]:
-                raise UnsupportedError(
-                    f"{describe(node)} writes, inside torch.no_grad(), to a tensor that requires grad; "
-                    "write to a detached copy of it, or do it outside of the compiled function"
-                )
-
-        args, kwargs = tree_map_only(torch.Tensor, _detach, (args, kwargs))
-        return args, kwargs, check
+        yield tree_map_only(torch.Tensor, lambda x: x.detach() if x.requires_grad else x, (args, kwargs))
+        if versions != [torch_internals.version(x) for x in outside]:
+            raise UnsupportedError(
+                f"{describe(self._node)} writes, inside torch.no_grad(), to a tensor that requires grad; "
+                "write to a detached copy of it, or do it outside of the compiled function"
+            )
 
     def _set_storage(self, args: Any, kwargs: Any) -> torch.Tensor:
         """An input that gets other memory (``p.data = x``) is ``x`` from here on; it gets it when all else is done."""
@@ -256,31 +244,26 @@ class Retracer(torch.fx.Interpreter):
             kwargs = torch_internals.checkpoint_arguments(kwargs)
         if kwargs:
             raise UnsupportedError(f"{describe(self._node)} has keyword arguments: {', '.join(kwargs)}")
-        last = _last()
+        graph = torch_internals.traced_graph()
+        count = len(graph.nodes)
         body = enclose_functorch(body)
-        result = Retracer(body, self.state.mode, self.state.autocast, spelled=self._spelled, _state=self.state).run(
-            *inputs
-        )
+        again = Retracer(body, self.state.mode, self.state.autocast, spelled=self._spelled, _state=self.state)
+        result = again.run(*inputs)
         if number is not None:
-            tag_checkpoint(body, _after(last), number)
+            tag_checkpoint(body, reversed(list(graph.nodes)[count:]), number)
         return result
 
     def _island(self, target: Any, args: Any, kwargs: Any, reason: str, name: str) -> Any:
-        check = None
-        if self.state.no_grad:
-            args, kwargs, check = self._leave_grad(args, kwargs)
         if states := self.state.autocast.active():
             args, target = (_InAutocast(target, states), *args), torch_internals.wrap_operator()
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        versions = [torch_internals.version(x) for x in inputs]
-        with torch_internals.untraced(), torch_internals.functorch_levels():
-            result = target(*args, **kwargs)
-        if versions != [torch_internals.version(x) for x in inputs]:
-            raise UnsupportedError(f"{describe(self._node)} ({reason}) writes to its arguments")
-        node = torch_internals.record_call(target, args, kwargs, result, name=name)
-        mark(node, island=reason)
-        if check is not None:
-            mark(node, no_grad=True)
+        with self._grad_mode(args, kwargs) as (args, kwargs):
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            versions = [torch_internals.version(x) for x in inputs]
+            with torch_internals.untraced(), torch_internals.functorch_levels():
+                result = target(*args, **kwargs)
+            if versions != [torch_internals.version(x) for x in inputs]:
+                raise UnsupportedError(f"{describe(self._node)} ({reason}) writes to its arguments")
+        mark(torch_internals.record_call(target, args, kwargs, result, name=name), island=reason)
         return result
 
 
@@ -290,13 +273,3 @@ def _may_return_nothing(target: Any) -> bool:
     if torch_internals.is_operator(target) or torch_internals.is_functorch(target) or target is operator.getitem:
         return True
     return name in ("setitem", "delitem", "_log_api_usage_once") or name.startswith(("_check", "_assert"))
-
-
-def _last() -> torch.fx.Node | None:
-    """The last node written so far."""
-    return next(iter(reversed(torch_internals.traced_graph().nodes)), None)
-
-
-def _after(last: torch.fx.Node | None) -> list[torch.fx.Node]:
-    """The nodes written after ``last``, the latest first."""
-    return list(itertools.takewhile(lambda n: n is not last, reversed(torch_internals.traced_graph().nodes)))

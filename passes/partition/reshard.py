@@ -14,11 +14,11 @@ from torch.fx import Graph, Node
 
 from fxsp.errors import RunsWhole, StrictError, UnsupportedError
 from fxsp.kernels.counts import reduced_bytes, split_bytes
-from fxsp.lengths import hint
+from fxsp.kernels.lowering import known_dense
 from fxsp.passes.attention.operators import ATTENTION_OPS
 from fxsp.passes.attention.repeat_kv import repeats_of
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder
+from fxsp.passes.builder import Builder, memory_order
 from fxsp.passes.graph import facts, is_split, mark, reachable, shape_of, tensor_nodes
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.likes import is_constant, write_like
@@ -206,29 +206,16 @@ class Converter:
         """
         if all(user.target in ATTENTION_OPS for user in value.node.users):
             return x
-        shape, strides = shape_of(value.node), value.node.meta["val"].stride()
-        dims = list(range(len(shape)))
-        steps = [hint(as_length(stride)) for stride in strides]
-        order = dims if 0 in steps else sorted(dims, key=lambda d: -steps[d])
+        given, shape = value.node.meta["val"], shape_of(value.node)
+        order = list(range(len(shape))) if 0 in map(as_length, given.stride()) else memory_order(given)
         real = [d for d in order if not same_length(shape[d], 1)]
-        if real == sorted(real, key=lambda d: (d != tokens, d)):
-            return x
-        return self.build.dense(x, order)
+        return x if real == sorted(real, key=lambda d: (d != tokens, d)) else self.build.dense(x, order)
 
     def in_memory_as(self, x: Node, old: Node) -> Node:
         """``x``, the whole value of ``old``, with the very strides of ``old``."""
         value = old.meta["val"]
-        shape, strides = shape_of(old), [as_length(stride) for stride in value.stride()]
-        order = sorted(range(len(shape)), key=lambda d: (-hint(strides[d]), d))
-        step: Length = 1
-        dense = isinstance(value.storage_offset(), int) and value.storage_offset() == 0
-        for d in reversed(order):
-            if not same_length(shape[d], 1):
-                dense = dense and same_length(strides[d], step)
-                step = product((step, shape[d]))
-        if dense:
-            new = self.build.call(aten.contiguous.default, self.build.call(aten.permute.default, x, order))
-            return self.build.call(aten.permute.default, new, [order.index(d) for d in range(len(shape))])
+        if known_dense(value) and as_length(value.storage_offset()) == 0:
+            return self.build.dense(x, memory_order(value))
         if _reads_shards(old):
             raise RunsWhole(
                 f"as_strided in {place(old)} "

@@ -1,4 +1,4 @@
-"""Rules of operators that select, repeat, join or look up positions.
+"""Rules of operators that select, repeat, join, look up or write to positions.
 
 Along the dimension that they work on everything must be whole (joining and cutting a *sharded* dimension at segment
 boundaries is the business of ``fxsp.passes.special.cat_and_cut``); all other dimensions pass.
@@ -6,40 +6,28 @@ boundaries is the business of ``fxsp.passes.special.cat_and_cut``); all other di
 
 from __future__ import annotations
 
-from fxsp.passes.graph import Call
+from fxsp.passes.graph import Call, shape_of
 from fxsp.passes.rules.dims import aligned
-from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
-from fxsp.types import as_length, same_length
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, passing, rows
+from fxsp.types import Length, same_length
 
 __all__ = ["RULES"]
-
-
-def _pass_except(call: Call, changed: dict[int, None] | list[int], operand: int = 0) -> OpRule | None:
-    """One operand and results of its rank: the ``changed`` dimensions are whole, the others pass."""
-    dims = rows(len(call.operand_shapes()[operand]))
-    out = tuple((f"w{i}",) if i in changed else d for i, d in enumerate(dims))
-    whole = {f for i in changed for f in (f"d{i}", f"w{i}")}
-    return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), whole=frozenset(whole))
 
 
 def cut(call: Call) -> OpRule | None:
     """``chunk(2, dim=2)``: ``([d0, d1, d2]) -> ([d0, d1, w2], [d0, d1, w2]) whole={d2, w2}``."""
     (shape,) = call.operand_shapes()
-    if call.get("dim", call.get("dimension", 0)) is None:
+    if call["dim"] is None or any(len(r) != len(shape) for r in call.result_shapes()):
         return None
-    dim = call.dim("dimension" if "dimension" in call.arguments else "dim", len(shape))
-    if any(len(r) != len(shape) for r in call.result_shapes()):
-        return None
-    return _pass_except(call, [dim])
+    return passing(call, [call.dim("dim", len(shape))])
 
 
 def select(call: Call) -> OpRule | None:
     """``select(1, 0)``: ``([d0, d1, d2]) -> ([d0, d2]) whole={d1}``."""
     (shape,) = call.operand_shapes()
-    dim = call.dim("dim", len(shape))
-    dims = rows(len(shape))
-    out = tuple(d for i, d in enumerate(dims) if i != dim)
-    return OpRule((tuple(dims),), tuple(out for _ in call.result_shapes()), whole=frozenset({f"d{dim}"}))
+    dims, dim = rows(len(shape)), call.dim("dim", len(shape))
+    out = dims[:dim] + dims[dim + 1 :]
+    return OpRule((dims,), tuple(out for _ in call.result_shapes()), whole=frozenset({f"d{dim}"}))
 
 
 def cat(call: Call) -> OpRule | None:
@@ -49,21 +37,16 @@ def cat(call: Call) -> OpRule | None:
     rank = len(result)
     if any(len(s) != rank for s in shapes):
         return None  # an empty 1-d tensor among the operands
-    dim = call.dim("dim", rank)
-    operands: list[Dims] = [
-        tuple((f"x{k}",) if i == dim else (f"d{i}",) for i in range(rank)) for k in range(len(shapes))
-    ]
-    out: Dims = tuple(("y",) if i == dim else (f"d{i}",) for i in range(rank))
-    return OpRule(tuple(operands), (out,), whole=frozenset({"y", *(f"x{k}" for k in range(len(shapes)))}))
+    dim, joined = call.dim("dim", rank), [f"x{k}" for k in range(len(shapes))]
+    operands = tuple(rows(rank, but={dim: name}) for name in joined)
+    return OpRule(operands, (rows(rank, but={dim: "y"}),), whole=frozenset({"y", *joined}))
 
 
 def stack(call: Call) -> OpRule | None:
     """``stack([x, y], 1)``: ``([d0, d1], [d0, d1]) -> ([d0, n, d1]) whole={n}``."""
     shapes = call.operand_shapes()
-    dim = call.dim("dim", len(shapes[0]) + 1)
-    dims = rows(len(shapes[0]))
-    out = (*dims[:dim], ("n",), *dims[dim:])
-    return OpRule(tuple(tuple(dims) for _ in shapes), (out,), whole=frozenset("n"))
+    dims, dim = rows(len(shapes[0])), call.dim("dim", len(shapes[0]) + 1)
+    return OpRule(tuple(dims for _ in shapes), ((*dims[:dim], ("n",), *dims[dim:]),), whole=frozenset("n"))
 
 
 def pad(call: Call) -> OpRule | None:
@@ -71,7 +54,7 @@ def pad(call: Call) -> OpRule | None:
     (shape,) = call.operand_shapes()
     amounts = call["pad"]
     changed = [len(shape) - 1 - i // 2 for i in range(0, len(amounts), 2) if amounts[i : i + 2] != [0, 0]]
-    return _pass_except(call, changed)
+    return passing(call, changed)
 
 
 def repeat(call: Call) -> OpRule | None:
@@ -80,12 +63,11 @@ def repeat(call: Call) -> OpRule | None:
     given = call["repeats"] if "repeats" in call.arguments else call["dims"]
     repeats = [*([1] * (len(shape) - len(given))), *given]  # tile may name fewer than there are
     extra = len(repeats) - len(shape)
-    dims = rows(len(shape))
     changed = [i for i in range(len(shape)) if not (isinstance(repeats[extra + i], int) and repeats[extra + i] == 1)]
     new = rows(extra, "n")
-    out = (*new, *((f"w{i}",) if i in changed else d for i, d in enumerate(dims)))
-    whole = {f for i in changed for f in (f"d{i}", f"w{i}")} | {f for d in new for f in d}
-    return OpRule((tuple(dims),), (out,), whole=frozenset(whole))
+    out = (*new, *rows(len(shape), but={i: f"w{i}" for i in changed}))
+    whole = {f"{x}{i}" for i in changed for x in "dw"} | {f for (f,) in new}
+    return OpRule((rows(len(shape)),), (out,), whole=frozenset(whole))
 
 
 def one_hot(call: Call) -> OpRule | None:
@@ -94,42 +76,42 @@ def one_hot(call: Call) -> OpRule | None:
         return None
     (shape,) = call.operand_shapes()
     dims = rows(len(shape))
-    return OpRule((tuple(dims),), ((*dims, ("n",)),), whole=frozenset("n"))
+    return OpRule((dims,), ((*dims, ("n",)),), whole=frozenset("n"))
 
 
 def index_select(call: Call) -> OpRule | None:
     """``index_select(1, i)``: ``([d0, w, d2], [n]) -> ([d0, n, d2]) whole={w}``."""
     shape, index = call.operand_shapes()
     dim = call.dim("dim", len(shape))
-    dims: list[tuple[str, ...]] = [("w",) if i == dim else (f"d{i}",) for i in range(len(shape))]
-    out = [("n",) if i == dim else d for i, d in enumerate(dims)]
-    return OpRule((tuple(dims), (("n",),) if index else ()), (tuple(out),), whole=frozenset("w"))
+    before, after = (rows(len(shape), but={dim: name}) for name in "wn")
+    return OpRule((before, (("n",),) if index else ()), (after,), whole=frozenset("w"))
+
+
+def _indexed(call: Call) -> dict[int, tuple[Length, ...]]:
+    """The dimensions that one run of integer index tensors is for, and their shapes; of other indices nothing."""
+    given = {i: n for i, n in enumerate(call["indices"]) if n is not None}
+    dims, dtypes = list(given), [n.meta["val"].dtype for n in given.values()]
+    # Boolean masks: how many elements are meant depends on data.
+    if any(dtype.is_floating_point or dtype.itemsize == 1 for dtype in dtypes):
+        return {}
+    return {i: shape_of(n) for i, n in given.items()} if dims and dims == list(range(dims[0], dims[-1] + 1)) else {}
 
 
 def index(call: Call) -> OpRule | None:
     """One run of integer index tensors ``x[:, i, j]``: ``([d0, w1, w2], [n0], [n0]) -> ([d0, n0]) whole={w1, w2}``."""
-    shape = call.shape("self")
-    indices = list(call["indices"]) + [None] * (len(shape) - len(call["indices"]))
-    used = [i for i, n in enumerate(indices) if n is not None]
-    if not used or used != list(range(used[0], used[-1] + 1)):
+    shape, used = call.shape("self"), _indexed(call)
+    if not used:
         return None
-    values = [indices[i].meta["val"] for i in used]
-    if any(v.dtype.is_floating_point or v.dtype.itemsize == 1 for v in values):
-        return None  # boolean masks select a number of elements that depends on data
     (result,) = call.result_shapes()
-    rank = len(result) - (len(shape) - len(used))
+    first, rank = min(used), len(result) - (len(shape) - len(used))
     new = rows(rank, "n")
-    dims: list[tuple[str, ...]] = [(f"w{i}",) if i in used else (f"d{i}",) for i in range(len(shape))]
-    operands: list[Dims] = [tuple(dims)]
-    for value in values:
-        offset = rank - value.dim()
-        from_right = tuple(
-            new[offset + i] if aligned(as_length(n), result[used[0] + offset + i]) else ()
-            for i, n in enumerate(value.shape)
-        )
-        operands.append(from_right)
-    out = [*dims[: used[0]], *new, *dims[used[-1] + 1 :]]
-    return OpRule(tuple(operands), (tuple(out),), whole=frozenset(f"w{i}" for i in used))
+    dims = rows(len(shape), but={i: f"w{i}" for i in used})
+    places = [
+        tuple(new[i] if aligned(n, result[first + i]) else () for i, n in enumerate(value, rank - len(value)))
+        for value in used.values()
+    ]
+    out = (*dims[:first], *new, *dims[max(used) + 1 :])
+    return OpRule((dims, *places), (out,), whole=frozenset(f"w{i}" for i in used))
 
 
 def gather(call: Call) -> OpRule | None:
@@ -138,35 +120,72 @@ def gather(call: Call) -> OpRule | None:
     if len(index) != len(shape) or not shape:
         return None
     dim = call.dim("dim", len(shape))
-    left: list[tuple[str, ...]] = []
-    right: list[tuple[str, ...]] = []
-    whole = {"w"}
-    for i, (a, b) in enumerate(zip(shape, index, strict=True)):
-        if i == dim:
-            left.append(("w",))
-            right.append(("n",))
-        elif same_length(a, b):
-            left.append((f"d{i}",))
-            right.append((f"d{i}",))
-        else:
-            left.append((f"l{i}",))
-            right.append((f"r{i}",))
-            whole |= {f"l{i}", f"r{i}"}
-    return OpRule((tuple(left), tuple(right)), (tuple(right),), whole=frozenset(whole))
+    apart = [i for i, (a, b) in enumerate(zip(shape, index, strict=True)) if i != dim and not same_length(a, b)]
+    left = rows(len(shape), but={dim: "w", **{i: f"l{i}" for i in apart}})
+    right = rows(len(shape), but={dim: "n", **{i: f"r{i}" for i in apart}})
+    return OpRule((left, right), (right,), whole=frozenset({"w", *(f"{x}{i}" for i in apart for x in "lr")}))
 
 
 def scatter_into(call: Call) -> OpRule | None:
     """``slice_scatter(x, y, dim)``: ``([d0, x], [d0, y]) -> ([d0, x]) whole={x, y}``."""
     shape, part = call.operand_shapes()
     dim = call.dim("dim", len(shape))
-    dims: list[tuple[str, ...]] = [("x",) if i == dim else (f"d{i}",) for i in range(len(shape))]
-    inner = (
-        [("y",) if i == dim else d for i, d in enumerate(dims)]
-        if len(part) == len(shape)
-        else [d for i, d in enumerate(dims) if i != dim]
+    dims = rows(len(shape), but={dim: "x"})
+    if len(part) == len(shape):
+        return OpRule((dims, rows(len(shape), but={dim: "y"})), (dims,), whole=frozenset("xy"))
+    return OpRule((dims, dims[:dim] + dims[dim + 1 :]), (dims,), whole=frozenset("x"))
+
+
+def scatter(call: Call) -> OpRule | None:
+    """``scatter_add(x, 1, i, y)``: ``([d0, w], [d0, n], [d0, m]) -> ([d0, w]) whole={m, n, w}``."""
+    shapes = call.operand_shapes()
+    rank = len(shapes[0])
+    if rank == 0 or any(len(s) != rank for s in shapes):
+        return None
+    dim = call.dim("dim", rank)
+    apart = [i for i in range(rank) if i == dim or not all(same_length(s[i], shapes[0][i]) for s in shapes)]
+    names = "xiy"[: len(shapes)]
+    operands = tuple(rows(rank, but={i: f"{x}{i}" for i in apart}) for x in names)
+    return OpRule(operands, operands[:1], whole=frozenset(f"{x}{i}" for i in apart for x in names))
+
+
+def index_add(call: Call) -> OpRule | None:
+    """``index_add(x, 1, i, y)``: ``([d0, w], [n], [d0, n]) -> ([d0, w]) whole={n, w}``."""
+    shape, index, *rest = call.operand_shapes()
+    if not shape or len(index) > 1:
+        return None
+    dim = call.dim("dim", len(shape))
+    dims = rows(len(shape), but={dim: "w"})
+    places: Dims = (("n",),) if index else ()
+    operands: list[Dims] = [dims, places]
+    for source in rest:
+        if source and len(source) != len(shape):
+            return None
+        operands.append(rows(len(shape), but={dim: "n"}) if source else ())
+    known = {f for d in operands for dim_ in d for f in dim_}
+    return OpRule(tuple(operands), (dims,), whole=frozenset({"n", "w"} & known))
+
+
+def index_put(call: Call) -> OpRule | None:
+    """One run of integer index tensors ``x[:, i] = y``: ``([d0, w1], [n0], [d0, n0]) -> ([d0, w1]) whole={n0, w1}``."""
+    shape, values, used = call.shape("self"), call.shape("values"), _indexed(call)
+    if not used:
+        return None
+    rank = max(map(len, used.values()))
+    dims, new = rows(len(shape), but={i: f"w{i}" for i in used}), rows(rank, "n")
+    written = (*dims[: min(used)], *new, *dims[max(used) + 1 :])
+    offset = len(written) - len(values)
+    if offset < 0:
+        return None
+    whole = {f"w{i}" for i in used} | {f"n{i}" for i in range(rank)}
+    # Values are broadcast; what lies along the written positions is whole anyway.
+    source = tuple(
+        d if d[0][0] == "n" or same_length(n, shape[int(d[0][1:])]) else ()
+        for d, n in zip(written[offset:], values, strict=True)
     )
-    whole = {"x", "y"} if len(part) == len(shape) else {"x"}
-    return OpRule((tuple(dims), tuple(inner)), (tuple(dims),), whole=frozenset(whole))
+    operands = (dims, *(new[rank - len(s) :] for s in used.values()), source)
+    known = {f for o in operands for d in o for f in d}
+    return OpRule(operands, (dims,), whole=frozenset(whole & known))
 
 
 #: Family of operators -> its rule.
@@ -182,4 +201,7 @@ RULES: dict[str, RuleFunction] = {
     "index": index,
     "gather": gather,
     "scatter_into": scatter_into,
+    "scatter": scatter,
+    "index_add": index_add,
+    "index_put": index_put,
 }

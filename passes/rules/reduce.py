@@ -8,7 +8,7 @@ import string
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import aligned, broadcast
 from fxsp.passes.rules.families import family
-from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, rows
+from fxsp.passes.rules.rule import Dims, OpRule, RuleFunction, passing, rows
 from fxsp.types import Length, same_length
 
 __all__ = ["RULES", "reduced_dims"]
@@ -113,7 +113,7 @@ def _reduction(call: Call, kind: str) -> OpRule | None:
     out = [() if i in reduced else d for i, d in enumerate(dims) if keep or i not in reduced]
     factors = frozenset(f"d{i}" for i in reduced)
     results = tuple(tuple(out) for _ in call.result_shapes())
-    return OpRule((tuple(dims),), results, {}, **{kind: factors})
+    return OpRule((dims,), results, {}, **{kind: factors})
 
 
 def total(call: Call) -> OpRule | None:
@@ -138,11 +138,10 @@ def layer_norm(call: Call) -> OpRule | None:
     x = call.shape("input")
     count = len(call["normalized_shape"])
     dims = rows(len(x))
-    tail = tuple(dims[len(x) - count :])
-    operands = (tuple(dims), *(tail for _ in call.operands[1:]))
-    results: list[Dims] = [tuple(dims)]
-    results += [(*dims[: len(x) - count], *(() for _ in range(count))) for _ in call.result_shapes()[1:]]
-    return OpRule(operands, tuple(results), whole=frozenset(f for d in tail for f in d))
+    tail = dims[len(x) - count :]
+    statistics = (*dims[: len(x) - count], *(() for _ in range(count)))
+    results = (dims, *(statistics for _ in call.result_shapes()[1:]))
+    return OpRule((dims, *(tail for _ in call.operands[1:])), results, whole=frozenset(f for (f,) in tail))
 
 
 def group_norm(call: Call) -> OpRule | None:
@@ -151,22 +150,16 @@ def group_norm(call: Call) -> OpRule | None:
     if call.get("running_mean") is not None and call.get("use_input_stats"):
         return None  # it writes statistics of the whole batch
     dims = rows(len(x))
-    operands = (tuple(dims), *((("c",),) for _ in others))
-    whole = {f"d{i}" for i in range(1, len(x))} | ({"c"} if others else set())
-    return OpRule(operands, (tuple(dims),), whole=frozenset(whole))
+    whole = {f for (f,) in dims[1:]} | ({"c"} if others else set())
+    return OpRule((dims, *((("c",),) for _ in others)), (dims,), whole=frozenset(whole))
 
 
 def along(call: Call) -> OpRule | None:
     """Dimensions that it does not read across pass: ``softmax(1)``: ``([d0, d1]) -> ([d0, w1]) whole={d1, w1}``."""
     if len(call.operands) != 1:
         return None
-    (shape,) = call.operand_shapes()
-    rank = len(shape)
-    mixed = [rank - 2, rank - 1] if call.op in family("triangle") else reduced_dims(call, rank)
-    dims = rows(rank)
-    results = tuple(tuple((f"w{i}",) if i in mixed else d for i, d in enumerate(dims)) for _ in call.result_shapes())
-    whole = {f for i in mixed for f in (f"d{i}", f"w{i}")}
-    return OpRule((tuple(dims),), results, whole=frozenset(whole))
+    rank = len(call.operand_shapes()[0])
+    return passing(call, [rank - 2, rank - 1] if call.op in family("triangle") else reduced_dims(call, rank))
 
 
 def convolution(call: Call) -> OpRule | None:

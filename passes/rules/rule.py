@@ -11,7 +11,7 @@ an :class:`OpRule`, or None when this use of the operator has no rule (then all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from fxsp.passes.graph import Call
 from fxsp.types import Length
 
-__all__ = ["Dims", "Factors", "OpRule", "RuleFunction", "draws", "rows"]
+__all__ = ["Dims", "Factors", "OpRule", "RuleFunction", "draws", "passing", "rows"]
 
 #: Factors of one dimension, outermost first.
 Factors = tuple[str, ...]
@@ -79,6 +79,13 @@ def draws(call: Call) -> bool:
     return not ("p" in call.arguments and "train" in call.arguments) or bool(call["train"] is not False and call["p"])
 
 
-def rows(count: int, prefix: str = "d") -> list[Factors]:
-    """``count`` dimensions, each one factor: ``d0``, ``d1``, ..."""
-    return [(f"{prefix}{i}",) for i in range(count)]
+def rows(count: int, prefix: str = "d", but: Mapping[int, str] | None = None) -> Dims:
+    """``count`` dimensions, each one factor: ``d0``, ``d1``, ...; those of ``but`` have other names."""
+    return tuple(((but or {}).get(i, f"{prefix}{i}"),) for i in range(count))
+
+
+def passing(call: Call, changed: Iterable[int]) -> OpRule:
+    """One operand, and results of its rank: dimensions ``d1`` that are ``changed`` are whole, the others pass."""
+    rank, new = len(call.operand_shapes()[0]), {i: f"w{i}" for i in changed}
+    results = tuple(rows(rank, but=new) for _ in call.result_shapes())
+    return OpRule((rows(rank),), results, whole=frozenset(f"{x}{i}" for i in new for x in "dw"))

@@ -48,9 +48,7 @@ def unfold(call: Call) -> OpRule | None:
     """``unfold(1, 2, 1)``: ``([d0, x, d2]) -> ([d0, y, d2, n]) whole={n, x, y}``."""
     (shape,) = call.operand_shapes()
     dim = call.dim("dimension", len(shape))
-    dims = rows(len(shape))
-    x: Dims = tuple(("x",) if i == dim else d for i, d in enumerate(dims))
-    y: Dims = tuple(("y",) if i == dim else d for i, d in enumerate(dims))
+    x, y = (rows(len(shape), but={dim: name}) for name in "xy")
     return OpRule((x,), ((*y, ("n",)),), whole=frozenset("nxy"))
 
 

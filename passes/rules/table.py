@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.passes.graph import Call
-from fxsp.passes.rules import index, reduce, scatter, spatial, views
+from fxsp.passes.rules import index, reduce, spatial, views
 from fxsp.passes.rules.families import TABLE, Row, family, overloads
 from fxsp.passes.rules.notation import written
 from fxsp.passes.rules.rule import OpRule, RuleFunction, draws
@@ -20,7 +20,7 @@ from fxsp.passes.rules.rule import OpRule, RuleFunction, draws
 __all__ = ["RULES", "rule", "rule_of"]
 
 #: Each has a table ``RULES``: family of operators -> rule function.
-FILES = (views, reduce, index, scatter, spatial)
+FILES = (views, reduce, index, spatial)
 
 #: The table: operator overload -> rule function.
 RULES: dict[Any, RuleFunction] = {}

@@ -16,7 +16,7 @@ def _unsqueeze(call: Call) -> OpRule | None:
     """``unsqueeze(1)``: ``([d0, d1]) -> ([d0, 1, d1])``; which 1 is the new one is known, also beside one token."""
     dims = rows(len(call.operand_shapes()[0]))
     at = call.dim("dim", len(dims) + 1)
-    return OpRule((tuple(dims),), ((*dims[:at], (), *dims[at:]),))
+    return OpRule((dims,), ((*dims[:at], (), *dims[at:]),))
 
 
 def reshape(call: Call) -> OpRule | None:
@@ -34,7 +34,7 @@ def reshape(call: Call) -> OpRule | None:
 def permute(call: Call) -> OpRule | None:
     """``transpose(1, 2)``: ``([d0, d1, d2]) -> ([d0, d2, d1])``."""
     dims = rows(len(call.operand_shapes()[0]))
-    return OpRule((tuple(dims),), (tuple(dims[d] for d in order(call.op, call.arguments, len(dims))),))
+    return OpRule((dims,), (tuple(dims[d] for d in order(call.op, call.arguments, len(dims))),))
 
 
 #: Family of operators -> its rule.

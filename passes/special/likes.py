@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.lengths import hint
 from fxsp.passes.base import Program
-from fxsp.passes.builder import Builder
+from fxsp.passes.builder import Builder, memory_order
 from fxsp.passes.graph import Call, Decision, shape_of, type_of
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.special import Local, Special
-from fxsp.types import Replicate, Shard, Type, as_length, shape_on_rank
+from fxsp.types import Replicate, Shard, Type, shape_on_rank
 
 __all__ = ["Likes", "is_constant", "write_like"]
 
@@ -61,19 +60,15 @@ def is_constant(node: Node) -> bool:
 def write_like(build: Builder, node: Node, type_: Type, scalars: dict[Node, Any]) -> Node:
     """The call for a value of ``type_``, which asks for no tensor; ``scalars`` are the sizes and numbers it may use."""
     call, value = Call(node), node.meta["val"]
-    arguments = {
-        name: torch.fx.map_arg(argument, scalars.__getitem__)
-        for name, argument in call.arguments.items()
-        if name != "self"
-    }
+    asked = {name: argument for name, argument in call.arguments.items() if name != "self"}
+    arguments: dict[str, Any] = dict(torch.fx.map_arg(asked, scalars.__getitem__))
     given: torch.Tensor = call["self"].meta["val"]
     if call.op in family("factory"):
         like = build.call(aten.empty.memory_format, [0], dtype=given.dtype, device=given.device)
         return build.same(call, {**arguments, "self": like})
     sizes = shape_on_rank(shape_of(node), type_, build.ranks.size)
     # In memory as the program's own value: numbers are drawn in that order.
-    strides = [hint(as_length(stride)) for stride in value.stride()]
-    order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
+    order = memory_order(value)
     inverse = [order.index(d) for d in range(len(order))]
     laid = build.sizes([sizes[d] for d in order])
     if call.op in family("constant"):

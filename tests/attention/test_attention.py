@@ -21,9 +21,10 @@ from fxsp.offline.partition import partition_offline
 from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
-from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks, Segment, Sequence, Shard
 from lockstep import gradients
+from poisoning import simulate
+from replicated import check_replicated
 from rule_validation import Recorder, T
 
 aten = torch.ops.aten

@@ -16,9 +16,9 @@ from test_attention import MASKS, Config, D, assert_same, record
 from fxsp.config import Options
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
-from fxsp.simulation.machine import check_replicated
 from fxsp.types import Ranks, Sequence
 from lockstep import gradients
+from replicated import check_replicated
 from rule_validation import Recorder
 
 ALL_MASKS = (*MASKS, "causal_padding")

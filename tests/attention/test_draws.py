@@ -15,8 +15,9 @@ from distributed import Pool
 from fxsp.config import Options
 from fxsp.errors import OptionError, UnsupportedError
 from fxsp.kernels.draws import kept
-from fxsp.simulation.machine import check_replicated, simulate
+from fxsp.simulation.machine import simulate
 from lockstep import gradients
+from replicated import check_replicated
 from tracing import check, partition, shard
 
 P = 0.25

@@ -18,10 +18,10 @@ from distributed import Pool
 from fxsp.kernels import collectives
 from fxsp.kernels.attention import ring, ring_blocks
 from fxsp.kernels.attention.ring_blocks import chunks_of, in_pieces, meetings, pairs_of
-from fxsp.simulation.machine import check_replicated
 from fxsp.simulation.reference import ring as oracle_attention
 from fxsp.types import Sequence
 from lockstep import gradients
+from replicated import check_replicated
 from running import error_of
 from tracing import partition, shard
 

@@ -7,7 +7,7 @@ import torch
 
 from fxsp.kernels.attention.ops import ATTENTIONS
 from fxsp.kernels.exchange import exchange
-from fxsp.kernels.exchange.head_ops import HEADS
+from fxsp.kernels.exchange.exchange import HEADS
 from fxsp.kernels.extremes import EXTREMES
 from fxsp.kernels.lowering import known_dense
 from fxsp.kernels.ops import OPS

@@ -10,9 +10,10 @@ from torch.utils._sympy.functions import FloorDiv
 from fuzzing import Case, Input, check
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation.machine import check_replicated, simulate
+from fxsp.simulation.machine import simulate
 from fxsp.types import Ranks, as_length, equal_lengths, same_length
 from lockstep import gradients
+from replicated import check_replicated
 from tracing import collectives, partition, shard, trace
 
 A, B, C, D = (sympy.Symbol(name, positive=True, integer=True) for name in "abcd")

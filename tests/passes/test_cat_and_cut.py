@@ -184,8 +184,9 @@ def test_boundaries_of_symbolic_lengths() -> None:
 
     from fxsp.passes.base import Program
     from fxsp.passes.pipeline import Runner, partition_program
-    from fxsp.simulation.machine import check_replicated, simulate
+    from fxsp.simulation.machine import simulate
     from fxsp.types import Ranks
+    from replicated import check_replicated
     from tracing import trace
 
     gm = trace(function, TEXT, IMAGE, symbolic=True)

@@ -19,7 +19,7 @@ from fxsp.kernels.extremes import travels_as
 from fxsp.passes.builder import Builder
 from fxsp.passes.emit.emit import emit
 from fxsp.passes.special import extremes as written
-from fxsp.simulation.machine import check_replicated
+from replicated import check_replicated
 from rule_validation import Sample, T, cases_of, problems
 from tracing import check, collectives, partition, shard
 from with_grads import simulate_with_grads

@@ -72,7 +72,7 @@ def test_a_copy_shares_what_is_known_and_nothing_that_is_marked_later() -> None:
     assert facts(new) is facts(node)
     mark(new, type=Replicate(), stands_for="x")
     assert facts(node) == Facts(type=SPLIT)
-    mark(node, no_grad=True)
+    mark(node, free=True)
     assert facts(new) == Facts(type=Replicate(), stands_for="x")
     with pytest.raises(AttributeError):
         facts(node).free = True  # type: ignore[misc]

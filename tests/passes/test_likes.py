@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import fxsp
 from fxsp.passes.base import Program
 from fxsp.passes.graph import type_of
-from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Shard
+from poisoning import simulate
+from replicated import check_replicated
 from tracing import check, collectives, partition, shard
 
 Function = Callable[[Tensor], Any]

@@ -20,10 +20,10 @@ from fxsp.passes.attention.operators import BANDED
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts
 from fxsp.passes.masks.masks import SDPA, Band, Masks, band_of, terms_of
-from fxsp.simulation.machine import check_replicated
 from fxsp.types import Ranks
 from lockstep import gradients
 from models import bert, llama
+from replicated import check_replicated
 from tracing import check, collectives, partition, shard, trace
 
 S = 5

@@ -15,9 +15,10 @@ from fxsp.passes.base import Program
 from fxsp.passes.builder import Builder
 from fxsp.passes.graph import facts, mark
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation.machine import check_replicated, simulate
+from fxsp.simulation.machine import simulate
 from fxsp.types import Ranks
 from lockstep import gradients
+from replicated import check_replicated
 from tracing import check, collectives, gather, graph_of, partition, shard, text_of, trace
 
 X = torch.randn(2, 5, 4, dtype=torch.float64)

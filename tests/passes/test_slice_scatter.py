@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation.machine import check_replicated, simulate
+from fxsp.simulation.machine import simulate
 from fxsp.types import Ranks
+from replicated import check_replicated
 from tracing import check, collectives, shard, trace
 
 TEXT, IMAGE = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxsp
 import models
+import poisoning as oracle
 from fxsp.config import Options
 from fxsp.inspection.report_text import attention_lines
 from fxsp.kernels import collectives
@@ -26,7 +27,6 @@ from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.report import Report
 from fxsp.simulation.reference import ops as meaning
-from fxsp.simulation.reference import table as oracle
 from fxsp.types import Ranks, Sequence, Shard
 from lockstep import gradients
 from running import error_of

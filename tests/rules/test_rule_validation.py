@@ -16,9 +16,9 @@ from fxsp.passes.pipeline import partition_program
 from fxsp.passes.rules import decide as decisions
 from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import RULES
-from fxsp.simulation.machine import check_replicated
 from fxsp.types import Ranks, Shard
 from lockstep import gradients
+from replicated import check_replicated
 from rule_samples import SAMPLES, WHOLE_SAMPLES, elementwise_samples
 from rule_validation import Case, Recorder, Sample, T, cases_of, layouts, problems, rule_for, whole_cases_of
 from with_grads import simulate_with_grads

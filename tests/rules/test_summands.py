@@ -12,9 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxsp.kernels.ops  # noqa: F401  (defines fxsp::annotate)
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
-from fxsp.simulation.machine import check_replicated, simulate
+from fxsp.simulation.machine import simulate
 from fxsp.types import Ranks
 from lockstep import gradients
+from replicated import check_replicated
 
 
 def split(x: Tensor) -> Tensor:

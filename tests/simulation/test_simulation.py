@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxsp.kernels.ops  # noqa: F401
+import poisoning as oracle
 from fxsp.errors import UnsupportedError, VerificationError
-from fxsp.simulation.machine import assemble, check_replicated, run, simulate
+from fxsp.simulation.machine import assemble
 from fxsp.simulation.reference import ops as meaning
-from fxsp.simulation.reference import table as oracle
 from fxsp.simulation.reference.lanes import total
 from fxsp.torch_internals import trace_on_fakes
 from fxsp.types import Partial, Replicate, Segment, Sequence, Shard
+from poisoning import run, simulate
+from replicated import check_replicated
 from with_grads import simulate_with_grads
 
 ops = torch.ops.fxsp

@@ -30,10 +30,11 @@ from fxsp.passes.functionalize.functionalize import functionalize
 from fxsp.passes.graph import facts
 from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.simulation.machine import check_replicated, run
 from fxsp.torch_internals import retrace
 from fxsp.types import Ranks
 from lockstep import gradients
+from poisoning import run
+from replicated import check_replicated
 from simulated import Simulated
 from subclasses import Dispatching
 from with_grads import simulate_with_grads

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxsp.simulation.reference import table as oracle
-from fxsp.simulation.reference.table import Lanes
+import poisoning as oracle
 from fxsp.torch_internals import is_higher_order, is_operator, schema
+from poisoning import Lanes
 
 __all__ = ["collectives", "gradients", "lanes_of"]
 

@@ -29,9 +29,10 @@ from fxsp.passes.pipeline import partition_program
 from fxsp.passes.propagate import propagate
 from fxsp.passes.rules.rule import Dims, OpRule
 from fxsp.passes.rules.table import rule_of
-from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Length, Partial, Ranks, Replicate, Segment, Sequence, Shard, Type, Used, product
 from lockstep import gradients
+from poisoning import simulate
+from replicated import check_replicated
 
 __all__ = ["Case", "Layout", "Sample", "T", "cases_of", "layouts", "problems", "rule_for", "whole_cases_of"]
 

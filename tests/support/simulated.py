@@ -28,10 +28,10 @@ from fxsp.passes.functionalize.inplace import written_arguments
 from fxsp.passes.normalize.regions import open_regions
 from fxsp.passes.partition.defer import scale_summands
 from fxsp.report import Report
-from fxsp.simulation.machine import check_replicated
 from fxsp.torch_internals import any_autocast, through_dynamo, without_autocast
 from fxsp.types import Ranks
 from lockstep import lanes_of
+from replicated import check_replicated
 
 __all__ = ["Simulated", "by_plan"]
 

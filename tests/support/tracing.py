@@ -19,9 +19,10 @@ from fxsp.passes.functionalize.functionalize import functionalize
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, partition_program
 from fxsp.passes.propagate.propagate import Propagate
-from fxsp.simulation.machine import check_replicated, simulate
 from fxsp.types import Ranks
 from lockstep import gradients
+from poisoning import simulate
+from replicated import check_replicated
 
 __all__ = ["check", "collectives", "gather", "graph_of", "partition", "shard", "text_of", "trace", "types_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxsp.ranks.checks import fingerprint
+from fingerprints import fingerprint
 from fxsp.simulation.compare import relative_error
 
 VALUES = [

@@ -14,7 +14,6 @@ import small
 from fxsp.inspection.printer import format_graph, op_text
 from fxsp.inspection.report_text import Section, format_report, sections
 from fxsp.inspection.wire import bytes_sent, format_bytes, local_shape
-from fxsp.offline.render.text import figures
 from fxsp.passes.graph import mark
 from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
 from fxsp.types import Ranks, Replicate, Sequence, Shard, parse
@@ -232,7 +231,7 @@ def test_figures_change_lines_and_no_section() -> None:
     e = fxsp.explain(small.Model(mix=True), small.inputs(), world_size=2, plan=small.SPLIT)
     (result,), (measured,) = e.results, e.measures
     assert measured is not None
-    plain, told = sections(result.report), sections(result.report, figures(measured))
+    plain, told = sections(result.report), sections(result.report, measured)
     assert [s.title for s in plain] == [s.title for s in told if s.title != "work and memory"]
     assert [line for s in told for line in s.text()] == str(e).splitlines()[1:]
     assert len(e.to_dict()["graphs"][0]["collectives"]) == len(result.report.collectives) == len(measured.forward)

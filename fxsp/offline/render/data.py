@@ -6,30 +6,11 @@ from typing import Any
 
 from fxsp.cost.formula import Sent
 from fxsp.cost.metrics import Measures
+from fxsp.inspection.report_text import memory_texts
 from fxsp.offline.partition import OfflineResult
-from fxsp.offline.render.text import memory_texts
 from fxsp.report import Memory
 
-__all__ = ["as_data", "graph_data"]
-
-
-def as_data(e: Any) -> dict[str, Any]:
-    """The explanation as dictionaries, lists, numbers and text."""
-    return {
-        "model": e.model,
-        "world_size": e.world_size,
-        "seconds": e.seconds,
-        "flops_total": e.flops_total,
-        "flops_per_rank": e.flops_per_rank,
-        "communication": _totals(e.communication),
-        "communication_forward": _totals(e.communication_forward),
-        "communication_backward": _totals(e.communication_backward),
-        "graphs": [graph_data(r, m) for r, m in zip(e.results, e.measures, strict=True)],
-    }
-
-
-def _totals(communication: dict[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
-    return {kind: {"count": number, "bytes": size} for kind, (number, size) in communication.items()}
+__all__ = ["graph_data"]
 
 
 def _memory_data(memory: Memory | None, formula: str) -> dict[str, Any] | None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from fxsp.cost.metrics import Measures
 from fxsp.cost.timeline import H100, Device, timeline
+from fxsp.inspection.report_text import format_count, legend_text
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.partition import OfflineResult
 from fxsp.offline.render.data import graph_data
-from fxsp.offline.render.text import format_count, legend_text, one_screen
 from fxsp.passes.pipeline import STAGES
 from fxsp.source import node_source
 
@@ -28,7 +28,7 @@ def page(e: Any) -> str:
         "model": e.model,
         "ranks": e.world_size,
         "device": next((_device(r).name for r in e.results), H100.name),
-        "screen": one_screen(e),
+        "screen": str(e),
         "graphs": [_graph(r, m) for r, m in zip(e.results, e.measures, strict=True)],
     }
     parts = resources.files("fxsp.offline.render") / "static"

@@ -17,15 +17,16 @@ import torch
 from fxsp.errors import VerificationError
 
 __all__ = [
+    "Flags",
     "Lanes",
+    "Lengths",
     "Piece",
+    "along",
     "check_local",
     "each",
     "fresh",
     "pieces",
-    "poisoned",
     "rows_are_zeroed",
-    "smaller",
     "total",
 ]
 
@@ -109,8 +110,7 @@ def total(lanes: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def fresh(x: Lanes) -> Lanes:
     """Copies, as an operator never returns its operand; one tensor for all ranks stays one."""
-    copies = {id(lane): lane.clone() for lane in x}
-    return Lanes([copies[id(lane)] for lane in x])
+    return each(x, torch.clone)
 
 
 def each(x: Lanes, function: Callable[[torch.Tensor], torch.Tensor]) -> Lanes:
@@ -129,19 +129,3 @@ def check_local(
             raise VerificationError(
                 f"fxsp::{name} of {list(lane.shape)} along {dim}: {list(lengths)} have {expected} local rows"
             )
-
-
-def poisoned(lane: torch.Tensor, x: torch.Tensor, dim: int, pads: torch.Tensor) -> torch.Tensor:
-    """``lane`` with other values in its pads: those of the first row of ``x``, three quarters where numbers are real.
-
-    Values that the program might have, because pads, being copies of rows, promise just that: nothing new overflows or
-    leaves a domain, so zero times a pad is zero, and an index of a pad is in range.
-    """
-    return torch.where(along(pads, lane, dim), smaller(x.narrow(dim, 0, 1)), lane)
-
-
-def smaller(x: torch.Tensor) -> torch.Tensor:
-    """Three quarters of ``x`` where numbers are real or complex; those of 8 bits have no products of their own."""
-    if not (x.dtype.is_floating_point or x.dtype.is_complex):
-        return x
-    return (x.float() * 0.75).to(x.dtype) if x.element_size() == 1 else x * 0.75

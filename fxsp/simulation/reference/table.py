@@ -10,59 +10,25 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fxsp.errors import UnsupportedError, VerificationError
 from fxsp.simulation.reference import ops, ring, split_kv
-from fxsp.simulation.reference.lanes import Lanes, pieces, poisoned
+from fxsp.simulation.reference.lanes import Lanes
 from fxsp.torch_internals import parameters
 
-__all__ = ["Call", "Lanes", "bind"]
+__all__ = ["Lanes", "bind"]
 
 
-@dataclass(frozen=True)
-class Call:
-    """An fxsp operator with its operands."""
+def bind(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int
+) -> tuple[Callable[..., Lanes], dict[str, Any]]:
+    """What operator ``name`` means, and its arguments by name; tensor operands are :class:`Lanes`.
 
-    name: str
-    function: Callable[..., Lanes]
-    arguments: dict[str, Any]
-
-    def run(self, *, poison_pads: bool = False) -> Lanes:
-        """Execute it; ``poison_pads`` overwrites the pads it makes, unless they are promised to be zero."""
-        given = self.arguments
-        result = self.function(**given)
-        if not poison_pads or given.get("zero_pads", True):
-            return result
-        if self.name == "pack_heads":
-            length = given["xs"][0][0].shape[2]
-            return Lanes([poisoned(y, y, 1, torch.arange(y.shape[1]) >= length) for y in result])
-        x, lengths, size, dim = given["x"], given["lengths"], given["size"], given.get("dim", 0)
-        whole = given.get("whole", [False] * len(lengths))
-        found = list(pieces(lengths, whole, size, given.get("head_tail", ()), given.get("units", ())))
-        if self.name == "deal":
-            pads = torch.cat([piece.dealt() >= piece.length for piece in found])
-            return Lanes([poisoned(y, lane, dim, pads) for y, lane in zip(result, x, strict=True)])
-        of_rank = [torch.cat([piece.rows(r) >= piece.length for piece in found]) for r in range(size)]
-        if self.name == "shard":
-            return Lanes([poisoned(y, lane, dim, pads) for y, lane, pads in zip(result, x, of_rank, strict=True)])
-        # pack: for each receiver
-        return Lanes(
-            [
-                torch.stack([poisoned(block, lane, 0, pads) for block, pads in zip(y, of_rank, strict=True)])
-                for y, lane in zip(result, x, strict=True)
-            ]
-        )
-
-
-def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Call:
-    """The call of operator ``name``; tensor operands are :class:`Lanes`.  Dropped is what its meaning does not ask for.
-
-    Raises ``VerificationError`` if the call is for another number of ranks, ``UnsupportedError`` if the operator is
-    unknown.
+    Dropped is what its meaning does not ask for.  Raises ``VerificationError`` if the call is for another number of
+    ranks, ``UnsupportedError`` if the operator is unknown.
     """
     function = _OPERATORS.get(name)
     if function is None:
@@ -76,7 +42,7 @@ def bind(name: str, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> C
         raise VerificationError(f"fxsp::{name} is for {of} ranks, the simulation has {size}")
     if "size" in asked:
         arguments["size"] = of
-    return Call(name, function, arguments)
+    return function, arguments
 
 
 def _lanes(function: Callable[..., Any]) -> Callable[..., Lanes]:

@@ -135,10 +135,8 @@ def _mask_of_place(x: Attend, mask: Node) -> Node:
     if len(shape) >= 3 and not same_length(shape[-3], 1):
         mask = build.take(mask, len(shape) - 3, u)
     if len(shape) >= 2 and not (same_length(shape[-2], 1) and not same_length(queries.length, 1)):
-        rank, size, _ = build.at_rank()
-        rows = build.call(
-            _ops.place_positions.default, *build.sequence(queries), u, rank, size, x.device, *build.placed(queries)
-        )
+        where = *build.sequence(queries), u, *build.at_rank()[:2]
+        rows = build.call(_ops.place_positions.default, *where, x.device, *build.placed(queries))
         mask = build.call(aten.index_select.default, mask, len(shape) - 2, rows)
     return mask
 
