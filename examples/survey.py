@@ -85,7 +85,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        widths = (24, 36, 9, 5, 8, 4, 14, 14, 0)
+        widths = (27, 36, 9, 5, 8, 4, 14, 14, 0)
         return " ".join(f"{cell:<{width}}" for cell, width in zip(astuple(self), widths, strict=True)).rstrip()
 
 
