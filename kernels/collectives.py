@@ -40,8 +40,7 @@ def _moved(y: Tensor, like: Tensor) -> Tensor:
 
 
 def _summed(y: Tensor, like: Tensor) -> Tensor:
-    y = wait(y)
-    return y if y.dtype == like.dtype else y.to(like.dtype)
+    return wait(y).to(like.dtype)
 
 
 def wait(pending: Tensor) -> Tensor:
@@ -58,8 +57,7 @@ def summand_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def summand(x: Tensor) -> Tensor:
     """``x`` as it is summed, contiguous."""
-    dtype = summand_dtype(x.dtype)
-    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
+    return x.to(summand_dtype(x.dtype)).contiguous()
 
 
 def start_all_reduce(x: Tensor, group: str) -> Tensor:

@@ -12,6 +12,7 @@ has ``ceil(n / P)`` rows in each block, the last ones pads; one that is ``whole`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,21 +30,16 @@ __all__ = ["pack_heads", "pack_rows", "tile", "unit", "unpack_heads", "unpack_ro
 SEGMENTS = 4
 
 
-def _is_multiple(n: Any, of: int) -> bool:
-    """Whether ``of`` certainly divides ``n``; adds no guard."""
-    length = as_length(n)
-    return length % of == 0  # of a symbolic one: of the expression
-
-
 def unit(itemsize: int, width: int, *strides: Any) -> int:
     """How many elements, at most 16 bytes, lie side by side in tensors whose last stride comes last.
 
     ``width``: elements side by side in a row.  ``strides``: of all tensors, those of the elements as a tuple each.
     """
     count = 16 // itemsize
+    lengths = [as_length(n) for s in strides for n in s[:-1]]  # asked as expressions: that adds no guard
     while count > 1:
         inner = all(same_length(as_length(s[-1]), 1) for s in strides)
-        if inner and width % count == 0 and all(_is_multiple(n, count) for s in strides for n in s[:-1]):
+        if inner and width % count == 0 and all(n % count == 0 for n in lengths):
             return count
         count //= 2
     return 1
@@ -62,9 +58,9 @@ def _tiles(n: Any, of: int) -> Any:
     return (n + of - 1) // of
 
 
-def _strides(x: Tensor, per: int) -> list[Any]:
+def _in_units(strides: Sequence[Any], per: int) -> list[Any]:
     """Strides in units of ``per`` elements, the last one in elements."""
-    return [*(s // per for s in x.stride()[:-1]), x.stride(-1)]
+    return [*(s // per for s in strides[:-1]), strides[-1]]
 
 
 @triton_op("fxsp_kernels::pack_heads", mutates_args=())
@@ -82,7 +78,7 @@ def pack_heads(xs: list[Tensor], rows: int, zero_pads: bool, size: int) -> Tenso
     chunks = sum(_tiles(h * width, block_e) for h in heads)
     q, k, v = [*xs, xs[0], xs[0]][:TENSORS]
     hq, hk, hv = [*heads, 0, 0][:TENSORS]
-    strides = [n for x in (q, k, v) for n in _strides(x, per)]
+    strides = [n for x in (q, k, v) for n in _in_units(x.stride(), per)]
     wrap_triton(pack_heads_kernel)[(_tiles(rows, block_l), size * batch, chunks)](
         q, k, v, out, *strides, batch, length, rows,
         HQ=hq, HK=hk, HV=hv, D=width, UNIT=per, ZERO=zero_pads, BLOCK_L=block_l, BLOCK_E=block_e,
@@ -106,7 +102,7 @@ def unpack_heads(x: Tensor, heads: list[int], length: int) -> Tensor:
     chunks = sum(_tiles(h * width, block_e) for h in heads)
     hq, hk, hv = [*heads, 0, 0][:TENSORS]
     wrap_triton(unpack_heads_kernel)[(_tiles(length, block_l), size * batch, chunks)](
-        x, out, *_strides(x, per), batch, size, length,
+        x, out, *_in_units(x.stride(), per), batch, size, length,
         HQ=hq, HK=hk, HV=hv, D=width, UNIT=per, BLOCK_L=block_l, BLOCK_E=block_e,
     )  # fmt: skip
     return out
@@ -169,7 +165,7 @@ def pack_rows(
     at_x, at_out = [x.stride(0), *xi], [*rows_out.stride()[:2], *oi]
     itemsize = out.element_size()
     per = unit(itemsize, d, at_x, at_out)
-    across, row = _across(a, h, d, itemsize)
+    row, across = tile(a * h * d if isinstance(a, int) else h * d, itemsize)
     for start, local, rows, four, bits in _groups(parts):
         wrap_triton(pack_rows_kernel)[(_tiles(rows, row), _tiles(a * h * d, across), blocks)](
             x, out, *_in_units(at_x, per), *_in_units(at_out, per), a, size, rank, rows, start, local, *four,
@@ -191,20 +187,10 @@ def unpack_rows(x: Tensor, lengths: list[int], whole: list[bool], size: int, ran
     at_x, at_out = [*x.stride()[:2], *xi], [rows_out.stride(0), *oi]
     itemsize = out.element_size()
     per = unit(itemsize, d, at_x, at_out)
-    across, row = _across(a, h, d, itemsize)
+    row, across = tile(a * h * d if isinstance(a, int) else h * d, itemsize)
     for start, local, _, four, bits in _groups(placed(lengths, whole, int(size))):
         wrap_triton(unpack_rows_kernel)[(_tiles(sum(four), row), _tiles(a * h * d, across))](
             x, out, *_in_units(at_x, per), *_in_units(at_out, per), a, size, rank, start, local, *four,
             H=h, D=d, UNIT=per, WHOLE=bits, BLOCK_L=row, BLOCK_E=across,
         )  # fmt: skip
     return out
-
-
-def _across(a: Any, h: int, d: int, itemsize: int) -> tuple[int, int]:
-    """Elements and rows of a tile."""
-    rows, across = tile(a * h * d if isinstance(a, int) else h * d, itemsize)
-    return across, rows
-
-
-def _in_units(strides: list[Any], per: int) -> list[Any]:
-    return [*(s // per for s in strides[:-1]), strides[-1]]

@@ -127,7 +127,7 @@ def meetings(
     if window is None and not causal:
         return [Meeting(everyone, tuple(usable), pads=any(keys[j].pads for j in usable))]
     one = len({c.segment for c in (*queries, *keys)}) == 1
-    if window is None and same and one and _places(queries) == _places(keys):
+    if window is None and same and one and [q.place for q in queries] == [k.place for k in keys]:
         # The rows of one segment are in order, and pads come last: a query that is no pad sees none.
         return [Meeting(everyone, tuple(usable), "causal")]
     if causal and not (same or all(c.static for c in (*queries, *keys))):
@@ -150,10 +150,6 @@ def meetings(
             result.append(Meeting((i,), cut, "positions", any(keys[j].pads for j in cut)))
     _close(open_for, keys, queries, result, causal)
     return result
-
-
-def _places(chunks: Sequence[Chunk]) -> list[int]:
-    return [chunk.place for chunk in chunks]
 
 
 @lru_cache(maxsize=4096)

@@ -24,10 +24,7 @@ __all__ = ["AutocastState", "ExplicitAutocast"]
 
 
 class ExplicitAutocast(Mapping[Any, Any]):
-    """Operator -> a function that traces it with the casts of the autocast context it is called in.
-
-    ``always=False`` makes it an empty table, for graphs that never meet autocast.
-    """
+    """Operator -> a function that traces it with the casts of the autocast context it is called in."""
 
     def __init__(self) -> None:
         self._changed: dict[tuple[Any, ...], bool] = {}

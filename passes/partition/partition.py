@@ -217,13 +217,16 @@ class _Partitioner(Converter):
 
     def arguments(self, call: Call, decision: Decision) -> dict[str, Any]:
         """The arguments of ``call`` by name, operands local and of the types that ``decision`` asks for."""
-        operands: dict[Node, list[Node]] = {}
+        operands: list[Node] = []
         for i, (old, needed) in enumerate(zip(call.operands, decision.operands, strict=True)):
             new = self.get(self.values[old], needed)
             if i in decision.masked[:1] and isinstance(needed, Shard):
                 new = self.build.masked(new, shape_of(old), needed)
-            operands.setdefault(old, []).append(new)
-        return _map_in_order(call.arguments, operands, self.copies)
+            operands.append(new)
+        # Occurrence by occurrence: one value may be needed in two forms.
+        left = iter(operands)
+        local = lambda old: self.copies[old] if tensor_value(old) is None else next(left)  # noqa: E731
+        return {name: torch.fx.map_arg(value, local) for name, value in call.arguments.items()}
 
     def same_call(self, call: Call, decision: Decision) -> Node:
         """The same call on these arguments; a summand is wide."""
@@ -263,17 +266,3 @@ def _splits_of(outputs: Any) -> list[tuple[int, Split]]:
             )
             found.append((position, Split(type_.dim, text, name)))
     return found
-
-
-def _map_in_order(
-    arguments: dict[str, Any], operands: dict[Node, list[Node]], scalars: dict[Node, Any]
-) -> dict[str, Any]:
-    """The arguments with every operand replaced, occurrence by occurrence (one value may be needed in two forms)."""
-    queues = {old: list(new) for old, new in operands.items()}
-
-    def swap(old: Node) -> Any:
-        if old in queues:
-            return queues[old].pop(0)
-        return scalars[old]
-
-    return {name: torch.fx.map_arg(value, swap) for name, value in arguments.items()}
