@@ -83,7 +83,7 @@ def use(x: Any, region: Region) -> Any:
 def _check_history(x: Tensor) -> None:
     """Refuse what a custom ``autograd.Function`` made of split values: its backward would get this rank's rows, of
     which nothing tells it that they are not all tokens."""
-    made_by = custom_function(x)
+    made_by = custom_function(x.grad_fn)
     if made_by:
         refuse(made_by, "is an autograd.Function whose backward cannot tell this rank's tokens from all of them")
 

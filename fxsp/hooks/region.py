@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,18 +113,23 @@ class Region:
         """Whether the model runs eagerly, called through its hooks, in this thread."""
         return bool(getattr(self._threads, "calls", None))
 
-    def enter(self) -> None:
-        """The model is called."""
-        if not hasattr(self._threads, "calls"):
-            self._threads.calls = []
-        if not self._threads.calls:
+    @contextmanager
+    def calling(self, given_up: bool) -> Iterator[None]:
+        """One eager call of the model; ``given_up``: it was to be compiled, and is not."""
+        calls = self._threads.__dict__.setdefault("calls", [])
+        if not calls:
             if self.resolved and self.size > 1:  # gone: an error before anything waits for it
                 check_group(self.rank, self.size, self.group)
             self.report = Report()
-        self._threads.calls.append(Call())
+        calls.append(Call())
+        try:
+            if given_up:
+                self._took_over()
+            yield
+        finally:
+            self._last = calls.pop()
 
-    def took_over(self) -> None:
-        """The call in progress was to be compiled, and is not."""
+    def _took_over(self) -> None:
         note = "hooks run this call eagerly: it was not compiled as one graph (a graph break, or the recompile limit)"
         self.note(note)
         if note not in self.warned:
@@ -134,10 +141,6 @@ class Region:
         """Write a note into the report, once; where Dynamo traces there is none."""
         if not torch.compiler.is_compiling() and note not in self.report.notes:
             self.report.notes.append(note)
-
-    def leave(self) -> None:
-        """The call ends, normally or not."""
-        self._last = self._threads.calls.pop()
 
     def trace(self) -> None:
         """A call of the model that Dynamo traces begins, or ends."""

@@ -237,7 +237,8 @@ class SequenceParallelRootHook(_RegionHook):
             self.region.resolve()
         if not self._acts(module):
             return nullcontext()
-        return _one_graph() if compiling else _eager_call(self.region, given_up)
+        # If a compiler gave up on the model, it does not try its parts.
+        return _split_mode(nullcontext() if compiling else self.region.calling(given_up))
 
     def _acts(self, module: nn.Module) -> bool:
         return self.region.size > 1 and not (torch.compiler.is_compiling() and sp_is_tracing())
@@ -258,26 +259,13 @@ class SequenceParallelRootHook(_RegionHook):
 
 
 @contextmanager
-def _one_graph() -> Iterator[None]:
+def _split_mode(call: AbstractContextManager[Any]) -> Iterator[None]:
     """A :class:`SplitMode` that Dynamo does not break a graph in: what it cannot trace as one runs eagerly.
 
     (It would enter the mode for real at the break, around operators that the rules were applied to already.)
     """
-    with SplitMode():
+    with call, SplitMode():
         yield
-
-
-@contextmanager
-def _eager_call(region: Region, given_up: bool) -> Iterator[None]:
-    """One eager call of the model; if a compiler gave up on the model, it does not try its parts."""
-    region.enter()
-    try:
-        if given_up:
-            region.took_over()
-        with SplitMode():
-            yield
-    finally:
-        region.leave()
 
 
 def needs_lengths(specs: Iterable[Any]) -> list[str]:
