@@ -85,7 +85,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        widths = (24, 36, 9, 5, 8, 4, 14, 14, 0)
+        widths = (27, 36, 9, 5, 8, 4, 14, 14, 0)
         return " ".join(f"{cell:<{width}}" for cell, width in zip(astuple(self), widths, strict=True)).rstrip()
 
 
@@ -161,7 +161,7 @@ def survey(name: str, build: Build, ranks: int) -> Row:
         name,
         kind,
         f"{found.graphs} ({found.split})",
-        f"{found.part:.2f}",
+        f"{found.part:.3f}",
         str(found.sent),
         str(found.gathers),
         f"{found.infer:.2f} of {found.seconds:.2f}",
@@ -178,7 +178,7 @@ def _own(model: torch.nn.Module, inputs: dict[str, Any], ranks: int) -> str:
     if any(result.report.inferred is not None for result in explanation.results):
         return "does not fit"
     found = measure(explanation)
-    return f"{found.part:.2f}, {found.sent}"
+    return f"{found.part:.3f}, {found.sent}"
 
 
 def _explained(model: torch.nn.Module, inputs: dict[str, Any], ranks: int, options: dict[str, Any]) -> Explanation:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["MODELS", "Built", "Row", "angles", "grid", "mask", "models_of", "text"]
+__all__ = ["MODELS", "Built", "Row", "angles", "grid", "mask", "models_of", "ready", "text"]
 
 Built = tuple[torch.nn.Module, dict[str, Any]]
 #: Class, shape of the main input, changes of :data:`CONFIG`, inputs beside the usual ones.
@@ -79,6 +79,17 @@ def inputs() -> dict[str, Any]:
     }
 
 
+def ready(model: torch.nn.Module) -> torch.nn.Module:
+    """In evaluation mode, with noise where weights begin as constants: those would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 3:  # weights of experts are allocated, and not initialized
+                parameter.normal_(0, 0.1)
+            if parameter.is_floating_point() and (parameter.ndim < 2 or not parameter.any()):
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
 def build(name: str, shape: tuple[int, ...], changes: dict[str, Any], more: Callable[[], dict[str, Any]]) -> Built:
     """A model in evaluation mode, and the keyword arguments of its forward."""
     import diffusers.models.transformers as classes
@@ -96,7 +107,7 @@ def build(name: str, shape: tuple[int, ...], changes: dict[str, Any], more: Call
     main = next(key for key in forward if key != "self")
     if "return_dict" in forward:
         wanted["return_dict"] = False
-    return model.eval(), {main: torch.randn(shape), **needed, **wanted}
+    return ready(model), {main: torch.randn(shape), **needed, **wanted}
 
 
 def models_of(rows: dict[str, Row]) -> dict[str, Callable[[], Built]]:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from survey_diffusers import ready
 
 __all__ = ["MODELS"]
 
@@ -285,7 +286,7 @@ def _build(auto: str, kind: str, changes: dict[str, Any], inputs: Callable[[], d
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **changes)
     model = getattr(transformers, auto).from_config(config)
-    return model.eval(), {**inputs(), "return_dict": False}
+    return ready(model), {**inputs(), "return_dict": False}
 
 
 #: Name -> a function that builds a model in evaluation mode, and the keyword arguments of its forward.
