@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fxsp.errors import OptionError
 from fxsp.inspection.diff import diff_stages
 from fxsp.inspection.printer import Row, format_rows
 from fxsp.inspection.report_text import report_lines
+from fxsp.inspection.wire import format_bytes
 from fxsp.offline.partition import OfflineResult, partition_offline
 from fxsp.offline.progress import check_size, told
 from fxsp.offline.provenance import UnknownNameError, reasons
@@ -184,7 +185,8 @@ def explain(
     No process group, no device and no weights: parameters and inputs may be on the meta device.  ``config`` are
     degrees (a :class:`~fxsp.SequenceParallelConfig`), ``plan`` replaces the model's own; ``options`` are further
     options of the backend.  Keyword arguments of the model with those names go into ``args``.  ``progress`` tells, on
-    standard error, what is going on if it takes more than two seconds.
+    standard error, what is going on if it takes more than two seconds.  Where the model's own plan is
+    used, and one that is inferred would do less work or send fewer bytes by more than 5 %, a note says so.
 
     Raises what the backend raises (``PlanError``, ``OptionError``, ``UnsupportedError``, ``StrictError``).
     """
@@ -197,8 +199,34 @@ def explain(
         torch.compiler.reset()
         results = partition_offline(model, args, kwargs, world_size=world_size, options=given, stages=True)
         say("counting operations, bytes and memory")
-        measures = [measure(r.program) if r.program is not None else None for r in results]
-    return Explanation(_name(model), world_size, results, measures, time.perf_counter() - start)
+        found = Explanation(_name(model), world_size, results, _measures(results))
+        own = given.get("plan") is None and not any(r.report.inferred is not None for r in results)
+        if own and None not in found.measures:
+            say("looking for a plan beside the model's own")
+            torch.compiler.reset()
+            given |= {"plan": "infer", "strict": False}
+            others = partition_offline(model, args, kwargs, world_size=world_size, options=given)
+            other = Explanation(found.model, world_size, others, _measures(others))
+            if others and None not in other.measures and (better := _better(other, found)):
+                results[0].report.notes.append(better)
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def _measures(results: Iterable[OfflineResult]) -> list[Measures | None]:
+    return [measure(r.program) if r.program is not None else None for r in results]
+
+
+def _better(other: Explanation, own: Explanation) -> str:
+    """A sentence, if an inferred plan has less work or sends fewer bytes than the model's own by more than 5 %."""
+    work = [max(e.flops_per_rank, default=0) for e in (other, own)]
+    sent = [sum(size for _, size in e.communication.values()) for e in (other, own)]
+    if not any(mine < 0.95 * yours for mine, yours in (work, sent)):
+        return ""
+    return (
+        f"the model's own plan is used: {work[1]} operations a rank, {format_bytes(sent[1])} sent; "
+        f"with an inferred one it would be {work[0]} and {format_bytes(sent[0])}"
+    )
 
 
 def _name(model: Any) -> str:

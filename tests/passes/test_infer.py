@@ -88,6 +88,17 @@ class TestSources:
         with pytest.raises(fxsp.PlanError, match=r'no module "7"'):
             report_of(small.Model(), small.inputs(), plan={"blocks.7": {"hidden": SequenceParallelInput(1)}})
 
+    def test_a_better_one_than_the_model_s_own_is_told(self) -> None:
+        """A plan that splits the second block alone; one that is as good as what is found is not spoken of."""
+        model = small.Model()
+        model._sp_plan = {"blocks.1": {"hidden": SequenceParallelInput(1)}}
+        told = fxsp.explain(model, small.inputs(8), world_size=2).results[0].report.notes
+        assert any(note.startswith("the model's own plan is used: ") for note in told)
+        model._sp_plan = small.SPLIT
+        found = fxsp.explain(model, small.inputs(8), world_size=2)
+        assert "inferred" not in str(found)
+        assert found.results[0].report.inferred is None
+
 
 class TestNothing:
     """What is not worth it, or cannot be, runs whole; that is no error and no warning."""

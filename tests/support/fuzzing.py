@@ -6,6 +6,7 @@ compares values, written inputs and gradients.  ``programs`` draws cases; :func:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,15 +23,18 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fxsp.kernels.ops  # noqa: F401
+from fxsp.capture.module_calls import Captured
 from fxsp.config import Options
-from fxsp.errors import UnsupportedError, VerificationError
+from fxsp.errors import RunsWhole, UnsupportedError, VerificationError
 from fxsp.inspection.printer import format_graph
+from fxsp.lengths import equal_lengths, sizes_at_hand
 from fxsp.passes.base import Program
 from fxsp.passes.functionalize.functionalize import functionalize
 from fxsp.passes.graph import facts
+from fxsp.passes.infer.infer import Infer
 from fxsp.passes.normalize.normalize import normalize
 from fxsp.passes.pipeline import Runner, partition_program
-from fxsp.torch_internals import retrace
+from fxsp.torch_internals import known_equalities, retrace
 from fxsp.types import Ranks
 from lockstep import gradients
 from poisoning import run
@@ -112,6 +116,8 @@ class Case:
     #: Degrees ``(ulysses, ring)`` that the user fixes.
     degrees: tuple[int, int] | None = None
     seed: int = 0
+    #: Without the annotations in the program: what is split is found, whether it pays or not.
+    infer: bool = False
     #: The instructions that wrote the program, for statistics.
     instructions: tuple[str, ...] = ()
 
@@ -282,13 +288,13 @@ def _check_compiled(case: Case, poison_pads: bool, result: Result) -> None:
             normal = functionalize(normalize(gm, inputs))
         except UnsupportedError as error:
             raise Refused(str(error)) from error
-        program = partition_program(_program(case, normal))
+        program = _partitioned(case, normal)
         result.programs.append(program)
         return program
 
     torch.compiler.reset()
     function = torch.compile(
-        case.function(_annotate), backend=Simulated(case.size, compile_, poison_pads=poison_pads), fullgraph=True
+        case.function(_plan_of(case)), backend=Simulated(case.size, compile_, poison_pads=poison_pads), fullgraph=True
     )
     for other in _calls(case):
         with _shown(other, None):
@@ -338,7 +344,7 @@ def partition(case: Case) -> Program:
         sizes = [number if isinstance(size, str) else DimDynamic.STATIC for size in spec.shape]
         fake = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(sizes))
         fakes.append(fake.requires_grad_(case.training and value.is_floating_point()))
-    gm = retrace(case.function(_annotate), fakes, mode, {})
+    gm = retrace(case.function(_plan_of(case)), fakes, mode, {})
     for node, fake in zip(gm.graph.find_nodes(op="placeholder"), fakes, strict=True):
         node.meta["val"] = fake  # it says whether gradients are recorded
     try:
@@ -346,7 +352,20 @@ def partition(case: Case) -> Program:
     except UnsupportedError as error:
         raise Refused(str(error)) from error
     # A local length of 1 is specialized when the graph runs on fakes, so symbolic shapes cannot be compared with types.
-    return partition_program(_program(case, gm), Runner(check=not case.dynamic and case.seed % 2 == 0))
+    return _partitioned(case, gm, Runner(check=not case.dynamic and case.seed % 2 == 0))
+
+
+def _plan_of(case: Case) -> Callable[..., torch.Tensor]:
+    return (lambda x, *_: x) if case.infer else _annotate
+
+
+def _partitioned(case: Case, gm: torch.fx.GraphModule, runner: Runner | None = None) -> Program:
+    program = _program(case, gm)
+    if case.infer:
+        program.inferring, program.captured = True, Captured(None, None)
+        with equal_lengths(known_equalities(gm)), sizes_at_hand(program.sizes), contextlib.suppress(RunsWhole):
+            Infer(at_any_price=True).apply(program)
+    return partition_program(program, runner)
 
 
 def _program(case: Case, gm: torch.fx.GraphModule) -> Program:
