@@ -33,7 +33,7 @@ from torch.fx import Node
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Pass, Program
-from fxsp.passes.graph import is_split, reachable, type_of
+from fxsp.passes.graph import facts, is_split, mark, reachable, type_of
 from fxsp.passes.infer.demand import Birth, Births, Seed, seeds_of_attentions, seeds_of_work
 from fxsp.passes.infer.naming import Namer
 from fxsp.passes.infer.price import Price, Pricing
@@ -83,6 +83,9 @@ class Infer(Pass):
         report.notes.append(f"the plan is inferred: {best.price}")
         others = [(one.births, one.price) for one in search.tried.values() if one is not None]
         report.notes.extend(alternatives((best.births, best.price), others, namer))
+        for node in program.graph.nodes:
+            if facts(node).spelled:
+                mark(node, spelled=())  # Dynamo's graph is not kept
         program.gm.recompile()
         return program
 
