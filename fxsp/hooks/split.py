@@ -241,7 +241,8 @@ class SequenceParallelRootHook(_RegionHook):
         return _split_mode(nullcontext() if compiling else self.region.calling(given_up))
 
     def _acts(self, module: nn.Module) -> bool:
-        return self.region.size > 1 and not (torch.compiler.is_compiling() and sp_is_tracing())
+        # Asked first: what is said of it, is said of one rank, too.
+        return not (torch.compiler.is_compiling() and sp_is_tracing()) and self.region.size > 1
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._acts(module):
