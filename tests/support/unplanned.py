@@ -20,8 +20,6 @@ WIDTH, HEADS = 16, 4
 MODULES: dict[str, Callable[[], Built]] = {}
 HELD = {
     "RunningMean": "aten.cumsum",
-    "ShortConvolution": "aten.pad",
-    "GroupedNorm": "aten.group_norm",
     "FourierMixing": "aten.fft_fft",
     "KeptTokens": "aten.topk",
     "Windows": "aten.reshape",
