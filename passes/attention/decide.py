@@ -3,6 +3,17 @@
 The decision is made where types are known (*propagate*): of the methods (:mod:`fxsp.passes.attention.methods`) that are
 legal the costs decide.  The nodes are written by *lower_attention* once the graph is local.
 
+========== ==================================== ======================================================================
+method     when                                 what moves
+========== ==================================== ======================================================================
+local      queries split, keys/values whole     nothing
+ulysses    both split, heads divide             one all-to-all of q, k, v; one of the output (DeepSpeed-Ulysses)
+hybrid     heads divide over some ranks only    the same among those, keys and values around a ring of the others
+ring       it is asked for                      keys and values, block by block
+gather_kv  both split, or keys alone            one all-gather of keys and values
+merged     queries whole, keys split            one all-gather of the outputs, and of their log-sum-exps
+========== ==================================== ======================================================================
+
 Without a ring an attention sees keys and values in their original order, whole and without pads, so masks and the
 causal flag keep their global meaning; a mask is cut by query rows or by heads, never reordered.
 """
