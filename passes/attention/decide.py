@@ -180,7 +180,8 @@ def _repeats(call: Call, kv_types: list[Type]) -> int:
     found = set()
     for name, type_ in zip(("key", "value"), kv_types, strict=True):
         x, times = repeated_heads(call[name])
-        if times > 1 and not type_of(x).same_as(type_):
+        source = type_of(x)
+        if times > 1 and not (isinstance(source, Shard) and source.same_as(type_)):
             return 1
         found.add(times)
     return found.pop() if len(found) == 1 else 1

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fuzzing
 import fxsp
 import models
 import small
 import zoo
 from distributed import Pool
+from fuzzing import Input, check
 from fxsp import SequenceParallelInput, SequenceParallelOutput
 from fxsp.offline.partition import partition_offline
 from running import Case, run_case
@@ -177,6 +179,22 @@ class TestChoice:
             options = {"plan": "infer", "strict": True}
             (result,) = partition_offline(model, (), inputs, world_size=2, options=options)
         assert SequenceParallelOutput(1, expected_dims=3) in [entry.spec for entry in result.report.inferred or ()]
+
+
+REPEATED = """
+def program(x1, w10):
+    x1.fill_(0.25)
+    t11 = F.linear(x1, w10)
+    t14 = x1.unflatten(2, (4, -1)).transpose(1, 2)
+    t17 = t11.unflatten(2, (1, -1)).transpose(1, 2).repeat_interleave(4, dim=1)
+    t18 = x1.unflatten(2, (1, -1)).transpose(1, 2).repeat_interleave(4, dim=1)
+    return F.scaled_dot_product_attention(t14, t17, t18)
+"""
+
+
+def test_whole_values_beside_split_keys_whose_heads_are_repeated() -> None:
+    """The values are a constant, which is whole; the keys are computed of tokens that are split."""
+    check(fuzzing.Case(REPEATED, (Input("x1", (1, "S0", 8)), Input("w10", (2, 8))), {"S0": 2}, size=2, infer=True))
 
 
 class TestGraphs:

@@ -211,6 +211,7 @@ check(
         dynamic={case.dynamic},
         dynamo={case.dynamo},
         degrees={case.degrees},
+        infer={case.infer},
         seed={case.seed},
     )
 )
