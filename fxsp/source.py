@@ -89,7 +89,7 @@ def place(node: torch.fx.Node) -> str:
 
 def is_of_module(source: str) -> bool:
     """Whether a Dynamo source is that of a parameter or buffer."""
-    return _OF_MODULE.search(source) is not None and not source.endswith("]._modules")
+    return _OF_MODULE.search(source) is not None
 
 
 def input_name(source: str) -> str:

@@ -61,11 +61,15 @@ def own_nodes(call: ModuleCall, calls: list[ModuleCall]) -> list[fx.Node]:
     return [node for node in region if node not in inside]
 
 
+def _results(function: str, call: ModuleCall, calls: list[ModuleCall]) -> list[fx.Node]:
+    """What the module itself gets from a function, call by call."""
+    return [node for node in own_nodes(call, calls) if function_name(node) == function]
+
+
 def result_name(node: fx.Node, call: ModuleCall, calls: list[ModuleCall]) -> str:
     """``"cat#1"``: the second result of ``cat`` among the functions that the module calls itself."""
     name = function_name(node)
-    same = [other for other in own_nodes(call, calls) if function_name(other) == name]
-    return f"{name}#{same.index(node)}"
+    return f"{name}#{_results(name, call, calls).index(node)}"
 
 
 @dataclass(eq=False)
@@ -88,7 +92,7 @@ class Captured:
     def result(self, call: ModuleCall, name: str) -> Any:
         """The node that ``"cat#1"`` means in a call; :class:`~fxsp.torch_internals.Opaque` where there is none."""
         function, _, index = name.partition("#")
-        same = [node for node in own_nodes(call, self.calls) if function_name(node) == function]
+        same = _results(function, call, self.calls)
         if int(index) < len(same):
             return same[int(index)]
         return Opaque(f"the module calls {function} {len(same)} times here")

@@ -33,7 +33,7 @@ from torch.fx import Node
 from fxsp.errors import RunsWhole, UnsupportedError
 from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.base import Pass, Program
-from fxsp.passes.graph import facts, is_split, mark, reachable, type_of
+from fxsp.passes.graph import facts, is_split, mark, reachable
 from fxsp.passes.infer.demand import Birth, Births, Seed, seeds_of_attentions, seeds_of_work
 from fxsp.passes.infer.naming import Namer
 from fxsp.passes.infer.price import Price, Pricing
@@ -109,7 +109,7 @@ class _Search:
     seeds: dict[Birth, list[Seed]] = field(default_factory=dict)
     tried: dict[frozenset[Birth], Candidate | None] = field(default_factory=dict)
     #: Candidate -> values that it gathers, and calls that do all of their work on every rank, the most work first.
-    gathered: dict[frozenset[Birth], list[Node]] = field(default_factory=dict)
+    gathered: dict[frozenset[Birth], list[tuple[Node, int]]] = field(default_factory=dict)
     rest: dict[frozenset[Birth], list[tuple[int, Node]]] = field(default_factory=dict)
     #: Why a candidate cannot be compiled.
     refusal: str = ""
@@ -142,11 +142,12 @@ class _Search:
 
     def ends(self, best: Candidate) -> list[Birth]:
         """Values that an operator needs whole, with nothing to compute afterwards but views and elementwise maps."""
-        self.price(best.births, anew=True)
-        gathered = [node for node in self.gathered[frozenset(best.births)] if not is_annotate(node)]
         works = self.pricing.works
-        ends = [n for n in gathered if not any(works.get(user) for user in reachable(n.users, lambda m: m.users))]
-        return [Birth(node, type_of(node).dim) for node in ends]
+        return [
+            Birth(node, dim)
+            for node, dim in self.gathered[frozenset(best.births)]
+            if not is_annotate(node) and not any(works.get(user) for user in reachable(node.users, lambda m: m.users))
+        ]
 
     def _remember(self, found: dict[Seed, tuple[Birth, ...]]) -> dict[Seed, tuple[Birth, ...]]:
         for seed, births in found.items():

@@ -78,8 +78,8 @@ class Pricing:
     program: Program
     #: Nodes whose work is whole, as the last price found them, the most work first.
     whole: list[tuple[int, Node]] = field(default_factory=list)
-    #: Values that it found to be gathered because an operator needs all tokens.
-    gathered: list[Node] = field(default_factory=list)
+    #: Values that it found to be gathered because an operator needs all tokens, and the dimension of these.
+    gathered: list[tuple[Node, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         graph, number = self.program.graph, self.program.number
@@ -132,8 +132,8 @@ class Pricing:
                 return
             twice = 2 if training and x.meta["val"].requires_grad else 1
             sent, messages = sent + twice * moved, messages + twice
-            if kind == "gather" and implicit:
-                self.gathered.append(x)
+            if isinstance(have, Shard) and kind == "gather" and implicit:
+                self.gathered.append((x, have.dim))
 
         for call in self._calls:
             decision = facts(call.node).decision
