@@ -25,7 +25,7 @@ from fxsp.lengths import hint
 from fxsp.passes.graph import Call, facts
 from fxsp.torch_internals import is_operator, packet_of, schema
 
-__all__ = ["FORMULAS", "Shape", "attention_flops", "node_flops", "shapes"]
+__all__ = ["FORMULAS", "Shape", "attention_flops", "bytes_of", "node_flops", "shapes"]
 
 Shape = tuple[int, ...]
 #: The shape of a node that is a tensor, as numbers: the operands of what :data:`FORMULAS` counts are.
@@ -40,6 +40,11 @@ def shapes(value_of: Callable[[Node], Any], number: Callable[[Any], int]) -> Cal
         return tuple(map(number, value.shape)) if isinstance(value, torch.Tensor) else None
 
     return shape_of
+
+
+def bytes_of(value: torch.Tensor, number: Callable[[Any], int]) -> int:
+    """The bytes of a tensor; ``number`` reads a size."""
+    return prod(map(number, value.shape)) * value.element_size()
 
 
 def _linear(call: Call, shape_of: ShapeOf) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from fxsp.cost.flops import node_flops, shapes
+from fxsp.cost.flops import bytes_of, node_flops, shapes
 from fxsp.cost.formula import Formula, Names, Sent, formula_of, memory_formulas, rows_of
 from fxsp.kernels.ops import op_of
 from fxsp.passes.base import Program
@@ -20,7 +19,7 @@ from fxsp.passes.verify import infer_local
 from fxsp.torch_internals import storage_key
 from fxsp.types import Shard
 
-__all__ = ["Measures", "bytes_of", "measure"]
+__all__ = ["Measures", "measure"]
 
 
 @dataclass
@@ -93,11 +92,6 @@ def _padding(program: Program, number: Callable[[Any], int]) -> dict[str, tuple[
                 rows = rows_of(tokens, segment.parts, size)
                 found[segment.name] = (tokens, rows, rows * size - tokens)
     return found
-
-
-def bytes_of(value: torch.Tensor, number: Callable[[Any], int]) -> int:
-    """The bytes of a tensor; ``number`` reads a size."""
-    return prod(map(number, value.shape)) * value.element_size()
 
 
 def peak_bytes(graph: Graph, value_of: Callable[[Node], Any], number: Callable[[Any], int], *, training: bool) -> int:

@@ -26,8 +26,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from fxsp.cost.flops import node_flops, shapes
-from fxsp.cost.metrics import bytes_of
+from fxsp.cost.flops import bytes_of, node_flops, shapes
 from fxsp.kernels.ops import op_of
 from fxsp.passes.attention.cost import Link
 from fxsp.passes.graph import facts, local_value

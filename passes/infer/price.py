@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from fxsp.cost.flops import shapes
+from fxsp.cost.flops import bytes_of, shapes
 from fxsp.lengths import hint
 from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.question import AttentionChoice
@@ -88,7 +88,8 @@ class Pricing:
         self._calls: list[_Static] = []
         self._bytes: dict[Node, int] = {}
         for node in graph.nodes:
-            self._bytes[node] = sum(_bytes(v, number) for v in tree_leaves(node.meta.get("val")))
+            tensors = (v for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))
+            self._bytes[node] = sum(bytes_of(value, number) for value in tensors)
             if node.op != "call_function" or is_annotate(node) or not is_operator(node.target):
                 continue
             views = any(result.alias_info is not None for result in schema(node.target).returns)
@@ -191,12 +192,3 @@ def _conversion(have: object, need: Type, total: int, size: int, *, free: bool) 
     if isinstance(need, Used):
         return "used", int(2 * total * others)
     return "", 0
-
-
-def _bytes(value: object, number: object) -> int:
-    if not isinstance(value, torch.Tensor):
-        return 0
-    count = value.element_size()
-    for n in value.shape:
-        count *= number(n)  # type: ignore[operator]
-    return count
