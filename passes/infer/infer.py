@@ -165,17 +165,23 @@ class _Search:
         return [node for _, node in whole] if most > _REST * max(self.whole.total, 1) else []
 
     def _without_idle(self, best: Candidate) -> Candidate:
-        """Without the kinds of births that do not pay, those of few tokens first."""
+        """Without the kinds of births that do not pay, those of few tokens first, alone or with those before it.
+
+        Together, because what is put together of two sequences is split as long as one of them is.
+        """
         kinds: dict[tuple[object, ...], list[Birth]] = {}
         for birth in best.births:
             kinds.setdefault(kind_of(birth), []).append(birth)
+        kept: list[Birth] = []
         for kind in sorted(kinds.values(), key=lambda births: births[0].length):
-            if len(self.tried) >= _MOST:
-                break
-            left = tuple(b for b in best.births if b not in kind)
-            without = self.price(left) if left else None
-            if without is not None and self._pays_less(without.price, best.price):
-                best = without
+            for idle in (kind, [*kept, *kind]) if kept else (kind,):
+                left = tuple(b for b in best.births if b not in idle)
+                without = self.price(left) if left and len(self.tried) < _MOST else None
+                if without is not None and self._pays_less(without.price, best.price):
+                    best, kept = without, [birth for birth in kept if birth not in idle]
+                    break
+            else:
+                kept += kind
         return best
 
     def _pays_less(self, without: Price, price: Price) -> bool:
