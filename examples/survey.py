@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python examples/survey.py                                      all of them (half an hour)
     OMP_NUM_THREADS=1 python examples/survey.py llama flux --ranks 4                 some of them
+    OMP_NUM_THREADS=1 python examples/survey.py --verify 2 3 4                       and is it right?  (an hour)
     OMP_NUM_THREADS=1 python examples/survey.py --markdown docs/survey.md            also as a table
 
 Every model is small, has random weights, and is explained for so many ranks with an inferred plan; where its class
@@ -13,6 +14,7 @@ carries a plan, with that one as well.  No process group is needed.  A row of th
 - sent: the bytes that a rank sends in a forward pass, and gathers: values that an operator needs whole,
 - infer, of all: seconds that inference takes, and all that is done with the graphs of Dynamo before Inductor,
 - own plan: work and bytes with the plan of the class,
+- error: the largest relative error of an output on simulated ranks (``--verify``), beside one process,
 - what forbids more, where a rank does more than 0.55 of the work: why graphs run whole, and the operators that do.
 
 ``--markdown`` keeps the rows that its file has of other models, so a table can be made in parts.
@@ -27,7 +29,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +55,15 @@ HEADINGS = (
     "gathers",
     "infer, of all [s]",
     "own plan: work, sent",
+    "error",
     "what forbids more",
 )
 #: The number of a block in the path of a module.
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PREAMBLE = """# Survey: models without a plan
 
-Made by `python examples/survey.py --markdown docs/survey.md`, which says what the columns are; small models, {ranks}
-ranks, torch {torch}, diffusers {diffusers}, transformers {transformers}.
+Made by `python examples/survey.py --verify 2 3 4 --markdown docs/survey.md`, which says what the columns are; small
+models, {ranks} ranks, torch {torch}, diffusers {diffusers}, transformers {transformers}.
 """
 
 
@@ -76,6 +79,7 @@ class Row:
     gathers: str = ""
     seconds: str = ""
     own: str = ""
+    error: str = ""
     forbids: str = ""
 
     @property
@@ -85,7 +89,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        widths = (27, 36, 9, 5, 8, 4, 14, 14, 0)
+        widths = (27, 36, 9, 5, 8, 4, 14, 14, 7, 0)
         return " ".join(f"{cell:<{width}}" for cell, width in zip(astuple(self), widths, strict=True)).rstrip()
 
 
@@ -142,14 +146,18 @@ def measure(explanation: Explanation) -> Measured:
     )
 
 
-def survey(name: str, build: Build, ranks: int) -> Row:
-    """Explain one model; what cannot be built or compiled is a row as well, with its reason."""
+def survey(name: str, build: Build, ranks: int, verified: Sequence[int] = ()) -> Row:
+    """Explain one model, and run it on as many simulated ranks as ``verified`` says.
+
+    What cannot be built or compiled is a row as well, with its reason.
+    """
     kind = ""
     try:
         model, inputs = build()
         kind = type(model).__name__
         found = measure(_explained(model, inputs, ranks, {"plan": "infer"}))
         own = _own(model, inputs, ranks)
+        worst = _error(model, inputs, verified) if verified else ""
     except Exception as error:  # noqa: BLE001  (the table says what failed)
         what = "refused" if isinstance(error, FxspError) else "not traced" if kind else "not built"
         logging.getLogger(__name__).info("%s", traceback.format_exc())
@@ -166,6 +174,7 @@ def survey(name: str, build: Build, ranks: int) -> Row:
         str(found.gathers),
         f"{found.infer:.2f} of {found.seconds:.2f}",
         own,
+        worst,
         "; ".join(forbids) if found.part > _enough(ranks) else "",
     )
 
@@ -179,6 +188,15 @@ def _own(model: torch.nn.Module, inputs: dict[str, Any], ranks: int) -> str:
         return "does not fit"
     found = measure(explanation)
     return f"{found.part:.3f}, {found.sent}"
+
+
+def _error(model: torch.nn.Module, inputs: dict[str, Any], sizes: Sequence[int]) -> str:
+    """The largest error of the outputs on simulated ranks; what is not right says so."""
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        evidence = fxsp.verify(model, world_size=tuple(sizes), options={"plan": "infer"}, **inputs)
+    largest = max((error for graph in evidence.graphs for error in graph.outputs), default=0.0)
+    return f"{largest:.0e}" if evidence.ok else f"WRONG {largest:.0e}"
 
 
 def _explained(model: torch.nn.Module, inputs: dict[str, Any], ranks: int, options: dict[str, Any]) -> Explanation:
@@ -249,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="model", help=f"some of: {', '.join(models)}")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--verify", nargs="+", type=int, default=(), metavar="RANKS", help="also run it on so many")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--verbose", action="store_true", help="tracebacks of what fails")
     arguments = parser.parse_args()
@@ -262,7 +281,7 @@ def main() -> None:
     rows = {row.name: row for row in read(arguments.markdown)} if arguments.markdown else {}
     print(Row(*HEADINGS).line)
     for name in arguments.models or models:
-        rows[name] = survey(name, models[name], arguments.ranks)
+        rows[name] = survey(name, models[name], arguments.ranks, arguments.verify)
         print(rows[name].line, flush=True)
         if arguments.markdown:
             write(arguments.markdown, [rows[known] for known in models if known in rows], arguments.ranks)

@@ -140,10 +140,10 @@ def protein(length: int = 37) -> dict[str, Any]:
     }
 
 
-def minimax_h3(sound: int = 11, film: int = 30) -> dict[str, Any]:
+def minimax_h3(sound: int = 22, film: int = 240) -> dict[str, Any]:
     length = TEXT + sound + film
     kinds = torch.tensor([1] * TEXT + [2] * sound + [0] * film)
-    places = torch.cat([torch.arange(float(TEXT + sound))[:, None].expand(-1, 3), TEXT + grid(5, 6)])
+    places = torch.cat([torch.arange(float(TEXT + sound))[:, None].expand(-1, 3), TEXT + grid(film // 6, 6)])
     return {
         "audio_hidden_states": torch.randn(1, sound, 8),
         "timestep": torch.tensor([0.7, 0.3]),
@@ -263,7 +263,7 @@ ROWS: dict[str, Row] = {
     ),
     "minimax_h3": (
         "MiniMaxH3Transformer3DModel",
-        (1, 30, 32),
+        (1, 240, 32),
         {
             "audio_in_channels": 8,
             "time_embed_hidden_dim": 32,

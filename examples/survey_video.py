@@ -167,7 +167,7 @@ ROWS: dict[str, Row] = {
     "wan": ("WanTransformer3DModel", FILM, WAN, dict),
     "wan_i2v": (
         "WanTransformer3DModel",
-        FILM,
+        (1, 8, 5, 32, 32),  # more than the 512 tokens of its text
         {**WAN, "image_dim": 32, "added_kv_proj_dim": 48},
         lambda: {
             "encoder_hidden_states": torch.randn(1, 512, 32),

@@ -24,7 +24,8 @@ def _survey() -> Any:
 
 def test_a_row_and_the_table(tmp_path: Path) -> None:
     survey = _survey()
-    row = survey.survey("clip_text", survey.all_models()["clip_text"], 2)
+    row = survey.survey("clip_text", survey.all_models()["clip_text"], 2, (2, 3))
+    assert float(row.error) < 1e-6
     assert (row.model, row.graphs, row.gathers, row.own, row.forbids) == ("CLIPTextModel", "1 (1)", "0", "", "")
     assert 0.5 <= row.part <= 0.55
     # Of two attentions with 37 tokens of 64 features by heads: q, k, v and o, half of a rank's 19 rows; and the output.
@@ -77,3 +78,17 @@ def test_all_transformers_of_diffusers_are_in_it() -> None:
         for name, kind in inspect.getmembers(module, inspect.isclass):
             if kind.__module__ == module.__name__ and issubclass(kind, ModelMixin) and not name.startswith("Legacy"):
                 assert name in known, name
+
+
+def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fxsp
+
+    survey = _survey()
+    monkeypatch.setattr(fxsp, "verify", lambda *_, **__: _evidence(0.5))
+    assert survey.survey("clip_text", survey.all_models()["clip_text"], 2, (2,)).error == "WRONG 5e-01"
+
+
+def _evidence(error: float) -> Any:
+    from fxsp.offline.verify import Evidence, GraphEvidence
+
+    return Evidence([GraphEvidence(2, [error], names=["output 0"], tolerance=1e-5)])
