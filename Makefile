@@ -37,7 +37,9 @@ bench-gpu: $(VENV)/.torch
 	@$(BIN)/python -c 'import fxsp' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" --editable .
 	$(BIN)/python examples/bench_gpu.py
 
-test: lint types pytest
+# Types are checked beside the first tests, which leave a core alone while they are collected.
+test: lint
+	@$(MAKE) --no-print-directory -j2 types pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import torch
 import fxsp
 from distributed import Pool
 from fxsp import SequenceParallelInput, SequenceParallelPartialInput
-from running import Case, Compiler, build, compiled, error_of, on_this_rank, run_case, simulate_case, simulating
+from running import Case, Compiler, build, compiled, error_of, on_this_rank, simulate_case, simulating
 from small import SPLIT, Model, inputs
 
 Ranks = Callable[[int], Pool]
@@ -45,18 +45,17 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "case", "compiles", "single"), CASES, ids=[f"{size}-{case}" for size, case, *_ in CASES]
 )
-def test_lengths_compile_at_most_once_more(ranks: Ranks, size: int, case: Case, compiles: str, single: int) -> None:
-    for outcome in ranks(2).run(run_case, case, timeout=600.0) if size == 2 else [simulate_case(size, case)]:
-        assert max(outcome.errors) <= 1e-5, outcome.errors
-        assert all(found <= int(most) for found, most in zip(outcome.compiles, compiles, strict=True)), outcome.compiles
-        reasons = [text.partition(":")[0] for text in outcome.unsharded]
-        assert reasons == ["there is nothing to split"] * single, outcome.unsharded
-        assert not outcome.warnings
-        assert not outcome.implicit
+def test_lengths_compile_at_most_once_more(size: int, case: Case, compiles: str, single: int) -> None:
+    outcome = simulate_case(size, case)
+    assert max(outcome.errors) <= 1e-5, outcome.errors
+    assert all(found <= int(most) for found, most in zip(outcome.compiles, compiles, strict=True)), outcome.compiles
+    reasons = [text.partition(":")[0] for text in outcome.unsharded]
+    assert reasons == ["there is nothing to split"] * single, outcome.unsharded
+    assert not outcome.warnings
+    assert not outcome.implicit
 
 
 def _llama_steps(rank: int, size: int, lengths: list[int]) -> list[tuple[float, float, int]]:
@@ -124,17 +123,17 @@ def test_every_length_is_right(ranks: Ranks, size: int) -> None:
         assert all(not by_length[n] for n in lengths if n not in (7, 8, 1) and n > size), by_length
 
 
-def test_symbolic_from_the_start(ranks: Ranks) -> None:
-    for errors, compiles in ranks(2).run(_every_length, [9, 10, 5, 23], True, timeout=600.0):
-        assert max(errors) <= 1e-5, errors
-        assert compiles == [1, 0, 0, 0]
+def test_symbolic_from_the_start() -> None:
+    errors, compiles = _every_length(0, 2, [9, 10, 5, 23], True, compiler_of=simulating(2))
+    assert max(errors) <= 1e-5, errors
+    assert compiles == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_text_that_leaves_nothing_to_split(ranks: Ranks, dynamic: bool | None) -> None:
+def test_a_text_that_leaves_nothing_to_split(dynamic: bool | None) -> None:
     """The graph of longer sequences is not for those that are no longer than their text."""
-    for errors, _ in ranks(2).run(_every_length, [17, 20, 7, 3, 1, 12], dynamic, 7):
-        assert max(errors) <= 1e-5, errors
+    errors, _ = _every_length(0, 2, [17, 20, 7, 3, 1, 12], dynamic, 7, simulating(2))
+    assert max(errors) <= 1e-5, errors
 
 
 def _other_batch(rank: int, size: int) -> list[int]:

@@ -23,9 +23,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["connect", "start"]
+__all__ = ["THRESHOLDS", "connect", "start"]
 
 SERVERS = 2
+#: Of the collector: graphs and fakes are made by the million, and few of them in cycles (a tenth of a test's time).
+THRESHOLDS = (200_000, 20, 20)
 #: Classes of the models in :mod:`models` and :mod:`zoo`; the libraries load a class when it is named.
 DIFFUSERS = (
     "FluxTransformer2DModel Flux2Transformer2DModel WanTransformer3DModel QwenImageTransformer2DModel"
@@ -161,4 +163,5 @@ def _run(client: socket.socket) -> None:
 if __name__ == "__main__":
     _load()
     gc.freeze()  # what is loaded stays shared with the children
+    gc.set_threshold(*THRESHOLDS)
     _serve(socket.socket(fileno=int(sys.argv[1])))
