@@ -77,6 +77,8 @@ def poisoned(lane: torch.Tensor, x: torch.Tensor, dim: int, pads: torch.Tensor) 
     Values that the program might have, because pads, being copies of rows, promise just that: nothing new overflows or
     leaves a domain, so zero times a pad is zero, and an index of a pad is in range.
     """
+    if not pads.any():
+        return lane
     return torch.where(along(pads, lane, dim), smaller(x.narrow(dim, 0, 1)), lane)
 
 
