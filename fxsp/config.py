@@ -21,7 +21,7 @@ from fxsp.process_groups import missing_group, ranks_of
 from fxsp.torch_internals import inductor_modes
 from fxsp.types import Ranks
 
-__all__ = ["INNERS", "Degrees", "Options", "resolve_degrees", "resolve_ranks"]
+__all__ = ["INNERS", "AttentionDegrees", "Options", "resolve_degrees", "resolve_ranks"]
 
 #: What compiles the partitioned graph, by name.
 INNERS = ("inductor", "aot_eager", "eager")
@@ -71,7 +71,7 @@ class Options:
     #: Compare values and gradients with the unpartitioned graph at the first call.
     verify: bool = False
     #: What a message costs where attention has several ways: seconds (None: 0, bytes decide), and bytes per second that
-    #: a rank sends (None: 2e9 on the CPU, 1e11 elsewhere).
+    #: a rank sends (None: 2e9 on the CPU, 4.5e11 elsewhere).
     latency: float | None = None
     bandwidth: float | None = None
     #: Bytes of gathered keys and values that a rank may hold for one attention, where there is another way (None:
@@ -221,7 +221,7 @@ def resolve_ranks(options: Options) -> Ranks:
 
 
 @dataclass(frozen=True)
-class Degrees:
+class AttentionDegrees:
     """Degrees of the attention methods, all None where the compiler is free to choose."""
 
     ulysses: int | None = None
@@ -229,7 +229,7 @@ class Degrees:
     allgather: int | None = None
 
 
-def resolve_degrees(options: Options, size: int) -> Degrees:
+def resolve_degrees(options: Options, size: int) -> AttentionDegrees:
     """The degrees for ``size`` ranks; of two, the one not given is inferred.
 
     Raises :class:`OptionError` if their product is not ``size``.
@@ -238,22 +238,22 @@ def resolve_degrees(options: Options, size: int) -> Degrees:
     if config is not None:
         if config.sequence_parallel_size != size:
             raise _mismatch(f"config {config} is for {config.sequence_parallel_size} ranks", size)
-        return Degrees(config.ulysses_degree, config.ring_degree, config.allgather_degree)
+        return AttentionDegrees(config.ulysses_degree, config.ring_degree, config.allgather_degree)
     ulysses, ring = options.ulysses_degree, options.ring_degree
     if (options.allgather_degree or 1) > 1:
         if (ulysses or 1) * (ring or 1) > 1:
             raise OptionError("option 'allgather_degree' excludes ulysses_degree and ring_degree")
         if options.allgather_degree != size:
             raise _mismatch(f"allgather_degree={options.allgather_degree} does not match", size)
-        return Degrees(1, 1, size)
+        return AttentionDegrees(1, 1, size)
     if ulysses is None and ring is None:
-        return Degrees()
+        return AttentionDegrees()
     given = (ulysses or 1) * (ring or 1)
     whole = size % given == 0 if ulysses is None or ring is None else size == given
     if not whole:
         stated = [f"{name}={getattr(options, name)}" for name in _DEGREES if getattr(options, name) is not None]
         raise _mismatch(f"{' * '.join(stated)} does not match", size)
-    return Degrees(ulysses or size // given, ring or size // given, 1)
+    return AttentionDegrees(ulysses or size // given, ring or size // given, 1)
 
 
 def _mismatch(problem: str, size: int) -> OptionError:

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule
 from torch.nn import Module
 
 from fxsp.capture.module_calls import Captured
-from fxsp.config import Degrees, Options, resolve_degrees
+from fxsp.config import AttentionDegrees, Options, resolve_degrees
 from fxsp.lengths import hint
 from fxsp.passes.graph import global_value
 from fxsp.report import PlanRecord, Report
@@ -79,7 +79,7 @@ class Program:
         return self.global_gm is not None
 
     @cached_property
-    def degrees(self) -> Degrees:
+    def degrees(self) -> AttentionDegrees:
         """The degrees that the user fixed."""
         return resolve_degrees(self.options, self.ranks.size)
 

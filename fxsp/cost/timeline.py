@@ -11,15 +11,13 @@ each collective
 
 Computing goes in the order of the graph; a collective starts once its operand is there and the wire is free, beside the
 computing, and the first value that needs it waits.  The link is the one that ways to attend are chosen with, where the
-options describe it.  The numbers of :data:`H100` are peak rates by the data sheet
-(dense bf16, HBM3, NVLink in one direction); sustained rates are lower, all alike, so the proportions hold better than
-the milliseconds.
+options describe it (:mod:`fxsp.device`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,39 +25,12 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import bytes_of, node_flops, shapes
+from fxsp.device import H100, Device
 from fxsp.kernels.ops import op_of
-from fxsp.passes.attention.cost import Link
 from fxsp.passes.graph import facts, local_value
 from fxsp.torch_internals import is_operator, is_pointwise, storage_key
 
-__all__ = ["H100", "Device", "Span", "timeline"]
-
-
-@dataclass(frozen=True)
-class Device:
-    """Operations and bytes of its memory per second, seconds to start a kernel, and the link to the other ranks."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    launch: float
-    link: Link
-
-    def seconds(self, operations: int, moved: int) -> float:
-        """What a kernel takes that computes and moves so much: the longer of the two."""
-        return self.launch + max(operations / self.flops, moved / self.bandwidth)
-
-    def linked(self, latency: float | None, bandwidth: float | None) -> Device:
-        """The device with the link that ways to attend are chosen with, where options describe it."""
-        if latency is None and bandwidth is None:
-            return self
-        own = self.link
-        link = Link(own.latency if latency is None else latency, own.bandwidth if bandwidth is None else bandwidth)
-        name = f"{self.name.partition(',')[0]}, {link.latency * 1e6:g} us and {link.bandwidth / 1e9:g} GB/s to others"
-        return replace(self, name=name, link=link)
-
-
-H100 = Device("H100 SXM, NVLink", flops=989e12, bandwidth=3.35e12, launch=2e-6, link=Link(10e-6, 450e9))
+__all__ = ["Span", "timeline"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fxsp.device import Link
 from fxsp.lengths import hint
-from fxsp.passes.attention.cost import Link, Way
+from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.degrees import asked_of
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.attention.question import Question

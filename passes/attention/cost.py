@@ -24,34 +24,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsp.lengths import hint
+from fxsp.device import Link
 from fxsp.types import Length, as_length
 
-__all__ = ["Link", "Way"]
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a message costs: ``latency`` in seconds, and ``bandwidth`` in bytes per second that a rank sends."""
-
-    latency: float
-    bandwidth: float
-
-    @classmethod
-    def of(cls, device: str, latency: float | None = None, bandwidth: float | None = None) -> Link:
-        """For a device type; None: no latency, so that bytes decide, and 2 GB/s on the CPU, 100 GB/s elsewhere."""
-        usual = 2e9 if device == "cpu" else 1e11
-        return cls(latency or 0.0, usual if bandwidth is None else bandwidth)
-
-    def seconds(self, messages: int, sent: Length) -> float:
-        """What so many messages, of ``sent`` bytes in all, take."""
-        return messages * self.latency + hint(sent) / self.bandwidth
-
-    def text(self, messages: int, sent: Length, messages_back: int, back: Length | None) -> str:
-        """Messages, the bytes of the backward pass (None: there is none), and the time of both."""
-        backward = "" if back is None else f" and {back} bytes in {messages_back} backward"
-        seconds = self.seconds(messages + messages_back, as_length(sent + (back or 0)))
-        return f"{messages} message{'' if messages == 1 else 's'}{backward}, {seconds * 1e6:.3g} us"
+__all__ = ["Way"]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from fxsp.config import Degrees
+from fxsp.config import AttentionDegrees
 from fxsp.errors import UnsupportedError
 from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.choose import choose
@@ -110,7 +110,7 @@ class Attention(Special):
                 why = f"{op.op} on queries of {len(q)} dimensions"
             if why:
                 return replicate_all(call, types, why)
-            free = program.degrees == Degrees() and not per_rows
+            free = program.degrees == AttentionDegrees() and not per_rows
             if keys is not None and free and call[op.key] in kept and call[op.value] in kept:
                 outputs, keys = _of_outputs(call, op, kv_types, program), None
         elif keys is None or not _may_stay_whole(call, op, kv_types, kept):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fxsp.config import Degrees as Asked
+from fxsp.config import AttentionDegrees
 from fxsp.errors import StrictError
 from fxsp.passes.attention.methods import METHODS
 from fxsp.passes.base import Pass, Program
@@ -18,7 +18,7 @@ from fxsp.source import place
 __all__ = ["Degrees", "asked_of", "note_degree"]
 
 
-def asked_of(degrees: Asked) -> tuple[str, str]:
+def asked_of(degrees: AttentionDegrees) -> tuple[str, str]:
     """The options as text, and the method that they ask for; empty if none does."""
     return next(((text, method.name) for method in METHODS.values() if (text := method.asked(degrees))), ("", ""))
 

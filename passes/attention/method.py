@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from fxsp.config import Degrees
+from fxsp.config import AttentionDegrees
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import AttentionChoice, Question
@@ -35,7 +35,7 @@ class Method:
         """What it costs, for all degrees that it may have, or why it is not legal; nothing where it is out of place."""
         raise NotImplementedError
 
-    def asked(self, degrees: Degrees) -> str:
+    def asked(self, degrees: AttentionDegrees) -> str:
         """The options that ask for it, as text; empty if none does."""
         return ""
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from fxsp.device import Link
 from fxsp.passes.attention.choose import choose
-from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.question import Question
 from fxsp.passes.attention.repeat_kv import repeated

@@ -20,8 +20,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import bytes_of, shapes
+from fxsp.device import Link, device_of
 from fxsp.lengths import hint
-from fxsp.passes.attention.cost import Link
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, Decision, facts, tensor_nodes
@@ -31,10 +31,6 @@ from fxsp.torch_internals import is_operator, schema
 from fxsp.types import Partial, Replicate, Shard, Type, Used
 
 __all__ = ["Price", "Pricing"]
-
-#: Operations, and bytes of memory, per second: what small products reach on a core, and large ones on a GPU.
-_RATES = {"cpu": (5e9, 5e9)}
-_OTHERS = (4e14, 2e12)
 
 
 @dataclass(frozen=True)
@@ -96,10 +92,9 @@ class Pricing:
             written = 0 if views else self._bytes[node]
             self._calls.append(_Static(node, Call(node).operands, work_of(node, shape_of), written))
         values = (v for n in graph.nodes for v in tree_leaves(n.meta.get("val")) if isinstance(v, torch.Tensor))
-        device = next((v.device.type for v in values), "cpu")
+        kind = next((v.device.type for v in values), "cpu")
         options = self.program.options
-        self._link = Link.of(device, options.latency, options.bandwidth)
-        self._flops, self._memory = _RATES.get(device, _OTHERS)
+        self._link, self._device = Link.of(kind, options.latency, options.bandwidth), device_of(kind)
         self.total = sum(call.work for call in self._calls)
         self.works = {call.node: call.work for call in self._calls}
 
@@ -159,7 +154,8 @@ class Pricing:
 
     def _price(self, operations: int, written: int, sent: int, messages: int) -> Price:
         passes = 3 if self.program.training else 1
-        seconds = passes * (operations / self._flops + written / self._memory) + self._link.seconds(messages, sent)
+        computing = operations / self._device.flops + written / self._device.bandwidth
+        seconds = passes * computing + self._link.seconds(messages, sent)
         return Price(seconds, operations, self.total, sent, messages, len(self.gathered))
 
 

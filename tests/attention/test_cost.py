@@ -10,7 +10,7 @@ from test_attention import Config
 from test_attention import record as attend
 from torch import Tensor
 
-from fxsp.config import Degrees, Options, resolve_degrees
+from fxsp.config import AttentionDegrees, Options, resolve_degrees
 from fxsp.errors import OptionError
 from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
@@ -157,7 +157,7 @@ def test_a_degree_that_is_refused_is_told() -> None:
 
 def test_the_degree_of_gathered_keys_is_checked() -> None:
     options = Options.parse({"allgather_degree": 4})
-    assert resolve_degrees(options, 4) == Degrees(1, 1, 4)
+    assert resolve_degrees(options, 4) == AttentionDegrees(1, 1, 4)
     with pytest.raises(OptionError, match="allgather_degree=4 does not match"):
         resolve_degrees(options, 3)
     with pytest.raises(OptionError, match="excludes"):

@@ -21,7 +21,7 @@ PACKAGES = {"fxsp": "fxsp", "passes": "fxsp.passes", "kernels": "fxsp.kernels"}
 LAYERS = [
     ("fxsp.errors", "fxsp.lengths", "fxsp.torch_internals"),
     ("fxsp.source", "fxsp.summands", "fxsp.types"),
-    ("fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report"),
+    ("fxsp.device", "fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report"),
     ("fxsp.passes.graph",),
     ("fxsp.capture", "fxsp.config", "fxsp.cost.flops", "fxsp.passes.builder", "fxsp.passes.emit"),
     ("fxsp.passes.base", "fxsp.passes.rules"),

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from distributed import Pool
-from fxsp.config import Degrees, Options, resolve_degrees, resolve_ranks
+from fxsp.config import AttentionDegrees, Options, resolve_degrees, resolve_ranks
 from fxsp.errors import OptionError, PlanError
 from fxsp.plan import SequenceParallelConfig, SequenceParallelInput
 from fxsp.types import Ranks
@@ -76,16 +76,16 @@ def test_mode_is_given_once() -> None:
 @pytest.mark.parametrize(
     ("options", "size", "degrees"),
     [
-        ({}, 4, Degrees()),
-        ({"ulysses_degree": 2}, 4, Degrees(2, 2, 1)),
-        ({"ring_degree": 4}, 4, Degrees(1, 4, 1)),
-        ({"ulysses_degree": 3, "ring_degree": 2}, 6, Degrees(3, 2, 1)),
-        ({"ulysses_degree": 1}, 1, Degrees(1, 1, 1)),
-        ({"config": SequenceParallelConfig(2, 2)}, 4, Degrees(2, 2, 1)),
-        ({"config": SequenceParallelConfig(allgather_degree=3)}, 3, Degrees(1, 1, 3)),
+        ({}, 4, AttentionDegrees()),
+        ({"ulysses_degree": 2}, 4, AttentionDegrees(2, 2, 1)),
+        ({"ring_degree": 4}, 4, AttentionDegrees(1, 4, 1)),
+        ({"ulysses_degree": 3, "ring_degree": 2}, 6, AttentionDegrees(3, 2, 1)),
+        ({"ulysses_degree": 1}, 1, AttentionDegrees(1, 1, 1)),
+        ({"config": SequenceParallelConfig(2, 2)}, 4, AttentionDegrees(2, 2, 1)),
+        ({"config": SequenceParallelConfig(allgather_degree=3)}, 3, AttentionDegrees(1, 1, 3)),
     ],
 )
-def test_degrees(options: Any, size: int, degrees: Degrees) -> None:
+def test_degrees(options: Any, size: int, degrees: AttentionDegrees) -> None:
     assert resolve_degrees(Options.parse(options), size) == degrees
 
 

@@ -7,14 +7,19 @@ import torch
 
 import fxsp
 import small
-from fxsp.cost.timeline import H100, timeline
-from fxsp.passes.attention.cost import Link
+from fxsp.cost.timeline import timeline
+from fxsp.device import CPU, H100, Link, device_of
 
 
 def test_a_link_by_device_type_and_by_options() -> None:
     assert Link.of("cpu") == Link(0.0, 2e9)
-    assert Link.of("cuda") == Link(0.0, 1e11)
+    assert Link.of("cuda") == Link(0.0, 450e9)
     assert Link.of("cuda", 1e-6, 5e9).seconds(3, 10**9) == pytest.approx(3e-6 + 0.2)
+
+
+def test_a_device_by_its_type() -> None:
+    assert device_of("cpu") is CPU
+    assert device_of("cuda") is device_of("meta") is H100
 
 
 def test_a_device_takes_the_link_that_is_given() -> None:

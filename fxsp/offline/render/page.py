@@ -11,7 +11,8 @@ from importlib import resources
 from typing import Any
 
 from fxsp.cost.metrics import Measures
-from fxsp.cost.timeline import H100, Device, timeline
+from fxsp.cost.timeline import timeline
+from fxsp.device import H100, Device
 from fxsp.inspection.report_text import format_count, legend_text
 from fxsp.inspection.wire import format_bytes
 from fxsp.offline.partition import OfflineResult

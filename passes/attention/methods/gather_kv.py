@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from fxsp.config import Degrees
+from fxsp.config import AttentionDegrees
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method
@@ -43,7 +43,7 @@ class GatherKV(Method):
         backward = back if question.program.training else None
         yield Way(self.name, sent, backward, refusal=question.per_rows, held=question.gathered_bytes)
 
-    def asked(self, degrees: Degrees) -> str:
+    def asked(self, degrees: AttentionDegrees) -> str:
         return f"allgather_degree={degrees.allgather}" if (degrees.allgather or 1) > 1 else ""
 
     def lower(self, x: Attend) -> Node:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxsp.config import Degrees
+from fxsp.config import AttentionDegrees
 from fxsp.kernels.attention.ring_blocks import pairs_of
 from fxsp.kernels.ops import fxsp_ops as _ops
 from fxsp.lengths import hint
@@ -50,7 +50,7 @@ class Ring(Method):
         """Between how many ranks heads may be exchanged, the most first."""
         yield from (1,) if size > 1 else ()
 
-    def asked(self, degrees: Degrees) -> str:
+    def asked(self, degrees: AttentionDegrees) -> str:
         return f"ring_degree={degrees.ring}" if (degrees.ring or 1) > 1 and degrees.ulysses == 1 else ""
 
     def work(self, call: Call, choice: AttentionChoice) -> str:
@@ -103,7 +103,7 @@ class Hybrid(Ring):
     def _heads_among(self, size: int) -> Iterator[int]:
         yield from (u for u in range(size // 2, 1, -1) if size % u == 0)
 
-    def asked(self, degrees: Degrees) -> str:
+    def asked(self, degrees: AttentionDegrees) -> str:
         ulysses, ring = degrees.ulysses or 1, degrees.ring or 1
         return f"ulysses_degree={ulysses} and ring_degree={ring}" if ring > 1 and ulysses > 1 else ""
 

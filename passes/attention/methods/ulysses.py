@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from fxsp.config import Degrees
+from fxsp.config import AttentionDegrees
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
@@ -44,7 +44,7 @@ class Ulysses(Method):
         margin = (0.0 if question.causal else _WORTH) if to_themselves else None
         yield exchanging(self.name, question, question.size, margin=margin)
 
-    def asked(self, degrees: Degrees) -> str:
+    def asked(self, degrees: AttentionDegrees) -> str:
         return f"ulysses_degree={degrees.ulysses}" if (degrees.ulysses or 1) > 1 and degrees.ring == 1 else ""
 
     def mask(self, call: Call, choice: AttentionChoice) -> Type:
