@@ -25,7 +25,7 @@ MODULES = (construct_models, construct_state, construct_ways, construct_layers)
 BATCH = 8
 #: bf16 rounds each product; what is compared are two orders of summation.
 LOW_PRECISION = {"autocast_whole": 2e-2, "autocast_region": 2e-2}
-#: What AOTAutograd, the inner compiler, several graphs or one that runs whole have a part in; all others end in Dynamo's
+#: What AOTAutograd, the inner compiler, several graphs or one that runs whole have a part in; others end in Dynamo's
 #: graph and in rules, and are simulated.
 ON_PROCESSES = [
     "checkpoint_new", "autocast_whole", "no_grad_region", "break_in_block", "print_in_block", "break_in_root",
