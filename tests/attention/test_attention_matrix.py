@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_attention import MASKS, Config, D, assert_same, record
 
+from attention_configs import MASKS, Config, D, assert_same, record
 from fxsp.config import Options
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks, Sequence
 from lockstep import gradients
 from replicated import check_replicated
-from rule_validation import Recorder
+from rule_recorder import Recorder
 
 ALL_MASKS = (*MASKS, "causal_padding")
 HEADS = ("mha", "gqa", "few_keys", "indivisible")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import Config
-from test_attention import record as attend
 from torch import Tensor
 
+from attention_configs import Config
+from attention_configs import record as attend
 from fxsp.config import AttentionDegrees, Options, resolve_degrees
 from fxsp.errors import OptionError
 from fxsp.passes.attention.decide import SDPA
@@ -17,7 +17,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks
-from rule_validation import Recorder
+from rule_recorder import Recorder
 from tracing import check, partition, shard
 
 

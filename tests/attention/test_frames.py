@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_attention import Config, assert_same, record, run
 from test_attention_matrix import WAYS, Way
 from torch import nn
 
+from attention_configs import Config, assert_same, record, run
 from fxsp.types import Segment, Sequence, Shard
-from rule_validation import Recorder, T
+from rule_recorder import Recorder, T
 
 F = nn.functional
 KINDS = ("even", "odd", "few", "text_behind", "text_around", "two_units")

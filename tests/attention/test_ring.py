@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import HEADS, MASKS, TOKENS, Config, assert_same, record
 
+from attention_configs import HEADS, MASKS, TOKENS, Config, assert_same, record
 from fxsp.config import Options
 from fxsp.inspection.wire import bytes_sent
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import partition_program
 from fxsp.types import Ranks, Sequence, Shard
-from rule_validation import Recorder, T
+from rule_recorder import Recorder, T
 
 #: Number of ranks, and ranks that exchange heads.
 PLACES = ((2, 1), (3, 1), (4, 1), (8, 1), (4, 2), (8, 4), (8, 2))

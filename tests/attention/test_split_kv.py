@@ -12,12 +12,12 @@ from unittest import mock
 
 import pytest
 import torch
-from test_attention import assert_same, run
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
 import fxsp
+from attention_configs import assert_same, run
 from distributed import Pool
 from fxsp.inspection.wire import bytes_sent
 from fxsp.kernels import collectives
@@ -26,7 +26,7 @@ from fxsp.passes.attention.decide import SDPA
 from fxsp.passes.base import Program
 from fxsp.simulation.reference import split_kv as oracle_merged
 from fxsp.types import Segment, Sequence, Shard
-from rule_validation import Recorder, T
+from rule_recorder import Recorder, T
 from running import collectives as running_collectives
 from running import error_of
 

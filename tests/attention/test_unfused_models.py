@@ -13,7 +13,8 @@ from distributed import Pool
 from fxsp.passes.attention.unfused_report import GATHERED
 from models import Built
 from running import Case, run_case
-from zoo_others import _BERT, BATCH, IDS, TOKENS, _transformer
+from zoo_others_base import BATCH, IDS, TOKENS
+from zoo_others_transformers import _BERT, _transformer
 
 HEADS, WIDTH = 4, 8
 _GPT2 = {"n_embd": 32, "n_head": HEADS, "n_layer": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fault_caches as caches
+import fault_inputs as given
 import fault_scenarios as scenarios
+from fault_models import Result
 from faults import Rank, Seen, run_faulty, server
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
@@ -57,7 +60,7 @@ class Fault:
     within: str
     #: Of rank 0, and of rank 1; the other ranks see what rank 0 sees.
     expected: tuple[Expected, Expected]
-    run: Callable[[Rank], scenarios.Result]
+    run: Callable[[Rank], Result]
     size: int = 2
     #: That of the process group.
     timeout: float = 60.0
@@ -68,7 +71,7 @@ class Fault:
     warning: str = ""
 
 
-def _unlike(what: str, *words: str, run: Callable[[Rank], scenarios.Result], size: int = 2) -> Fault:
+def _unlike(what: str, *words: str, run: Callable[[Rank], Result], size: int = 2) -> Fault:
     both = error("InputMismatchError", *words, "rank 1")
     sees = "an error that shows both sides"
     return Fault(f"is given {what}", sees, 0, AT_ONCE, (both, both), run, size, compiles=True)
@@ -194,7 +197,7 @@ FAULTS = {
         10,
         "10 s",
         (error("RanksApartError", "rank 1 compiles", "scale"), error("RanksApartError", "rank 1 compiles", "scale")),
-        scenarios.compiles_alone,
+        given.compiles_alone,
         compiles=True,
         size=3,
     ),
@@ -207,7 +210,7 @@ FAULTS = {
             error("RanksApartError", "rank 1 has reached Dynamo's recompile limit"),
             error("RanksApartError", "rank 1 has reached Dynamo's"),
         ),
-        scenarios.limit_on_one,
+        given.limit_on_one,
     ),
     "limit_on_all": Fault(
         "all ranks reach the limit",
@@ -215,21 +218,21 @@ FAULTS = {
         0,
         AT_ONCE,
         (RIGHT, RIGHT),
-        scenarios.limit_on_all,
+        given.limit_on_all,
         warning="UnshardedWarning: this process has reached Dynamo's recompile limit",
     ),
     # --- it is given something else
-    "length": _unlike("inputs of another length", "[2, 5, 8]", "[2, 6, 8]", run=scenarios.length, size=3),
-    "batch": _unlike("inputs of another batch size", "[2, 5, 8]", "[1, 5, 8]", run=scenarios.batch),
-    "dtype": _unlike("another dtype", "float32 [2, 5, 8]", "float64 [2, 5, 8]", run=scenarios.dtype),
-    "values": _unlike("other values, at the first call", "values differ", run=scenarios.values),
-    "weights": _unlike("other weights", "weights differ", run=scenarios.weights),
-    "seed": _unlike("another seed, where a graph draws", "seed 0", "seed 1", run=scenarios.seed),
-    "option": _unlike("another option", "ulysses_degree=2", "ulysses_degree=1", run=scenarios.option),
-    "plan": _unlike("another plan", "plan", "second[hidden]", run=scenarios.plan),
-    "version": _unlike("another version of torch or fxsp", "versions", "torch 2.0.0", run=scenarios.version),
+    "length": _unlike("inputs of another length", "[2, 5, 8]", "[2, 6, 8]", run=given.length, size=3),
+    "batch": _unlike("inputs of another batch size", "[2, 5, 8]", "[1, 5, 8]", run=given.batch),
+    "dtype": _unlike("another dtype", "float32 [2, 5, 8]", "float64 [2, 5, 8]", run=given.dtype),
+    "values": _unlike("other values, at the first call", "values differ", run=given.values),
+    "weights": _unlike("other weights", "weights differ", run=given.weights),
+    "seed": _unlike("another seed, where a graph draws", "seed 0", "seed 1", run=given.seed),
+    "option": _unlike("another option", "ulysses_degree=2", "ulysses_degree=1", run=given.option),
+    "plan": _unlike("another plan", "plan", "second[hidden]", run=given.plan),
+    "version": _unlike("another version of torch or fxsp", "versions", "torch 2.0.0", run=given.version),
     "skips_a_call": _unlike(
-        "the inputs of the next call (under `check_inputs=True`)", "values differ", run=scenarios.skips_a_call
+        "the inputs of the next call (under `check_inputs=True`)", "values differ", run=given.skips_a_call
     ),
     # --- its cache
     "cache_is_read_only": Fault(
@@ -238,11 +241,11 @@ FAULTS = {
         0,
         AT_ONCE,
         UNWRITABLE,
-        scenarios.cache_is_read_only,
+        caches.cache_is_read_only,
         compiles=True,
     ),
     "cache_is_full": Fault(
-        "its cache directory is full", "the same", 0, AT_ONCE, UNWRITABLE, scenarios.cache_is_full, compiles=True
+        "its cache directory is full", "the same", 0, AT_ONCE, UNWRITABLE, caches.cache_is_full, compiles=True
     ),
     "cache_of_another_rank": Fault(
         "its cache directory was filled by another rank",
@@ -250,7 +253,7 @@ FAULTS = {
         0,
         AT_ONCE,
         (RIGHT, RIGHT),
-        scenarios.cache_of_another_rank,
+        caches.cache_of_another_rank,
         compiles=True,
     ),
     "cache_of_another_version": Fault(
@@ -259,7 +262,7 @@ FAULTS = {
         0,
         AT_ONCE,
         (RIGHT, RIGHT),
-        scenarios.cache_of_another_version,
+        caches.cache_of_another_version,
         compiles=True,
     ),
 }
@@ -311,17 +314,17 @@ def test_the_page_has_these_faults() -> None:
     assert found == table(), "docs/faults.md is not these:\n" + "\n".join(table())
 
 
-def hangs(here: Rank) -> scenarios.Result:
+def hangs(here: Rank) -> Result:
     here.hear("what nobody says" if here.rank else "what nobody else says")
     raise AssertionError
 
 
-def is_wrong(here: Rank) -> scenarios.Result:
+def is_wrong(here: Rank) -> Result:
     return [torch.ones(2)], [torch.ones(2) + here.rank]
 
 
 @pytest.mark.parametrize("run", [hangs, is_wrong])
-def test_the_harness_sees_hangs_and_wrong_results(run: Callable[[Rank], scenarios.Result], tmp_path: Path) -> None:
+def test_the_harness_sees_hangs_and_wrong_results(run: Callable[[Rank], Result], tmp_path: Path) -> None:
     with server() as context:
         found = run_faulty(context, 2, run, tmp_path, limit=5 if run is hangs else 60)
     if run is is_wrong:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxsp
 from fxsp.hooks.sequence_parallel import enable_sequence_parallel_for_model, remove_sequence_parallel, report_of
-from hook_parts import Block, Deep, In, Out, x
+from hook_parts_base import Block, Deep, In, Out, x
 from running import error_of, recorded
 
 ASIDE = "hooks of sequence parallelism stand aside: the plan is compiled"

@@ -28,7 +28,9 @@ from fxsp.hooks import (
     report_of,
 )
 from fxsp.plan import SequenceParallelConfig
-from hook_parts import PARTS, Body, Deep, In, Out, Part, Partial, Prepared, Seen, Two, run_part, x
+from hook_parts import PARTS, Part, Seen, run_part
+from hook_parts_base import Body, Deep, In, Out, Partial, x
+from hook_parts_values import Prepared, Two
 
 #: float64: rounding cannot hide a mistake.
 BOUND = 1e-12

@@ -20,7 +20,8 @@ from fxsp.passes.builder import Builder
 from fxsp.passes.emit.emit import emit
 from fxsp.passes.special import extremes as written
 from replicated import check_replicated
-from rule_validation import Sample, T, cases_of, problems
+from rule_recorder import Sample, T
+from rule_validation import cases_of, problems
 from tracing import check, collectives, partition, shard
 from with_grads import simulate_with_grads
 

@@ -12,8 +12,9 @@ from fxsp.passes.graph import Call
 from fxsp.passes.rules.dims import kept, order, position
 from fxsp.passes.rules.families import family
 from fxsp.types import Length
+from rule_recorder import Sample
 from rule_samples import SAMPLES
-from rule_validation import Sample, rule_for
+from rule_validation import rule_for
 
 aten = torch.ops.aten
 S = sympy.Symbol("s", positive=True, integer=True)

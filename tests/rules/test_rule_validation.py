@@ -19,8 +19,9 @@ from fxsp.passes.rules.table import RULES
 from fxsp.types import Ranks, Shard
 from lockstep import gradients
 from replicated import check_replicated
+from rule_recorder import Recorder, Sample, T
 from rule_samples import SAMPLES, WHOLE_SAMPLES, elementwise_samples
-from rule_validation import Case, Recorder, Sample, T, cases_of, layouts, problems, rule_for, whole_cases_of
+from rule_validation import Case, cases_of, layouts, problems, rule_for, whole_cases_of
 from with_grads import simulate_with_grads
 
 pytestmark = [

@@ -16,7 +16,8 @@ from fxsp.passes.rules.rule import OpRule
 from fxsp.passes.rules.table import RULES, rule, rule_of
 from fxsp.passes.rules.whole import WHOLE
 from fxsp.types import quotient
-from rule_validation import Sample, T, rule_for
+from rule_recorder import Sample, T
+from rule_validation import rule_for
 
 aten = torch.ops.aten
 X = T((2, 5, 6))

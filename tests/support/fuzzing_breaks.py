@@ -15,7 +15,9 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from fuzzing import Case, _annotate, _gradients_of_outputs, difference
+from fuzzing_cases import Case
+from fuzzing_programs import annotate
+from fuzzing_values import difference, gradients_of_outputs
 from fxsp.config import Options
 from fxsp.errors import UnsupportedError
 from fxsp.passes.base import Program
@@ -82,7 +84,7 @@ def _run(case: Case, function: Any) -> dict[str, torch.Tensor]:
     # A program may write to its inputs, which leaves must not see.
     out = function(*[x if isinstance(x, nn.Parameter) else x.clone() for x in leaves])
     outputs = list(out) if isinstance(out, tuple) else [out]
-    given = _gradients_of_outputs(case, outputs)
+    given = gradients_of_outputs(case, outputs)
     pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if o.requires_grad]
     wanted = {spec.name: x for spec, x in zip(case.inputs, leaves, strict=True) if x.requires_grad}
     grads = torch.autograd.grad(
@@ -114,7 +116,7 @@ def check_broken(case: Case, seen: Counter[str]) -> None:
     wanted = _run(case, case.function())
     torch.compiler.reset()
     backend = Simulated(case.size, compile_, deferred=True)
-    found = _run(case, torch.compile(case.function(_annotate), backend=backend, dynamic=False))
+    found = _run(case, torch.compile(case.function(annotate), backend=backend, dynamic=False))
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
         problem = difference(found[name], want)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from fuzzing import Case
+from fuzzing_cases import Case
 
 __all__ = ["minimize"]
 

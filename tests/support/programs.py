@@ -22,7 +22,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fuzzing import Case, Input, Size
+from fuzzing_cases import Case, Input, Size
 
 __all__ = ["INSTRUCTIONS", "SLOW", "Builder", "Var", "cases", "every_instruction", "finished", "instruction"]
 
