@@ -46,6 +46,8 @@ LAYERS = [
 #: Nothing but names of what lies below.
 FRONT = ("fxsp", "fxsp.passes", "fxsp.kernels")
 LIMIT = 400
+#: Files of tests, which stay short too.
+TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py"))
 #: The one file that may touch private torch API: a section per area, as long as it has to be.
 DOOR = "fxsp.torch_internals"
 #: Private by name, but part of what a graph consists of: pytrees of arguments, symbolic sizes, names of operators.
@@ -186,7 +188,7 @@ def test_no_bare_passes_or_kernels(path: Path) -> None:
         assert name.partition(".")[0] not in ("passes", "kernels"), f"line {line}: import fxsp.{name}"
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if name != DOOR])
+@pytest.mark.parametrize("name", [*(name for name in modules() if name != DOOR), *TESTS])
 def test_files_stay_short(name: str) -> None:
-    lines = len(modules()[name].read_text().splitlines())
+    lines = len(modules().get(name, ROOT / name).read_text().splitlines())
     assert lines <= LIMIT, f"{lines} lines: past {LIMIT} a file is two ideas"
