@@ -129,6 +129,7 @@ def test_symbolic_from_the_start() -> None:
     assert compiles == [1, 0, 0, 0]
 
 
+@pytest.mark.filterwarnings("ignore::fxsp.UnshardedWarning")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_text_that_leaves_nothing_to_split(dynamic: bool | None) -> None:
     """The graph of longer sequences is not for those that are no longer than their text."""
