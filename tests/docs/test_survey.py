@@ -56,6 +56,7 @@ def test_the_table_of_the_repository_has_all_models() -> None:
     survey = _survey()
     rows = list(survey.read(ROOT / "docs" / "survey.md"))
     assert [row.name for row in rows] == list(survey.all_models())
+    assert all(float(row.error) <= 5e-7 for row in rows)
     assert (ROOT / "docs" / "survey.md").read_text().endswith(f"\n{survey.totals(rows, 2)}.\n")
 
 
