@@ -26,11 +26,10 @@ def check(pool: Pool, function: Callable[..., dict[str, float]], *args: object) 
         assert not wrong, (rank, wrong)
 
 
-@pytest.mark.parametrize(("how", "inner"), [("defer", "aot_eager"), ("defer_mean", "eager")])
+@pytest.mark.parametrize("how", ["defer", "defer_mean"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_runs_whole(ranks: Ranks, kind: str, how: str, inner: str) -> None:
-    """One convention through AOTAutograd, the other without."""
-    check(ranks(2), functools.partial(run_kind, inner=inner), kind, how)
+def test_what_runs_whole(ranks: Ranks, kind: str, how: str) -> None:
+    check(ranks(2), run_kind, kind, how)
 
 
 @pytest.mark.parametrize("outer", outer_reducers())

@@ -290,11 +290,10 @@ def run_kind(rank: int, size: int, kind: str, how: str, decay: bool = False, **o
         apply_sequence_parallel(model, fxsp.SequenceParallelConfig(ulysses_degree=size), model.plan)
     lengths = (7, 5) if kind == "Limited" else (7, 7)
     # A compiler that donates buffers forbids to keep a graph.
-    again = options.get("inner") != "inductor" and not options.get("verify")
-    wanted = _step(whole, whole, decay, lengths, again)
+    wanted = _step(whole, whole, decay, lengths, not options)
     with warnings.catch_warnings(), _limit(kind):
         warnings.simplefilter("ignore")
-        found = _step(model, compiled(model, model.plan, how, **options), decay, lengths, again)
+        found = _step(model, compiled(model, model.plan, how, **options), decay, lengths, not options)
     for name, gradient in found.items():
         if not name.startswith("input") and how != "all_reduce":
             dist.all_reduce(gradient)
