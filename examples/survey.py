@@ -190,18 +190,24 @@ def _own(model: torch.nn.Module, inputs: dict[str, Any], ranks: int) -> str:
     return f"{found.part:.3f}, {found.sent}"
 
 
-def _error(model: torch.nn.Module, inputs: dict[str, Any], sizes: Sequence[int]) -> str:
-    """The largest error of the outputs on simulated ranks; what is not right says so."""
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without gradients, and without what models and compilers print and warn of."""
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
+        yield
+
+
+def _error(model: torch.nn.Module, inputs: dict[str, Any], sizes: Sequence[int]) -> str:
+    """The largest error of the outputs on simulated ranks; what is not right says so."""
+    with _quietly():
         evidence = fxsp.verify(model, world_size=tuple(sizes), options={"plan": "infer"}, **inputs)
     largest = max((error for graph in evidence.graphs for error in graph.outputs), default=0.0)
     return f"{largest:.0e}" if evidence.ok else f"WRONG {largest:.0e}"
 
 
 def _explained(model: torch.nn.Module, inputs: dict[str, Any], ranks: int, options: dict[str, Any]) -> Explanation:
-    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with _quietly():
         return fxsp.explain(model, world_size=ranks, options=options, **inputs)
 
 
