@@ -27,7 +27,7 @@ from fxsp.passes.rules.table import RULES
 from minimizing import minimize
 from programs import cases, every_instruction
 
-DEFAULT = 200
+DEFAULT = 300
 PROGRAMS = int(os.environ.get("FXSP_FUZZ_PROGRAMS", DEFAULT))
 PLAN = os.environ.get("FXSP_FUZZ_PLAN", "")
 SEED = int(os.environ.get("FXSP_FUZZ_SEED", random.randrange(1 << 32) if "FXSP_FUZZ_PROGRAMS" in os.environ else 0))

@@ -262,26 +262,22 @@ class TestNames:
         assert set(plan) <= {"", "blocks.*"}, str(plan)
 
 
-#: Whole models without a plan: name -> arguments of the builder.
+#: Whole models on real processes, without a plan: name -> arguments of the builder.
 DOZEN: dict[str, dict[str, Any]] = {
     "flux": {}, "flux2": {}, "wan": {}, "qwen_image": {}, "sd3": {"layers": 1}, "pixart": {}, "cogvideox": {},
     "ltx": {}, "llama": {"layers": 1}, "gpt2": {"layers": 1}, "bert": {"layers": 1}, "vit": {}, "mixtral": {},
 }  # fmt: skip
 
 
-#: In turn on two and on three processes, and simulated on as many ranks as it has no processes for.
-PLACES = [(name, size, size == 2 + i % 2) for i, name in enumerate(DOZEN) for size in (2, 3, 4)[: 2 + (i % 3 == 0)]]
-
-
-@pytest.mark.parametrize(("name", "size", "real"), PLACES)
-def test_models_without_a_plan(ranks: Ranks, name: str, size: int, real: bool) -> None:
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", DOZEN)
+def test_models_on_processes(ranks: Ranks, name: str, size: int) -> None:
     case = Case(name, DOZEN[name], {"plan": "infer", "inner": "eager"})
-    for found in ranks(size).run(run_case, case, timeout=300.0) if real else [simulate_case(size, case)]:
+    for found in ranks(size).run(run_case, case, timeout=300.0):
         assert max(found.errors) <= 1e-5
         assert not found.unsharded
         assert found.attentions
-        # A ring's rotation is a part of its operator, in the simulator.
-        assert found.ran == {kind: count for kind, count in found.planned.items() if real or kind != "rotation"}
+        assert found.ran == found.planned
 
 
 #: Beside a text, so many more tokens that the text does not matter.
