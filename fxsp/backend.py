@@ -42,6 +42,7 @@ from fxsp.ranks.watcher import watch
 from fxsp.report import Report
 from fxsp.simulation.first_call import Trial
 from fxsp.source import input_names
+from fxsp.split_values.boundary import Edge, local_examples
 from fxsp.summands import Convention
 from fxsp.types import Ranks
 
@@ -158,16 +159,20 @@ torch_internals.on_recompile_limit(_limit_reached)
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None = None
 ) -> Callable[..., Any]:
+    # Who tries out a graph, or goes before another backend, gives it whole values.
+    edge = Edge(gm, inputs, ranks, splits=root is None and not options.verify)
+    inputs = edge.inputs
     if options.inner != "eager":
         torch_internals.restart_for_numbers(torch_internals.compile_fake_mode(inputs))
     channel = channel_of(options.process_group(), ranks)
     if channel is None:
-        return _compile_here(gm, inputs, options, ranks, root).run
+        return edge.crossing(_compile_here(gm, edge, options, ranks, root).run)
     watch()
     alike = Alike(gm, inputs, options, ranks)
+    alike.topics.update(edge.topics())
     channel.agree("compile", alike.what, alike.topics)
     try:
-        made = _compile_here(gm, inputs, options, ranks, root)
+        made = _compile_here(gm, edge, options, ranks, root)
     except BaseException as error:
         if not torch_internals.is_restart(error):  # which all ranks do
             channel.failed(error)
@@ -177,6 +182,7 @@ def _compile(
     run = made.run
     if made.split:  # a graph that runs whole waits for nobody
         run = guarded(run, channel, alike.graph)
+    run = edge.crossing(run)
     if made.planned and options.check_inputs is not False:
         run = check_inputs(run, alike, channel, each_call=options.check_inputs is True and made.split)
     return on_its_group(run, ranks) if made.split else run
@@ -193,12 +199,16 @@ class _Made:
 
 
 def _compile_here(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None
+    gm: GraphModule, edge: Edge, options: Options, ranks: Ranks, root: torch.nn.Module | None
 ) -> _Made:
-    report, program = compile_graph(gm, inputs, options, ranks, root=root)
+    report, program = compile_graph(
+        gm, edge.inputs, options, ranks, root=root, arrivals=edge.arrivals, split_outputs=edge.regional
+    )
     keep_report(report)
+    if program is not None:
+        edge.leave(program)
     try:
-        return _run(gm, inputs, options, ranks, root, report, program)
+        return _run(gm, edge.inputs, options, ranks, root, report, program)
     except Exception as error:
         if torch_internals.is_restart(error):
             with _lock:
@@ -228,7 +238,7 @@ def _run(
     if options.deferred:
         scale_summands(program.gm, ranks.size)
     decided = decisions(report, program.gm)
-    run = remembering(_finish(program.gm, inputs, options, report, normalized=True), report.split_outputs, splits)
+    run = remembering(_finish(program.gm, local_examples(inputs, program), options, report, normalized=True), report.split_outputs, splits)
     for graph in (program.gm, program.whole):
         torch_internals.forget_examples(graph)
     if trial is not None:

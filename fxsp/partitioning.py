@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.verify import infer_local
 from fxsp.report import Report
 from fxsp.said import say_degrees, say_gathers, say_outputs, say_share, say_unsharded
-from fxsp.types import Ranks
+from fxsp.types import Ranks, Shard
 
 __all__ = ["compile_graph", "is_training"]
 
@@ -32,14 +32,19 @@ def compile_graph(
     ranks: Ranks,
     stages: StageWriter | None = None,
     root: torch.nn.Module | None = None,
+    arrivals: Mapping[int, Shard] | None = None,
+    split_outputs: bool = False,
 ) -> tuple[Report, Program | None]:
     """Dynamo's graph as the program of one rank, up to the inner compiler; no program where it stays whole.
 
     ``root`` is the module that the plan is for, where that is known; what is unsupported in it stays whole, too.
+    ``arrivals`` are the types of inputs, by position, of which there are but the rows of this rank; ``inputs`` have
+    their global shapes nevertheless.  ``split_outputs`` says that outputs may stay split (``program.left_split``).
     Where it stays whole, ``gm`` computes what it did before, and the report says why.
     """
     writer = stages or StageWriter(options.print, ranks)
     program = Program(gm, ranks, training=is_training(inputs), options=options, inputs=inputs, root=root)
+    program.arrivals, program.split_outputs = arrivals or {}, split_outputs
     report = program.report
     try:
         compile_program(program, Runner(writer.stage))

@@ -29,7 +29,7 @@ from fxsp.lengths import hint
 from fxsp.passes.graph import global_value
 from fxsp.report import PlanRecord, Report
 from fxsp.torch_internals import fake_mode_of, size_hints
-from fxsp.types import Length, Ranks
+from fxsp.types import Length, Ranks, Shard
 
 __all__ = ["Pass", "Program"]
 
@@ -50,6 +50,12 @@ class Program:
     root: Module | None = None
     #: The module calls of Dynamo's graph, and the plan (*capture* to *carry*).
     captured: Captured | None = None
+    #: Inputs, by position, of which this process has the rows of its rank only: split values of earlier graphs.
+    arrivals: Mapping[int, Shard] = field(default_factory=dict)
+    #: Whether outputs stay as they are split: who called takes them so.
+    split_outputs: bool = False
+    #: The outputs that did, by position: their types and global shapes (*partition*).
+    left_split: dict[int, tuple[Shard, tuple[Length, ...]]] = field(default_factory=dict)
     #: What is split only because the graphs before it were (*carry*).
     carried: list[PlanRecord] = field(default_factory=list)
     #: Whether there is no plan, and *infer* finds one.

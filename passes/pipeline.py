@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch.autograd.graph import saved_tensors_hooks
+
 from fxsp.lengths import equal_lengths, sizes_at_hand
 from fxsp.passes.accounting.backward import Backward
 from fxsp.passes.accounting.device_memory import DeviceMemory
@@ -137,6 +139,12 @@ class Runner:
 
 def compile_program(program: Program, runner: Runner) -> Program:
     """Dynamo's graph -> the program of one rank; raises :class:`~fxsp.errors.RunsWhole` where it shall stay whole."""
+    # A checkpoint around the call counts what is saved in it: not what a trace saves.
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        return _compile_program(program, runner)
+
+
+def _compile_program(program: Program, runner: Runner) -> Program:
     return partition_program(runner.run(program, PIPELINE[:_FUNCTIONAL]), runner)
 
 

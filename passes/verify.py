@@ -58,12 +58,18 @@ def infer_local(program: Program) -> None:
             if facts(node).local is not None:
                 continue
             if node.op == "placeholder":
-                mark(node, local=global_value(node))
+                mark(node, local=_on_rank(node, program.ranks.size))
             elif node.op == "get_attr":
                 value = node.meta.get("val")
                 mark(node, local=mode.from_tensor(value) if isinstance(value, torch.Tensor) else value)
             elif node.op == "call_function":
                 mark(node, local=_run(node))
+
+
+def _on_rank(node: Node, size: int) -> Any:
+    """An input: whole, or the rows of one rank."""
+    value, type_ = global_value(node), facts(node).type
+    return value.new_empty(shape_on_rank(value.shape, type_, size)) if isinstance(type_, Shard) else value
 
 
 def _run(node: Node) -> Any:

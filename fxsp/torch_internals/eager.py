@@ -57,3 +57,37 @@ def checkpoint_looks() -> bool:
             return frame is not None
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def outermost_call() -> torch.nn.Module | None:
+    """The first of the modules whose calls are under way in this thread, as Python runs them; None: there is none.
+
+    What Dynamo has compiled is not Python's any more, and the module that ``torch.compile`` returns only stands for
+    another.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    found = None
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            module = frame.f_locals.get("self")
+            found = module if not isinstance(module, OptimizedModule) else found
+        frame = frame.f_back
+    return found
+
+
+try:
+    _CALL = torch.nn.Module._call_impl.__code__
+except AttributeError as _error:
+    raise missing("torch.nn.Module._call_impl", _error) from _error
+
+
+def is_called_by_module() -> bool:
+    """While Dynamo traces: whether Python runs the call of a module that called the compiled function."""
+    from fxsp.torch_internals.dynamo import Translation
+
+    outer, translation = outermost_call(), Translation.current()
+    if outer is None or translation is None:
+        return False
+    return all(module is not outer for module, _ in translation.callers())

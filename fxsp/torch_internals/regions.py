@@ -129,3 +129,11 @@ def any_autocast() -> bool:
 def without_autocast() -> AbstractContextManager[Any]:
     """Autocast off for every device: how a normalized graph, whose casts are explicit, is compiled and run."""
     return torch._C._DisableAutocast()
+
+
+def autocast_state() -> tuple[Any, ...]:
+    """What autocast does, for each device where it is on; equal for two moments if it does the same."""
+    if not any_autocast():
+        return ()
+    devices = {"cpu", torch._C._get_accelerator().type}
+    return tuple((d, torch.get_autocast_dtype(d)) for d in sorted(devices) if torch.is_autocast_enabled(d))

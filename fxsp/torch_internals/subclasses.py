@@ -111,12 +111,16 @@ def operators_first(asked: Callable[[Recorder, Any, Any, Any], Any]) -> Iterator
         del mode.__torch_dispatch__
 
 
+#: What parts of a distributed value say: where they are (of a DTensor, and of ours).
+_PLACED = ("placements", "placed")
+
+
 def plain_tensors(value: Any) -> list[torch.Tensor] | None:
     """The tensors in memory of their own that a value consists of: itself, or the parts of a subclass.
 
     None if there are none to read on this rank alone: it is no tensor, or a fake, or a part of a distributed one.
     """
-    if not isinstance(value, torch.Tensor) or hasattr(value, "placements") or fake_mode_of(value) is not None:
+    if not isinstance(value, torch.Tensor) or any(hasattr(value, a) for a in _PLACED) or fake_mode_of(value) is not None:
         return None
     if is_wrapper_subclass(value):
         names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]

@@ -60,3 +60,10 @@ def sympy_to_fx(expr: Any, symbols: Mapping[Any, torch.fx.Node], graph: torch.fx
     tracer = GraphAppendingTracer(graph)
     values = {symbol: Proxy(symbols[symbol], tracer) for symbol in expr.free_symbols}
     return sympy_interp(PythonReferenceAnalysis, values, expr).node  # type: ignore[no-any-return]
+
+
+def symbolic_size(length: Any, mode: Any) -> Any:
+    """An expression of the symbols of a fake mode as a size of a tensor of that mode; a number as it is."""
+    if isinstance(length, int):
+        return length
+    return mode.shape_env.create_symintnode(length, hint=int(length.xreplace(dict(size_hints(mode)))))

@@ -52,14 +52,14 @@ class Carry(Pass):
             alone = EMPTY_PLAN if captured.entries == () else "one rank"
             raise RunsWhole(f"one rank. {missing}" if missing else alone, remedy=None)
         if captured.entries is None:
-            program.inferring = True
+            program.inferring = not program.arrivals
             return program
         program.carried = carry(program.gm, captured, captured.entries)
         report.plan.extend(program.carried)
         if program.carried:  # what the plan did not ask for is never refused
             program.options = replace(program.options, strict=False)
         program.captured = None  # it holds the model
-        if any(record.applied for record in report.plan):
+        if program.arrivals or any(record.applied for record in report.plan):
             return program
         single = next((record for record in report.plan if record.single), None)
         if single is not None:  # a step of decoding: as right as can be

@@ -27,7 +27,7 @@ from fxsp.errors import UnsupportedError
 from fxsp.passes.attention.unfused_report import mark_written, record_written
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.functionalize.inplace import written_arguments
-from fxsp.passes.graph import Call, facts, shape_of, tensor_nodes, tensor_value, type_of
+from fxsp.passes.graph import Call, facts, is_split, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.partition.reshard import LOW_PRECISION, OUTPUT, Converter, Value
 from fxsp.passes.partition.unused import report_idle
 from fxsp.passes.propagate.propagate import is_annotate
@@ -91,7 +91,7 @@ class _Partitioner(Converter):
         if value is None:
             self.copies[node] = new
             return
-        kind: Type = Replicate()
+        kind: Type = type_of(node) if is_split(node) else Replicate()
         deferred = self.program.options.deferred and _is_parameter(node) and self.program.training
         if deferred and is_wrapper_subclass(value):
             if value.requires_grad:
@@ -124,16 +124,31 @@ class _Partitioner(Converter):
     def _output(self, node: Node) -> None:
         self.reason = OUTPUT
 
-        self.program.report.split_outputs[:] = _splits_of(node.args[0])
+        outputs: Any = node.args[0] if isinstance(node.args[0], (list, tuple)) else ()
+        left = {position: self._left_as(old) for position, old in enumerate(outputs) if old in self.values}
+        self.program.left_split = {
+            position: (type_, shape_of(outputs[position]))
+            for position, type_ in left.items()
+            if isinstance(type_, Shard)
+        }
+        self.program.report.split_outputs[:] = [
+            row for row in _splits_of(outputs) if row[0] not in self.program.left_split
+        ]
 
         def whole(old: Node) -> Any:
             self.ending = old
-            if old in self.values:
-                return self.get(self.values[old], Replicate(), kind="output")
-            return self.copies[old]
+            if old not in self.values:
+                return self.copies[old]
+            return self.get(self.values[old], self._left_as(old), kind="output")
 
         result = torch.fx.map_arg(node.args[0], whole)
         self.graph.output(result).meta.update(node.meta)
+
+    def _left_as(self, old: Node) -> Type:
+        """The type of an output: whole, or as it is split where the caller takes it so."""
+        type_ = type_of(old)
+        splits = self.program.split_outputs and isinstance(type_, Shard)
+        return type_ if splits and not any(type_.sequence.whole) else Replicate()
 
     def _before_writes(self, node: Node) -> None:
         """The last nodes, from ``node`` on, overwrite inputs: what they and the output need whole is computed now:

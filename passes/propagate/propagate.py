@@ -27,7 +27,7 @@ from fxsp.kernels.ops import fxsp_ops
 from fxsp.passes.attention.decide import Attention
 from fxsp.passes.attention.unfused import UnfusedProducts
 from fxsp.passes.base import Pass, Program
-from fxsp.passes.graph import Call, facts, mark, shape_of, tensor_nodes, tensor_value, type_of
+from fxsp.passes.graph import Call, facts, is_split, mark, shape_of, tensor_nodes, tensor_value, type_of
 from fxsp.passes.rules.decide import Decision, decide_by_rule, replicate_all
 from fxsp.passes.rules.families import family
 from fxsp.passes.special.cat_and_cut import Cats, Cuts, Select, SliceScatter
@@ -59,12 +59,15 @@ class Propagate(Pass):
     """After this pass every tensor node has a type, and every call on tensors a decision."""
 
     def apply(self, program: Program) -> Program:
+        for position, node in enumerate(program.graph.find_nodes(op="placeholder")):
+            if (type_ := program.arrivals.get(position)) is not None:
+                mark(node, type=type_, free=False)
         for node in program.graph.nodes:
             self._visit(node, program)
         return program
 
     def _visit(self, node: Node, program: Program) -> None:
-        if node.op == "output":
+        if node.op == "output" or (node.op == "placeholder" and is_split(node)):
             return
         value = node.meta.get("val")
         if is_annotate(node):

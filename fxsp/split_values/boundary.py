@@ -1,0 +1,125 @@
+"""Where split values enter and leave a compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+from fxsp import torch_internals
+from fxsp.lengths import Length, as_length
+from fxsp.passes.annotate.dynamo_graph import written_by
+from fxsp.passes.base import Program
+from fxsp.split_values.calls import is_under_way, watch_calls
+from fxsp.split_values.value import Placed, SplitTensor, from_local, to_local, whole
+from fxsp.types import Ranks, Segment, Shard, shape_on_rank
+from fxsp.types import Sequence as Tokens
+
+__all__ = ["Edge", "local_examples"]
+
+
+class Edge:
+    """The edge of one graph of Dynamo: what enters it split, and what leaves it so.
+
+    Dynamo's examples of inputs change in place: split values become plain fakes of global shape.
+    """
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], ranks: Ranks, *, splits: bool) -> None:
+        self.ranks = ranks
+        self.inputs = list(inputs)
+        #: The types of inputs that enter as the rows of one rank.  Not among them, and made whole: what is split over
+        #: other ranks, or is written to.
+        self.arrivals: dict[int, Shard] = {}
+        #: Whether who calls the graph may take split values: a module that Python runs.
+        self.regional = False
+        #: Outputs that leave as the rows of one rank: their types and global shapes.
+        self.left: Mapping[int, tuple[Shard, tuple[Length, ...]]] = {}
+        #: Where symbols of lengths stand: the position of an input, and the dimension (None: it is a number).
+        self.symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
+        nodes = gm.graph.find_nodes(op="placeholder")
+        mode = torch_internals.compile_fake_mode(inputs)
+        for position, (node, value) in enumerate(zip(nodes, inputs, strict=True)):
+            if isinstance(value, SplitTensor):
+                shape = node.meta["example_value"].shape
+                if splits and value.placed.ranks == ranks and not written_by(gm.graph, node):
+                    self.arrivals[position] = value.placed.for_shape(shape)
+                with mode:
+                    plain = torch.empty(shape, dtype=value.dtype, device=value.device)
+                self.inputs[position] = node.meta["example_value"] = plain.requires_grad_(value.requires_grad)
+            self._learn(position, node.meta.get("example_value"))
+        # A checkpoint that compiles anew what it recomputes goes on with what it has.
+        self._returned_split = torch_internals.in_backward() and bool(self.arrivals)
+        self.regional = splits and (self._returned_split or torch_internals.is_called_by_module())
+
+    def _learn(self, position: int, value: Any) -> None:
+        sizes = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
+        for dim, size in sizes:
+            if isinstance(size, torch.SymInt) and isinstance(symbol := as_length(size), sympy.Symbol):
+                self.symbols.setdefault(symbol, (position, dim))
+
+    def topics(self) -> dict[str, str]:
+        """What must be the same on all ranks, as text by topic."""
+        rows = [f"input {position} {type_}" for position, type_ in self.arrivals.items()]
+        return {"split inputs": "\n".join([*rows, f"outputs may stay split: {self.regional}"])}
+
+    def leave(self, program: Program) -> None:
+        """The graph was compiled as this program of one rank."""
+        self.left = program.left_split
+
+    def crossing(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run``, which takes and returns the rows of one rank, for split values."""
+        if not self.left:
+            return lambda *args: run(*self._taken(args))
+
+        def cross(*args: Any) -> Any:
+            results = list(run(*self._taken(args)))
+            if not torch_internals.in_backward():  # a checkpoint wants what it had
+                self._returned_split = is_under_way()
+            sizes = {symbol: self._size(args, *place) for symbol, place in self.symbols.items()}
+            for position, (type_, shape) in self.left.items():
+                value = from_local(results[position], self._placed(type_, sizes), [_number(n, sizes) for n in shape])
+                results[position] = value if self._returned_split else whole(value)
+            if not self._returned_split:
+                watch_calls()
+            return tuple(results)
+
+        return cross
+
+    def _taken(self, args: Sequence[Any]) -> list[Any]:
+        return [
+            x if not isinstance(x, SplitTensor) else to_local(x) if position in self.arrivals else whole(x)
+            for position, x in enumerate(args)
+        ]
+
+    def _size(self, args: Sequence[Any], position: int, dim: int | None) -> int:
+        return int(args[position] if dim is None else args[position].shape[dim])
+
+    def _placed(self, type_: Shard, sizes: Mapping[Any, int]) -> Placed:
+        segments = [
+            Segment(_number(s.length, sizes), name=s.name, layout=s.layout, unit=_number(s.unit, sizes))
+            for s in type_.sequence.segments
+        ]
+        concrete = Shard(type_.dim, Tokens(tuple(segments)), _number(type_.outer, sizes), origin=type_.origin)
+        return Placed(concrete, self.ranks)
+
+
+def _number(length: Length, sizes: Mapping[Any, int]) -> int:
+    return length if isinstance(length, int) else int(length.xreplace(dict(sizes)))
+
+
+def local_examples(inputs: Sequence[Any], program: Program) -> list[Any]:
+    """The inputs of a program as one rank has them: of those that arrive split, fakes of local shape."""
+    found = list(inputs)
+    for position, type_ in program.arrivals.items():
+        value = inputs[position]
+        mode = torch_internals.fake_mode_of(value)
+        shape = shape_on_rank(value.shape, type_, program.ranks.size)
+        with mode:
+            local = torch.empty(
+                [torch_internals.symbolic_size(n, mode) for n in shape], dtype=value.dtype, device=value.device
+            )
+        found[position] = local.requires_grad_(value.requires_grad)
+    return found

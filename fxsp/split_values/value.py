@@ -1,0 +1,313 @@
+"""A split value at run time: this rank's rows, under the shape of the whole.
+
+A :class:`SplitTensor` keeps the meaning of one device: it shows the global shape, strides and dtype, and whatever
+touches it sees the whole value.  What needs the rows of other ranks gathers them, on all ranks (:func:`whole`); the
+result is kept, so that a value is gathered once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fxsp import torch_internals
+from fxsp.errors import UnsupportedError
+from fxsp.lengths import Length, as_length
+from fxsp.split_values.convert import masked, sharded, whole_of
+from fxsp.types import Ranks, Segment, Sequence, Shard
+
+__all__ = ["Placed", "SplitTensor", "from_local", "to_local", "whole"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How a value lies on the ranks: its type (no segment is whole), and this rank among them."""
+
+    type: Shard
+    ranks: Ranks
+    #: Whether pads are zero, as those of gradients are.
+    zero_pads: bool = False
+
+    def for_shape(self, shape: Any) -> Shard:
+        """The type of a tensor of this kind and shape, whose lengths may be symbols."""
+        if not _is_one_segment(self.type):
+            return self.type
+        (segment,) = self.type.sequence.segments
+        length = as_length(shape[self.type.dim])
+        return Shard(self.type.dim, Sequence((_with_length(segment, length),)), origin=self.type.origin)
+
+    def same_kind(self, other: Placed) -> bool:
+        """Whether a graph for one is a graph for the other: lengths that the shape tells are left to its guards."""
+        if self.ranks != other.ranks or self.zero_pads != other.zero_pads or self.type.dim != other.type.dim:
+            return False
+        if not (_is_one_segment(self.type) and _is_one_segment(other.type)):
+            return self.type == other.type
+        (a,), (b,) = self.type.sequence.segments, other.type.sequence.segments
+        return a.layout == b.layout
+
+
+def _is_one_segment(type_: Shard) -> bool:
+    """Whether the tokens are all of the dimension, one sequence of single tokens: its length is that of the shape."""
+    return type_.plain and len(type_.sequence.segments) == 1 and type_.sequence.units == (1,)
+
+
+def _with_length(segment: Segment, length: Length) -> Segment:
+    return Segment(length, name=segment.name, layout=segment.layout)
+
+
+@dataclass(eq=False)
+class Family:
+    """Split values that are views of one memory on one device, and here have memory of their own.
+
+    As long as nobody writes, nobody sees the difference; who writes, while another one lives, is told.
+    """
+
+    members: list[tuple[weakref.ref[SplitTensor], int]]
+
+    def join(self, *members: SplitTensor) -> None:
+        new = {id(x) for x in members}
+        left = [(ref, seen) for ref, seen in self.members if (x := ref()) is not None and id(x) not in new]
+        self.members = [*left, *((weakref.ref(x), torch_internals.version(x)) for x in members)]
+
+    def check(self, reader: SplitTensor) -> None:
+        """Raises UnsupportedError where another member was written to."""
+        if any(x is not reader and torch_internals.version(x) != seen for x, seen in self._living()):
+            raise self.error(reader)
+
+    def others(self, writer: SplitTensor) -> bool:
+        """Whether another member lives."""
+        return any(x is not writer for x, _ in self._living())
+
+    def _living(self) -> Iterator[tuple[SplitTensor, int]]:
+        return ((x, seen) for ref, seen in self.members if (x := ref()) is not None)
+
+    @staticmethod
+    def error(x: SplitTensor) -> UnsupportedError:
+        return UnsupportedError(
+            f"a split value of shape {list(x.shape)}, or a view of it, is written to in place while the other is used; "
+            "make it whole before: x = fxsp.whole(x)"
+        )
+
+
+@dataclass(eq=False)
+class _Rows:
+    """The memory of a split value and of its aliases (``x.detach()``)."""
+
+    local: Tensor
+    #: The whole value, once it was gathered.
+    whole: Tensor | None = None
+    #: Whether ``whole`` may be written to, by itself or a view of it: ``local`` is what it was before.
+    shared: bool = False
+    family: Family | None = None
+
+
+class SplitTensor(Tensor):
+    """This rank's rows of a value of global shape; see the module.
+
+    Made by compiled graphs, never by users.  ``fxsp.whole(x)`` is the value as a plain tensor: a collective.
+    """
+
+    placed: Placed
+    _rows: _Rows
+
+    @staticmethod
+    def __new__(cls, local: Tensor, placed: Placed, shape: Any, rows: _Rows | None = None) -> SplitTensor:
+        self: SplitTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=local.dtype, device=local.device, requires_grad=False
+        )
+        self.placed, self._rows = placed, rows or _Rows(local)
+        return self
+
+    @property
+    def _local(self) -> Tensor:
+        return self._rows.local
+
+    def __tensor_flatten__(self) -> tuple[list[str], Placed]:
+        return ["_local"], self.placed
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], placed: Placed, size: Any, stride: Any) -> SplitTensor:
+        return SplitTensor(inner["_local"], placed, size)
+
+    @classmethod
+    def __metadata_guard__(cls, before: Placed, now: Placed) -> bool:
+        return before.same_kind(now)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        where = f"{self.placed.type} on rank {self.placed.ranks.rank} of {self.placed.ranks.size}"
+        return f"SplitTensor({list(self.shape)}, {self.dtype}, {where}; fxsp.whole(x) gathers it)"
+
+    def __coerce_same_metadata_as_tangent__(self, expected: Any, expected_type: Any = None) -> Tensor | None:
+        """As the gradient of what a compiled graph returned whole, it is made whole."""
+        if expected_type in (None, Tensor) and expected is None:
+            return self.gathered()
+        return self if isinstance(expected, Placed) and expected.same_kind(self.placed) else None
+
+    def alias(self) -> SplitTensor:
+        """Another tensor with the same memory."""
+        return SplitTensor(self._local, self.placed, self.shape, self._rows)
+
+    def local(self) -> Tensor:
+        """The rows of this rank, as they are now; without autograd."""
+        self._check()
+        if self._rows.shared:
+            assert self._rows.whole is not None
+            return sharded(self._rows.whole, self.placed.type, self.placed.ranks)
+        return self._rows.local
+
+    def will_be_written(self) -> None:
+        """Raises UnsupportedError where a view of it, or what it is a view of, would not see that."""
+        family = self._rows.family
+        if family is not None and family.others(self):
+            raise family.error(self)
+
+    def view_of(self, base: SplitTensor) -> None:
+        """On one device this would be a view of ``base``."""
+        family = base._rows.family or Family([])
+        self._rows.family = base._rows.family = family
+        family.join(base, self)
+
+    def _check(self) -> None:
+        if self._rows.family is not None:
+            self._rows.family.check(self)
+
+    def gathered(self) -> Tensor:
+        """The whole value, without autograd: a collective, unless it was gathered before."""
+        self._check()
+        rows = self._rows
+        if rows.whole is None:
+            mode = torch_internals.fake_mode_of(rows.local)
+            if mode is not None:  # a compiler is tracing: what it makes of shapes must not depend on the ranks
+                with mode:
+                    return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            type_ = self.placed.for_shape(self.shape)
+            rows.whole = whole_of(rows.local, self.shape, type_, self.placed.ranks)
+        return rows.whole
+
+    def share(self) -> Tensor:
+        """The whole value, for someone who may write to it, or to a view of it."""
+        found = self.gathered()
+        self._rows.shared = self._rows.whole is not None
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from fxsp.split_values.one_call import call
+
+        kwargs = kwargs or {}
+        with torch_internals.plain_functions():
+            result = call(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+            if torch.is_grad_enabled():
+                first, *rest = args or (None,)  # the first may be what is written to
+                rest, kwargs = tree_map_only(Tensor, _with_whole_gradient, (rest, kwargs))
+                args = (first, *rest) if args else args
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from fxsp.split_values.dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+
+class _ToLocal(torch.autograd.Function):
+    """``S -> S``: out of its wrapper."""
+
+    @staticmethod
+    def forward(ctx: Any, x: SplitTensor) -> Tensor:
+        ctx.placed, ctx.shape = x.placed, x.shape
+        return x.local().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return SplitTensor(grad.contiguous(), Placed(ctx.placed.type, ctx.placed.ranks, zero_pads=True), ctx.shape)
+
+
+class _FromLocal(torch.autograd.Function):
+    """``S -> S``: into its wrapper."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
+        ctx.placed = placed
+        return SplitTensor(local.detach().contiguous(), placed, shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rows_of_gradient(grad, ctx.placed), None, None
+
+
+class _ToWhole(torch.autograd.Function):
+    """``S -> R``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: SplitTensor) -> Tensor:
+        return x.gathered().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _WholeGradient(torch.autograd.Function):
+    """``R -> R``: the same value, whose gradient is made whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.gathered() if isinstance(grad, SplitTensor) else grad
+
+
+def _with_whole_gradient(x: Tensor) -> Tensor:
+    """An operand beside split ones: nobody who knows nothing of these is given a split gradient."""
+    return _WholeGradient.apply(x) if x.requires_grad and not isinstance(x, SplitTensor) else x  # type: ignore[no-any-return]
+
+
+def _rows_of_gradient(grad: Tensor, placed: Placed) -> Tensor:
+    """This rank's part of a gradient, which is whole or split, with zero pads."""
+    type_, ranks = placed.type, placed.ranks
+    if isinstance(grad, SplitTensor) and grad.placed.ranks == ranks and grad.placed.type.same_as(type_):
+        rows = grad.local()
+        return rows if grad.placed.zero_pads else masked(rows, grad.shape, type_, ranks)
+    full = grad.gathered() if isinstance(grad, SplitTensor) else grad
+    return masked(sharded(full, type_, ranks), full.shape, type_, ranks)
+
+
+def _apply(function: Any, x: Tensor, *args: Any) -> Any:
+    """A function of one tensor; without autograd where nothing asks for gradients."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return function.apply(x, *args)
+    with torch.no_grad():
+        return function.forward(_NoContext(), x, *args)
+
+
+class _NoContext:
+    """Takes what a function keeps for a backward pass that is not to come."""
+
+
+def to_local(x: SplitTensor) -> Tensor:
+    """This rank's rows; gradients pass."""
+    return _apply(_ToLocal, x)  # type: ignore[no-any-return]
+
+
+def from_local(local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
+    """The split value of global ``shape`` of which this rank has ``local``; gradients pass."""
+    return _apply(_FromLocal, local, placed, tuple(shape))  # type: ignore[no-any-return]
+
+
+def whole(x: Tensor) -> Tensor:
+    """``x`` as a plain tensor: a split value is gathered, on all ranks of its group; gradients pass.
+
+    A collective: every rank of the group has to call it.  Any other tensor is returned as it is.
+    """
+    return _apply(_ToWhole, x) if isinstance(x, SplitTensor) else x  # type: ignore[no-any-return]

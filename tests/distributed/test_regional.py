@@ -1,0 +1,71 @@
+"""Models that are compiled block by block: nothing is gathered between the blocks, and the numbers are those of one
+process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from distributed import Pool
+from regional import Regional, run_regional
+
+Ranks = Callable[[int], Pool]
+INFER = {"plan": "infer"}
+
+
+def run(ranks: Ranks, size: int, name: str, calls: list[dict[str, Any]], training: bool, way: str) -> Regional:
+    found: list[Regional] = ranks(size).run(run_regional, name, calls, training, INFER, way)
+    for one in found:
+        assert one.classes == {"Tensor"}
+        assert max(one.errors) <= 1e-5, one.errors
+        assert not training or max(one.gradients) <= 1e-5, one.gradients
+    return found[0]
+
+
+#: Model, arguments, blocks (kinds of blocks and attentions in all).
+MODELS: list[tuple[str, dict[str, Any], int]] = [
+    ("flux", {"layers": 2, "single_layers": 2}, 4),
+    ("flux2", {"layers": 1, "single_layers": 2}, 3),
+    ("qwen_image", {}, 2),
+    ("wan", {}, 4),
+    ("llama", {"tokens": 13}, 2),
+    ("sd3", {"size": 10}, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "attentions"), MODELS, ids=lambda x: x if isinstance(x, str) else "")
+def test_sends_what_the_whole_model_sends(ranks: Ranks, name: str, arguments: dict[str, Any], attentions: int) -> None:
+    whole = run(ranks, 2, name, [arguments] * 2, training=False, way="whole")
+    found = run(ranks, 2, name, [arguments] * 3, training=False, way="blocks")
+    assert found.bytes <= 1.02 * whole.bytes, (found.ran, whole.ran)
+    assert found.compiles[-1] == 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("flux", {"image": 25, "layers": 2}), ("llama", {"tokens": 7}), ("wan", {"frames": 2})]
+)
+def test_gradients(ranks: Ranks, size: int, name: str, arguments: dict[str, Any]) -> None:
+    found = run(ranks, size, name, [arguments] * 3, training=True, way="blocks")
+    assert found.compiles[-1] == 0
+    assert found.ran["all_gather"] >= 1
+
+
+@pytest.mark.parametrize("way", ["optimized", "checkpoint", "reentrant", "inside"])
+def test_however_the_blocks_are_called(ranks: Ranks, way: str) -> None:
+    found = run(ranks, 2, "wan", [{"layers": 2}] * 3, training=True, way=way)
+    assert found.compiles[-1] == 0
+    assert found.ran == run(ranks, 2, "wan", [{"layers": 2}] * 3, training=True, way="blocks").ran
+
+
+def test_lengths_change(ranks: Ranks) -> None:
+    calls = [{"image": n, "text": 7} for n in (24, 24, 31, 28, 35)]
+    found = run(ranks, 3, "flux", calls, training=False, way="blocks")
+    assert found.compiles[3:] == [0, 0]
+
+
+def test_more_ranks_than_tokens(ranks: Ranks) -> None:
+    run(ranks, 4, "llama", [{"tokens": 3}] * 3, training=True, way="blocks")

@@ -1,0 +1,160 @@
+"""Models that are compiled block by block, on real ranks beside the same model on one process."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxsp
+import models
+from running import build, error_of
+
+__all__ = ["BLOCKS", "Regional", "compile_blocks", "run_regional", "sent"]
+
+#: The classes of blocks, where a model does not say them itself (diffusers' ``_repeated_blocks``).
+BLOCKS = {"llama": ["LlamaDecoderLayer"], "sd3": ["JointTransformerBlock"], "gemma": ["Gemma2DecoderLayer"]}
+
+
+@dataclass
+class Regional:
+    """What one rank saw of a few calls."""
+
+    errors: list[float] = field(default_factory=list)
+    #: Relative errors of the gradients of parameters and inputs, the worst of each call.
+    gradients: list[float] = field(default_factory=list)
+    #: Graphs that each call compiled.
+    compiles: list[int] = field(default_factory=list)
+    #: Collectives of the last forward pass, by kind, and the bytes that this rank sent in them.
+    ran: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+    #: Classes of the results: nobody outside is given a split value.
+    classes: set[str] = field(default_factory=set)
+
+
+@contextlib.contextmanager
+def sent() -> Iterator[tuple[Counter[str], list[int]]]:
+    """Collectives that run inside, and the bytes of float32 that this rank sends in them; filled at the end."""
+    counts, total = Counter[str](), [0]
+    kinds = {"all_to_all_single": "all_to_all", "all_gather_into_tensor": "all_gather"}
+    kinds |= {"reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce", "all_reduce_": "all_reduce"}
+    size = dist.get_world_size()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        yield counts, total
+    for event in profile.events():
+        kind = kinds.get(event.name.removeprefix("_c10d_functional::"))
+        if kind is None or not event.name.startswith("_c10d_functional::"):
+            continue
+        counts[kind] += 1
+        elements = torch.Size(event.input_shapes[0]).numel()
+        total[0] += 4 * elements * (size - 1) // (size if kind in ("all_to_all", "reduce_scatter") else 1)
+
+
+def compile_blocks(model: nn.Module, names: list[str], **options: Any) -> None:
+    """As diffusers' ``compile_repeated_blocks`` does."""
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.compile(backend="sp", options={"inner": "aot_eager", **options})
+
+
+def run_regional(
+    rank: int, size: int, name: str, calls: list[dict[str, Any]], training: bool, options: dict[str, Any], way: str
+) -> Regional:
+    """Call a model of ``models`` or ``zoo`` that is compiled block by block; ``way``: see :data:`WAYS`."""
+    model, _ = build(name, calls[0])
+    whole = copy.deepcopy(model)
+    blocks = getattr(model, "_repeated_blocks", None) or BLOCKS[name]
+    found = Regional()
+    with warnings.catch_warnings(), torch.set_grad_enabled(training):
+        warnings.simplefilter("ignore")
+        call = WAYS[way](model, blocks, options)
+        for arguments in calls:
+            inputs = build(name, arguments)[1]
+            before = len(fxsp.reports())
+            with sent() as (ran, total):
+                got = models.first_tensor(call(**inputs))
+            found.compiles.append(len(fxsp.reports()) - before)
+            wanted = models.first_tensor(whole(**inputs))
+            found.classes.add(type(got).__name__)
+            found.errors.append(error_of(got, wanted))
+            found.ran, found.bytes = ran, total[0]
+            if training:
+                found.gradients.append(_gradients(model, whole, got, wanted))
+    dist.barrier()
+    return found
+
+
+def _gradients(model: nn.Module, whole: nn.Module, got: Tensor, wanted: Tensor) -> float:
+    weights = torch.linspace(-1, 1, got.numel()).view(got.shape)
+    for one, result in ((model, got), (whole, wanted)):
+        one.zero_grad()
+        (result * weights).sum().backward()
+    pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), whole.parameters(), strict=True)]
+    assert all((a is None) == (b is None) for a, b in pairs)
+    usual = max(b.norm().item() for _, b in pairs if b is not None)
+    return max(error_of(a, b) * b.norm().item() / max(b.norm().item(), 1e-2 * usual) for a, b in pairs if b is not None)
+
+
+def _blocks(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
+    compile_blocks(model, names, **options)
+    return model
+
+
+def _optimized(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
+    """``torch.compile`` of every block, which takes its place."""
+    for module in list(model.modules()):
+        for child, block in list(module.named_children()):
+            if type(block).__name__ in names:
+                setattr(module, child, torch.compile(block, backend="sp", options={"inner": "aot_eager", **options}))
+    return model
+
+
+def _checkpointed(reentrant: bool, model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
+    """A checkpoint around every compiled block."""
+    compile_blocks(model, names, **options)
+    for module in model.modules():
+        if type(module).__name__ in names:
+            around = partial(checkpoint, module._compiled_call_impl, use_reentrant=reentrant)
+            module._compiled_call_impl = around  # type: ignore[assignment]
+    return model
+
+
+def _inside(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
+    """In a module of the user, from a lambda."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs: Any) -> Any:
+            return (lambda: self.model(**inputs))()
+
+    compile_blocks(model, names, **options)
+    return Outer()
+
+
+def _one(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
+    """The whole model: to compare with."""
+    return torch.compile(model, backend="sp", options={"inner": "aot_eager", **options})
+
+
+#: How a model is compiled by its blocks: ``(model, names of classes, options) -> what is called``.
+WAYS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], Any]] = {
+    "blocks": _blocks,
+    "optimized": _optimized,
+    "checkpoint": partial(_checkpointed, False),
+    "reentrant": partial(_checkpointed, True),
+    "inside": _inside,
+    "whole": _one,
+}
