@@ -16,6 +16,7 @@ from fxsp.plan import (
     SequenceParallelPartialInput,
 )
 from fxsp.report import Report
+from fxsp.split_values.value import SplitTensor, whole
 
 __all__ = [
     "Evidence",
@@ -26,10 +27,12 @@ __all__ = [
     "SequenceParallelInput",
     "SequenceParallelOutput",
     "SequenceParallelPartialInput",
+    "SplitTensor",
     "explain",
     "infer_plan",
     "register_attention",
     "reports",
     "verify",
+    "whole",
 ]
 __all__ += errors.__all__

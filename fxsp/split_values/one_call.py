@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -162,7 +163,7 @@ def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ran
     made.meta["stack_trace"] = _where()
     values = tree_map_only(torch.fx.Node, lambda node: node.meta["example_value"], (args, kwargs))
     try:
-        with mode, torch_internals.plain_functions(), torch.no_grad():
+        with mode, torch_internals.plain_functions(), saved_tensors_hooks(lambda x: x, lambda x: x):
             result = func(*values[0], **values[1])
     except Exception:  # it says so itself, where it runs
         return None

@@ -107,6 +107,10 @@ class _Rows:
     family: Family | None = None
 
 
+#: What leaves torch, and knows no subclasses: it is given the whole value.
+_OF_WHOLE = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__reduce_ex__, Tensor.data_ptr)
+
+
 class SplitTensor(Tensor):
     """This rank's rows of a value of global shape; see the module.
 
@@ -187,7 +191,7 @@ class SplitTensor(Tensor):
                 with mode:
                     return torch.empty(self.shape, dtype=self.dtype, device=self.device)
             type_ = self.placed.for_shape(self.shape)
-            rows.whole = whole_of(rows.local, self.shape, type_, self.placed.ranks)
+            rows.whole = whole_of(rows.local, self.shape, type_, self.placed.ranks).contiguous()
         return rows.whole
 
     def share(self) -> Tensor:
@@ -200,6 +204,8 @@ class SplitTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from fxsp.split_values.one_call import call
 
+        if func in _OF_WHOLE:
+            return func(args[0].share(), *args[1:], **(kwargs or {}))
         kwargs = kwargs or {}
         with torch_internals.plain_functions():
             result = call(func, args, kwargs)

@@ -39,6 +39,7 @@ LAYERS = [
     ("fxsp.inner",),
     ("fxsp.said",),
     ("fxsp.partitioning",),
+    ("fxsp.split_values",),
     ("fxsp.backend", "fxsp.offline"),
     ("fxsp.hooks",),
     ("fxsp.__main__",),
