@@ -28,7 +28,7 @@ from fxsp.capture.graph_breaks import remembering
 from fxsp.config import Options, resolve_ranks
 from fxsp.errors import FxspError, UnshardedWarning
 from fxsp.inner import compile_inner
-from fxsp.partitioning import compile_graph, is_training
+from fxsp.partitioning import compile_graph, is_training, local_examples
 from fxsp.passes.base import Program
 from fxsp.passes.normalize.regions import open_regions
 from fxsp.passes.partition.defer import scale_summands
@@ -42,7 +42,7 @@ from fxsp.ranks.watcher import watch
 from fxsp.report import Report
 from fxsp.simulation.first_call import Trial
 from fxsp.source import input_names
-from fxsp.split_values.boundary import Edge, local_examples
+from fxsp.split_values.boundary import Edge
 from fxsp.summands import Convention
 from fxsp.types import Ranks
 
@@ -198,9 +198,7 @@ class _Made:
     split: bool
 
 
-def _compile_here(
-    gm: GraphModule, edge: Edge, options: Options, ranks: Ranks, root: torch.nn.Module | None
-) -> _Made:
+def _compile_here(gm: GraphModule, edge: Edge, options: Options, ranks: Ranks, root: torch.nn.Module | None) -> _Made:
     report, program = compile_graph(
         gm, edge.inputs, options, ranks, root=root, arrivals=edge.arrivals, split_outputs=edge.regional
     )
@@ -238,7 +236,11 @@ def _run(
     if options.deferred:
         scale_summands(program.gm, ranks.size)
     decided = decisions(report, program.gm)
-    run = remembering(_finish(program.gm, local_examples(inputs, program), options, report, normalized=True), report.split_outputs, splits)
+    run = remembering(
+        _finish(program.gm, local_examples(inputs, program), options, report, normalized=True),
+        report.split_outputs,
+        splits,
+    )
     for graph in (program.gm, program.whole):
         torch_internals.forget_examples(graph)
     if trial is not None:

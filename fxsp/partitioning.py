@@ -20,9 +20,9 @@ from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.verify import infer_local
 from fxsp.report import Report
 from fxsp.said import say_degrees, say_gathers, say_outputs, say_share, say_unsharded
-from fxsp.types import Ranks, Shard
+from fxsp.types import Ranks, Shard, shape_on_rank
 
-__all__ = ["compile_graph", "is_training"]
+__all__ = ["compile_graph", "is_training", "local_examples"]
 
 
 def compile_graph(
@@ -69,6 +69,21 @@ def compile_graph(
     say_outputs(program)
     say_degrees(program)
     return report, program
+
+
+def local_examples(inputs: Sequence[Any], program: Program) -> list[Any]:
+    """The inputs of a program as one rank has them: of those that arrive split, fakes of local shape."""
+    found = list(inputs)
+    for position, type_ in program.arrivals.items():
+        value = inputs[position]
+        mode = torch_internals.fake_mode_of(value)
+        shape = shape_on_rank(value.shape, type_, program.ranks.size)
+        with mode:
+            local = torch.empty(
+                [torch_internals.symbolic_size(n, mode) for n in shape], dtype=value.dtype, device=value.device
+            )
+        found[position] = local.requires_grad_(value.requires_grad)
+    return found
 
 
 def is_training(inputs: Sequence[Any]) -> bool:

@@ -14,11 +14,15 @@ from fxsp.lengths import Length, as_length
 from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Program
 from fxsp.split_values.calls import is_under_way, watch_calls
-from fxsp.split_values.value import Placed, SplitTensor, from_local, to_local, whole
-from fxsp.types import Ranks, Segment, Shard, shape_on_rank
+from fxsp.split_values.dispatch import dispatch
+from fxsp.split_values.one_call import call
+from fxsp.split_values.value import Placed, SplitTensor, from_local, handle_with, to_local, whole
+from fxsp.types import Ranks, Segment, Shard
 from fxsp.types import Sequence as Tokens
 
-__all__ = ["Edge", "local_examples"]
+__all__ = ["Edge"]
+
+handle_with(call, dispatch)
 
 
 class Edge:
@@ -108,18 +112,3 @@ class Edge:
 
 def _number(length: Length, sizes: Mapping[Any, int]) -> int:
     return length if isinstance(length, int) else int(length.xreplace(dict(sizes)))
-
-
-def local_examples(inputs: Sequence[Any], program: Program) -> list[Any]:
-    """The inputs of a program as one rank has them: of those that arrive split, fakes of local shape."""
-    found = list(inputs)
-    for position, type_ in program.arrivals.items():
-        value = inputs[position]
-        mode = torch_internals.fake_mode_of(value)
-        shape = shape_on_rank(value.shape, type_, program.ranks.size)
-        with mode:
-            local = torch.empty(
-                [torch_internals.symbolic_size(n, mode) for n in shape], dtype=value.dtype, device=value.device
-            )
-        found[position] = local.requires_grad_(value.requires_grad)
-    return found

@@ -1,4 +1,4 @@
-"""Conversions of split values at run time, by the operators that graphs have for them (``fxsp.shard``, ``fxsp.gather``).
+"""Conversions of split values at run time, by the operators that graphs have for them (``fxsp.shard``, and others).
 
 ``R`` is a whole value, ``S`` this rank's part of it, ``S+`` a part whose pads are zero, as gradients are.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph
 

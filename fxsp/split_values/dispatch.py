@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxsp.passes.rules.families import family
 from fxsp.split_values.convert import sharded
 from fxsp.split_values.value import Placed, SplitTensor
-from fxsp.torch_internals import fake_mode_of
+from fxsp.torch_internals import is_plain_tensor
 
 __all__ = ["dispatch"]
 
@@ -28,7 +28,7 @@ _ALIASES = (aten.detach.default, aten.alias.default)
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """What ``func`` gives for these arguments, below autograd."""
     splits = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SplitTensor)]
-    if not any(fake_mode_of(x._local) is not None for x in splits):
+    if all(is_plain_tensor(x._local) for x in splits):  # else a compiler is tracing
         if func in _ALIASES:
             return args[0].alias()
         done, result = _on_rows(func, args, kwargs, splits)
@@ -77,8 +77,6 @@ def _on_rows(func: Any, args: Any, kwargs: Any, splits: list[SplitTensor]) -> tu
     )
     local = func(*local_args, **local_kwargs)
     return True, SplitTensor(local.contiguous(), Placed(type_, first.placed.ranks, zero), shape)
-
-
 
 
 def _functional(func: Any) -> Any:

@@ -25,13 +25,12 @@ from fxsp import torch_internals
 from fxsp.config import Options
 from fxsp.errors import FxspError
 from fxsp.inner import compile_inner
-from fxsp.partitioning import is_training
+from fxsp.partitioning import is_training, local_examples
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.verify import infer_local
 from fxsp.said import say_gathers
-from fxsp.split_values.boundary import local_examples
 from fxsp.split_values.value import Placed, SplitTensor, from_local, to_local
 from fxsp.types import Ranks, Shard
 
@@ -101,7 +100,7 @@ def _is_computation(func: Any, kwargs: Any) -> bool:
         return func.namespace == "aten" and not func._schema.is_mutable and func.__name__ not in _ALIASES
     name = getattr(func, "__name__", "")
     if kwargs.get("out") is not None or kwargs.get("inplace") or name.startswith("__i"):
-        return name in ("__invert__",)
+        return name == "__invert__"
     if getattr(func, "__module__", "") == "torch.nn.functional":
         return not name.endswith("_")
     plain = _NAMED.get(name, name.strip("_") if name.startswith("__") else name)
@@ -125,7 +124,7 @@ _NOT_HERE = frozenset(
 
 def _is_odd(x: Tensor) -> bool:
     if isinstance(x, SplitTensor):
-        return torch_internals.fake_mode_of(x._local) is not None or not x.is_floating_point()
+        return not torch_internals.is_plain_tensor(x._local) or not x.is_floating_point()
     return not torch_internals.is_plain_tensor(x)
 
 
@@ -143,7 +142,8 @@ def _described(leaf: Any) -> Any:
 def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ranks: Ranks) -> _OneCall | None:
     """The program of one call; None if it is none."""
     mode = torch_internals.fake_mode()
-    graph, inputs, arrivals = Graph(), [], {}
+    graph, arrivals = Graph(), {}
+    inputs: list[Tensor] = []
     nodes: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
@@ -165,7 +165,7 @@ def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ran
     try:
         with mode, torch_internals.plain_functions(), saved_tensors_hooks(lambda x: x, lambda x: x):
             result = func(*values[0], **values[1])
-    except Exception:  # it says so itself, where it runs
+    except Exception:  # it says so itself, where it runs  # noqa: BLE001
         return None
     results, result_spec = tree_flatten(result)
     if not results or not all(isinstance(x, Tensor) for x in results) or any(x is y for x in results for y in inputs):
@@ -179,9 +179,7 @@ def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ran
         node.meta["example_value"] = value
     graph.output(tuple(outputs))
     memory = {torch_internals.storage_key(x): at for at, x in enumerate(inputs)}
-    views = {
-        at: memory[key] for at, x in enumerate(results) if (key := torch_internals.storage_key(x)) in memory
-    }
+    views = {at: memory[key] for at, x in enumerate(results) if (key := torch_internals.storage_key(x)) in memory}
     if views and torch.is_inference_mode_enabled():
         return None  # writes are not counted
     return _compiled(GraphModule({}, graph), inputs, arrivals, views, ranks, result_spec)

@@ -8,7 +8,7 @@ result is kept, so that a value is gathered once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from fxsp.lengths import Length, as_length
 from fxsp.split_values.convert import masked, sharded, whole_of
 from fxsp.types import Ranks, Segment, Sequence, Shard
 
-__all__ = ["Placed", "SplitTensor", "from_local", "to_local", "whole"]
+__all__ = ["Family", "Placed", "SplitTensor", "from_local", "handle_with", "to_local", "whole"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,22 @@ class _Rows:
     family: Family | None = None
 
 
+@dataclass
+class _Handlers:
+    """What runs on split values where no compiler is; ``handle_with`` sets them."""
+
+    function: Callable[..., Any] = lambda *_: NotImplemented
+    operator: Callable[..., Any] = lambda *_: NotImplemented
+
+
+_handlers = _Handlers()
+
+
+def handle_with(function: Callable[..., Any], operator: Callable[..., Any]) -> None:
+    """Have ``function`` run functions of torch (NotImplemented: as their operators), and ``operator`` those of ATen."""
+    _handlers.function, _handlers.operator = function, operator
+
+
 #: What leaves torch, and knows no subclasses: it is given the whole value.
 _OF_WHOLE = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__reduce_ex__, Tensor.data_ptr)
 
@@ -121,8 +137,10 @@ class SplitTensor(Tensor):
     _rows: _Rows
 
     @staticmethod
-    def __new__(cls, local: Tensor, placed: Placed, shape: Any, rows: _Rows | None = None) -> SplitTensor:
-        self: SplitTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(
+        cls: type[SplitTensor], local: Tensor, placed: Placed, shape: Any, rows: _Rows | None = None
+    ) -> SplitTensor:
+        self: SplitTensor = Tensor._make_wrapper_subclass(
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
         self.placed, self._rows = placed, rows or _Rows(local)
@@ -143,7 +161,7 @@ class SplitTensor(Tensor):
     def __metadata_guard__(cls, before: Placed, now: Placed) -> bool:
         return before.same_kind(now)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         where = f"{self.placed.type} on rank {self.placed.ranks.rank} of {self.placed.ranks.size}"
         return f"SplitTensor({list(self.shape)}, {self.dtype}, {where}; fxsp.whole(x) gathers it)"
 
@@ -202,13 +220,11 @@ class SplitTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from fxsp.split_values.one_call import call
-
         if func in _OF_WHOLE:
             return func(args[0].share(), *args[1:], **(kwargs or {}))
         kwargs = kwargs or {}
         with torch_internals.plain_functions():
-            result = call(func, args, kwargs)
+            result = _handlers.function(func, args, kwargs)
             if result is not NotImplemented:
                 return result
             if torch.is_grad_enabled():
@@ -218,10 +234,10 @@ class SplitTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from fxsp.split_values.dispatch import dispatch
-
-        return dispatch(func, args, kwargs or {})
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _handlers.operator(func, args, kwargs or {})
 
 
 class _ToLocal(torch.autograd.Function):
@@ -276,7 +292,7 @@ class _WholeGradient(torch.autograd.Function):
 
 def _with_whole_gradient(x: Tensor) -> Tensor:
     """An operand beside split ones: nobody who knows nothing of these is given a split gradient."""
-    return _WholeGradient.apply(x) if x.requires_grad and not isinstance(x, SplitTensor) else x  # type: ignore[no-any-return]
+    return _WholeGradient.apply(x) if x.requires_grad and not isinstance(x, SplitTensor) else x
 
 
 def _rows_of_gradient(grad: Tensor, placed: Placed) -> Tensor:
@@ -316,4 +332,4 @@ def whole(x: Tensor) -> Tensor:
 
     A collective: every rank of the group has to call it.  Any other tensor is returned as it is.
     """
-    return _apply(_ToWhole, x) if isinstance(x, SplitTensor) else x  # type: ignore[no-any-return]
+    return _apply(_ToWhole, x) if isinstance(x, SplitTensor) else x

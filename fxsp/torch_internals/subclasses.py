@@ -120,7 +120,11 @@ def plain_tensors(value: Any) -> list[torch.Tensor] | None:
 
     None if there are none to read on this rank alone: it is no tensor, or a fake, or a part of a distributed one.
     """
-    if not isinstance(value, torch.Tensor) or any(hasattr(value, a) for a in _PLACED) or fake_mode_of(value) is not None:
+    if (
+        not isinstance(value, torch.Tensor)
+        or any(hasattr(value, a) for a in _PLACED)
+        or fake_mode_of(value) is not None
+    ):
         return None
     if is_wrapper_subclass(value):
         names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]

@@ -31,7 +31,11 @@ def split(x: Tensor, rank: int, size: int, dim: int, lengths: tuple[int, ...] = 
     """A whole value as a split one: its gradient is that of the whole value."""
     sequence = Sequence(tuple(Segment(n, layout=layout) for n in lengths or (x.shape[dim],)))
     placed = Placed(Shard(dim, sequence), Ranks(rank, size, torch.distributed.group.WORLD.group_name))
-    return _Split.apply(x, placed) if x.requires_grad else from_local(sharded(x, placed.type, placed.ranks), placed, x.shape)
+    return (
+        _Split.apply(x, placed)
+        if x.requires_grad
+        else from_local(sharded(x, placed.type, placed.ranks), placed, x.shape)
+    )
 
 
 class _Split(torch.autograd.Function):
@@ -220,7 +224,7 @@ def run_strangers(rank: int, size: int) -> dict[str, Any]:
     for name, ask in {
         "numpy": lambda: x.numpy().tolist(),
         "dlpack": lambda: torch.from_dlpack(x).tolist(),
-        "data_ptr": lambda: x.data_ptr(),
+        "data_ptr": x.data_ptr,
         "compiled": lambda: torch.compile(lambda y: y * 2 + y.cumsum(1), backend="aot_eager")(x).tolist(),
         "vmap": lambda: fxsp.whole(torch.func.vmap(lambda y: y * 2)(x)).tolist(),
     }.items():
