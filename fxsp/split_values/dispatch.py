@@ -21,15 +21,13 @@ from fxsp.torch_internals import is_plain_tensor
 __all__ = ["dispatch"]
 
 aten = torch.ops.aten
-#: The same memory under another name.
-_ALIASES = (aten.detach.default, aten.alias.default)
 
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """What ``func`` gives for these arguments, below autograd."""
     splits = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SplitTensor)]
     if all(is_plain_tensor(x._local) for x in splits):  # else a compiler is tracing
-        if func in _ALIASES:
+        if func in family("same_memory"):
             return args[0].alias()
         done, result = _on_rows(func, args, kwargs, splits)
         if done:

@@ -29,6 +29,7 @@ from fxsp.partitioning import is_training, local_examples
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, compile_program
+from fxsp.passes.rules.families import family, names_of
 from fxsp.passes.verify import infer_local
 from fxsp.said import say_gathers
 from fxsp.split_values.value import Placed, SplitTensor, from_local, to_local
@@ -97,7 +98,7 @@ _NAMED = {"__getitem__": "index"}
 def _is_computation(func: Any, kwargs: Any) -> bool:
     """Whether it is a function of tensors that writes to none."""
     if isinstance(func, torch._ops.OpOverload):
-        return func.namespace == "aten" and not func._schema.is_mutable and func.__name__ not in _ALIASES
+        return func.namespace == "aten" and not func._schema.is_mutable and func not in family("same_memory")
     name = getattr(func, "__name__", "")
     if kwargs.get("out") is not None or kwargs.get("inplace") or name.startswith("__i"):
         return name == "__invert__"
@@ -105,21 +106,9 @@ def _is_computation(func: Any, kwargs: Any) -> bool:
         return not name.endswith("_")
     plain = _NAMED.get(name, name.strip("_") if name.startswith("__") else name)
     plain = plain.removeprefix("r") if name.startswith("__r") and name != "__rshift__" else plain
-    if plain.endswith("_") or plain.startswith("is_") or plain in _NOT_HERE:
+    if plain.endswith("_") or plain.startswith("is_") or plain in names_of("same_memory"):
         return False
     return hasattr(torch.ops.aten, plain) and not name.startswith("_VF")
-
-
-#: The same memory under another name.
-_ALIASES = ("detach.default", "alias.default")
-#: Properties of a tensor, and what is about one rather than computed of it.
-_NOT_HERE = frozenset(
-    {
-        *("get", "set", "delete", "detach", "alias", "size", "dim", "stride", "numel", "item", "is_nonzero", "len"),
-        *("storage_offset", "retain_grad", "requires_grad", "data", "output_nr", "resize", "set_data", "backward"),
-        *("equal", "allclose", "record_stream"),
-    }
-)
 
 
 def _is_odd(x: Tensor) -> bool:

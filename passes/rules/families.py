@@ -16,6 +16,7 @@ are facts that passes ask for::
     scale            linear in each operand alone
     work             so much arithmetic per element that it is worth running on shards for its own sake
     in_sdpa          ``scaled_dot_product_attention`` has an argument for it: scaling, masks, casts
+    same_memory      another name of its operand, all of it
     keeps_zero       of zero it makes zero
     by_strides       it reads memory, not values: its operand must lie in memory as the program's own does
     keeps_strides    it refuses an operand that does not lie in memory as it expects
@@ -92,6 +93,7 @@ TABLE: tuple[Row, ...] = (
     Row("copy linear in_sdpa keeps_zero moves", "clone contiguous"),
     Row("copy linear in_sdpa moves", "alias"),
     Row("same_values detached moves", "detach"),
+    Row("same_memory", "detach alias"),
     Row("same_values", "lift_fresh lift_fresh_copy to.device to.other"),
     Row("cast linear in_sdpa keeps_zero", "to.dtype _to_copy"),
     Row("cast linear in_sdpa", "to.dtype_layout"),
