@@ -100,6 +100,8 @@ def _is_computation(func: Any, kwargs: Any) -> bool:
     if isinstance(func, torch._ops.OpOverload):
         return func.namespace == "aten" and not func._schema.is_mutable and func not in family("same_memory")
     name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):  # of a property
+        return False
     if kwargs.get("out") is not None or kwargs.get("inplace") or name.startswith("__i"):
         return name == "__invert__"
     if getattr(func, "__module__", "") == "torch.nn.functional":

@@ -209,7 +209,9 @@ class SplitTensor(Tensor):
                 with mode:
                     return torch.empty(self.shape, dtype=self.dtype, device=self.device)
             type_ = self.placed.for_shape(self.shape)
-            rows.whole = whole_of(rows.local, self.shape, type_, self.placed.ranks).contiguous()
+            found = whole_of(rows.local, self.shape, type_, self.placed.ranks)
+            # With the strides that it shows, those of sizes of one, too: some operators read them.
+            rows.whole = found.contiguous().view(-1).view(self.shape)
         return rows.whole
 
     def share(self) -> Tensor:
