@@ -270,9 +270,4 @@ def _finish(
     with torch_internals.without_autocast() if explicit else nullcontext():
         inner = compile_inner(gm, inputs, options.inner, options.mode, training)
     report.timings["inner"] = time.perf_counter() - start
-
-    def run(*args: Any) -> Any:
-        with torch_internals.without_autocast():
-            return inner(*args)
-
-    return run if explicit else inner
+    return torch_internals.outside_autocast(inner) if explicit else inner

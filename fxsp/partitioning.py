@@ -22,7 +22,7 @@ from fxsp.report import Report
 from fxsp.said import say_degrees, say_gathers, say_outputs, say_share, say_unsharded
 from fxsp.types import Ranks, Shard, shape_on_rank
 
-__all__ = ["compile_graph", "is_training", "local_examples"]
+__all__ = ["compile_graph", "give_local_values", "is_training", "local_examples"]
 
 
 def compile_graph(
@@ -61,14 +61,19 @@ def compile_graph(
     torch_internals.carry_dynamo_facts(gm, program.gm)
     if needs_values(options.inner):
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
-        infer_local(program)
-        for node in program.graph.nodes:
-            node.meta["val"] = facts(node).local
+        give_local_values(program)
     say_gathers(report)
     say_share(program)
     say_outputs(program)
     say_degrees(program)
     return report, program
+
+
+def give_local_values(program: Program) -> None:
+    """The fakes of one rank as those of the program's nodes, for an inner compiler that traces nothing itself."""
+    infer_local(program)
+    for node in program.graph.nodes:
+        node.meta["val"] = facts(node).local
 
 
 def local_examples(inputs: Sequence[Any], program: Program) -> list[Any]:

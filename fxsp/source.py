@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
+import types
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ __all__ = [
     "module_path",
     "node_source",
     "place",
+    "user_frame",
 ]
 
 _TORCH = Path(torch.__file__).resolve().parent
@@ -55,6 +58,17 @@ def node_source(node: torch.fx.Node, *, full: bool = False) -> str:
         return ""
     file, line = outside[-1]
     return f"{file if full else Path(file).name}:{line}"
+
+
+def user_frame() -> types.FrameType | None:
+    """The innermost frame that is under way in code of neither torch nor fxsp; None: there is none."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        ours = frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxsp")
+        if not ours and not frame.f_code.co_filename.startswith("<"):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def forward_source(module: object) -> str:

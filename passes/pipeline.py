@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch.autograd.graph import saved_tensors_hooks
-
 from fxsp.lengths import equal_lengths, sizes_at_hand
 from fxsp.passes.accounting.backward import Backward
 from fxsp.passes.accounting.device_memory import DeviceMemory
@@ -33,7 +31,7 @@ from fxsp.passes.propagate.propagate import Propagate
 from fxsp.passes.propagate.shifted_losses import ShiftedLosses
 from fxsp.passes.propagate.zigzag import Zigzag
 from fxsp.passes.verify import verify_graph, verify_local, verify_types
-from fxsp.torch_internals import known_equalities
+from fxsp.torch_internals import known_equalities, unseen_by_saving_hooks
 
 __all__ = [
     "FORMER_NAMES",
@@ -140,12 +138,8 @@ class Runner:
 def compile_program(program: Program, runner: Runner) -> Program:
     """Dynamo's graph -> the program of one rank; raises :class:`~fxsp.errors.RunsWhole` where it shall stay whole."""
     # A checkpoint around the call counts what is saved in it: not what a trace saves.
-    with saved_tensors_hooks(lambda x: x, lambda x: x):
-        return _compile_program(program, runner)
-
-
-def _compile_program(program: Program, runner: Runner) -> Program:
-    return partition_program(runner.run(program, PIPELINE[:_FUNCTIONAL]), runner)
+    with unseen_by_saving_hooks():
+        return partition_program(runner.run(program, PIPELINE[:_FUNCTIONAL]), runner)
 
 
 def partition_program(program: Program, runner: Runner | None = None) -> Program:

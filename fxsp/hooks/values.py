@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxsp.hooks.dispatch import gather
 from fxsp.hooks.layout import layout_of
 from fxsp.plan import did_you_mean, listing
+from fxsp.split_values.results import with_tensors
 
 __all__ = ["ModuleForwardMetadata", "made_whole", "put_back", "token_count", "values_of"]
 
@@ -69,17 +68,13 @@ def token_count(value: Any) -> Any:
 
 def made_whole(output: Any) -> Any:
     """A value, or what a module returned, with everything in it that is split gathered."""
-    if isinstance(output, Tensor):
-        layout = layout_of(output)
-        return output if layout is None else gather(output, layout, used=False)
-    if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
-        for field in dataclasses.fields(output):
-            setattr(output, field.name, made_whole(getattr(output, field.name)))
-        return output
-    leaves, structure = pytree.tree_flatten(output)
-    if all(layout_of(leaf) is None for leaf in leaves):
-        return output
-    return pytree.tree_unflatten([made_whole(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+    return with_tensors(output, lambda x: layout_of(x) is not None, _gathered)
+
+
+def _gathered(x: Tensor) -> Tensor:
+    layout = layout_of(x)
+    assert layout is not None
+    return gather(x, layout, used=False)
 
 
 def values_of(output: Any) -> list[Any]:

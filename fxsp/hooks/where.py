@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -13,28 +14,24 @@ from torch import Tensor, nn
 from fxsp.errors import ImplicitGatherWarning, UnsupportedError
 from fxsp.hooks.layout import Layout, global_size, local_size
 from fxsp.report import GatherRecord
+from fxsp.source import user_frame
 
 __all__ = ["caller", "note_gather", "refuse"]
-
-_OURS = str(Path(__file__).resolve().parent.parent)
-_TORCH = str(Path(torch.__file__).resolve().parent)
 
 
 def caller() -> tuple[str, str]:
     """``(class of the innermost module whose code is running, "file.py:123")``; empty where unknown."""
     if torch.compiler.is_compiling():
         return "", ""
-    module = source = ""
-    frame = sys._getframe(1)
-    while frame is not None and not (module and source):
-        file = frame.f_code.co_filename
-        if not source and not file.startswith((_OURS, _TORCH, "<")):
-            source = f"{Path(file).name}:{frame.f_lineno}"
+    found = user_frame()
+    source = f"{Path(found.f_code.co_filename).name}:{found.f_lineno}" if found is not None else ""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
         owner = frame.f_locals.get("self")
-        if not module and isinstance(owner, nn.Module):
-            module = type(owner).__name__
-        frame = frame.f_back  # type: ignore[assignment]
-    return module, source
+        if isinstance(owner, nn.Module):
+            return type(owner).__name__, source
+        frame = frame.f_back
+    return "", source
 
 
 def refuse(name: str, problem: str) -> NoReturn:

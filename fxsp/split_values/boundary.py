@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -17,7 +18,7 @@ from fxsp.split_values.calls import is_under_way, watch_calls
 from fxsp.split_values.dispatch import dispatch
 from fxsp.split_values.one_call import call
 from fxsp.split_values.value import Placed, SplitTensor, from_local, handle_with, to_local, whole
-from fxsp.types import Ranks, Segment, Shard
+from fxsp.types import Ranks, Shard
 from fxsp.types import Sequence as Tokens
 
 __all__ = ["Edge"]
@@ -37,16 +38,19 @@ class Edge:
         #: The types of inputs that enter as the rows of one rank.  Not among them, and made whole: what is split over
         #: other ranks, or is written to.
         self.arrivals: dict[int, Shard] = {}
-        #: Whether who calls the graph may take split values: a module that Python runs.
-        self.regional = False
+        #: Positions of all inputs that are split.
+        self._split: list[int] = []
         #: Outputs that leave as the rows of one rank: their types and global shapes.
         self.left: Mapping[int, tuple[Shard, tuple[Length, ...]]] = {}
         #: Where symbols of lengths stand: the position of an input, and the dimension (None: it is a number).
         self.symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
+        #: What was found for the lengths of the last call.
+        self._last: tuple[Any, list[tuple[int, Placed, tuple[int, ...]]]] = (None, [])
         nodes = gm.graph.find_nodes(op="placeholder")
         mode = torch_internals.compile_fake_mode(inputs)
         for position, (node, value) in enumerate(zip(nodes, inputs, strict=True)):
             if isinstance(value, SplitTensor):
+                self._split.append(position)
                 shape = node.meta["example_value"].shape
                 if splits and value.placed.ranks == ranks and not written_by(gm.graph, node):
                     self.arrivals[position] = value.placed.for_shape(shape)
@@ -56,6 +60,7 @@ class Edge:
             self._learn(position, node.meta.get("example_value"))
         # A checkpoint that compiles anew what it recomputes goes on with what it has.
         self._returned_split = torch_internals.in_backward() and bool(self.arrivals)
+        #: Whether who calls the graph may take split values: a module that Python runs.
         self.regional = splits and (self._returned_split or torch_internals.is_called_by_module())
 
     def _learn(self, position: int, value: Any) -> None:
@@ -76,15 +81,14 @@ class Edge:
     def crossing(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """``run``, which takes and returns the rows of one rank, for split values."""
         if not self.left:
-            return lambda *args: run(*self._taken(args))
+            return run if not self._split else lambda *args: run(*self._taken(args))
 
         def cross(*args: Any) -> Any:
             results = list(run(*self._taken(args)))
             if not torch_internals.in_backward():  # a checkpoint wants what it had
                 self._returned_split = is_under_way()
-            sizes = {symbol: self._size(args, *place) for symbol, place in self.symbols.items()}
-            for position, (type_, shape) in self.left.items():
-                value = from_local(results[position], self._placed(type_, sizes), [_number(n, sizes) for n in shape])
+            for position, placed, shape in self._placements(args):
+                value = from_local(results[position], placed, shape)
                 results[position] = value if self._returned_split else whole(value)
             if not self._returned_split:
                 watch_calls()
@@ -93,21 +97,34 @@ class Edge:
         return cross
 
     def _taken(self, args: Sequence[Any]) -> list[Any]:
-        return [
-            x if not isinstance(x, SplitTensor) else to_local(x) if position in self.arrivals else whole(x)
-            for position, x in enumerate(args)
-        ]
+        """The arguments of the program of one rank: Dynamo's guards say which are split."""
+        found = list(args)
+        for position in self._split:
+            x = args[position]
+            found[position] = to_local(x) if position in self.arrivals else whole(x)
+        return found
 
-    def _size(self, args: Sequence[Any], position: int, dim: int | None) -> int:
-        return int(args[position] if dim is None else args[position].shape[dim])
+    def _placements(self, args: Sequence[Any]) -> list[tuple[int, Placed, tuple[int, ...]]]:
+        """How each output that leaves split lies on the ranks, and its global shape, for the lengths of this call."""
+        sizes = {
+            symbol: int(args[position] if dim is None else args[position].shape[dim])
+            for symbol, (position, dim) in self.symbols.items()
+        }
+        known, rows = self._last
+        if known != sizes:
+            rows = [
+                (position, Placed(_concrete(type_, sizes), self.ranks), tuple(_number(n, sizes) for n in shape))
+                for position, (type_, shape) in self.left.items()
+            ]
+            self._last = sizes, rows
+        return rows
 
-    def _placed(self, type_: Shard, sizes: Mapping[Any, int]) -> Placed:
-        segments = [
-            Segment(_number(s.length, sizes), name=s.name, layout=s.layout, unit=_number(s.unit, sizes))
-            for s in type_.sequence.segments
-        ]
-        concrete = Shard(type_.dim, Tokens(tuple(segments)), _number(type_.outer, sizes), origin=type_.origin)
-        return Placed(concrete, self.ranks)
+
+def _concrete(type_: Shard, sizes: Mapping[Any, int]) -> Shard:
+    segments = (
+        replace(s, length=_number(s.length, sizes), unit=_number(s.unit, sizes)) for s in type_.sequence.segments
+    )
+    return replace(type_, sequence=Tokens(tuple(segments)), outer=_number(type_.outer, sizes))
 
 
 def _number(length: Length, sizes: Mapping[Any, int]) -> int:

@@ -12,68 +12,49 @@ returned in the forward pass.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
 from fxsp import torch_internals
+from fxsp.split_values.results import with_tensors
 from fxsp.split_values.value import SplitTensor, whole
 
-__all__ = ["is_under_way", "made_whole", "watch_calls"]
+__all__ = ["is_under_way", "watch_calls"]
 
 
 class _Thread(threading.local):
-    """The calls of watched modules that are under way in this thread."""
-
-    depth = 0
+    def __init__(self) -> None:
+        #: The calls of watched modules that are under way in this thread.
+        self.calls: list[nn.Module] = []
 
 
 _thread = _Thread()
-_watched: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_watched: WeakSet[nn.Module] = WeakSet()
 
 
 def is_under_way() -> bool:
     """Whether a call is under way, in this thread, that makes whole what it returns."""
-    return _thread.depth > 0
+    return bool(_thread.calls)
 
 
 def watch_calls() -> None:
     """Have the outermost module whose call is under way watched, from its next call on."""
     module = torch_internals.outermost_call()
     if module is not None and module not in _watched:
-        _watched[module] = (
-            module.register_forward_pre_hook(_enter, prepend=True),
-            module.register_forward_hook(_leave, always_call=True),
-        )
+        _watched.add(module)
+        module.register_forward_pre_hook(_enter, prepend=True)
+        module.register_forward_hook(_leave, always_call=True)
 
 
 def _enter(module: nn.Module, args: Any) -> None:
-    _thread.depth += 1
+    _thread.calls.append(module)
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> Any:
-    _thread.depth -= 1
-    return made_whole(output) if _thread.depth == 0 else output
-
-
-def made_whole(value: Any) -> Any:
-    """A result with whole tensors for split ones, in nested containers, too: dictionaries, lists, dataclasses."""
-    found = tree_map_only(Tensor, whole, value)
-    if isinstance(found, Mapping) or not dataclasses.is_dataclass(found) or isinstance(found, type):
-        return found
-    for field in dataclasses.fields(found):
-        old = getattr(found, field.name, None)
-        if _holds_split(old):
-            object.__setattr__(found, field.name, made_whole(old))
-    return found
-
-
-def _holds_split(value: Any) -> bool:
-    found: list[Any] = []
-    tree_map_only(SplitTensor, found.append, value)
-    return bool(found)
+    if not _thread.calls or _thread.calls[-1] is not module:
+        return output  # the call had begun before it was watched: what it returns is whole
+    _thread.calls.pop()
+    return output if _thread.calls else with_tensors(output, lambda x: isinstance(x, SplitTensor), whole)

@@ -29,32 +29,31 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if all(is_plain_tensor(x._local) for x in splits):  # else a compiler is tracing
         if func in family("same_memory"):
             return args[0].alias()
-        done, result = _on_rows(func, args, kwargs, splits)
-        if done:
+        result = _on_rows(func, args, kwargs, splits)
+        if result is not NotImplemented:
             return result
     return _on_whole(func, args, kwargs)
 
 
-def _on_rows(func: Any, args: Any, kwargs: Any, splits: list[SplitTensor]) -> tuple[bool, Any]:
-    """Whether it ran on this rank's rows, and its result."""
-    schema = func._schema
-    writes = schema.is_mutable
+def _on_rows(func: Any, args: Any, kwargs: Any, splits: list[SplitTensor]) -> Any:
+    """Run on this rank's rows; NotImplemented where that is not enough."""
+    writes = func._schema.is_mutable
     mapped = _functional(func) if writes else func
     if mapped not in family("elementwise"):
-        return False, None
+        return NotImplemented
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     try:
         shape = torch.broadcast_shapes(*(x.shape for x in tensors))
     except RuntimeError:
-        return False, None  # it says what is wrong itself
+        return NotImplemented  # it says what is wrong itself
     first = splits[0]
     alike = all(x.placed.ranks == first.placed.ranks and x.placed.type.same_as(first.placed.type) for x in splits)
     type_ = first.placed.type
     if not alike or any(x.ndim != len(shape) for x in splits) or shape[type_.dim] != first.shape[type_.dim]:
-        return False, None
+        return NotImplemented
     target = args[0] if writes else None
     if writes and not (isinstance(target, SplitTensor) and target.shape == shape and not target._rows.shared):
-        return False, None
+        return NotImplemented
     dim = type_.dim - len(shape)
 
     def rows(x: Tensor) -> Tensor:
@@ -69,12 +68,12 @@ def _on_rows(func: Any, args: Any, kwargs: Any, splits: list[SplitTensor]) -> tu
         target.will_be_written()
         target._rows.whole = None
         func(*local_args, **local_kwargs)
-        return True, target
+        return target
     zero = mapped in family("linear", "joins", "detached") and all(
         isinstance(x, SplitTensor) and x.placed.zero_pads for x in tensors
     )
     local = func(*local_args, **local_kwargs)
-    return True, SplitTensor(local.contiguous(), Placed(type_, first.placed.ranks, zero), shape)
+    return SplitTensor(local.contiguous(), Placed(type_, first.placed.ranks, zero), shape)
 
 
 def _functional(func: Any) -> Any:

@@ -9,7 +9,6 @@ and that is said once.  What is no graph of one call (properties, writes, what r
 from __future__ import annotations
 
 import operator
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -25,13 +23,12 @@ from fxsp import torch_internals
 from fxsp.config import Options
 from fxsp.errors import FxspError
 from fxsp.inner import compile_inner
-from fxsp.partitioning import is_training, local_examples
+from fxsp.partitioning import give_local_values, is_training, local_examples
 from fxsp.passes.base import Program
-from fxsp.passes.graph import facts
 from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.rules.families import family, names_of
-from fxsp.passes.verify import infer_local
 from fxsp.said import say_gathers
+from fxsp.source import user_frame
 from fxsp.split_values.value import Placed, SplitTensor, from_local, to_local
 from fxsp.types import Ranks, Shard
 
@@ -110,7 +107,7 @@ def _is_computation(func: Any, kwargs: Any) -> bool:
     plain = plain.removeprefix("r") if name.startswith("__r") and name != "__rshift__" else plain
     if plain.endswith("_") or plain.startswith("is_") or plain in names_of("same_memory"):
         return False
-    return hasattr(torch.ops.aten, plain) and not name.startswith("_VF")
+    return hasattr(torch.ops.aten, plain)
 
 
 def _is_odd(x: Tensor) -> bool:
@@ -125,7 +122,7 @@ def _described(leaf: Any) -> Any:
         return slice, leaf.start, leaf.stop, leaf.step
     if not isinstance(leaf, Tensor):
         return type(leaf), leaf
-    placed = (leaf.placed.type, str(leaf.placed.type)) if isinstance(leaf, SplitTensor) else None
+    placed = leaf.placed if isinstance(leaf, SplitTensor) else None
     strides = None if placed else leaf.stride()
     return placed, leaf.dtype, leaf.device, leaf.shape, strides, leaf.requires_grad
 
@@ -154,10 +151,15 @@ def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ran
     made.meta["stack_trace"] = _where()
     values = tree_map_only(torch.fx.Node, lambda node: node.meta["example_value"], (args, kwargs))
     try:
-        with mode, torch_internals.plain_functions(), saved_tensors_hooks(lambda x: x, lambda x: x):
+        with (
+            mode,
+            torch_internals.quiet_fakes(),
+            torch_internals.plain_functions(),
+            torch_internals.unseen_by_saving_hooks(),
+        ):
             result = func(*values[0], **values[1])
-    except Exception:  # it says so itself, where it runs  # noqa: BLE001
-        return None
+    except (RuntimeError, TypeError, ValueError, LookupError, AssertionError):
+        return None  # not of shapes alone, or wrong: it says so itself, where it runs
     results, result_spec = tree_flatten(result)
     if not results or not all(isinstance(x, Tensor) for x in results) or any(x is y for x in results for y in inputs):
         return None
@@ -191,32 +193,20 @@ def _compiled(
         program = compile_program(program, Runner())
     except FxspError:
         return None
-    infer_local(program)
-    for node in program.graph.nodes:
-        node.meta["val"] = facts(node).local
+    give_local_values(program)
     say_gathers(program.report)
     run = compile_inner(program.gm, local_examples(inputs, program), "eager", training=training)
     if torch_internals.any_autocast():
-        run = _without_autocast(run)
+        run = torch_internals.outside_autocast(run)
     left = {at: (type_, tuple(map(int, shape))) for at, (type_, shape) in program.left_split.items()}
     if any(at not in left for at in views):
         return None  # a view of the whole value
     return _OneCall(run, ranks, left, spec, views)
 
 
-def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    def without(*args: Any) -> Any:
-        with torch_internals.without_autocast():
-            return run(*args)
-
-    return without
-
-
 def _where() -> str:
     """The line that called, as a stack trace has it."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxsp"):
-        frame = frame.f_back
+    frame = user_frame()
     if frame is None:
         return ""
     return f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'

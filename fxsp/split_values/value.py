@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_map_only
 
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
-from fxsp.lengths import Length, as_length
+from fxsp.lengths import as_length
 from fxsp.split_values.convert import masked, sharded, whole_of
-from fxsp.types import Ranks, Segment, Sequence, Shard
+from fxsp.types import Ranks, Sequence, Shard
 
 __all__ = ["Family", "Placed", "SplitTensor", "from_local", "handle_with", "to_local", "whole"]
 
@@ -40,7 +40,7 @@ class Placed:
             return self.type
         (segment,) = self.type.sequence.segments
         length = as_length(shape[self.type.dim])
-        return Shard(self.type.dim, Sequence((_with_length(segment, length),)), origin=self.type.origin)
+        return replace(self.type, sequence=Sequence((replace(segment, length=length),)))
 
     def same_kind(self, other: Placed) -> bool:
         """Whether a graph for one is a graph for the other: lengths that the shape tells are left to its guards."""
@@ -55,10 +55,6 @@ class Placed:
 def _is_one_segment(type_: Shard) -> bool:
     """Whether the tokens are all of the dimension, one sequence of single tokens: its length is that of the shape."""
     return type_.plain and len(type_.sequence.segments) == 1 and type_.sequence.units == (1,)
-
-
-def _with_length(segment: Segment, length: Length) -> Segment:
-    return Segment(length, name=segment.name, layout=segment.layout)
 
 
 @dataclass(eq=False)
@@ -307,26 +303,14 @@ def _rows_of_gradient(grad: Tensor, placed: Placed) -> Tensor:
     return masked(sharded(full, type_, ranks), full.shape, type_, ranks)
 
 
-def _apply(function: Any, x: Tensor, *args: Any) -> Any:
-    """A function of one tensor; without autograd where nothing asks for gradients."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return function.apply(x, *args)
-    with torch.no_grad():
-        return function.forward(_NoContext(), x, *args)
-
-
-class _NoContext:
-    """Takes what a function keeps for a backward pass that is not to come."""
-
-
 def to_local(x: SplitTensor) -> Tensor:
     """This rank's rows; gradients pass."""
-    return _apply(_ToLocal, x)  # type: ignore[no-any-return]
+    return _ToLocal.apply(x)  # type: ignore[no-any-return]
 
 
 def from_local(local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
     """The split value of global ``shape`` of which this rank has ``local``; gradients pass."""
-    return _apply(_FromLocal, local, placed, tuple(shape))  # type: ignore[no-any-return]
+    return _FromLocal.apply(local, placed, tuple(shape))  # type: ignore[no-any-return]
 
 
 def whole(x: Tensor) -> Tensor:
@@ -334,4 +318,4 @@ def whole(x: Tensor) -> Tensor:
 
     A collective: every rank of the group has to call it.  Any other tensor is returned as it is.
     """
-    return _apply(_ToWhole, x) if isinstance(x, SplitTensor) else x
+    return _ToWhole.apply(x) if isinstance(x, SplitTensor) else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ def when_gathered(follow: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
 
     init_unsharded_param._fxsp_original = original  # type: ignore[attr-defined]
     FSDPParam.init_unsharded_param = init_unsharded_param  # type: ignore[method-assign]
+
+
+def unseen_by_saving_hooks() -> AbstractContextManager[Any]:
+    """What is saved for a backward pass inside does not reach hooks that are in force (a checkpoint counts there)."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def in_backward() -> bool:

@@ -131,6 +131,16 @@ def without_autocast() -> AbstractContextManager[Any]:
     return torch._C._DisableAutocast()
 
 
+def outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with :func:`without_autocast` at each call."""
+
+    def call(*args: Any) -> Any:
+        with without_autocast():
+            return run(*args)
+
+    return call
+
+
 def autocast_state() -> tuple[Any, ...]:
     """What autocast does, for each device where it is on; equal for two moments if it does the same."""
     if not any_autocast():

@@ -125,11 +125,10 @@ class _Partitioner(Converter):
         self.reason = OUTPUT
 
         outputs: Any = node.args[0] if isinstance(node.args[0], (list, tuple)) else ()
-        left = {position: self._left_as(old) for position, old in enumerate(outputs) if old in self.values}
         self.program.left_split = {
-            position: (type_, shape_of(outputs[position]))
-            for position, type_ in left.items()
-            if isinstance(type_, Shard)
+            position: (type_, shape_of(old))
+            for position, old in enumerate(outputs)
+            if old in self.values and isinstance(type_ := self._left_as(old), Shard)
         }
         self.program.report.split_outputs[:] = [
             row for row in _splits_of(outputs) if row[0] not in self.program.left_split

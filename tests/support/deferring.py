@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxsp
 from fxsp.hooks.sequence_parallel import apply_sequence_parallel
-from running import error_of
+from running import error_of, gradient_error
 from small import Attention
 
 __all__ = ["KINDS", "compiled", "outer_reducers", "run_changes", "run_kind", "run_outer"]
@@ -250,7 +250,7 @@ def run_outer(rank: int, size: int, outer: str, kind: str, data: int = 1) -> dic
     for name, g in wanted.items():
         own: Any = found[name]
         own = own.full_tensor() if isinstance(own, DTensor) else own
-        errors[name] = error_of(own, g) * g.norm().item() / max(g.norm().item(), 1e-2 * usual)
+        errors[name] = gradient_error(own, g, usual)
     return errors
 
 
@@ -301,11 +301,7 @@ def run_kind(rank: int, size: int, kind: str, how: str, decay: bool = False, **o
                 gradient /= size
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
     usual = max(g.norm().item() for g in wanted.values())
-    # One that is zero but for rounding (a key's bias) counts by what is usual.
-    return {
-        name: error_of(found[name], g) * g.norm().item() / max(g.norm().item(), 1e-2 * usual)
-        for name, g in wanted.items()
-    }
+    return {name: gradient_error(found[name], g, usual) for name, g in wanted.items()}
 
 
 def run_changes(rank: int, size: int) -> list[float]:

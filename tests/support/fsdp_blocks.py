@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import fxsp
-from running import collectives, error_of
+from running import collectives, error_of, gradient_error
 
 __all__ = ["run_blocks"]
 
@@ -99,7 +99,6 @@ def run_blocks(
                 own = own.full_tensor() if isinstance(own, DTensor) else own
                 assert own is not None
                 assert q.grad is not None
-                norm = q.grad.norm().item()
-                errors[name] = error_of(own, q.grad) * norm / max(norm, 1e-2 * usual)
+                errors[name] = gradient_error(own, q.grad, usual)
     dist.barrier()
     return errors, ran

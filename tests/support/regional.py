@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fxsp
 import models
-from running import build, error_of
+from running import MOVES, build, error_of, gradient_error
 
-__all__ = ["BLOCKS", "Regional", "compile_blocks", "run_regional", "sent"]
+__all__ = ["Regional", "run_regional"]
 
 #: The classes of blocks, where a model does not say them itself (diffusers' ``_repeated_blocks``).
-BLOCKS = {"llama": ["LlamaDecoderLayer"], "sd3": ["JointTransformerBlock"], "gemma": ["Gemma2DecoderLayer"]}
+BLOCKS = {"llama": ["LlamaDecoderLayer"], "sd3": ["JointTransformerBlock"]}
 
 
 @dataclass
@@ -46,14 +46,12 @@ class Regional:
 def sent() -> Iterator[tuple[Counter[str], list[int]]]:
     """Collectives that run inside, and the bytes of float32 that this rank sends in them; filled at the end."""
     counts, total = Counter[str](), [0]
-    kinds = {"all_to_all_single": "all_to_all", "all_gather_into_tensor": "all_gather"}
-    kinds |= {"reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce", "all_reduce_": "all_reduce"}
     size = dist.get_world_size()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         yield counts, total
     for event in profile.events():
-        kind = kinds.get(event.name.removeprefix("_c10d_functional::"))
-        if kind is None or not event.name.startswith("_c10d_functional::"):
+        kind = MOVES.get(event.name)
+        if kind is None:
             continue
         counts[kind] += 1
         elements = torch.Size(event.input_shapes[0]).numel()
@@ -102,7 +100,7 @@ def _gradients(model: nn.Module, whole: nn.Module, got: Tensor, wanted: Tensor) 
     pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), whole.parameters(), strict=True)]
     assert all((a is None) == (b is None) for a, b in pairs)
     usual = max(b.norm().item() for _, b in pairs if b is not None)
-    return max(error_of(a, b) * b.norm().item() / max(b.norm().item(), 1e-2 * usual) for a, b in pairs if b is not None)
+    return max(gradient_error(a, b, usual) for a, b in pairs if a is not None and b is not None)
 
 
 def _blocks(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:

@@ -27,6 +27,7 @@ from fxsp.report import Report
 from simulated import Simulated, by_plan
 
 __all__ = [
+    "MOVES",
     "Case",
     "Compiler",
     "Outcome",
@@ -34,6 +35,7 @@ __all__ = [
     "collectives",
     "compiled",
     "error_of",
+    "gradient_error",
     "on_this_rank",
     "recorded",
     "run_case",
@@ -91,7 +93,7 @@ class Outcome:
 
 
 #: Operators that move data, and the names that reports use.
-_MOVES = {
+MOVES = {
     "_c10d_functional::all_to_all_single": "all_to_all",
     "_c10d_functional::all_reduce": "all_reduce",
     "_c10d_functional::all_reduce_": "all_reduce",
@@ -107,8 +109,8 @@ def collectives() -> Iterator[Counter[str]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield counts
     for event in profile.key_averages():
-        if event.key in _MOVES:
-            counts[_MOVES[event.key]] += event.count
+        if event.key in MOVES:
+            counts[MOVES[event.key]] += event.count
 
 
 @contextlib.contextmanager
@@ -135,6 +137,12 @@ def error_of(found: Tensor, expected: Tensor) -> float:
     difference = (found.detach().double() - expected.detach().double()).norm().item()
     scale = expected.detach().double().norm().item()
     return difference / scale if scale else difference
+
+
+def gradient_error(found: Tensor, expected: Tensor, usual: float) -> float:
+    """:func:`error_of` a gradient; one that is zero but for rounding (a key's bias) counts by what is ``usual``."""
+    norm = expected.norm().item()
+    return error_of(found, expected) * norm / max(norm, 1e-2 * usual)
 
 
 def build(name: str, arguments: dict[str, Any]) -> models.Built:
