@@ -43,6 +43,7 @@ from fxsp.report import Report
 from fxsp.simulation.first_call import Trial
 from fxsp.source import input_names
 from fxsp.split_values.boundary import Edge
+from fxsp.split_values.entrance import SplitFirst, watch_entrances
 from fxsp.summands import Convention
 from fxsp.types import Ranks
 
@@ -116,6 +117,7 @@ class Before:
 
 install(lambda backend: backend is sp)
 torch_internals.keep_graphs_whole(lambda backend: backend is sp)
+watch_entrances(sp)
 
 
 def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
@@ -173,6 +175,9 @@ def _compile(
     channel.agree("compile", alike.what, alike.topics)
     try:
         made = _compile_here(gm, edge, options, ranks, root)
+    except SplitFirst as first:
+        channel.agree("split first", alike.what, {"inputs to split": str(first)})
+        raise
     except BaseException as error:
         if not torch_internals.is_restart(error):  # which all ranks do
             channel.failed(error)
@@ -202,9 +207,13 @@ def _compile_here(gm: GraphModule, edge: Edge, options: Options, ranks: Ranks, r
     report, program = compile_graph(
         gm, edge.inputs, options, ranks, root=root, arrivals=edge.arrivals, split_outputs=edge.regional
     )
-    keep_report(report)
-    if program is not None:
+    if program is None:
+        edge.stay_whole()
+    elif (first := edge.split_first(program)) is not None:
+        raise first
+    else:
         edge.leave(program)
+    keep_report(report)
     try:
         return _run(gm, edge.inputs, options, ranks, root, report, program)
     except Exception as error:

@@ -8,14 +8,17 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxsp import torch_internals
+from fxsp.kernels.ops import fxsp_ops
 from fxsp.lengths import Length, as_length
 from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Program
+from fxsp.passes.graph import facts, shape_of
 from fxsp.split_values.calls import is_under_way, watch_calls
 from fxsp.split_values.dispatch import dispatch
+from fxsp.split_values.entrance import SplitFirst, offered
 from fxsp.split_values.one_call import call
 from fxsp.split_values.value import Placed, SplitTensor, from_local, handle_with, to_local, whole
 from fxsp.types import Ranks, Shard
@@ -58,6 +61,7 @@ class Edge:
                     plain = torch.empty(shape, dtype=value.dtype, device=value.device)
                 self.inputs[position] = node.meta["example_value"] = plain.requires_grad_(value.requires_grad)
             self._learn(position, node.meta.get("example_value"))
+        self._nodes = nodes
         # A checkpoint that compiles anew what it recomputes goes on with what it has.
         self._returned_split = torch_internals.in_backward() and bool(self.arrivals)
         #: Whether who calls the graph may take split values: a module that Python runs.
@@ -74,9 +78,49 @@ class Edge:
         rows = [f"input {position} {type_}" for position, type_ in self.arrivals.items()]
         return {"split inputs": "\n".join([*rows, f"outputs may stay split: {self.regional}"])}
 
+    def split_first(self, program: Program) -> SplitFirst | None:
+        """That the block be called again, with split values: where all that its program splits are inputs, which enter
+        whole, and are used for nothing else.
+        """
+        offer, translation = offered(), torch_internals.Translation.current()
+        if offer is None or translation is None or not self.regional or torch_internals.suppresses_errors():
+            return None
+        if self._split or translation.has_begun():
+            return None
+        marks = program.whole.graph.find_nodes(op="call_function", target=fxsp_ops.annotate.default)
+        births = {mark.args[0].name for mark in marks if mark.args[1] == "shard"}
+        # What is split as an output of its kind is comes in split in the next block.
+        left = [(str(type_), shape) for type_, shape in program.left_split.values()]
+        wanted: dict[int, Placed] = {}
+        graphs = (program.whole.graph, program.graph)
+        inputs = zip(self._nodes, *(graph.find_nodes(op="placeholder") for graph in graphs), strict=True)
+        for node, value, local in inputs:
+            leaf, type_ = offer.position(torch_internals.input_example(node)), _cut_at_once(local)
+            if leaf is not None and type_ is not None:
+                if value.name in births or (str(type_), shape_of(value)) in left:
+                    births.discard(value.name)
+                    wanted[leaf] = Placed(_concrete(type_, program.number), self.ranks)
+        if births or not wanted:
+            return None
+        offer.wanted, offer.plan, offer.inferred = wanted, list(program.report.plan), program.report.inferred
+        return offer.taken()
+
     def leave(self, program: Program) -> None:
         """The graph was compiled as this program of one rank."""
         self.left = program.left_split
+        offer = offered()
+        if offer is None:
+            return
+        program.report.plan[:0] = offer.plan
+        program.report.inferred = program.report.inferred or offer.inferred
+        for position, type_ in self.arrivals.items():
+            leaf = offer.position(torch_internals.input_example(self._nodes[position]))
+            if leaf is not None:
+                offer.wanted[leaf] = Placed(_concrete(type_, program.number), self.ranks)
+
+    def stay_whole(self) -> None:
+        """The graph runs whole: what enters split is made so."""
+        self.arrivals = {}
 
     def crossing(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """``run``, which takes and returns the rows of one rank, for split values."""
@@ -112,20 +156,28 @@ class Edge:
         }
         known, rows = self._last
         if known != sizes:
+
+            def number(length: Length) -> int:
+                return length if isinstance(length, int) else int(length.xreplace(sizes))
+
             rows = [
-                (position, Placed(_concrete(type_, sizes), self.ranks), tuple(_number(n, sizes) for n in shape))
+                (position, Placed(_concrete(type_, number), self.ranks), tuple(map(number, shape)))
                 for position, (type_, shape) in self.left.items()
             ]
             self._last = sizes, rows
         return rows
 
 
-def _concrete(type_: Shard, sizes: Mapping[Any, int]) -> Shard:
-    segments = (
-        replace(s, length=_number(s.length, sizes), unit=_number(s.unit, sizes)) for s in type_.sequence.segments
-    )
-    return replace(type_, sequence=Tokens(tuple(segments)), outer=_number(type_.outer, sizes))
+def _cut_at_once(local: Node) -> Shard | None:
+    """How the program of a rank splits an input, if it does nothing else with it."""
+    types = [facts(user).type for user in local.users if user.target is fxsp_ops.shard.default]
+    if not types or len(types) < len(local.users) or len(set(map(str, types))) > 1:
+        return None
+    first = types[0]
+    return first if isinstance(first, Shard) and not any(first.sequence.whole) else None
 
 
-def _number(length: Length, sizes: Mapping[Any, int]) -> int:
-    return length if isinstance(length, int) else int(length.xreplace(dict(sizes)))
+def _concrete(type_: Shard, number: Callable[[Length], int]) -> Shard:
+    """The type with numbers for lengths."""
+    segments = (replace(s, length=number(s.length), unit=number(s.unit)) for s in type_.sequence.segments)
+    return replace(type_, sequence=Tokens(tuple(segments)), outer=number(type_.outer))

@@ -1,10 +1,13 @@
 """When a graph may return split values: inside of a module call that is under way, and that will make them whole.
 
-A block that is compiled by itself is called by its model.  The first time one of its graphs runs, the outermost module
-whose call is under way (as Python sees it) gets two hooks: one says that its call has begun, the other that it has
-ended, by an exception, too, and makes whole what it returns.  While such a call is under way in this thread, graphs
-return split values; else they return whole ones, always.  So the first call of a model is like any before, and from the
-second on nothing is gathered between its blocks; no code outside of the model's call is given a split value.
+A block that is compiled by itself is called by its model.  When it is compiled (``torch.compile``), the outermost
+modules that it is a part of get two hooks: one says that a call has begun, the other that it has ended, by an
+exception, too, and makes whole what it returns.  While such a call is under way in this thread, graphs return split
+values; else they return whole ones, always.  No code outside of the model's call is given a split value.
+
+Where a block is compiled before it is put into its model, or the model into another module, the outermost module whose
+call is under way (as Python sees it) gets the hooks the first time one of the block's graphs runs: that call is as any
+before, and from the next one on nothing is gathered between the blocks.
 
 A checkpoint calls a block once more in the backward pass, when no call is under way: a graph then returns what it
 returned in the forward pass.
@@ -12,17 +15,19 @@ returned in the forward pass.
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from fxsp import torch_internals
 from fxsp.split_values.results import with_tensors
 from fxsp.split_values.value import SplitTensor, whole
 
-__all__ = ["is_under_way", "watch_calls"]
+__all__ = ["is_under_way", "watch_calls", "watch_roots"]
 
 
 class _Thread(threading.local):
@@ -33,6 +38,8 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _watched: WeakSet[nn.Module] = WeakSet()
+#: All modules in those that are watched since a part of them was compiled.
+_parts: WeakSet[nn.Module] = WeakSet()
 
 
 def is_under_way() -> bool:
@@ -43,18 +50,52 @@ def is_under_way() -> bool:
 def watch_calls() -> None:
     """Have the outermost module whose call is under way watched, from its next call on."""
     module = torch_internals.outermost_call()
-    if module is not None and module not in _watched:
+    if module is not None:
+        _watch(module)
+
+
+def watch_roots(part: nn.Module) -> None:
+    """Have the outermost modules that ``part`` is in watched, unless it is in none.  All modules there are are looked
+    at, once for each model."""
+    if part in _parts:
+        return
+    parents: dict[int, list[nn.Module]] = {}
+    for module in gc.get_objects():
+        if issubclass(type(module), nn.Module) and "_modules" in vars(module):
+            for child in module._modules.values():
+                parents.setdefault(id(child), []).append(module)
+    seen: set[int] = set()
+    pending = [part]
+    while pending:
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            above = parents.get(id(module), [])
+            pending += above
+            if not above and module is not part and type(module) not in _CONTAINERS:
+                _watch(module)
+                _parts.update(module.modules())
+
+
+#: These call nothing: what they will be put into does.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def _watch(module: nn.Module) -> None:
+    if module not in _watched:
         _watched.add(module)
         module.register_forward_pre_hook(_enter, prepend=True)
         module.register_forward_hook(_leave, always_call=True)
 
 
 def _enter(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # it is compiled as a whole
     _thread.calls.append(module)
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> Any:
-    if not _thread.calls or _thread.calls[-1] is not module:
+    if torch.compiler.is_compiling() or not _thread.calls or _thread.calls[-1] is not module:
         return output  # the call had begun before it was watched: what it returns is whole
     _thread.calls.pop()
     return output if _thread.calls else with_tensors(output, lambda x: isinstance(x, SplitTensor), whole)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsp.passes.rules.families import family
 from fxsp.split_values.convert import sharded
-from fxsp.split_values.value import Placed, SplitTensor
+from fxsp.split_values.value import Placed, SplitTensor, dense
 from fxsp.torch_internals import is_plain_tensor
 
 __all__ = ["dispatch"]
@@ -73,7 +73,7 @@ def _on_rows(func: Any, args: Any, kwargs: Any, splits: list[SplitTensor]) -> An
         isinstance(x, SplitTensor) and x.placed.zero_pads for x in tensors
     )
     local = func(*local_args, **local_kwargs)
-    return SplitTensor(local.contiguous(), Placed(type_, first.placed.ranks, zero), shape)
+    return SplitTensor(dense(local), Placed(type_, first.placed.ranks, zero), shape)
 
 
 def _functional(func: Any) -> Any:

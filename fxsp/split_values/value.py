@@ -22,7 +22,12 @@ from fxsp.lengths import as_length
 from fxsp.split_values.convert import masked, sharded, whole_of
 from fxsp.types import Ranks, Sequence, Shard
 
-__all__ = ["Family", "Placed", "SplitTensor", "from_local", "handle_with", "to_local", "whole"]
+__all__ = ["Family", "Placed", "SplitTensor", "dense", "from_local", "handle_with", "split_as", "to_local", "whole"]
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` in order, with the strides of its shape for sizes of one, too: guards and some operators read them."""
+    return x.contiguous().view(-1).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,7 @@ class SplitTensor(Tensor):
                     return torch.empty(self.shape, dtype=self.dtype, device=self.device)
             type_ = self.placed.for_shape(self.shape)
             found = whole_of(rows.local, self.shape, type_, self.placed.ranks)
-            # With the strides that it shows, those of sizes of one, too: some operators read them.
-            rows.whole = found.contiguous().view(-1).view(self.shape)
+            rows.whole = dense(found)
         return rows.whole
 
     def share(self) -> Tensor:
@@ -248,7 +252,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return SplitTensor(grad.contiguous(), Placed(ctx.placed.type, ctx.placed.ranks, zero_pads=True), ctx.shape)
+        return SplitTensor(dense(grad), Placed(ctx.placed.type, ctx.placed.ranks, zero_pads=True), ctx.shape)
 
 
 class _FromLocal(torch.autograd.Function):
@@ -257,11 +261,23 @@ class _FromLocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
         ctx.placed = placed
-        return SplitTensor(local.detach().contiguous(), placed, shape)
+        return SplitTensor(dense(local.detach()), placed, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _rows_of_gradient(grad, ctx.placed), None, None
+
+
+class _Cut(torch.autograd.Function):
+    """``R -> S``, and into a wrapper."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, placed: Placed) -> SplitTensor:
+        return SplitTensor(dense(sharded(x.detach(), placed.type, placed.ranks)), placed, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad.gathered() if isinstance(grad, SplitTensor) else grad), None
 
 
 class _ToWhole(torch.autograd.Function):
@@ -311,6 +327,23 @@ def to_local(x: SplitTensor) -> Tensor:
 def from_local(local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
     """The split value of global ``shape`` of which this rank has ``local``; gradients pass."""
     return _FromLocal.apply(local, placed, tuple(shape))  # type: ignore[no-any-return]
+
+
+def split_as(x: Tensor, placed: Placed) -> Tensor:
+    """A whole ``x`` split as ``placed`` says, for the length that it has: without communication; gradients pass.
+
+    What is split, or cannot be split so (other lengths of several segments), is returned as it is.
+    """
+    if not torch_internals.is_plain_tensor(x) or placed.type.dim >= x.ndim:
+        return x
+    type_ = placed.for_shape(x.shape)
+    if type_.outer * type_.sequence.length != x.shape[type_.dim]:
+        return x
+    new: Tensor = _Cut.apply(x, replace(placed, type=type_))
+    for name, value in vars(x).items():
+        if name.startswith("_dynamo_"):  # which lengths change, as the user has marked them
+            setattr(new, name, value)
+    return new
 
 
 def whole(x: Tensor) -> Tensor:

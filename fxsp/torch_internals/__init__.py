@@ -8,6 +8,7 @@ torch at hand, every name that is used here.
 # ruff: noqa: F403
 from __future__ import annotations
 
+from fxsp.torch_internals.compiled_modules import *
 from fxsp.torch_internals.compilers import *
 from fxsp.torch_internals.dynamo import *
 from fxsp.torch_internals.eager import *

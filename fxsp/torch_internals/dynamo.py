@@ -136,21 +136,22 @@ class Translation:
         """The modules whose methods Python runs between the call of the compiled function and this frame, the first
         called first, and their frames: those whose own code Dynamo did not trace, or broke.
         """
-        from torch._dynamo import convert_frame, eval_frame
-
-        found: list[tuple[torch.nn.Module, types.FrameType]] = []
-        frame: types.FrameType | None = sys._getframe()
-        while frame is not None:
+        found = []
+        for frame in _frames_between():
             code = frame.f_code
-            if code.co_filename == eval_frame.__file__ and code.co_name in ("compile_wrapper", "_fn"):
-                return found[::-1]
-            if code.co_filename == convert_frame.__file__:
-                found.clear()  # Dynamo's own frames, and ours
             owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             if isinstance(owner, torch.nn.Module):
                 found.append((owner, frame))
-            frame = frame.f_back
-        return []
+        return found
+
+    def has_begun(self) -> bool:
+        """Whether Python has run anything of the compiled function before this frame, but the call of its module."""
+        call = torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__
+        for frame in _frames_between():
+            module = frame.f_locals.get("self")
+            if frame.f_code not in call or module is None or module._forward_pre_hooks:
+                return True
+        return self.is_resumed()
 
     def is_resumed(self) -> bool:
         """Whether the frame goes on after a graph break."""
@@ -190,6 +191,24 @@ class Translation:
     def guarded(self) -> set[str]:
         """Sources of the values that the compiled code has guards on."""
         return {guard.name if isinstance(guard.name, str) else guard.name() for guard in self._output.guards}
+
+
+def _frames_between() -> list[types.FrameType]:
+    """The frames of Python between the call of a compiled function and the one that Dynamo traces, outermost first."""
+    from torch._dynamo import convert_frame, eval_frame
+
+    found: list[types.FrameType] = []
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == eval_frame.__file__ and code.co_name in ("compile_wrapper", "_fn"):
+            return found[::-1]
+        if code.co_filename == convert_frame.__file__:
+            found.clear()  # Dynamo's own frames, and ours
+        else:
+            found.append(frame)
+        frame = frame.f_back
+    return []
 
 
 def keep(owner: Any, create: Callable[[], _T]) -> _T:

@@ -1,0 +1,125 @@
+"""The way into a block that is compiled by itself: its values come in split, however they are given.
+
+Block by block, the first block of a model is given whole values, and the next ones what those before them left.  Dynamo
+would compile the block once for each way.  So a kind of block has one way in: what comes in split, or what its program
+splits as it enters, is known when it is compiled first, and from then on whole values are cut before, which sends
+nothing.  Values that are split otherwise stay so: to convert them in every call costs more than one more program.
+
+The first time, the backend has the graph for whole values at hand.  It raises :class:`SplitFirst` instead of compiling
+it, before anything ran; the entrance catches that, and calls the block again with split values.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fxsp import torch_internals
+from fxsp.errors import FxspError
+from fxsp.split_values.calls import watch_roots
+from fxsp.split_values.value import Placed, split_as
+
+__all__ = ["Offer", "SplitFirst", "offered", "watch_entrances"]
+
+
+class SplitFirst(FxspError):  # noqa: N818  (nothing went wrong)
+    """The block is to be called again, as its offer says; the message is the same on all ranks."""
+
+
+@dataclass(eq=False)
+class Offer:
+    """What a block is called with, if it may be called again with split values."""
+
+    leaves: Sequence[Any]
+    #: What is to be split, by position among the leaves.
+    wanted: dict[int, Placed] = field(default_factory=dict)
+    #: What the report of the graph for whole values says of the plan.
+    plan: list[Any] = field(default_factory=list)
+    inferred: list[Any] | None = None
+
+    def position(self, x: Any) -> int | None:
+        """Where a tensor stands among the leaves."""
+        return next((at for at, leaf in enumerate(self.leaves) if leaf is x), None)
+
+    def taken(self) -> SplitFirst:
+        """What to raise."""
+        return SplitFirst(", ".join(f"{at}: {placed.type}" for at, placed in self.wanted.items()))
+
+
+class _Thread(threading.local):
+    offer: Offer | None = None
+
+
+_thread = _Thread()
+#: Structure and shapes of a call, as far as they matter -> what is split on its way in.
+_Known = dict[Any, Mapping[int, Placed]]
+#: Class of a block -> for each compiler (they are compared), what is known of its calls.
+_tables: weakref.WeakKeyDictionary[type, list[tuple[Any, _Known]]] = weakref.WeakKeyDictionary()
+
+
+def offered() -> Offer | None:
+    """What the block that is being compiled is called with; None: it cannot be called again."""
+    return _thread.offer
+
+
+def watch_entrances(backend: Any) -> None:
+    """Have every module that is compiled with ``backend`` take its values so."""
+    torch_internals.wrap_compiled_modules(backend, _entrance)
+
+
+def _entrance(module: nn.Module, compiler: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    watch_roots(module)
+    tables = _tables.setdefault(type(module), [])
+    known = next((table for other, table in tables if other == compiler), None)
+    if known is None:
+        known = {}
+        tables.append((compiler, known))
+
+    def entrance(*args: Any, **kwargs: Any) -> Any:
+        return _call(known, compiled, args, kwargs)
+
+    return entrance
+
+
+@torch.compiler.disable
+def _call(known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    leaves, spec = tree_flatten((args, kwargs))
+    few = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    key = spec, tuple(_described(x, few) for x in leaves)
+    before = _thread.offer
+    try:
+        _thread.offer = None
+        wanted = known.get(key)
+        if wanted is None:
+            _thread.offer = offer = Offer(leaves)
+            try:
+                result = compiled(*args, **kwargs)
+                if offer.wanted:
+                    known[key] = offer.wanted
+                return result
+            except SplitFirst:
+                wanted = offer.wanted
+        split = [split_as(x, wanted[at]) if at in wanted else x for at, x in enumerate(leaves)]
+        args, kwargs = tree_unflatten(split, spec)
+        result = compiled(*args, **kwargs)
+        known[key] = wanted
+        return result
+    finally:
+        _thread.offer = before
+
+
+def _described(leaf: Any, few: int) -> Any:
+    """What says whether two calls are of one kind.
+
+    A length below ``few``, the number of ranks, is one of its own (a step of decoding): what pays there is another
+    question.
+    """
+    return tuple(min(n, few) for n in leaf.shape) if isinstance(leaf, Tensor) else type(leaf)
