@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxsp import errors
 from fxsp.backend import reports
 from fxsp.errors import *  # noqa: F403
+from fxsp.model_report import ModelReport, report_of
 from fxsp.offline.explain import Explanation, explain
 from fxsp.offline.infer_plan import InferredPlan, infer_plan
 from fxsp.offline.verify import Evidence, verify
@@ -22,6 +23,7 @@ __all__ = [
     "Evidence",
     "Explanation",
     "InferredPlan",
+    "ModelReport",
     "Report",
     "SequenceParallelConfig",
     "SequenceParallelInput",
@@ -31,6 +33,7 @@ __all__ = [
     "explain",
     "infer_plan",
     "register_attention",
+    "report_of",
     "reports",
     "verify",
     "whole",

@@ -28,6 +28,7 @@ from fxsp.capture.graph_breaks import remembering
 from fxsp.config import Options, resolve_ranks
 from fxsp.errors import FxspError, UnshardedWarning
 from fxsp.inner import compile_inner
+from fxsp.model_report import compiled_for
 from fxsp.partitioning import compile_graph, is_training, local_examples
 from fxsp.passes.base import Program
 from fxsp.passes.normalize.regions import open_regions
@@ -168,7 +169,8 @@ def _compile(
         torch_internals.restart_for_numbers(torch_internals.compile_fake_mode(inputs))
     channel = channel_of(options.process_group(), ranks)
     if channel is None:
-        return edge.crossing(_compile_here(gm, edge, options, ranks, root).run)
+        made = _compile_here(gm, edge, options, ranks, root)
+        return edge.crossing(made.run, made.report)
     watch()
     alike = Alike(gm, inputs, options, ranks)
     alike.topics.update(edge.topics())
@@ -187,7 +189,7 @@ def _compile(
     run = made.run
     if made.split:  # a graph that runs whole waits for nobody
         run = guarded(run, channel, alike.graph)
-    run = edge.crossing(run)
+    run = edge.crossing(run, made.report)
     if made.planned and options.check_inputs is not False:
         run = check_inputs(run, alike, channel, each_call=options.check_inputs is True and made.split)
     return on_its_group(run, ranks) if made.split else run
@@ -198,6 +200,7 @@ class _Made:
     """A compiled graph, what was decided about it, and whether a plan speaks of it, and splits it."""
 
     run: Callable[..., Any]
+    report: Report
     decided: dict[str, str]
     planned: bool
     split: bool
@@ -215,12 +218,14 @@ def _compile_here(gm: GraphModule, edge: Edge, options: Options, ranks: Ranks, r
         edge.leave(program)
     keep_report(report)
     try:
-        return _run(gm, edge.inputs, options, ranks, root, report, program)
+        made = _run(gm, edge.inputs, options, ranks, root, report, program)
     except Exception as error:
         if torch_internals.is_restart(error):
             with _lock:
                 _reports.remove(report)
         raise
+    compiled_for(modules_of_compilation(), report)
+    return made
 
 
 def _run(
@@ -238,7 +243,7 @@ def _run(
     if program is None:
         decided = decisions(report, None)
         run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)
-        return _Made(convention.holding(run, inputs), decided, planned=bool(report.plan), split=False)
+        return _Made(convention.holding(run, inputs), report, decided, planned=bool(report.plan), split=False)
     trial = (
         Trial(program, open_regions(gm).forward, input_names(gm), options.process_group()) if options.verify else None
     )
@@ -254,7 +259,7 @@ def _run(
         torch_internals.forget_examples(graph)
     if trial is not None:
         run = trial.wrap(run)
-    return _Made(convention.holding(run, inputs), decided, planned=True, split=True)
+    return _Made(convention.holding(run, inputs), report, decided, planned=True, split=True)
 
 
 def left_to_hooks(compiler: Any, module: torch.nn.Module) -> None:

@@ -31,7 +31,7 @@ class Capture(Pass):
         program.captured = captured
         report.notes.extend(captured.notes)
         if captured.root is not None:
-            report.root = type(captured.root).__name__
+            report.root = type(captured.part or captured.root).__name__
         if translation is not None:
             report.notes.extend(translation.said())
             report.outputs.extend(map(input_name, translation.output_names(program.gm)))

@@ -232,12 +232,15 @@ def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any, roo
     if root is not None:
         entries = None if plan is None or isinstance(plan, str) else parse_plan(plan)
         return Captured(root, entries, notes=_other_plans(root, owners))
+    outside = _outside(candidates)
     if plan is None or isinstance(plan, str):
         owners = owners if plan is None else []
-        if not owners:
+        whose = [module for module in outside if owns_plan(module)] if plan is None and not owners else []
+        if not owners and not whose:
             return Captured(candidates[0] if candidates else None, None)
-        entries = parse_plan(find_plan(owners[0]))
-        return Captured(owners[0], entries, notes=_other_plans(owners[0], owners))
+        owner = [*owners, *whose][0]
+        entries = parse_plan(find_plan(owner))
+        return Captured(owner, entries, part=None if owners else candidates[0], notes=_other_plans(owner, owners))
     entries = parse_plan(plan)
     if not candidates:
         return Captured(
@@ -251,6 +254,9 @@ def _find_root(translation: Translation, calls: list[ModuleCall], plan: Any, roo
         if fits[-1] == len(entries) and _resolves(entries, module):
             _seen(translation).add(module)
             return Captured(module, entries)
+    for module in outside:
+        if _resolves(entries, module):
+            return Captured(module, entries, part=candidates[0])
     best = candidates[fits.index(max(fits))]
     resolve_plan(entries, best)  # raises: names what is wrong with the entry in the module that fits best
     raise AssertionError("unreachable: the plan was refused a moment ago")
@@ -287,6 +293,15 @@ def _candidates(translation: Translation, calls: list[ModuleCall]) -> list[nn.Mo
     around = [known for known in _seen(translation) if any(id(part) in ids for _, part in submodules(known))]
     callers = [unwrap(module) for module, _ in translation.callers()]
     return list({id(module): module for module in [*callers, *around, *local]}.values())
+
+
+def _outside(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that Python runs, and that the first of the frame's modules is a part of, the innermost first."""
+    if not parts:
+        return []
+    known = {id(module) for module in parts}
+    outside = [unwrap(module) for module in reversed(torch_internals.calls_under_way())]
+    return [m for m in outside if id(m) not in known and any(part is parts[0] for _, part in submodules(m))]
 
 
 def _calls_around(translation: Translation) -> Iterator[tuple[nn.Module, dict[str, Any]]]:

@@ -80,6 +80,8 @@ class Captured:
     root: nn.Module | None
     #: The plan, from the options or the root; None: there is no plan.
     entries: tuple[PlanEntry, ...] | None
+    #: The part of the root that is compiled by itself: much of the plan is none of its business.  None: it is the root.
+    part: nn.Module | None = None
     #: Calls in the order in which they began; the traced frame itself comes first if it is a module's forward.
     calls: list[ModuleCall] = field(default_factory=list)
     #: Modules whose forward is under way outside of this graph (after a graph break), with their real arguments.

@@ -16,11 +16,13 @@ from fxsp.lengths import Length, as_length
 from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, shape_of
+from fxsp.report import Report
 from fxsp.split_values.calls import is_under_way, watch_calls
 from fxsp.split_values.dispatch import dispatch
 from fxsp.split_values.entrance import SplitFirst, offered
+from fxsp.split_values.forward import OUTPUT, recording
 from fxsp.split_values.one_call import call
-from fxsp.split_values.value import Placed, SplitTensor, from_local, handle_with, to_local, whole
+from fxsp.split_values.value import Placed, SplitTensor, from_local, handle_with, made_whole, to_local
 from fxsp.types import Ranks, Shard
 from fxsp.types import Sequence as Tokens
 
@@ -122,18 +124,23 @@ class Edge:
         """The graph runs whole: what enters split is made so."""
         self.arrivals = {}
 
-    def crossing(self, run: Callable[..., Any]) -> Callable[..., Any]:
+    def crossing(self, run: Callable[..., Any], report: Report) -> Callable[..., Any]:
         """``run``, which takes and returns the rows of one rank, for split values."""
-        if not self.left:
-            return run if not self._split else lambda *args: run(*self._taken(args))
+        if not self.regional and not self._split:
+            return run
 
         def cross(*args: Any) -> Any:
             results = list(run(*self._taken(args)))
+            sizes = self._sizes(args)
+            if (forward := recording()) is not None:
+                forward.ran(report, sizes)
+            if not self.left:
+                return tuple(results)
             if not torch_internals.in_backward():  # a checkpoint wants what it had
                 self._returned_split = is_under_way()
-            for position, placed, shape in self._placements(args):
+            for position, placed, shape in self._placements(sizes):
                 value = from_local(results[position], placed, shape)
-                results[position] = value if self._returned_split else whole(value)
+                results[position] = value if self._returned_split else made_whole(value, OUTPUT)
             if not self._returned_split:
                 watch_calls()
             return tuple(results)
@@ -145,15 +152,18 @@ class Edge:
         found = list(args)
         for position in self._split:
             x = args[position]
-            found[position] = to_local(x) if position in self.arrivals else whole(x)
+            found[position] = to_local(x) if position in self.arrivals else made_whole(x, "a graph")
         return found
 
-    def _placements(self, args: Sequence[Any]) -> list[tuple[int, Placed, tuple[int, ...]]]:
-        """How each output that leaves split lies on the ranks, and its global shape, for the lengths of this call."""
-        sizes = {
+    def _sizes(self, args: Sequence[Any]) -> dict[Any, int]:
+        """The symbols of lengths, as they are in this call."""
+        return {
             symbol: int(args[position] if dim is None else args[position].shape[dim])
             for symbol, (position, dim) in self.symbols.items()
         }
+
+    def _placements(self, sizes: Mapping[Any, int]) -> list[tuple[int, Placed, tuple[int, ...]]]:
+        """How each output that leaves split lies on the ranks, and its global shape, for the lengths of a call."""
         known, rows = self._last
         if known != sizes:
 

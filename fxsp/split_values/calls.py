@@ -17,23 +17,29 @@ from __future__ import annotations
 
 import gc
 import threading
+from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
 from fxsp import torch_internals
+from fxsp.split_values.forward import OUTPUT, Forward, record_to, recording
 from fxsp.split_values.results import with_tensors
-from fxsp.split_values.value import SplitTensor, whole
+from fxsp.split_values.value import SplitTensor, made_whole
 
-__all__ = ["is_under_way", "watch_calls", "watch_roots"]
+__all__ = ["is_under_way", "last_forward", "watch_calls", "watch_roots"]
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         #: The calls of watched modules that are under way in this thread.
         self.calls: list[nn.Module] = []
+
+
+#: The last forward pass of each watched module that was the outermost one.
+_forwards: WeakKeyDictionary[nn.Module, Forward] = WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -45,6 +51,14 @@ _parts: WeakSet[nn.Module] = WeakSet()
 def is_under_way() -> bool:
     """Whether a call is under way, in this thread, that makes whole what it returns."""
     return bool(_thread.calls)
+
+
+def last_forward(module: nn.Module) -> Forward | None:
+    """What the last call of a watched module did, or of one that it is a part of; None: there was none."""
+    if module in _forwards:
+        return _forwards[module]
+    around = (forward for other, forward in _forwards.items() if any(part is module for part in other.modules()))
+    return next(around, None)
 
 
 def watch_calls() -> None:
@@ -91,6 +105,8 @@ def _watch(module: nn.Module) -> None:
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return  # it is compiled as a whole
+    if not _thread.calls:
+        record_to(Forward())
     _thread.calls.append(module)
 
 
@@ -98,4 +114,12 @@ def _leave(module: nn.Module, args: Any, output: Any) -> Any:
     if torch.compiler.is_compiling() or not _thread.calls or _thread.calls[-1] is not module:
         return output  # the call had begun before it was watched: what it returns is whole
     _thread.calls.pop()
-    return output if _thread.calls else with_tensors(output, lambda x: isinstance(x, SplitTensor), whole)
+    if _thread.calls:
+        return output
+    try:
+        return with_tensors(output, lambda x: isinstance(x, SplitTensor), partial(made_whole, op=OUTPUT))
+    finally:
+        forward = recording()
+        record_to(None)
+        if forward is not None:
+            _forwards[module] = forward

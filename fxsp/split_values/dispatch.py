@@ -91,7 +91,7 @@ def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
         shared = info is not None and info.alias_info is not None
         if shared and info.alias_info.is_write:
             x.will_be_written()
-        found = x.share() if shared else x.gathered()
+        found = x.share(str(func)) if shared else x.gathered(str(func))
         wrappers[id(found)] = x
         return found
 

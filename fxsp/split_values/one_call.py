@@ -27,8 +27,10 @@ from fxsp.partitioning import give_local_values, is_training, local_examples
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.rules.families import family, names_of
+from fxsp.report import Report
 from fxsp.said import say_gathers
 from fxsp.source import user_frame
+from fxsp.split_values.forward import recording
 from fxsp.split_values.value import Placed, SplitTensor, from_local, to_local
 from fxsp.types import Ranks, Shard
 
@@ -50,10 +52,13 @@ class _OneCall:
     spec: Any
     #: Of results that are views on one device: the input, by position among the tensors.
     views: dict[int, int]
+    report: Report
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         local = [to_local(x) if isinstance(x, SplitTensor) else x for x in tensors]
         results = list(self.run(*local))
+        if (forward := recording()) is not None:
+            forward.ran(self.report, {}, eager=True)
         for position, (type_, shape) in self.left.items():
             results[position] = from_local(results[position], Placed(type_, self.ranks), shape)
         for position, of in self.views.items():
@@ -175,11 +180,12 @@ def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ran
     views = {at: memory[key] for at, x in enumerate(results) if (key := torch_internals.storage_key(x)) in memory}
     if views and torch.is_inference_mode_enabled():
         return None  # writes are not counted
-    return _compiled(GraphModule({}, graph), inputs, arrivals, views, ranks, result_spec)
+    return _compiled(GraphModule({}, graph), func.__name__, inputs, arrivals, views, ranks, result_spec)
 
 
 def _compiled(
     gm: GraphModule,
+    name: str,
     inputs: list[Any],
     arrivals: dict[int, Shard],
     views: dict[int, int],
@@ -201,7 +207,8 @@ def _compiled(
     left = {at: (type_, tuple(map(int, shape))) for at, (type_, shape) in program.left_split.items()}
     if any(at not in left for at in views):
         return None  # a view of the whole value
-    return _OneCall(run, ranks, left, spec, views)
+    program.report.root = name
+    return _OneCall(run, ranks, left, spec, views, program.report)
 
 
 def _where() -> str:

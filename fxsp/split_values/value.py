@@ -20,9 +20,21 @@ from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.lengths import as_length
 from fxsp.split_values.convert import masked, sharded, whole_of
+from fxsp.split_values.forward import gathered
 from fxsp.types import Ranks, Sequence, Shard
 
-__all__ = ["Family", "Placed", "SplitTensor", "dense", "from_local", "handle_with", "split_as", "to_local", "whole"]
+__all__ = [
+    "Family",
+    "Placed",
+    "SplitTensor",
+    "dense",
+    "from_local",
+    "handle_with",
+    "made_whole",
+    "split_as",
+    "to_local",
+    "whole",
+]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -200,8 +212,11 @@ class SplitTensor(Tensor):
         if self._rows.family is not None:
             self._rows.family.check(self)
 
-    def gathered(self) -> Tensor:
-        """The whole value, without autograd: a collective, unless it was gathered before."""
+    def gathered(self, op: str = "") -> Tensor:
+        """The whole value, without autograd: a collective, unless it was gathered before.
+
+        ``op`` is what needs it, where nobody asked for the whole.
+        """
         self._check()
         rows = self._rows
         if rows.whole is None:
@@ -212,18 +227,19 @@ class SplitTensor(Tensor):
             type_ = self.placed.for_shape(self.shape)
             found = whole_of(rows.local, self.shape, type_, self.placed.ranks)
             rows.whole = dense(found)
+            gathered(self.shape, (self.placed.ranks.size - 1) * rows.local.nbytes, op)
         return rows.whole
 
-    def share(self) -> Tensor:
+    def share(self, op: str = "") -> Tensor:
         """The whole value, for someone who may write to it, or to a view of it."""
-        found = self.gathered()
+        found = self.gathered(op)
         self._rows.shared = self._rows.whole is not None
         return found
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _OF_WHOLE:
-            return func(args[0].share(), *args[1:], **(kwargs or {}))
+            return func(args[0].share(f"Tensor.{func.__name__}"), *args[1:], **(kwargs or {}))
         kwargs = kwargs or {}
         with torch_internals.plain_functions():
             result = _handlers.function(func, args, kwargs)
@@ -284,12 +300,12 @@ class _ToWhole(torch.autograd.Function):
     """``S -> R``."""
 
     @staticmethod
-    def forward(ctx: Any, x: SplitTensor) -> Tensor:
-        return x.gathered().detach()
+    def forward(ctx: Any, x: SplitTensor, op: str) -> Tensor:
+        return x.gathered(op).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _WholeGradient(torch.autograd.Function):
@@ -346,9 +362,14 @@ def split_as(x: Tensor, placed: Placed) -> Tensor:
     return new
 
 
+def made_whole(x: Tensor, op: str = "") -> Tensor:
+    """``x`` as a plain tensor, for ``op``, where nobody asked for it."""
+    return _ToWhole.apply(x, op) if isinstance(x, SplitTensor) else x
+
+
 def whole(x: Tensor) -> Tensor:
     """``x`` as a plain tensor: a split value is gathered, on all ranks of its group; gradients pass.
 
     A collective: every rank of the group has to call it.  Any other tensor is returned as it is.
     """
-    return _ToWhole.apply(x) if isinstance(x, SplitTensor) else x
+    return made_whole(x)

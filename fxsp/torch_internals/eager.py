@@ -59,22 +59,26 @@ def checkpoint_looks() -> bool:
     return False
 
 
-def outermost_call() -> torch.nn.Module | None:
-    """The first of the modules whose calls are under way in this thread, as Python runs them; None: there is none.
+def calls_under_way() -> list[torch.nn.Module]:
+    """The modules whose calls are under way in this thread, as Python runs them, the outermost first.
 
     What Dynamo has compiled is not Python's any more, and the module that ``torch.compile`` returns only stands for
     another.
     """
     from torch._dynamo.eval_frame import OptimizedModule
 
-    found = None
+    found = []
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL:
-            module = frame.f_locals.get("self")
-            found = module if not isinstance(module, OptimizedModule) else found
+        if frame.f_code is _CALL and not isinstance(module := frame.f_locals.get("self"), OptimizedModule):
+            found.append(module)
         frame = frame.f_back
-    return found
+    return found[::-1]
+
+
+def outermost_call() -> torch.nn.Module | None:
+    """The first of the modules whose calls are under way in this thread; None: there is none."""
+    return next(iter(calls_under_way()), None)
 
 
 try:

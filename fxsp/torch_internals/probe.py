@@ -29,7 +29,7 @@ ATTRIBUTES = {
     "torch.Tensor": "_backward_hooks _version",
     "torch.autograd.function.BackwardCFunction": "_forward_cls",
     "torch.fx.Node": "_rename",
-    "torch.nn.Module": "_buffers",
+    "torch.nn.Module": "_buffers _call_impl _wrapped_call_impl _forward_pre_hooks",
     "torch.distributed.ProcessGroup": "_get_backend _device_types",
     "torch._C.DispatchKey": "AutocastCPU AutocastCUDA AutocastXPU",
     "torch._C._functorch": (
@@ -74,7 +74,7 @@ ATTRIBUTES = {
     "torch._dynamo.variables.builder.GraphArg": "example source",
     "torch._dynamo.variables.builder": "_dynamo_source|grapharg",
     "torch._dynamo.variables.higher_order_ops": "_checkpoint_context_fn",
-    "torch._dynamo.eval_frame": "compile_wrapper|_fn",
+    "torch._dynamo.eval_frame": "compile_wrapper|_fn [_torchdynamo_wrapper_id]",
     "torch._dynamo.resume_execution": "TORCH_DYNAMO_RESUME_IN_PREFIX",
     "torch._dynamo.convert_frame": "compiler_fn code recompile_reason _torchdynamo_orig_backend",
     "torch._dynamo.backends.distributed.DDPOptimizer": "backend_compile_fn",

@@ -16,7 +16,7 @@ Afterwards a graph that the plan does not split is split like those before it; t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from fxsp.capture.module_calls import Captured
 from fxsp.capture.resolve import ResolvedEntry, resolve_plan
 from fxsp.errors import RunsWhole
 from fxsp.kernels.ops import fxsp_ops
+from fxsp.passes.annotate.annotate import remove_annotations
 from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.normalize.islands import closed_nodes
@@ -54,6 +55,12 @@ class Carry(Pass):
         if captured.entries is None:
             program.inferring = not program.arrivals
             return program
+        if captured.part is not None and not _is_about(captured, report.plan, program.arrivals):
+            remove_annotations(program.gm)
+            report.plan.clear()
+            report.note(f"the plan of {type(captured.root).__name__} says nothing about this part of it")
+            captured.entries, program.inferring = None, not program.arrivals
+            return program
         program.carried = carry(program.gm, captured, captured.entries)
         report.plan.extend(program.carried)
         if program.carried:  # what the plan did not ask for is never refused
@@ -65,6 +72,21 @@ class Carry(Pass):
         if single is not None:  # a step of decoding: as right as can be
             raise RunsWhole(f"there is nothing to split: of {single.entry}, {single.detail}", remedy=None)
         raise RunsWhole("no entry of the plan applies to this graph" if captured.entries else EMPTY_PLAN)
+
+
+def _is_about(capture: Captured, records: Sequence[PlanRecord], arrivals: Mapping[int, Any]) -> bool:
+    """Whether the plan of a model says what is split in a part of it that is compiled by itself.
+
+    It does where entries apply, unless others split what the modules around it are called with: nothing does that, and
+    what would come of it is not known.
+    """
+    assert capture.root is not None
+    applied = {record.entry for record in records if record.applied}
+    if not applied or arrivals:
+        return bool(applied)
+    around = {id(module) for module in torch_internals.calls_under_way()}
+    missed = [row for row in resolve_plan(capture.entries or (), capture.root) if str(row) not in applied]
+    return not any(id(row.module) in around and not row.entry.is_output for row in missed)
 
 
 def carry(gm: fx.GraphModule, capture: Captured, entries: Sequence[PlanEntry]) -> list[PlanRecord]:

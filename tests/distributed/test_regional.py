@@ -11,14 +11,23 @@ from typing import Any
 import pytest
 
 from distributed import Pool
+from fxsp import SequenceParallelInput, SequenceParallelOutput
 from regional import Regional, run_regional
 
 Ranks = Callable[[int], Pool]
 INFER = {"plan": "infer"}
 
 
-def run(ranks: Ranks, size: int, name: str, calls: list[dict[str, Any]], training: bool, way: str) -> Regional:
-    found: list[Regional] = ranks(size).run(run_regional, name, calls, training, INFER, way)
+def run(
+    ranks: Ranks,
+    size: int,
+    name: str,
+    calls: list[dict[str, Any]],
+    training: bool,
+    way: str,
+    options: dict[str, Any] = INFER,
+) -> Regional:
+    found: list[Regional] = ranks(size).run(run_regional, name, calls, training, options, way)
     for one in found:
         assert one.classes == {"Tensor"}
         assert max(one.errors) <= 1e-5, one.errors
@@ -43,6 +52,33 @@ def test_sends_what_the_whole_model_sends(ranks: Ranks, name: str, arguments: di
     found = run(ranks, 2, name, [arguments] * 3, training=False, way="blocks")
     assert found.bytes <= 1.02 * whole.bytes, (found.ran, whole.ran)
     assert found.compiles == [kinds, 0, 0]
+    for one in (found, whole):
+        assert one.reported == (one.ran.total(), one.bytes)
+
+
+#: Of Wan: image tokens where its blocks begin, text in all of them.
+PLAN = {
+    "blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
+    "blocks.*": {"encoder_hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
+    "proj_out": SequenceParallelOutput(gather_dim=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "applied"),
+    [
+        ("wan", {"plan": PLAN}, {"blocks.0[hidden_states]", "blocks.0[encoder_hidden_states]"}),
+        ("qwen_image", {}, {"transformer_blocks.0[hidden_states]", "transformer_blocks.0[encoder_hidden_states]"}),
+        ("flux", {}, set()),
+    ],
+)
+def test_plan_of_the_model(ranks: Ranks, name: str, options: dict[str, Any], applied: set[str]) -> None:
+    """Its entries act in the blocks; where they split what the model is called with, the blocks find their own."""
+    whole = run(ranks, 2, name, [{}] * 2, training=False, way="whole", options=options)
+    found = run(ranks, 2, name, [{}] * 2, training=False, way="blocks", options=options)
+    assert found.bytes <= 1.02 * whole.bytes, (found.ran, whole.ran)
+    assert found.compiles[-1] == 0
+    assert applied <= found.applied, found.applied
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed import Pool
-from split_programs import run_programs, run_samples, run_strangers
+from split_programs import run_gathers, run_programs, run_samples, run_strangers
 
 Ranks = Callable[[int], Pool]
 
@@ -28,6 +28,15 @@ def test_every_rule(ranks: Ranks, part: int) -> None:
     for problems, ran in ranks(2).run(run_samples, part, 6):
         assert not problems
         assert ran > 200
+
+
+def test_gathers_are_said_and_recorded(ranks: Ranks) -> None:
+    for said, rows in ranks(3).run(run_gathers):
+        assert len(said) == 2, said
+        assert all(text.startswith("ImplicitGatherWarning ") and "split_programs.py:" in text for text in said), said
+        assert ["[1, 6, 4]" in text for text in said] == [True, True]
+        assert rows == 2 * [*[(op, "implicit", 2 * 32) for op, _, _ in rows[:2]], ("fxsp.whole", "output", 2 * 32)]
+        assert rows[1][0] == "Tensor.tolist"
 
 
 def test_what_is_no_operator(ranks: Ranks) -> None:

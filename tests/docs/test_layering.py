@@ -40,6 +40,7 @@ LAYERS = [
     ("fxsp.said",),
     ("fxsp.partitioning",),
     ("fxsp.split_values",),
+    ("fxsp.model_report",),
     ("fxsp.backend", "fxsp.offline"),
     ("fxsp.hooks",),
     ("fxsp.__main__",),

@@ -38,8 +38,12 @@ class Regional:
     #: Collectives of the last forward pass, by kind, and the bytes that this rank sent in them.
     ran: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
+    #: What the report of the model says of that pass: how many collectives, and the bytes.
+    reported: tuple[int, int] = (0, 0)
     #: Classes of the results: nobody outside is given a split value.
     classes: set[str] = field(default_factory=set)
+    #: Entries of plans that were applied.
+    applied: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -88,6 +92,10 @@ def run_regional(
             found.ran, found.bytes = ran, total[0]
             if training:
                 found.gradients.append(_gradients(model, whole, got, wanted))
+    rows = fxsp.report_of(model).communication.values()
+    found.reported = sum(count for count, _ in rows), sum(size for _, size in rows)
+    records = [record for report in fxsp.reports()[-sum(found.compiles) :] for record in report.plan]
+    found.applied = {record.entry.partition(":")[0] for record in records if record.applied}
     dist.barrier()
     return found
 

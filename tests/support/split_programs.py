@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fxsp
 from fxsp.split_values.convert import sharded
+from fxsp.split_values.forward import Forward, record_to
 from fxsp.split_values.one_call import _programs
 from fxsp.split_values.value import Placed, SplitTensor, from_local
 from fxsp.types import Ranks, Segment, Sequence, Shard
@@ -24,7 +25,7 @@ from rule_recorder import T
 from rule_samples import SAMPLES, elementwise_samples
 from running import error_of
 
-__all__ = ["PROGRAMS", "run_programs", "run_samples", "run_strangers"]
+__all__ = ["PROGRAMS", "run_gathers", "run_programs", "run_samples", "run_strangers"]
 
 
 def split(x: Tensor, rank: int, size: int, dim: int, lengths: tuple[int, ...] = (), layout: Any = "contiguous") -> Any:
@@ -211,6 +212,24 @@ def run_samples(rank: int, size: int, part: int, parts: int) -> tuple[list[str],
                 if sample.value:
                     problems += [f"{sample} split along {dim}: {p}" for p in _differences(found, wanted)]
     return problems, ran
+
+
+def run_gathers(rank: int, size: int) -> tuple[list[str], list[tuple[str, str, int]]]:
+    """What is said of operators that gather, and what the report of a forward pass records."""
+    forward = Forward()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        record_to(forward)
+        for _ in range(2):
+            x = split(torch.arange(24.0).view(1, 6, 4), rank, size, 1)
+            x[0, 1] = 7  # written to: line 1
+            y = split(torch.arange(24.0).view(1, 6, 4), rank, size, 1)
+            assert y.tolist()[0][5][3] == 23
+            assert y.tolist()[0][5][2] == 22  # is known by now
+            fxsp.whole(split(torch.ones(1, 6, 4), rank, size, 1))
+        record_to(None)
+    rows = [(record.op, record.kind, record.bytes) for record in forward.gathers]
+    return [f"{type(w.message).__name__} {w.filename}:{w.lineno} {w.message}" for w in said], rows
 
 
 def run_strangers(rank: int, size: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxsp.split_values.calls import is_under_way, watch_calls
+from fxsp.split_values.calls import is_under_way, watch_calls, watch_roots
 from fxsp.split_values.results import with_tensors
 
 
@@ -56,6 +56,42 @@ def test_after_an_error() -> None:
             model(torch.ones(1))
         assert not is_under_way()
     assert model.seen == [False, True]
+
+
+def test_the_models_of_a_part_that_is_compiled() -> None:
+    block, other = Model(), Model()
+    stack = nn.ModuleList([nn.Sequential(block), other])  # is called by nobody
+    watch_roots(block)
+    assert not stack._forward_hooks
+
+    first, second = nn.Sequential(block, other), nn.Sequential(nn.Sequential(block))
+    watch_roots(block)
+    watch_roots(other)
+    for model in (first, second):
+        assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
+        block.seen.clear()
+        model(torch.ones(1))
+        assert block.seen == [True]
+    assert not block._forward_hooks
+    assert not is_under_way()
+
+
+def test_a_model_that_is_compiled_as_a_whole() -> None:
+    model = nn.Sequential(Model())
+    watch_roots(model[0])
+    graphs = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU())), backend=backend)(torch.ones(1))
+        parts = nn.Sequential(nn.ReLU())
+        whole = nn.Sequential(parts)
+        watch_roots(parts)
+        torch.compile(whole, backend=backend, fullgraph=True)(torch.ones(1))
+    assert len(graphs) == 2
 
 
 @dataclass(frozen=True)
