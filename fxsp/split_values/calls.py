@@ -86,7 +86,8 @@ def watch_roots(part: nn.Module) -> None:
             seen.add(id(module))
             above = parents.get(id(module), [])
             pending += above
-            if not above and module is not part and type(module) not in _CONTAINERS:
+            calls = type(module) not in _CONTAINERS and not torch_internals.is_stand_in(module)
+            if not above and module is not part and calls:
                 _watch(module)
                 _parts.update(module.modules())
 

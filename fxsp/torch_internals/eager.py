@@ -65,15 +65,20 @@ def calls_under_way() -> list[torch.nn.Module]:
     What Dynamo has compiled is not Python's any more, and the module that ``torch.compile`` returns only stands for
     another.
     """
-    from torch._dynamo.eval_frame import OptimizedModule
-
     found = []
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL and not isinstance(module := frame.f_locals.get("self"), OptimizedModule):
+        if frame.f_code is _CALL and not is_stand_in(module := frame.f_locals.get("self")):
             found.append(module)
         frame = frame.f_back
     return found[::-1]
+
+
+def is_stand_in(module: Any) -> bool:
+    """Whether it is what ``torch.compile`` returned for a module."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return isinstance(module, OptimizedModule)
 
 
 def outermost_call() -> torch.nn.Module | None:

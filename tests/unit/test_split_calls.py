@@ -75,6 +75,10 @@ def test_the_models_of_a_part_that_is_compiled() -> None:
     assert not block._forward_hooks
     assert not is_under_way()
 
+    compiled = torch.compile(nn.Sequential(Model()), backend="eager")  # stands for another, and nothing more
+    watch_roots(compiled._orig_mod)
+    assert not compiled._forward_hooks
+
 
 def test_a_model_that_is_compiled_as_a_whole() -> None:
     model = nn.Sequential(Model())
