@@ -163,7 +163,8 @@ def _compile(
     gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None = None
 ) -> Callable[..., Any]:
     # Who tries out a graph, or goes before another backend, gives it whole values.
-    edge = Edge(gm, inputs, ranks, splits=root is None and not options.verify)
+    splits = root is None and not options.verify
+    edge = Edge(gm, inputs, ranks, splits=splits, always=splits and options.outputs == "split")
     inputs = edge.inputs
     if options.inner != "eager":
         torch_internals.restart_for_numbers(torch_internals.compile_fake_mode(inputs))

@@ -29,6 +29,7 @@ _CHOICES = {
     "inner": INNERS,
     "grad_reduce": ("all_reduce", "defer", "defer_mean"),
     "rng": ("global", "per_rank"),
+    "outputs": ("whole", "split"),
 }
 _PLANS = ("infer", "none")
 _FLAGS = ("strict", "verify")
@@ -64,6 +65,8 @@ class Options:
     grad_reduce: Literal["all_reduce", "defer", "defer_mean"] = "all_reduce"
     #: ``"per_rank"``: dropout draws on each rank for its own elements, not as one device would draw for all.
     rng: Literal["global", "per_rank"] = "global"
+    #: ``"split"``: who calls takes split values as such (:class:`fxsp.SplitTensor`), outside of any model, too.
+    outputs: Literal["whole", "split"] = "whole"
     #: Compare the values of the inputs of all ranks: at the first call of each graph (None), at every call, or never.
     check_inputs: bool | None = None
     #: Stages after which the graph is printed.
@@ -114,6 +117,8 @@ class Options:
             given[name] = _checked(name, value)
         if given.get("group") is not None and given.get("mesh") is not None:
             raise OptionError("options 'group' and 'mesh' both name the ranks; give one of them")
+        if given.get("outputs") == "split" and given.get("verify"):
+            raise OptionError("options 'outputs': 'split' and 'verify' exclude one another: whole values are compared")
         config = given.get("config")
         if config is not None:
             for name in _ALL_DEGREES:

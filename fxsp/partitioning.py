@@ -44,7 +44,7 @@ def compile_graph(
     """
     writer = stages or StageWriter(options.print, ranks)
     program = Program(gm, ranks, training=is_training(inputs), options=options, inputs=inputs, root=root)
-    program.arrivals, program.split_outputs = arrivals or {}, split_outputs
+    program.arrivals, program.split_outputs = arrivals or {}, split_outputs or options.outputs == "split"
     report = program.report
     try:
         compile_program(program, Runner(writer.stage))

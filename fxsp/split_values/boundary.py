@@ -37,7 +37,7 @@ class Edge:
     Dynamo's examples of inputs change in place: split values become plain fakes of global shape.
     """
 
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any], ranks: Ranks, *, splits: bool) -> None:
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], ranks: Ranks, *, splits: bool, always: bool) -> None:
         self.ranks = ranks
         self.inputs = list(inputs)
         #: The types of inputs that enter as the rows of one rank.  Not among them, and made whole: what is split over
@@ -67,7 +67,10 @@ class Edge:
         # A checkpoint that compiles anew what it recomputes goes on with what it has.
         self._returned_split = torch_internals.in_backward() and bool(self.arrivals)
         #: Whether who calls the graph may take split values: a module that Python runs.
-        self.regional = splits and (self._returned_split or torch_internals.is_called_by_module())
+        self._in_module = splits and torch_internals.is_called_by_module()
+        self.regional = always or self._in_module or (splits and self._returned_split)
+        #: Whether split values are returned to whoever calls, and never made whole.
+        self._always = always
 
     def _learn(self, position: int, value: Any) -> None:
         sizes = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
@@ -85,7 +88,7 @@ class Edge:
         whole, and are used for nothing else.
         """
         offer, translation = offered(), torch_internals.Translation.current()
-        if offer is None or translation is None or not self.regional or torch_internals.suppresses_errors():
+        if offer is None or translation is None or not self._in_module or torch_internals.suppresses_errors():
             return None
         if self._split or translation.has_begun():
             return None
@@ -134,10 +137,11 @@ class Edge:
             sizes = self._sizes(args)
             if (forward := recording()) is not None:
                 forward.ran(report, sizes)
+                forward.keeps_split |= self._always
             if not self.left:
                 return tuple(results)
             if not torch_internals.in_backward():  # a checkpoint wants what it had
-                self._returned_split = is_under_way()
+                self._returned_split = self._always or is_under_way()
             for position, placed, shape in self._placements(sizes):
                 value = from_local(results[position], placed, shape)
                 results[position] = value if self._returned_split else made_whole(value, OUTPUT)

@@ -117,10 +117,12 @@ def _leave(module: nn.Module, args: Any, output: Any) -> Any:
     _thread.calls.pop()
     if _thread.calls:
         return output
+    forward = recording()
     try:
+        if forward is not None and forward.keeps_split:
+            return output
         return with_tensors(output, lambda x: isinstance(x, SplitTensor), partial(made_whole, op=OUTPUT))
     finally:
-        forward = recording()
         record_to(None)
         if forward is not None:
             _forwards[module] = forward

@@ -38,6 +38,8 @@ class Forward:
     graphs: dict[int, Ran] = field(default_factory=dict)
     #: What was made whole between the graphs, and after them.
     gathers: list[GatherRecord] = field(default_factory=list)
+    #: Whether what the model returns stays split: a graph of it was compiled so.
+    keeps_split: bool = False
 
     def ran(self, report: Report, sizes: Mapping[Any, int], *, eager: bool = False) -> None:
         """A graph has run."""

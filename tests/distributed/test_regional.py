@@ -12,7 +12,7 @@ import pytest
 
 from distributed import Pool
 from fxsp import SequenceParallelInput, SequenceParallelOutput
-from regional import Regional, run_regional
+from regional import Regional, run_regional, run_split_outputs
 
 Ranks = Callable[[int], Pool]
 INFER = {"plan": "infer"}
@@ -111,3 +111,11 @@ def test_lengths_change(ranks: Ranks) -> None:
 
 def test_more_ranks_than_tokens(ranks: Ranks) -> None:
     run(ranks, 4, "llama", [{"tokens": 3}] * 3, training=True, way="blocks")
+
+
+@pytest.mark.parametrize("by_blocks", [False, True], ids=["whole", "by blocks"])
+def test_who_asks_is_given_split_values(ranks: Ranks, by_blocks: bool) -> None:
+    for found in ranks(3).run(run_split_outputs, by_blocks):
+        assert found["class"] == "SplitTensor"
+        assert set(found["ran"]) <= {"all_reduce"}
+        assert max(found["loss"], found["logits"], found["gradients"]) <= 1e-5

@@ -20,7 +20,7 @@ import fxsp
 import models
 from running import MOVES, build, error_of, gradient_error
 
-__all__ = ["Regional", "run_regional"]
+__all__ = ["Regional", "run_regional", "run_split_outputs"]
 
 #: The classes of blocks, where a model does not say them itself (diffusers' ``_repeated_blocks``).
 BLOCKS = {"llama": ["LlamaDecoderLayer"], "sd3": ["JointTransformerBlock"]}
@@ -164,3 +164,40 @@ WAYS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], Any]] = {
     "inside": _inside,
     "whole": _one,
 }
+
+
+def run_split_outputs(rank: int, size: int, by_blocks: bool) -> dict[str, Any]:
+    """Logits that only a loss reads, and the loss compiled by itself."""
+    model, inputs = build("llama", {"tokens": 7})
+    whole = copy.deepcopy(model)
+    split = {"inner": "aot_eager", "outputs": "split"}
+    if by_blocks:
+        compile_blocks(model, BLOCKS["llama"], outputs="split")
+    else:
+        model = torch.compile(model, backend="sp", options=split)  # type: ignore[assignment]
+    weights = torch.linspace(-1, 1, 7).view(1, 7, 1)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return (logits.log_softmax(-1) * weights).square().mean()
+
+    compiled = torch.compile(loss_of, backend="sp", options={"inner": "aot_eager"})
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category=fxsp.FxspWarning)
+        for _ in range(2):
+            for one in (model, whole):
+                one.zero_grad()
+            logits = model(**inputs).logits
+            with sent() as (ran, _):
+                loss = compiled(logits)
+            loss.backward()
+            wanted = whole(**inputs).logits
+            loss_of(wanted).backward()
+    found["class"], found["ran"] = type(logits).__name__, ran
+    found["loss"] = error_of(fxsp.whole(loss), loss_of(wanted))
+    found["logits"] = error_of(fxsp.whole(logits), wanted)
+    pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), whole.parameters(), strict=True)]
+    usual = max(q.norm().item() for _, q in pairs if q is not None)
+    found["gradients"] = max(gradient_error(p, q, usual) for p, q in pairs if p is not None and q is not None)
+    dist.barrier()
+    return found
