@@ -237,6 +237,7 @@ class SplitTensor(Tensor):
         return found
 
     @classmethod
+    @torch_internals.beside_dynamo
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _OF_WHOLE:
             return func(args[0].share(f"Tensor.{func.__name__}"), *args[1:], **(kwargs or {}))
@@ -252,6 +253,7 @@ class SplitTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
+    @torch_internals.beside_dynamo
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -35,6 +36,22 @@ def only_inlined(function: _F) -> _F:
 
     skip_code(function.__code__)
     return function
+
+
+def beside_dynamo(function: _F) -> _F:
+    """Have Dynamo leave ``function``, and all that it calls, to Python.  Dynamo does not know it: ``function`` must be
+    one that Dynamo never finds in what it traces.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = set_compiler(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            set_compiler(before)
+
+    return only_inlined(run)  # type: ignore[return-value]
 
 
 def custom_function(node: Any) -> str:
