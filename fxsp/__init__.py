@@ -17,7 +17,8 @@ from fxsp.plan import (
     SequenceParallelPartialInput,
 )
 from fxsp.report import Report
-from fxsp.split_values.value import SplitTensor, whole
+from fxsp.split_values.conversions import whole
+from fxsp.split_values.value import SplitTensor
 
 __all__ = [
     "Evidence",

@@ -18,11 +18,12 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, shape_of
 from fxsp.report import Report
 from fxsp.split_values.calls import is_under_way, watch_calls
+from fxsp.split_values.conversions import from_local, made_whole, to_local
 from fxsp.split_values.dispatch import dispatch
 from fxsp.split_values.entrance import SplitFirst, offered
 from fxsp.split_values.forward import OUTPUT, recording
 from fxsp.split_values.one_call import call
-from fxsp.split_values.value import Placed, SplitTensor, from_local, handle_with, made_whole, to_local
+from fxsp.split_values.value import Placed, SplitTensor, handle_with
 from fxsp.types import Ranks, Shard
 from fxsp.types import Sequence as Tokens
 
@@ -133,7 +134,8 @@ class Edge:
             return run
 
         def cross(*args: Any) -> Any:
-            results = list(run(*self._taken(args)))
+            local = self._taken(args)
+            results = list(run(*local))
             sizes = self._sizes(args)
             if (forward := recording()) is not None:
                 forward.ran(report, sizes)
@@ -143,7 +145,12 @@ class Edge:
             if not torch_internals.in_backward():  # a checkpoint wants what it had
                 self._returned_split = self._always or is_under_way()
             for position, placed, shape in self._placements(sizes):
+                shared = [at for at in self.arrivals if _same_memory(results[position], local[at])]
+                if shared and torch.is_inference_mode_enabled():  # where writes are not counted
+                    results[position], shared = results[position].clone(), []
                 value = from_local(results[position], placed, shape)
+                for at in shared:
+                    value.view_of(args[at])
                 results[position] = value if self._returned_split else made_whole(value, OUTPUT)
             if not self._returned_split:
                 watch_calls()
@@ -180,6 +187,10 @@ class Edge:
             ]
             self._last = sizes, rows
         return rows
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(a.numel()) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _cut_at_once(local: Node) -> Shard | None:

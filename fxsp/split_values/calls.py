@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from fxsp import torch_internals
+from fxsp.split_values.conversions import made_whole
 from fxsp.split_values.forward import OUTPUT, Forward, record_to, recording
 from fxsp.split_values.results import with_tensors
-from fxsp.split_values.value import SplitTensor, made_whole
+from fxsp.split_values.value import SplitTensor
 
 __all__ = ["is_under_way", "last_forward", "watch_calls", "watch_roots"]
 

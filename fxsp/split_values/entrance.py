@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fxsp import torch_internals
 from fxsp.errors import FxspError
 from fxsp.split_values.calls import watch_roots
-from fxsp.split_values.value import Placed, split_as
+from fxsp.split_values.conversions import split_as
+from fxsp.split_values.value import Placed
 
 __all__ = ["Offer", "SplitFirst", "offered", "watch_entrances"]
 

@@ -30,8 +30,9 @@ from fxsp.passes.rules.families import family, names_of
 from fxsp.report import Report
 from fxsp.said import say_gathers
 from fxsp.source import user_frame
+from fxsp.split_values.conversions import from_local, to_local
 from fxsp.split_values.forward import recording
-from fxsp.split_values.value import Placed, SplitTensor, from_local, to_local
+from fxsp.split_values.value import Placed, SplitTensor
 from fxsp.types import Ranks, Shard
 
 __all__ = ["call"]

@@ -1,8 +1,8 @@
 """A split value at run time: this rank's rows, under the shape of the whole.
 
 A :class:`SplitTensor` keeps the meaning of one device: it shows the global shape, strides and dtype, and whatever
-touches it sees the whole value.  What needs the rows of other ranks gathers them, on all ranks (:func:`whole`); the
-result is kept, so that a value is gathered once.
+touches it sees the whole value.  What needs the rows of other ranks gathers them, on all ranks (``fxsp.whole(x)``); the
+whole is kept, so that a value is gathered once.
 """
 
 from __future__ import annotations
@@ -19,22 +19,11 @@ from torch.utils._pytree import tree_map_only
 from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.lengths import as_length
-from fxsp.split_values.convert import masked, sharded, whole_of
+from fxsp.split_values.convert import sharded, whole_of
 from fxsp.split_values.forward import gathered
 from fxsp.types import Ranks, Sequence, Shard
 
-__all__ = [
-    "Family",
-    "Placed",
-    "SplitTensor",
-    "dense",
-    "from_local",
-    "handle_with",
-    "made_whole",
-    "split_as",
-    "to_local",
-    "whole",
-]
+__all__ = ["Family", "Placed", "SplitTensor", "dense", "handle_with"]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -260,56 +249,6 @@ class SplitTensor(Tensor):
         return _handlers.operator(func, args, kwargs or {})
 
 
-class _ToLocal(torch.autograd.Function):
-    """``S -> S``: out of its wrapper."""
-
-    @staticmethod
-    def forward(ctx: Any, x: SplitTensor) -> Tensor:
-        ctx.placed, ctx.shape = x.placed, x.shape
-        return x.local().detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return SplitTensor(dense(grad), Placed(ctx.placed.type, ctx.placed.ranks, zero_pads=True), ctx.shape)
-
-
-class _FromLocal(torch.autograd.Function):
-    """``S -> S``: into its wrapper."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
-        ctx.placed = placed
-        return SplitTensor(dense(local.detach()), placed, shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rows_of_gradient(grad, ctx.placed), None, None
-
-
-class _Cut(torch.autograd.Function):
-    """``R -> S``, and into a wrapper."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, placed: Placed) -> SplitTensor:
-        return SplitTensor(dense(sharded(x.detach(), placed.type, placed.ranks)), placed, x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad.gathered() if isinstance(grad, SplitTensor) else grad), None
-
-
-class _ToWhole(torch.autograd.Function):
-    """``S -> R``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: SplitTensor, op: str) -> Tensor:
-        return x.gathered(op).detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 class _WholeGradient(torch.autograd.Function):
     """``R -> R``: the same value, whose gradient is made whole."""
 
@@ -325,53 +264,3 @@ class _WholeGradient(torch.autograd.Function):
 def _with_whole_gradient(x: Tensor) -> Tensor:
     """An operand beside split ones: nobody who knows nothing of these is given a split gradient."""
     return _WholeGradient.apply(x) if x.requires_grad and not isinstance(x, SplitTensor) else x
-
-
-def _rows_of_gradient(grad: Tensor, placed: Placed) -> Tensor:
-    """This rank's part of a gradient, which is whole or split, with zero pads."""
-    type_, ranks = placed.type, placed.ranks
-    if isinstance(grad, SplitTensor) and grad.placed.ranks == ranks and grad.placed.type.same_as(type_):
-        rows = grad.local()
-        return rows if grad.placed.zero_pads else masked(rows, grad.shape, type_, ranks)
-    full = grad.gathered() if isinstance(grad, SplitTensor) else grad
-    return masked(sharded(full, type_, ranks), full.shape, type_, ranks)
-
-
-def to_local(x: SplitTensor) -> Tensor:
-    """This rank's rows; gradients pass."""
-    return _ToLocal.apply(x)  # type: ignore[no-any-return]
-
-
-def from_local(local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
-    """The split value of global ``shape`` of which this rank has ``local``; gradients pass."""
-    return _FromLocal.apply(local, placed, tuple(shape))  # type: ignore[no-any-return]
-
-
-def split_as(x: Tensor, placed: Placed) -> Tensor:
-    """A whole ``x`` split as ``placed`` says, for the length that it has: without communication; gradients pass.
-
-    What is split, or cannot be split so (other lengths of several segments), is returned as it is.
-    """
-    if not torch_internals.is_plain_tensor(x) or placed.type.dim >= x.ndim:
-        return x
-    type_ = placed.for_shape(x.shape)
-    if type_.outer * type_.sequence.length != x.shape[type_.dim]:
-        return x
-    new: Tensor = _Cut.apply(x, replace(placed, type=type_))
-    for name, value in vars(x).items():
-        if name.startswith("_dynamo_"):  # which lengths change, as the user has marked them
-            setattr(new, name, value)
-    return new
-
-
-def made_whole(x: Tensor, op: str = "") -> Tensor:
-    """``x`` as a plain tensor, for ``op``, where nobody asked for it."""
-    return _ToWhole.apply(x, op) if isinstance(x, SplitTensor) else x
-
-
-def whole(x: Tensor) -> Tensor:
-    """``x`` as a plain tensor: a split value is gathered, on all ranks of its group; gradients pass.
-
-    A collective: every rank of the group has to call it.  Any other tensor is returned as it is.
-    """
-    return made_whole(x)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import operator
 from collections import ChainMap, Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -56,7 +56,7 @@ class Normalize(Pass):
         inputs, program.inputs = program.inputs, ()
         sources = [torch_internals.input_source(node) for node in program.graph.find_nodes(op="placeholder")]
         try:
-            program.gm = normalize(program.gm, inputs, spelled=program.inferring)
+            program.gm = normalize(program.gm, inputs, spelled=program.inferring, split=program.arrivals)
         except UnsupportedError as error:
             raise RunsWhole(str(error)) from error
         for node, value, source in zip(program.graph.find_nodes(op="placeholder"), inputs, sources, strict=True):
@@ -66,11 +66,12 @@ class Normalize(Pass):
 
 
 def normalize(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, spelled: bool = False
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, spelled: bool = False, split: Collection[int] = ()
 ) -> torch.fx.GraphModule:
     """``gm`` re-traced to ATen; same inputs, same outputs, in the same order.
 
-    ``spelled``: nodes are marked with the nodes of ``gm`` whose value they are.
+    ``spelled``: nodes are marked with the nodes of ``gm`` whose value they are.  ``split``: of these inputs Dynamo had
+    split values, and did not see what shares memory with them.
 
     ``example_inputs`` are what Dynamo gives a backend (real tensors and symbolic ints), or fakes.  Grad mode and
     autocast have to be as they will be when the graph runs; the result must be compiled and run with autocast off.
@@ -115,7 +116,7 @@ def normalize(
     torch_internals.carry_dynamo_facts(gm, new)
     _restride(gm, new, mode, inputs, outputs, tracer.storage_of)
     new.recompile()
-    _compare(gm, inputs, outputs, tracer.storage_of)
+    _compare(gm, inputs, outputs, tracer.storage_of, {f"input {position}" for position in split})
     return new
 
 
@@ -167,9 +168,16 @@ def _recorded(value: Any) -> Any:
 
 
 def _compare(
-    gm: torch.fx.GraphModule, inputs: list[Any], outputs: list[Any], storage_of: Callable[[torch.Tensor], int]
+    gm: torch.fx.GraphModule,
+    inputs: list[Any],
+    outputs: list[Any],
+    storage_of: Callable[[torch.Tensor], int],
+    unseen: Collection[str],
 ) -> None:
-    """Outputs must have the facts that Dynamo recorded; values of the two fake modes never meet."""
+    """Outputs must have the facts that Dynamo recorded; values of the two fake modes never meet.
+
+    What shares memory with inputs that are ``unseen`` was not recorded.
+    """
     nodes = tree_leaves(gm.graph.output_node().args[0])
     expected = list(map(_recorded, nodes))
     for index, (node, want, found) in enumerate(zip(nodes, expected, outputs, strict=True)):
@@ -185,7 +193,7 @@ def _compare(
     before = list(map(_recorded, gm.graph.find_nodes(op="placeholder")))
     want_alias, found_alias = _aliases(before, expected), _aliases(inputs, outputs, storage_of)
     for index, (a, b) in enumerate(zip(want_alias, found_alias, strict=True)):
-        if a != b and None not in (expected[index], outputs[index]):
+        if a != b and b not in unseen and None not in (expected[index], outputs[index]):
             raise UnsupportedError(
                 f"output {index} shares memory with {b or 'nothing'} when traced to ATen operators, "
                 f"but with {a or 'nothing'} as Dynamo recorded it"

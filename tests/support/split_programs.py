@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fxsp
+from fxsp.split_values.conversions import from_local
 from fxsp.split_values.convert import sharded
 from fxsp.split_values.forward import Forward, record_to
 from fxsp.split_values.one_call import _programs
-from fxsp.split_values.value import Placed, SplitTensor, from_local
+from fxsp.split_values.value import Placed, SplitTensor
 from fxsp.types import Ranks, Segment, Sequence, Shard
 from rule_recorder import T
 from rule_samples import SAMPLES, elementwise_samples
