@@ -1,7 +1,7 @@
 """Into split values and out of them; gradients pass.
 
-``R`` is a whole value, ``S`` this rank's part of it: in its wrapper (:class:`fxsp.SplitTensor`), or as a plain tensor, as
-the program of a rank takes and returns it.
+``R`` is a whole value, ``S`` this rank's part of it: in its wrapper (:class:`fxsp.SplitTensor`), or as a plain tensor,
+which is what the program of a rank takes and returns.
 """
 
 from __future__ import annotations

@@ -65,6 +65,13 @@ def _compiled(model: Net, form: str, size: int) -> Any:
         for block in model.blocks:
             block.compile(backend="sp", options=options)
         return model
+    if form == "regional fsdp":
+        mesh = init_device_mesh("cpu", (size,))
+        for part in [*model.blocks, model]:
+            fully_shard(part, mesh=mesh)
+        for block in model.blocks:
+            block.compile(backend="sp", options={"inner": "aot_eager"})
+        return model
     if form == "backward hooks":
         for block in model.blocks:
             block.register_full_backward_hook(_passes)
