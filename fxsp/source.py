@@ -61,10 +61,10 @@ def node_source(node: torch.fx.Node, *, full: bool = False) -> str:
 
 
 def user_frame() -> types.FrameType | None:
-    """The innermost frame that is under way in code of neither torch nor fxsp; None: there is none."""
+    """The innermost frame that is under way in code of the user: of neither torch nor fxsp; None: there is none."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        ours = frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxsp")
+        ours = frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxsp", "contextlib")
         if not ours and not frame.f_code.co_filename.startswith("<"):
             return frame
         frame = frame.f_back

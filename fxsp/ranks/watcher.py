@@ -17,6 +17,7 @@ import torch
 
 from fxsp import torch_internals
 from fxsp.ranks.channel import Channel, joined
+from fxsp.ranks.meetings import attend
 
 __all__ = ["watch"]
 
@@ -59,6 +60,7 @@ def _attend(channel: Channel) -> None:
             channel.store.set(f"left/{channel.ranks.rank}", "")
         else:
             answer(channel)
+            attend(channel, _place)
     except RuntimeError:  # of the store: the process that holds it has ended
         _ended.add(id(channel))
 

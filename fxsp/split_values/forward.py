@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fxsp.errors import ImplicitGatherWarning
+from fxsp.ranks.meetings import met
 from fxsp.report import GatherRecord, Report
 from fxsp.source import user_frame
+from fxsp.types import Ranks
 
-__all__ = ["OUTPUT", "Forward", "Ran", "gathered", "record_to", "recording"]
+__all__ = ["OUTPUT", "Forward", "Ran", "gathering", "record_to", "recording"]
 
 
 #: Instead of an operator: a model has returned it.
@@ -67,8 +70,9 @@ def record_to(forward: Forward | None) -> None:
     _thread.forward = forward
 
 
-def gathered(shape: Sequence[int], sent: int, op: str) -> None:
-    """A split value was made whole at run time, and this rank sent so many bytes for it.
+@contextmanager
+def gathering(ranks: Ranks, shape: Sequence[int], sent: int, op: str) -> Iterator[None]:
+    """Around a gather at run time of a value of this shape, for which a rank sends so many bytes.
 
     ``op`` is the operator that no rule splits: that is said, once for each line; "" or :data:`OUTPUT`: it is asked for.
     """
@@ -79,6 +83,8 @@ def gathered(shape: Sequence[int], sent: int, op: str) -> None:
     if asked:
         reason = "a model returns whole values" if op else "it is asked for"
     record = GatherRecord(op or "fxsp.whole", "", source, reason, sent, "output" if asked else "implicit")
+    with met(ranks, f"gathers a split value of shape {list(shape)} for {record.op}{source and f' ({source})'}"):
+        yield
     if _thread.forward is not None:
         _thread.forward.gathers.append(record)
     if asked or (op, source) in _said:

@@ -12,6 +12,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fxsp.partitioning import give_local_values, is_training, local_examples
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.passes.rules.families import family, names_of
+from fxsp.ranks.meetings import met
 from fxsp.report import Report
 from fxsp.said import say_gathers
 from fxsp.source import user_frame
@@ -55,9 +57,15 @@ class _OneCall:
     views: dict[int, int]
     report: Report
 
+    def _run(self, local: Sequence[Tensor]) -> Any:
+        if not self.report.collectives:
+            return self.run(*local)
+        with met(self.ranks, f"runs {self.report.root} on split values{_place()}"):
+            return self.run(*local)
+
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         local = [to_local(x) if isinstance(x, SplitTensor) else x for x in tensors]
-        results = list(self.run(*local))
+        results = list(self._run(local))
         if (forward := recording()) is not None:
             forward.ran(self.report, {}, eager=True)
         for position, (type_, shape) in self.left.items():
@@ -210,6 +218,11 @@ def _compiled(
         return None  # a view of the whole value
     program.report.root = name
     return _OneCall(run, ranks, left, spec, views, program.report)
+
+
+def _place() -> str:
+    frame = user_frame()
+    return "" if frame is None else f" ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
 def _where() -> str:

@@ -20,7 +20,7 @@ from fxsp import torch_internals
 from fxsp.errors import UnsupportedError
 from fxsp.lengths import as_length
 from fxsp.split_values.convert import sharded, whole_of
-from fxsp.split_values.forward import gathered
+from fxsp.split_values.forward import gathering
 from fxsp.types import Ranks, Sequence, Shard
 
 __all__ = ["Family", "Placed", "SplitTensor", "dense", "handle_with"]
@@ -214,9 +214,8 @@ class SplitTensor(Tensor):
                 with mode:
                     return torch.empty(self.shape, dtype=self.dtype, device=self.device)
             type_ = self.placed.for_shape(self.shape)
-            found = whole_of(rows.local, self.shape, type_, self.placed.ranks)
-            rows.whole = dense(found)
-            gathered(self.shape, (self.placed.ranks.size - 1) * rows.local.nbytes, op)
+            with gathering(self.placed.ranks, self.shape, (self.placed.ranks.size - 1) * rows.local.nbytes, op):
+                rows.whole = dense(whole_of(rows.local, self.shape, type_, self.placed.ranks))
         return rows.whole
 
     def share(self, op: str = "") -> Tensor:
