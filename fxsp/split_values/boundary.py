@@ -67,9 +67,12 @@ class Edge:
         self._nodes = nodes
         # A checkpoint that compiles anew what it recomputes goes on with what it has.
         self._returned_split = torch_internals.in_backward() and bool(self.arrivals)
-        #: Whether who calls the graph may take split values: a module that Python runs.
+        #: Whether who calls the graph may take split values: a module that Python runs, or what is between two graphs
+        #: of a compiled function.
         self._in_module = splits and torch_internals.is_called_by_module()
-        self.regional = always or self._in_module or (splits and self._returned_split)
+        translation = torch_internals.Translation.current()
+        piece = splits and is_under_way() and translation is not None and translation.is_piece(gm)
+        self.regional = always or self._in_module or piece or (splits and self._returned_split)
         #: Whether split values are returned to whoever calls, and never made whole.
         self._always = always
 

@@ -9,6 +9,9 @@ Where a block is compiled before it is put into its model, or the model into ano
 call is under way (as Python sees it) gets the hooks the first time one of the block's graphs runs: that call is as any
 before, and from the next one on nothing is gathered between the blocks.
 
+A function that is compiled, as a whole model most often is, makes whole what it returns itself: so the graphs that it
+is cut into exchange split values.
+
 A checkpoint calls a block once more in the backward pass, when no call is under way: a graph then returns what it
 returned in the forward pass.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -30,13 +34,13 @@ from fxsp.split_values.forward import OUTPUT, Forward, record_to, recording
 from fxsp.split_values.results import with_tensors
 from fxsp.split_values.value import SplitTensor
 
-__all__ = ["is_under_way", "last_forward", "watch_calls", "watch_roots"]
+__all__ = ["as_outermost", "is_under_way", "last_forward", "watch_calls", "watch_roots"]
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        #: The calls of watched modules that are under way in this thread.
-        self.calls: list[nn.Module] = []
+        #: The calls that are under way in this thread: of watched modules, and of a compiled function.
+        self.calls: list[Any] = []
 
 
 #: The last forward pass of each watched module that was the outermost one.
@@ -104,18 +108,28 @@ def _watch(module: nn.Module) -> None:
         module.register_forward_hook(_leave, always_call=True)
 
 
-def _enter(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        return  # it is compiled as a whole
+def as_outermost(function: Any, run: Callable[[], Any]) -> Any:
+    """``run()``, the call of a compiled function: it makes whole what it returns, if no other call is under way."""
+    if _thread.calls or torch_internals.in_backward():
+        return run()
+    watch_calls()
+    _begin(function)
+    try:
+        output = run()
+    except BaseException:
+        _end(None)
+        raise
+    return _end(output)
+
+
+def _begin(caller: Any) -> None:
     if not _thread.calls:
         record_to(Forward())
-    _thread.calls.append(module)
+    _thread.calls.append(caller)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> Any:
-    if torch.compiler.is_compiling() or not _thread.calls or _thread.calls[-1] is not module:
-        return output  # the call had begun before it was watched: what it returns is whole
-    _thread.calls.pop()
+def _end(output: Any) -> Any:
+    caller = _thread.calls.pop()
     if _thread.calls:
         return output
     forward = recording()
@@ -125,5 +139,16 @@ def _leave(module: nn.Module, args: Any, output: Any) -> Any:
         return with_tensors(output, lambda x: isinstance(x, SplitTensor), partial(made_whole, op=OUTPUT))
     finally:
         record_to(None)
-        if forward is not None:
-            _forwards[module] = forward
+        if forward is not None and isinstance(caller, nn.Module):
+            _forwards[caller] = forward
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():  # else it is a part of a graph
+        _begin(module)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling() or not _thread.calls or _thread.calls[-1] is not module:
+        return output  # in a graph; or the call had begun before it was watched: what it returns is whole
+    return _end(output)

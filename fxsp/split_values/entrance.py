@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxsp import torch_internals
 from fxsp.errors import FxspError
-from fxsp.split_values.calls import watch_roots
+from fxsp.split_values.calls import as_outermost, watch_roots
 from fxsp.split_values.conversions import split_as
 from fxsp.split_values.value import Placed
 
@@ -72,33 +73,38 @@ def offered() -> Offer | None:
 
 
 def watch_entrances(backend: Any) -> None:
-    """Have every module that is compiled with ``backend`` take its values so."""
-    torch_internals.wrap_compiled_modules(backend, _entrance)
+    """Have everything that is compiled with ``backend`` take its values so."""
+    torch_internals.wrap_compiled(backend, _entrance)
 
 
-def _entrance(module: nn.Module, compiler: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    watch_roots(module)
-    tables = _tables.setdefault(type(module), [])
-    known = next((table for other, table in tables if other == compiler), None)
-    if known is None:
-        known = {}
-        tables.append((compiler, known))
+def _entrance(module: nn.Module | None, compiler: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    known: _Known = {}
+    if module is not None:
+        watch_roots(module)
+        tables = _tables.setdefault(type(module), [])
+        known = next((table for other, table in tables if other == compiler), known)
+        if not any(table is known for _, table in tables):
+            tables.append((compiler, known))
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
-        return _call(known, compiled, args, kwargs)
+        return _call(module, known, compiled, args, kwargs)
 
     return entrance
 
 
 @torch.compiler.disable
-def _call(known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _call(module: nn.Module | None, known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return as_outermost(module, partial(_split, known, compiled, args, kwargs))
+
+
+def _split(known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     leaves, spec = tree_flatten((args, kwargs))
     few = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     key = spec, tuple(_described(x, few) for x in leaves)
     before = _thread.offer
     try:
         _thread.offer = None
-        wanted = known.get(key)
+        wanted = known.get(key) if _has_hash(key) else {}
         if wanted is None:
             _thread.offer = offer = Offer(leaves)
             try:
@@ -111,10 +117,19 @@ def _call(known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -
         split = [split_as(x, wanted[at]) if at in wanted else x for at, x in enumerate(leaves)]
         args, kwargs = tree_unflatten(split, spec)
         result = compiled(*args, **kwargs)
-        known[key] = wanted
+        if wanted:
+            known[key] = wanted
         return result
     finally:
         _thread.offer = before
+
+
+def _has_hash(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:  # of a container of somebody's
+        return False
+    return True
 
 
 def _described(leaf: Any, few: int) -> Any:

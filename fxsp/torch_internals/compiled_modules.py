@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes of a module's call."""
+"""What ``torch.compile`` makes of functions, and of the calls of modules."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from fxsp.torch_internals.recompiles import backend_layers
 from fxsp.torch_internals.versions import missing
 
-#: ``wrap(module, compiler, compiled) -> what is called instead of compiled``
-Wrap = Callable[[torch.nn.Module, Any, Callable[..., Any]], Callable[..., Any]]
+#: ``wrap(module, compiler, compiled) -> what is called instead of compiled``; the module is None for other functions.
+Wrap = Callable[[torch.nn.Module | None, Any, Callable[..., Any]], Callable[..., Any]]
 
 
-def wrap_compiled_modules(backend: Any, wrap: Wrap) -> None:
-    """From now on, have ``wrap`` around the calls of modules that are compiled with ``backend`` (``module.compile``,
-    ``torch.compile(module)``); its ``compiler`` is what ``torch.compile`` made of the backend and its options.
+def wrap_compiled(backend: Any, wrap: Wrap) -> None:
+    """From now on, have ``wrap`` around the calls of functions and modules that are compiled with ``backend``
+    (``module.compile``, ``torch.compile(module)``); its ``compiler`` is what ``torch.compile`` made of the backend and
+    its options.
     """
     try:
         from torch._dynamo.eval_frame import _TorchDynamoContext
@@ -30,14 +31,16 @@ def wrap_compiled_modules(backend: Any, wrap: Wrap) -> None:
     @functools.wraps(original)
     def __call__(self: Any, fn: Any) -> Any:  # noqa: N807  (it takes the place of one)
         compiled = original(self, fn)
-        module = fn.__self__ if isinstance(fn, types.MethodType) else None
-        if not isinstance(module, torch.nn.Module):
-            return compiled
+        if not isinstance(fn, (types.FunctionType, types.MethodType)):
+            return compiled  # of a module, whose call is compiled in turn
+        module = getattr(fn, "__self__", None)
         layers = backend_layers(getattr(self, "callback", None))
         compiler = next((layer for layer in layers if getattr(layer, "compiler_fn", None) is backend), None)
         if compiler is None:
             return compiled
-        wrapped: Any = functools.update_wrapper(wrap(module, compiler, compiled), compiled)
+        wrapped: Any = functools.update_wrapper(
+            wrap(module if isinstance(module, torch.nn.Module) else None, compiler, compiled), compiled
+        )
         wrapped._torchdynamo_wrapper_id = id(wrapped)  # by which torch.compile knows its own functions
         return wrapped
 

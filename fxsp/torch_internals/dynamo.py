@@ -170,6 +170,10 @@ class Translation:
         stack = self._output.root_tx.stack
         return stack[-1] if reason == "return_value" and stack else None
 
+    def is_piece(self, gm: torch.fx.GraphModule) -> bool:
+        """Whether the graph is a part of the compiled function only: one after a graph break, before one, or below."""
+        return self._result(gm) is None or self.has_begun()
+
     def output_names(self, gm: torch.fx.GraphModule) -> list[str]:
         """What the frame's code calls each output of ``gm``, ``"logits"`` or ``"cache.layers[0].keys"``, by position.
 

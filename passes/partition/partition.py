@@ -144,10 +144,17 @@ class _Partitioner(Converter):
         self.graph.output(result).meta.update(node.meta)
 
     def _left_as(self, old: Node) -> Type:
-        """The type of an output: whole, or as it is split where the caller takes it so."""
+        """The type of an output: whole, or as it is split where the caller takes it so.
+
+        Of one sequence the next graph finds the length in the shape; lengths of several are guarded as they are, and
+        where they are symbols it would be compiled for each of them.
+        """
         type_ = type_of(old)
-        splits = self.program.split_outputs and isinstance(type_, Shard)
-        return type_ if splits and not any(type_.sequence.whole) else Replicate()
+        if not self.program.split_outputs or not isinstance(type_, Shard) or any(type_.sequence.whole):
+            return Replicate()
+        one = type_.plain and len(type_.sequence.segments) == 1 and type_.sequence.units == (1,)
+        lengths = (type_.outer, *type_.sequence.lengths, *type_.sequence.units)
+        return type_ if one or all(isinstance(n, int) for n in lengths) else Replicate()
 
     def _before_writes(self, node: Node) -> None:
         """The last nodes, from ``node`` on, overwrite inputs: what they and the output need whole is computed now:

@@ -27,6 +27,8 @@ CASES = [
     (2, "backward hooks", 1, 13, False, True),
     (2, "regional", 1, 13, False, True),
     (3, "regional", 1, 7, True, False),
+    (2, "regional fsdp", 1, 13, True, True),
+    (3, "regional fsdp", 1, 7, False, True),
 ]
 
 
@@ -36,6 +38,7 @@ def test_each_block_is_split(ranks: Ranks, case: tuple[int, str, int, int, bool,
     for errors, ran in ranks(size).run(run_blocks, *arguments):
         assert not {name: error for name, error in errors.items() if not error <= 1e-5}
         assert ran["all_to_all"] == 2 * BLOCKS, ran
+        assert ran["all_gather"] == 1, "what the model returns, and nothing between its blocks"
 
 
 @pytest.mark.parametrize("dim", range(3))
