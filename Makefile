@@ -28,6 +28,8 @@ stages: $(VENV)/.models
 
 bench: $(VENV)/.models
 	$(TORCHRUN) examples/bench.py
+	$(TORCHRUN) examples/bench_regional.py
+	$(TORCHRUN) examples/bench_eager.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/bench_attention.py
 	$(TORCHRUN) examples/check_cost.py
 	$(BIN)/python examples/compile_cost.py

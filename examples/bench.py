@@ -59,9 +59,9 @@ class Contestant:
         return self.family == ONE
 
 
-def hooked() -> torch.nn.Module:
+def hooked(model: torch.nn.Module | None = None) -> torch.nn.Module:
     """The model with diffusers' Ulysses hooks."""
-    model = build()
+    model = model or build()
     model.set_attention_backend("native")
     model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     return model

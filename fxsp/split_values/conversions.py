@@ -81,11 +81,15 @@ def _rows_of_gradient(grad: Tensor, placed: Placed) -> Tensor:
 
 def to_local(x: SplitTensor) -> Tensor:
     """This rank's rows; gradients pass."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.local()
     return _ToLocal.apply(x)  # type: ignore[no-any-return]
 
 
 def from_local(local: Tensor, placed: Placed, shape: Any) -> SplitTensor:
     """The split value of global ``shape`` of which this rank has ``local``; gradients pass."""
+    if not (local.requires_grad and torch.is_grad_enabled()):
+        return SplitTensor(dense(local), placed, shape)
     return _FromLocal.apply(local, placed, tuple(shape))  # type: ignore[no-any-return]
 
 

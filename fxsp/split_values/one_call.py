@@ -9,7 +9,6 @@ and that is said once.  What is no graph of one call (properties, writes, what r
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,13 @@ from fxsp.inner import compile_inner
 from fxsp.partitioning import give_local_values, is_training, local_examples
 from fxsp.passes.base import Program
 from fxsp.passes.pipeline import Runner, compile_program
-from fxsp.passes.rules.families import family, names_of
 from fxsp.ranks.meetings import met
 from fxsp.report import Report
 from fxsp.said import say_gathers
 from fxsp.source import user_frame
 from fxsp.split_values.conversions import from_local, to_local
 from fxsp.split_values.forward import recording
+from fxsp.split_values.signature import computes, signature
 from fxsp.split_values.value import Placed, SplitTensor
 from fxsp.types import Ranks, Shard
 
@@ -41,7 +40,9 @@ __all__ = ["call"]
 
 #: Programs that are kept.
 _KEPT = 4096
-_programs: OrderedDict[Any, _OneCall | None] = OrderedDict()
+_programs: dict[Any, _OneCall | None] = {}
+#: No program is known, not even that there is none.
+_NEW: Any = object()
 
 
 @dataclass(frozen=True)
@@ -51,94 +52,53 @@ class _OneCall:
     run: Callable[..., Any]
     ranks: Ranks
     #: Which of the results are split, and how; their global shapes.
-    left: dict[int, tuple[Shard, tuple[int, ...]]]
+    left: dict[int, tuple[Placed, tuple[int, ...]]]
+    #: The structure of the results; None: it is one tensor.
     spec: Any
     #: Of results that are views on one device: the input, by position among the tensors.
     views: dict[int, int]
     report: Report
+    #: Whether the ranks meet in it.
+    collective: bool
 
     def _run(self, local: Sequence[Tensor]) -> Any:
-        if not self.report.collectives:
-            return self.run(*local)
         with met(self.ranks, f"runs {self.report.root} on split values{_place()}"):
             return self.run(*local)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        local = [to_local(x) if isinstance(x, SplitTensor) else x for x in tensors]
-        results = list(self._run(local))
+        local = [to_local(x) if type(x) is SplitTensor else x for x in tensors]
+        results = list(self._run(local) if self.collective else self.run(*local))
         if (forward := recording()) is not None:
             forward.ran(self.report, {}, eager=True)
-        for position, (type_, shape) in self.left.items():
-            results[position] = from_local(results[position], Placed(type_, self.ranks), shape)
+        for position, (placed, shape) in self.left.items():
+            results[position] = from_local(results[position], placed, shape)
         for position, of in self.views.items():
             base, view = tensors[of], results[position]
             if isinstance(base, SplitTensor) and isinstance(view, SplitTensor):
                 view.view_of(base)
-        return tree_unflatten(results, self.spec)
+        return results[0] if self.spec is None else tree_unflatten(results, self.spec)
 
 
 def call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """``func(*args, **kwargs)``; NotImplemented where that is no graph of one call."""
-    if not _is_computation(func, kwargs):
+    if not computes(func, kwargs):
         return NotImplemented
-    leaves, spec = tree_flatten((args, kwargs))
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    splits = [x for x in tensors if isinstance(x, SplitTensor)]
-    ranks = splits[0].placed.ranks
-    if any(x.placed.ranks != ranks for x in splits) or any(_is_odd(x) for x in tensors):
+    found = signature(func, args, kwargs)
+    if found is None:
         return NotImplemented
-    key = (func, spec, torch.is_grad_enabled(), torch_internals.autocast_state(), *map(_described, leaves))
+    key, tensors = found
     try:
-        known = key in _programs
+        program = _programs.get(key, _NEW)
     except TypeError:  # an argument without a hash
         return NotImplemented
-    if not known:
+    if program is _NEW:
+        leaves, spec = tree_flatten((args, kwargs))
+        ranks = next(x.placed.ranks for x in tensors if isinstance(x, SplitTensor))
+        program = _partitioned(func, leaves, spec, ranks)
         if len(_programs) >= _KEPT:
-            _programs.popitem(last=False)
-        _programs[key] = _partitioned(func, leaves, spec, ranks)
-    program = _programs[key]
-    if program is None:
-        return NotImplemented
-    _programs.move_to_end(key)
-    return program(tensors)
-
-
-_NAMED = {"__getitem__": "index"}
-
-
-def _is_computation(func: Any, kwargs: Any) -> bool:
-    """Whether it is a function of tensors that writes to none."""
-    if isinstance(func, torch._ops.OpOverload):
-        return func.namespace == "aten" and not func._schema.is_mutable and func not in family("same_memory")
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__", "__delete__"):  # of a property
-        return False
-    if kwargs.get("out") is not None or kwargs.get("inplace") or name.startswith("__i"):
-        return name == "__invert__"
-    if getattr(func, "__module__", "") == "torch.nn.functional":
-        return not name.endswith("_")
-    plain = _NAMED.get(name, name.strip("_") if name.startswith("__") else name)
-    plain = plain.removeprefix("r") if name.startswith("__r") and name != "__rshift__" else plain
-    if plain.endswith("_") or plain.startswith("is_") or plain in names_of("same_memory"):
-        return False
-    return hasattr(torch.ops.aten, plain)
-
-
-def _is_odd(x: Tensor) -> bool:
-    if isinstance(x, SplitTensor):
-        return not torch_internals.is_plain_tensor(x._local) or not x.is_floating_point()
-    return not torch_internals.is_plain_tensor(x)
-
-
-def _described(leaf: Any) -> Any:
-    """What a program depends on."""
-    if isinstance(leaf, slice):  # which has no hash
-        return slice, leaf.start, leaf.stop, leaf.step
-    if not isinstance(leaf, Tensor):
-        return type(leaf), leaf
-    placed = leaf.placed if isinstance(leaf, SplitTensor) else None
-    strides = None if placed else leaf.stride()
-    return placed, leaf.dtype, leaf.device, leaf.shape, strides, leaf.requires_grad
+            _programs.clear()  # shapes that change for ever
+        _programs[key] = program
+    return NotImplemented if program is None else program(tensors)
 
 
 def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ranks: Ranks) -> _OneCall | None:
@@ -213,11 +173,13 @@ def _compiled(
     run = compile_inner(program.gm, local_examples(inputs, program), "eager", training=training)
     if torch_internals.any_autocast():
         run = torch_internals.outside_autocast(run)
-    left = {at: (type_, tuple(map(int, shape))) for at, (type_, shape) in program.left_split.items()}
+    left = {at: (Placed(type_, ranks), tuple(map(int, shape))) for at, (type_, shape) in program.left_split.items()}
     if any(at not in left for at in views):
         return None  # a view of the whole value
     program.report.root = name
-    return _OneCall(run, ranks, left, spec, views, program.report)
+    return _OneCall(
+        run, ranks, left, None if spec.is_leaf() else spec, views, program.report, bool(program.report.collectives)
+    )
 
 
 def _place() -> str:

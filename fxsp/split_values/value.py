@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ __all__ = ["Family", "Placed", "SplitTensor", "dense", "handle_with"]
 
 def dense(x: Tensor) -> Tensor:
     """``x`` in order, with the strides of its shape for sizes of one, too: guards and some operators read them."""
+    if x.is_contiguous():
+        expected = 1
+        for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+            if stride != expected:
+                break
+            expected *= size
+        else:
+            return x
     return x.contiguous().view(-1).view(x.shape)
 
 
@@ -39,6 +48,13 @@ class Placed:
     ranks: Ranks
     #: Whether pads are zero, as those of gradients are.
     zero_pads: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.type, self.ranks, self.zero_pads))
 
     def for_shape(self, shape: Any) -> Shard:
         """The type of a tensor of this kind and shape, whose lengths may be symbols."""
@@ -97,7 +113,7 @@ class Family:
         )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Rows:
     """The memory of a split value and of its aliases (``x.detach()``)."""
 

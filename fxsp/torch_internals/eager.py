@@ -23,11 +23,15 @@ except AttributeError as _error:
     raise missing("torch._C.DisableTorchFunction", _error) from _error
 
 
+try:
+    _set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
+except AttributeError as _error:
+    raise missing("torch._C._dynamo.eval_frame.set_eval_frame", _error) from _error
+
+
 def set_compiler(compiler: Any) -> Any:
     """What Dynamo does with the frames of this thread (None: nothing); returns what it did before."""
-    from torch._C._dynamo.eval_frame import set_eval_frame
-
-    return set_eval_frame(compiler)
+    return _set_eval_frame(compiler)
 
 
 def only_inlined(function: _F) -> _F:
