@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 from fxsp import errors
 from fxsp.backend import reports
+from fxsp.config import Options
 from fxsp.errors import *  # noqa: F403
 from fxsp.model_report import ModelReport, report_of
 from fxsp.offline.explain import Explanation, explain
@@ -25,6 +28,7 @@ __all__ = [
     "Explanation",
     "InferredPlan",
     "ModelReport",
+    "Options",
     "Report",
     "SequenceParallelConfig",
     "SequenceParallelInput",
@@ -40,3 +44,12 @@ __all__ = [
     "whole",
 ]
 __all__ += errors.__all__
+
+try:
+    __version__ = version("fxsp")
+except PackageNotFoundError:  # run from its folder, not installed
+    __version__ = "unknown"
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

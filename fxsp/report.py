@@ -5,13 +5,23 @@ One :class:`Report` belongs to one compiled graph.  Passes append records; print
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fxsp.types import Sequence, as_length
 
-__all__ = ["AttentionRecord", "CollectiveRecord", "GatherRecord", "Memory", "Move", "PlanRecord", "Report", "totals"]
+__all__ = [
+    "AttentionRecord",
+    "CollectiveRecord",
+    "GatherRecord",
+    "Memory",
+    "Move",
+    "PlanRecord",
+    "Report",
+    "tell_with",
+    "totals",
+]
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,10 @@ class Report:
     #: The share of the graph's work that runs on shards, of 1; None: it was not partitioned.
     share: float | None = None
 
+    def __str__(self) -> str:
+        """What ``fxsp.inspection.report_text.format_report`` says of it."""
+        return _tell(self)
+
     def note(self, sentence: str) -> None:
         """Say it, once."""
         if sentence not in self.notes:
@@ -171,6 +185,15 @@ class Report:
         they travel in buckets, in fewer messages.
         """
         return totals((record.kind, record.bytes) for record in (*self.collectives, *self.backward))
+
+
+_tell: Callable[[Report], str] = repr
+
+
+def tell_with(format_report: Callable[[Report], str]) -> None:
+    """Have ``str(report)`` be what this says of it."""
+    global _tell  # noqa: PLW0603  (what tells lies above what is told)
+    _tell = format_report
 
 
 def totals(sent: Iterable[tuple[str, Any]]) -> dict[str, tuple[int, Any]]:

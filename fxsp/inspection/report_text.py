@@ -10,7 +10,7 @@ from typing import TypeVar
 from fxsp.cost.formula import Names, Sent, sum_text
 from fxsp.cost.metrics import Measures
 from fxsp.inspection.wire import format_bytes
-from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report
+from fxsp.report import AttentionRecord, CollectiveRecord, GatherRecord, PlanRecord, Report, tell_with
 from fxsp.types import as_length
 
 __all__ = [
@@ -99,6 +99,9 @@ def format_report(report: Report) -> str:
         text = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent[:4])
         lines.append(f"compile time: {sum(report.timings.values()):.2f} s ({text})")
     return "\n".join(lines) if lines else "nothing to report: no plan entry applied"
+
+
+tell_with(format_report)
 
 
 def places_text(records: Iterable[CollectiveRecord | AttentionRecord]) -> str:

@@ -96,3 +96,15 @@ def test_the_folders_do_not_shadow(tmp_path: Path) -> None:
         "print([m for m in sys.modules if m.partition('.')[0] in ('kernels', 'passes')])"
     )
     assert run(code, ROOT) == "[]"
+
+
+def test_the_front_door() -> None:
+    import fxsp
+    from fxsp.inspection.report_text import format_report
+
+    assert fxsp.__version__ == importlib.metadata.version("fxsp")
+    assert {"explain", "report_of", "whole", "Options", "PlanError", "__version__"} <= set(dir(fxsp))
+    assert not [name for name in dir(fxsp) if not hasattr(fxsp, name)]
+    report = fxsp.Report(notes=["said once"])
+    assert str(report) == format_report(report)
+    assert "said once" in str(report)
