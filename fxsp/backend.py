@@ -251,11 +251,9 @@ def _run(
     if options.deferred:
         scale_summands(program.gm, ranks.size)
     decided = decisions(report, program.gm)
-    run = remembering(
-        _finish(program.gm, local_examples(inputs, program), options, report, normalized=True),
-        report.split_outputs,
-        splits,
-    )
+    gathered = [row for row in report.split_outputs if row[0] not in program.left_split]
+    finished = _finish(program.gm, local_examples(inputs, program), options, report, normalized=True)
+    run = remembering(finished, gathered, splits)
     for graph in (program.gm, program.whole):
         torch_internals.forget_examples(graph)
     if trial is not None:

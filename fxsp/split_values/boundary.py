@@ -17,6 +17,7 @@ from fxsp.passes.annotate.dynamo_graph import written_by
 from fxsp.passes.base import Program
 from fxsp.passes.graph import facts, shape_of
 from fxsp.report import Report
+from fxsp.source import input_name
 from fxsp.split_values.calls import is_under_way, watch_calls
 from fxsp.split_values.conversions import from_local, made_whole, to_local
 from fxsp.split_values.dispatch import dispatch
@@ -117,6 +118,10 @@ class Edge:
     def leave(self, program: Program) -> None:
         """The graph was compiled as this program of one rank."""
         self.left = program.left_split
+        for position, type_ in self.arrivals.items():
+            node = self._nodes[position]
+            name = input_name(torch_internals.input_source(node)) or node.target
+            program.report.note(f"{name} comes in split: {type_}")
         offer = offered()
         if offer is None:
             return
@@ -134,7 +139,14 @@ class Edge:
     def crossing(self, run: Callable[..., Any], report: Report) -> Callable[..., Any]:
         """``run``, which takes and returns the rows of one rank, for split values."""
         if not self.regional and not self._split:
-            return run
+
+            def counted(*args: Any) -> Any:
+                results = run(*args)
+                if (forward := recording()) is not None:
+                    forward.ran(report, self._sizes(args))
+                return results
+
+            return counted
 
         def cross(*args: Any) -> Any:
             local = self._taken(args)

@@ -130,9 +130,7 @@ class _Partitioner(Converter):
             for position, old in enumerate(outputs)
             if old in self.values and isinstance(type_ := self._left_as(old), Shard)
         }
-        self.program.report.split_outputs[:] = [
-            row for row in _splits_of(outputs) if row[0] not in self.program.left_split
-        ]
+        self.program.report.split_outputs[:] = _splits_of(outputs)
 
         def whole(old: Node) -> Any:
             self.ending = old
