@@ -78,11 +78,11 @@ def watch_roots(part: nn.Module) -> None:
     at, once for each model."""
     if part in _parts:
         return
+    kinds = _kinds(nn.Module)
     parents: dict[int, list[nn.Module]] = {}
-    for module in gc.get_objects():
-        if issubclass(type(module), nn.Module) and "_modules" in vars(module):
-            for child in module._modules.values():
-                parents.setdefault(id(child), []).append(module)
+    for module in [one for one in gc.get_objects() if type(one) in kinds]:
+        for child in vars(module).get("_modules", {}).values():
+            parents.setdefault(id(child), []).append(module)
     seen: set[int] = set()
     pending = [part]
     while pending:
@@ -95,6 +95,16 @@ def watch_roots(part: nn.Module) -> None:
             if not above and module is not part and calls:
                 _watch(module)
                 _parts.update(module.modules())
+
+
+def _kinds(base: type) -> set[type]:
+    """A class and all that are derived from it."""
+    found, pending = {base}, [base]
+    while pending:
+        new = [kind for kind in type.__subclasses__(pending.pop()) if kind not in found]
+        found.update(new)
+        pending += new
+    return found
 
 
 #: These call nothing: what they will be put into does.
