@@ -105,7 +105,7 @@ class Edge:
         graphs = (program.whole.graph, program.graph)
         inputs = zip(self._nodes, *(graph.find_nodes(op="placeholder") for graph in graphs), strict=True)
         for node, value, local in inputs:
-            leaf, type_ = offer.position(torch_internals.input_example(node)), _cut_at_once(local)
+            leaf, type_ = offer.position(torch_internals.input_example(node)), _cut_at_once(local, value.name)
             if leaf is not None and type_ is not None:
                 if value.name in births or (str(type_), shape_of(value)) in left:
                     births.discard(value.name)
@@ -208,9 +208,9 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(a.numel()) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _cut_at_once(local: Node) -> Shard | None:
-    """How the program of a rank splits an input, if it does nothing else with it."""
-    types = [facts(user).type for user in local.users if user.target is fxsp_ops.shard.default]
+def _cut_at_once(local: Node, name: str) -> Shard | None:
+    """How the program of a rank splits an input, ``name`` in the graph of all, if it does nothing else with it."""
+    types = [facts(user).type for user in local.users if facts(user).stands_for == name]
     if not types or len(types) < len(local.users) or len(set(map(str, types))) > 1:
         return None
     first = types[0]

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -39,7 +41,7 @@ __all__ = ["as_outermost", "is_under_way", "last_forward", "watch_calls", "watch
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        #: The calls that are under way in this thread: of watched modules, and of a compiled function.
+        #: The calls that are under way in this thread: of watched modules, and :class:`_Compiled`.
         self.calls: list[Any] = []
 
 
@@ -101,9 +103,9 @@ def _kinds(base: type) -> set[type]:
     """A class and all that are derived from it."""
     found, pending = {base}, [base]
     while pending:
-        new = [kind for kind in type.__subclasses__(pending.pop()) if kind not in found]
-        found.update(new)
-        pending += new
+        derived: list[type] = pending.pop().__subclasses__()
+        pending += [kind for kind in derived if kind not in found]
+        found.update(derived)
     return found
 
 
@@ -118,28 +120,52 @@ def _watch(module: nn.Module) -> None:
         module.register_forward_hook(_leave, always_call=True)
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """The call of a compiled function, or of a module that is compiled as a whole."""
+
+    function: Any
+
+
 def as_outermost(function: Any, run: Callable[[], Any]) -> Any:
     """``run()``, the call of a compiled function: it makes whole what it returns, if no other call is under way."""
+    _forget_ended()
     if _thread.calls or torch_internals.in_backward():
         return run()
     watch_calls()
-    _begin(function)
+    _begin(_Compiled(function))
     try:
         output = run()
     except BaseException:
-        _end(None)
+        _end(0, None)
         raise
-    return _end(output)
+    return _end(0, output)
 
 
-def _begin(caller: Any) -> None:
+def _forget_ended(entering: nn.Module | None = None) -> None:
+    """Drop the calls of modules that ended by what hooks do not see (an interrupt)."""
+    if not _thread.calls:
+        return
+    running = Counter(id(module) for module in torch_internals.calls_under_way())
+    running[id(entering)] -= 1  # this one is to be begun
+    kept = []
+    for call in _thread.calls:
+        running[id(call)] -= 1
+        if isinstance(call, _Compiled) or running[id(call)] >= 0:
+            kept.append(call)
+    _thread.calls[:] = kept
+
+
+def _begin(call: Any) -> None:
     if not _thread.calls:
         record_to(Forward())
-    _thread.calls.append(caller)
+    _thread.calls.append(call)
 
 
-def _end(output: Any) -> Any:
-    caller = _thread.calls.pop()
+def _end(depth: int, output: Any) -> Any:
+    """The call that was begun at this depth has ended, and so have those in it."""
+    call = _thread.calls[depth]
+    del _thread.calls[depth:]
     if _thread.calls:
         return output
     forward = recording()
@@ -149,16 +175,19 @@ def _end(output: Any) -> Any:
         return with_tensors(output, lambda x: isinstance(x, SplitTensor), partial(made_whole, op=OUTPUT))
     finally:
         record_to(None)
-        if forward is not None and isinstance(caller, nn.Module):
-            _forwards[caller] = forward
+        module = call.function if isinstance(call, _Compiled) else call
+        if forward is not None and isinstance(module, nn.Module):
+            _forwards[module] = forward
 
 
 def _enter(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():  # else it is a part of a graph
+        _forget_ended(module)
         _begin(module)
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> Any:
-    if torch.compiler.is_compiling() or not _thread.calls or _thread.calls[-1] is not module:
-        return output  # in a graph; or the call had begun before it was watched: what it returns is whole
-    return _end(output)
+    if torch.compiler.is_compiling():
+        return output
+    depth = next((at for at in reversed(range(len(_thread.calls))) if _thread.calls[at] is module), None)
+    return output if depth is None else _end(depth, output)  # None: the call had begun before it was watched

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxsp.split_values.calls import is_under_way, watch_calls, watch_roots
+from fxsp.split_values.calls import as_outermost, is_under_way, watch_calls, watch_roots
 from fxsp.split_values.results import with_tensors
 
 
 class Model(nn.Module):
     """Its block is compiled, as far as anybody can see."""
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: type[BaseException] | None = None) -> None:
         super().__init__()
         self.fails = fails
         self.seen: list[bool] = []
@@ -24,8 +24,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(is_under_way())
         watch_calls()
-        if self.fails:
-            raise ValueError("on purpose")
+        if self.fails is not None:
+            raise self.fails("on purpose")
         return x
 
 
@@ -50,12 +50,29 @@ def test_the_outermost_of_nested_ones() -> None:
 
 
 def test_after_an_error() -> None:
-    model = Model(fails=True)
+    model = Model(fails=ValueError)
     for _ in range(2):
         with pytest.raises(ValueError, match="on purpose"):
             model(torch.ones(1))
         assert not is_under_way()
     assert model.seen == [False, True]
+
+
+def test_after_an_interrupt() -> None:
+    """Which hooks do not see: the next call finds out."""
+    model = Model()
+    model(torch.ones(1))
+    model.fails = KeyboardInterrupt
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.ones(1))
+    model.fails = None
+    model(torch.ones(1))
+    assert not is_under_way()
+    with pytest.raises(KeyboardInterrupt):
+        Model(fails=KeyboardInterrupt)(torch.ones(1))
+    assert as_outermost(None, is_under_way)
+    assert not is_under_way()
 
 
 def test_the_models_of_a_part_that_is_compiled() -> None:
