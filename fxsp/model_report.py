@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fxsp.capture.resolve import unwrap
+from fxsp.inspection.printer import count_text
 from fxsp.inspection.report_text import format_report
 from fxsp.inspection.wire import format_bytes
 from fxsp.lengths import hint
@@ -71,14 +72,14 @@ class ModelReport:
     def _lines(self) -> Iterator[str]:
         eager = [f"{ran.calls} x {ran.report.root}" for ran in self.graphs if ran.eager]
         runs = sum(ran.calls for ran in self.graphs if not ran.eager)
-        what = f", run {_count(runs, 'time')} in the last forward pass" if self.recorded else ""
-        yield f"{self.root}: {_count(len(self.graphs) - len(eager), 'graph')}{what}"
+        what = f", run {count_text(runs, 'time')} in the last forward pass" if self.recorded else ""
+        yield f"{self.root}: {count_text(len(self.graphs) - len(eager), 'graph')}{what}"
         parts = [f"{count} x {kind} ({format_bytes(sent)})" for kind, (count, sent) in self.communication.items()]
         yield f"  collectives of a forward pass (sent per rank): {', '.join(parts) or 'none'}"
         for ran in self.graphs:
             if ran.eager and not ran.report.collectives:
                 continue
-            times = f", {_count(ran.calls, 'time')}" if self.recorded else ""
+            times = f", {count_text(ran.calls, 'time')}" if self.recorded else ""
             share = ran.report.share
             work = "" if share is None else f", {share:.0%} of its work on shards"
             yield f"  {ran.report.root}{' by itself' if ran.eager else ''}{times}{work}:"
@@ -88,10 +89,6 @@ class ModelReport:
         if self.gathers:
             yield "  made whole outside of the graphs:"
             yield from (f"    {gather}" for gather in self.gathers)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def report_of(model: Any) -> ModelReport:

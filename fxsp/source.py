@@ -21,6 +21,7 @@ __all__ = [
     "input_name",
     "input_names",
     "is_of_module",
+    "line_of",
     "module_path",
     "node_source",
     "place",
@@ -69,6 +70,11 @@ def user_frame() -> types.FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+def line_of(frame: types.FrameType | None) -> str:
+    """``"model.py:12"``: the line at which a frame is; ``""`` for None."""
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def forward_source(module: object) -> str:

@@ -309,6 +309,11 @@ class Shard(_Base):
         """Whether the sequence is the whole dimension."""
         return same_length(self.outer, 1)
 
+    @property
+    def is_one_sequence(self) -> bool:
+        """Whether the dimension is one sequence of single tokens: its length is that of the sequence."""
+        return self.plain and len(self.sequence.segments) == 1 and self.sequence.units == (1,)
+
     def global_size(self) -> Length:
         return product((self.outer, self.sequence.length))
 

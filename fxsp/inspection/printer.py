@@ -26,7 +26,7 @@ from fxsp.passes.graph import Call, facts, value_of
 from fxsp.source import module_path
 from fxsp.types import Length, Ranks, as_length, shape_on_rank
 
-__all__ = ["MARKER", "Row", "format_graph", "format_rows", "op_text", "rows"]
+__all__ = ["MARKER", "Row", "count_text", "format_graph", "format_rows", "op_text", "rows"]
 
 MARKER = "▶"
 
@@ -91,8 +91,8 @@ def format_rows(lines: Sequence[Row], ranks: Ranks) -> str:
     sent = [row.sent for row in lines if row.sent is not None]
     values = sum(1 for row in lines if row.op != "input" and not row.op.startswith(("return ", "constant ")))
     total = as_length(sum(sent, start=0))
-    head = f"P={ranks.size}, {_count(values, 'value')}, "
-    head += f"{_count(len(sent), 'collective')}" + (f" sends {format_bytes(total)} per rank" if sent else "")
+    head = f"P={ranks.size}, {count_text(values, 'value')}, "
+    head += f"{count_text(len(sent), 'collective')}" + (f" sends {format_bytes(total)} per rank" if sent else "")
     return "\n".join([head.replace("collectives sends", "collectives send"), *_aligned(lines)])
 
 
@@ -109,7 +109,8 @@ def _aligned(lines: Sequence[Row]) -> Iterable[str]:
         yield (f"{text}  | {row.module}" if row.module else text).rstrip()
 
 
-def _count(n: int, noun: str) -> str:
+def count_text(n: int, noun: str) -> str:
+    """``"1 value"``, ``"2 values"``."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 

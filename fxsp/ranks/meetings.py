@@ -71,16 +71,18 @@ class Meetings:
         return next((known for known in tuple(self.last) if known.number == number), None)
 
 
-_meetings: dict[int, Meetings] = {}
-_channels: dict[Ranks, Meetings | None] = {}
+_known: dict[Ranks, Meetings | None] = {}
 
 
-def _of(ranks: Ranks) -> Meetings | None:
-    known = _channels.get(ranks)
+def _of(channel: Channel) -> Meetings:
+    return torch_internals.keep(channel, lambda: Meetings(channel))
+
+
+def _among(ranks: Ranks) -> Meetings | None:
+    known = _known.get(ranks)
     if known is None or not torch_internals.group_lives(known.channel.group()):
         channel = next((c for c in reversed(joined()) if c.ranks == ranks), None)
-        known = None if channel is None else _meetings.setdefault(id(channel), Meetings(channel))
-        _channels[ranks] = known
+        known = _known[ranks] = None if channel is None else _of(channel)
     return known
 
 
@@ -90,7 +92,7 @@ def met(ranks: Ranks, what: str) -> Iterator[None]:
 
     Raises :class:`~fxsp.errors.RanksApartError` where it fails because another rank is elsewhere.
     """
-    meetings = _of(ranks)
+    meetings = _among(ranks)
     if meetings is None:
         yield
         return
@@ -109,9 +111,7 @@ def met(ranks: Ranks, what: str) -> Iterator[None]:
 
 def attend(channel: Channel, place: Callable[[int], str]) -> None:
     """Ask for this rank, and answer the others; called by the watcher, once a second."""
-    meetings = _meetings.get(id(channel))
-    if meetings is None:
-        meetings = _meetings[id(channel)] = Meetings(channel)
+    meetings = _of(channel)
     _ask(meetings)
     _compare(meetings)
     if channel.store.check(["meet"]):

@@ -81,10 +81,7 @@ def _entrance(module: nn.Module | None, compiler: Any, compiled: Callable[..., A
     known: _Known = {}
     if module is not None:
         watch_roots(module)
-        tables = _tables.setdefault(type(module), [])
-        known = next((table for other, table in tables if other == compiler), known)
-        if not any(table is known for _, table in tables):
-            tables.append((compiler, known))
+        known = _table(type(module), compiler)
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
         return _call(module, known, compiled, args, kwargs)
@@ -92,44 +89,48 @@ def _entrance(module: nn.Module | None, compiler: Any, compiled: Callable[..., A
     return entrance
 
 
+def _table(kind: type, compiler: Any) -> _Known:
+    tables = _tables.setdefault(kind, [])
+    for other, table in tables:
+        if other == compiler:
+            return table
+    tables.append((compiler, {}))
+    return tables[-1][1]
+
+
 @torch.compiler.disable
 def _call(module: nn.Module | None, known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return as_outermost(module, partial(_split, known, compiled, args, kwargs))
+    before, _thread.offer = _thread.offer, None
+    try:
+        return as_outermost(module, partial(_split, known, compiled, args, kwargs))
+    finally:
+        _thread.offer = before
 
 
 def _split(known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     leaves, spec = tree_flatten((args, kwargs))
     few = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     key = spec, tuple(_described(x, few) for x in leaves)
-    before = _thread.offer
     try:
-        _thread.offer = None
-        wanted = known.get(key) if _has_hash(key) else {}
-        if wanted is None:
-            _thread.offer = offer = Offer(leaves)
-            try:
-                result = compiled(*args, **kwargs)
-                if offer.wanted:
-                    known[key] = offer.wanted
-                return result
-            except SplitFirst:
-                wanted = offer.wanted
-        split = [split_as(x, wanted[at]) if at in wanted else x for at, x in enumerate(leaves)]
-        args, kwargs = tree_unflatten(split, spec)
+        wanted = known.get(key)
+    except TypeError:  # a container of somebody's, without a hash
+        return compiled(*args, **kwargs)
+    if wanted is not None:
+        return _call_split(wanted, leaves, spec, compiled)
+    _thread.offer = offer = Offer(leaves)
+    try:
         result = compiled(*args, **kwargs)
-        if wanted:
-            known[key] = wanted
-        return result
-    finally:
-        _thread.offer = before
+    except SplitFirst:
+        result = _call_split(offer.wanted, leaves, spec, compiled)
+    if offer.wanted:
+        known[key] = offer.wanted
+    return result
 
 
-def _has_hash(key: Any) -> bool:
-    try:
-        hash(key)
-    except TypeError:  # of a container of somebody's
-        return False
-    return True
+def _call_split(wanted: Mapping[int, Placed], leaves: Sequence[Any], spec: Any, compiled: Callable[..., Any]) -> Any:
+    split = [split_as(x, wanted[at]) if at in wanted else x for at, x in enumerate(leaves)]
+    args, kwargs = tree_unflatten(split, spec)
+    return compiled(*args, **kwargs)
 
 
 def _described(leaf: Any, few: int) -> Any:

@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fxsp.errors import ImplicitGatherWarning
 from fxsp.ranks.meetings import met
 from fxsp.report import GatherRecord, Report
-from fxsp.source import user_frame
+from fxsp.source import line_of, user_frame
 from fxsp.types import Ranks
 
 __all__ = ["OUTPUT", "Forward", "Ran", "gathering", "record_to", "recording"]
@@ -77,7 +76,7 @@ def gathering(ranks: Ranks, shape: Sequence[int], sent: int, op: str) -> Iterato
     ``op`` is the operator that no rule splits: that is said, once for each line; "" or :data:`OUTPUT`: it is asked for.
     """
     frame = user_frame()
-    source = "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    source = line_of(frame)
     asked = op in ("", OUTPUT)
     reason = "eager code that no rule splits sees the whole value"
     if asked:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from fxsp.passes.pipeline import Runner, compile_program
 from fxsp.ranks.meetings import met
 from fxsp.report import Report
 from fxsp.said import say_gathers
-from fxsp.source import user_frame
+from fxsp.source import line_of, user_frame
 from fxsp.split_values.conversions import from_local, to_local
 from fxsp.split_values.forward import recording
 from fxsp.split_values.signature import computes, signature
@@ -62,7 +61,8 @@ class _OneCall:
     collective: bool
 
     def _run(self, local: Sequence[Tensor]) -> Any:
-        with met(self.ranks, f"runs {self.report.root} on split values{_place()}"):
+        line = line_of(user_frame())
+        with met(self.ranks, f"runs {self.report.root} on split values{line and f' ({line})'}"):
             return self.run(*local)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
@@ -180,11 +180,6 @@ def _compiled(
     return _OneCall(
         run, ranks, left, None if spec.is_leaf() else spec, views, program.report, bool(program.report.collectives)
     )
-
-
-def _place() -> str:
-    frame = user_frame()
-    return "" if frame is None else f" ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
 def _where() -> str:

@@ -54,22 +54,19 @@ def _is_computation(func: Any) -> bool:
 
 def signature(func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]] | None:
     """``(key, tensors)``: equal for two calls that have one program; None where a call is none of one graph."""
-    key: list[Any] = [func, torch_internals.autocast_state()]
-    tensors: list[Tensor] = []
     grad = torch.is_grad_enabled()
-    key.append(grad)
+    begin = [func, torch_internals.autocast_state(), grad]
+    key: list[Any] = [*begin]
+    tensors: list[Tensor] = []
     try:
-        _describe(args, key, tensors, grad)
-        if kwargs:
-            _describe(kwargs, key, tensors, grad)
-    except _OtherLeafError:
-        leaves, structure = tree_flatten((args, kwargs))
-        key, tensors = [func, torch_internals.autocast_state(), grad, structure], []
         try:
-            _describe([x for x in leaves if type(x) in _LEAVES], key, tensors, grad)
-        except _NoGraphError:
-            return None
-        key += [x for x in leaves if type(x) not in _LEAVES]
+            _describe(args, key, tensors, grad)
+            if kwargs:
+                _describe(kwargs, key, tensors, grad)
+        except _OtherLeafError:
+            leaves, structure = tree_flatten((args, kwargs))
+            key, tensors = [*begin, structure], []
+            _describe(leaves, key, tensors, grad, flat=True)
     except _NoGraphError:
         return None
     if len(tensors) > 1:
@@ -87,8 +84,8 @@ class _NoGraphError(Exception):
     """A tensor that no program takes."""
 
 
-def _describe(items: Any, key: list[Any], tensors: list[Tensor], grad: bool) -> None:
-    """Append what is in a container to ``key``, in one pass."""
+def _describe(items: Any, key: list[Any], tensors: list[Tensor], grad: bool, *, flat: bool = False) -> None:
+    """Append what is in a container to ``key``, in one pass; ``flat``: what is not known in it is a leaf."""
     kind = type(items)
     key.append(kind)
     key.append(len(items))
@@ -112,9 +109,11 @@ def _describe(items: Any, key: list[Any], tensors: list[Tensor], grad: bool) -> 
                 key += (kind, x.start, x.stop, x.step)
             else:
                 key += (kind, x)
-        elif kind is tuple or kind is list or kind is dict:
-            _describe(x, key, tensors, grad)
         elif isinstance(x, Tensor):
             raise _NoGraphError
+        elif flat:
+            key += (kind, x)
+        elif kind is tuple or kind is list or kind is dict:
+            _describe(x, key, tensors, grad)
         else:
             raise _OtherLeafError

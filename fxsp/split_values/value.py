@@ -58,7 +58,7 @@ class Placed:
 
     def for_shape(self, shape: Any) -> Shard:
         """The type of a tensor of this kind and shape, whose lengths may be symbols."""
-        if not _is_one_segment(self.type):
+        if not self.type.is_one_sequence:
             return self.type
         (segment,) = self.type.sequence.segments
         length = as_length(shape[self.type.dim])
@@ -68,15 +68,10 @@ class Placed:
         """Whether a graph for one is a graph for the other: lengths that the shape tells are left to its guards."""
         if self.ranks != other.ranks or self.zero_pads != other.zero_pads or self.type.dim != other.type.dim:
             return False
-        if not (_is_one_segment(self.type) and _is_one_segment(other.type)):
+        if not (self.type.is_one_sequence and other.type.is_one_sequence):
             return self.type == other.type
         (a,), (b,) = self.type.sequence.segments, other.type.sequence.segments
         return a.layout == b.layout
-
-
-def _is_one_segment(type_: Shard) -> bool:
-    """Whether the tokens are all of the dimension, one sequence of single tokens: its length is that of the shape."""
-    return type_.plain and len(type_.sequence.segments) == 1 and type_.sequence.units == (1,)
 
 
 @dataclass(eq=False)

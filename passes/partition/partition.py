@@ -150,9 +150,8 @@ class _Partitioner(Converter):
         type_ = type_of(old)
         if not self.program.split_outputs or not isinstance(type_, Shard) or any(type_.sequence.whole):
             return Replicate()
-        one = type_.plain and len(type_.sequence.segments) == 1 and type_.sequence.units == (1,)
         lengths = (type_.outer, *type_.sequence.lengths, *type_.sequence.units)
-        return type_ if one or all(isinstance(n, int) for n in lengths) else Replicate()
+        return type_ if type_.is_one_sequence or all(isinstance(n, int) for n in lengths) else Replicate()
 
     def _before_writes(self, node: Node) -> None:
         """The last nodes, from ``node`` on, overwrite inputs: what they and the output need whole is computed now:
