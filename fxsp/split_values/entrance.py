@@ -143,9 +143,9 @@ def _say_untraced(block: type, compiler: Any, leaves: Sequence[Any], result: Any
     if not made or _ranks() == 1 or torch_internals.is_compiling_off():
         return
     text = (
-        f"{block.__name__} is compiled, but nothing of its call was traced, and it runs as it is, on every rank: a hook "
-        "on it, or its forward, is one that Dynamo was told to leave alone (torch.compiler.disable), as the hooks of "
-        "some step caches are.\n  Compile modules in it, or the model without that hook"
+        f"{block.__name__} is compiled, but nothing of its call was traced, and it runs as it is, whole on every rank: "
+        "its forward, or a hook on it, is one that Dynamo was told to leave alone (torch.compiler.disable), as the "
+        "hooks of some step caches are.\n  Compile modules in it, or the model without that hook"
     )
     if (getattr(compiler, "kwargs", {}).get("options") or {}).get("strict"):
         raise StrictError(f"{text}.  With strict=True this is an error")
@@ -156,7 +156,9 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _enter(known: _Known, compiled: Callable[..., Any], leaves: Sequence[Any], spec: Any, args: Any, kwargs: Any) -> Any:
+def _enter(
+    known: _Known, compiled: Callable[..., Any], leaves: Sequence[Any], spec: Any, args: Any, kwargs: Any
+) -> Any:
     few = _ranks()
     key = spec, tuple(_described(x, few) for x in leaves)
     try:
