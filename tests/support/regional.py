@@ -67,7 +67,7 @@ def sent() -> Iterator[tuple[Counter[str], list[int]]]:
 def compile_blocks(model: nn.Module, names: list[str], **options: Any) -> None:
     """As diffusers' ``compile_repeated_blocks`` does."""
     for module in model.modules():
-        if type(module).__name__ in names:
+        if any(kind.__name__ in names for kind in type(module).__mro__):  # FSDP2 derives a class of its own
             module.compile(backend="sp", options={"inner": "aot_eager", **options})
 
 
