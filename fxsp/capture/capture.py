@@ -36,6 +36,7 @@ __all__ = [
     "install",
     "modules_of_compilation",
     "splits_of_compilation",
+    "watch_tracing",
 ]
 
 
@@ -74,6 +75,14 @@ def claim_with(claim: Callable[[Translation, nn.Module], bool]) -> None:
 _claims: list[Callable[[Translation, nn.Module], bool]] = []
 
 
+def watch_tracing(begun: Callable[[Translation], None]) -> None:
+    """Have ``begun`` told of each frame of a compilation that is ours, as soon as it calls a module."""
+    _watchers.append(begun)
+
+
+_watchers: list[Callable[[Translation], None]] = []
+
+
 def install(is_ours: Callable[[object], bool]) -> None:
     """Record the module calls of every compilation whose backend, or a layer wrapped in it, ``is_ours``.
 
@@ -102,6 +111,8 @@ def _enter(
     recorder = translation.notes(_Recorder)
     if not recorder.calls:  # the frame may break before it reaches the backend: remember whose it is now
         _remember_frame(translation)
+        for begun in _watchers:
+            begun(translation)
     slot = len(recorder.calls)
     recorder.calls.append(None)
     before = next(iter(reversed(translation.graph().nodes)), None)

@@ -28,6 +28,7 @@ from fxsp.errors import FxspError
 from fxsp.split_values.calls import as_outermost, watch_roots
 from fxsp.split_values.conversions import split_as
 from fxsp.split_values.value import Placed
+from fxsp.telling import end
 
 __all__ = ["Offer", "SplitFirst", "offered", "watch_entrances"]
 
@@ -105,6 +106,7 @@ def _call(module: nn.Module | None, known: _Known, compiled: Callable[..., Any],
         return as_outermost(module, partial(_split, known, compiled, args, kwargs))
     finally:
         _thread.offer = before
+        end()  # a frame that was traced, and did not become a graph
 
 
 def _split(known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -37,7 +37,7 @@ LAYERS = [
     ("fxsp.cost",),
     ("fxsp.inspection",),
     ("fxsp.inner",),
-    ("fxsp.said",),
+    ("fxsp.said", "fxsp.telling"),
     ("fxsp.partitioning",),
     ("fxsp.split_values",),
     ("fxsp.model_report",),
