@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fxsp.offline.explain import Explanation, explain
     from fxsp.offline.infer_plan import InferredPlan, infer_plan
     from fxsp.offline.verify import Evidence, verify
+    from fxsp.parallel import parallelize
     from fxsp.passes.attention.operators import register_attention
     from fxsp.plan import (
         SequenceParallelConfig,
@@ -46,6 +47,7 @@ else:
         "SplitTensor": "fxsp.split_values.value",
         "explain": "fxsp.offline.explain",
         "infer_plan": "fxsp.offline.infer_plan",
+        "parallelize": "fxsp.parallel",
         "register_attention": "fxsp.passes.attention.operators",
         "report_of": "fxsp.model_report",
         "reports": "fxsp.backend",
@@ -77,6 +79,7 @@ __all__ = [
     "SplitTensor",
     "explain",
     "infer_plan",
+    "parallelize",
     "register_attention",
     "report_of",
     "reports",
