@@ -87,9 +87,7 @@ def warn(warning: Warning, *, first: bool = True) -> None:
     with contextlib.nullcontext() if first else warnings.catch_warnings():
         if not first:
             warnings.filterwarnings("ignore", category=type(warning), append=True)
-        warnings.warn_explicit(
-            warning, None, frame.f_code.co_filename, frame.f_lineno, names.get("__name__"), registry, names
-        )
+        warnings.warn_explicit(warning, None, frame.f_code.co_filename, frame.f_lineno, names.get("__name__"), registry)
 
 
 def line_of(frame: types.FrameType | None) -> str:

@@ -76,11 +76,8 @@ _claims: list[Callable[[Translation, nn.Module], bool]] = []
 
 
 def watch_tracing(begun: Callable[[Translation], None]) -> None:
-    """Have ``begun`` told of each frame of a compilation that is ours, as soon as it calls a module."""
+    """Have ``begun`` told of each frame of a compilation that is ours, when it calls a module first."""
     _watchers.append(begun)
-
-
-_watchers: list[Callable[[Translation], None]] = []
 
 
 def install(is_ours: Callable[[object], bool]) -> None:
@@ -92,10 +89,12 @@ def install(is_ours: Callable[[object], bool]) -> None:
         _ours.append(is_ours)
     torch_internals.hook_module_calls(_enter)
     torch_internals.keep_lengths_symbolic(_is_ours)
+    torch_internals.make_meta_tensors(_is_ours)
     torch_internals.substitute_functions(SUBSTITUTES, _is_ours)
 
 
 _ours: list[Callable[[object], bool]] = []
+_watchers: list[Callable[[Translation], None]] = []
 
 
 def _is_ours(translation: Translation) -> bool:
