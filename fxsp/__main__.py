@@ -42,7 +42,7 @@ examples:
 
 exit status:
     0   explain, plan: the model is split, on every number of ranks; verify: it is split, and equal
-    1   it is not split, a plan splits next to nothing, values differ, or there was an error (on standard error)
+    1   it is not split (explain: or next to nothing is), values differ, or there was an error (on standard error)
     2   the command line is not understood
 FXSP_QUIET=1 leaves out what is told while it takes long; FXSP_TRACEBACK=1 shows where an error comes from
 """
