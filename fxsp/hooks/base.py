@@ -28,7 +28,13 @@ from fxsp.backend import left_to_hooks
 from fxsp.errors import FxspWarning
 from fxsp.torch_internals import only_inlined, set_compiler
 
-__all__ = ["BaseState", "HookRegistry", "ModelHook", "StateManager"]
+__all__ = ["BaseState", "HookRegistry", "ModelHook", "StateManager", "module_has_active_hooks"]
+
+
+def module_has_active_hooks(module: nn.Module) -> bool:
+    """Whether calls of the module itself go through hooks; those of its children do not count."""
+    registry = module.__dict__.get("_hook_registry")
+    return registry is not None and bool(registry.names)
 
 
 class BaseState:
