@@ -13,6 +13,7 @@ from fxsp.offline.explain import Explanation, explain
 from fxsp.offline.infer_plan import InferredPlan, infer_plan
 from fxsp.offline.verify import Evidence, verify
 from fxsp.passes.attention.operators import register_attention
+from fxsp.passes.rules.register import register_op
 from fxsp.plan import (
     SequenceParallelConfig,
     SequenceParallelInput,
@@ -38,6 +39,7 @@ __all__ = [
     "explain",
     "infer_plan",
     "register_attention",
+    "register_op",
     "report_of",
     "reports",
     "verify",
