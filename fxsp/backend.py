@@ -44,6 +44,7 @@ from fxsp.report import Report
 from fxsp.simulation.first_call import Trial
 from fxsp.source import input_names
 from fxsp.split_values.boundary import Edge
+from fxsp.split_values.calls import models_around
 from fxsp.split_values.entrance import SplitFirst, watch_entrances
 from fxsp.summands import Convention
 from fxsp.types import Ranks
@@ -240,7 +241,7 @@ def _run(
 ) -> _Made:
     splits = splits_of_compilation()
     around = [*modules_of_compilation(), *([] if root is None else [root])]
-    convention = Convention(ranks.size if options.grad_reduce == "defer" else 1, around)
+    convention = Convention(ranks.size if options.grad_reduce == "defer" else 1, around, models_around)
     if program is None:
         decided = decisions(report, None)
         run = remembering(_finish(gm, inputs, options, report), report.split_outputs, splits)

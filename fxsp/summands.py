@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fxsp import torch_internals
 
-__all__ = ["Convention", "parameters_of"]
+__all__ = ["Convention", "look_again", "parameters_of"]
 
 
 class _Share:
@@ -54,10 +54,17 @@ class Convention:
     """How gradients are left on the parameters that one compiled graph, and the model around it, have.
 
     ``size`` is the number of ranks whose sum is the gradient; 1: each has the whole, or the mean is taken.
+    ``models`` gives the models that a module is a part of, as far as they are known by then.
     """
 
-    def __init__(self, size: int, modules: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        size: int,
+        modules: Iterable[nn.Module] = (),
+        models: Callable[[nn.Module], Iterable[nn.Module]] = lambda _: (),
+    ) -> None:
         self.size = size
+        self._models = models
         self._hook = _share(size) if size > 1 else None
         self._modules = [weakref.ref(module) for module in modules]
         self._seen = -1
@@ -66,7 +73,8 @@ class Convention:
         """Have it hold for all parameters of the modules, unless nothing has changed."""
         if self._seen == _changes[0]:
             return
-        self.apply(parameters_of(module for ref in self._modules if (module := ref()) is not None))
+        own = [module for ref in self._modules if (module := ref()) is not None]
+        self.apply(parameters_of([*own, *(model for module in own for model in self._models(module))]))
         self._seen = _changes[0]
 
     def apply(self, parameters: Iterable[Any]) -> None:
@@ -109,6 +117,12 @@ class Convention:
             return run(*args)
 
         return held
+
+
+def look_again() -> None:
+    """Have all conventions look for the parameters of their models again: modules were found that belong to them."""
+    if _changes[0]:
+        _changes[0] += 1
 
 
 def _follow(sharded: Tensor, gathered: Tensor) -> None:

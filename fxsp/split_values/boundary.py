@@ -59,6 +59,9 @@ class Edge:
             if isinstance(value, SplitTensor):
                 self._split.append(position)
                 shape = node.meta["example_value"].shape
+                if not value.placed.type.is_one_sequence:  # its guards hold its lengths, too
+                    int(shape[value.placed.type.dim])
+                    shape = node.meta["example_value"].shape
                 if splits and value.placed.ranks == ranks and not written_by(gm.graph, node):
                     self.arrivals[position] = value.placed.for_shape(shape)
                 with mode:

@@ -35,8 +35,9 @@ from fxsp.split_values.conversions import made_whole
 from fxsp.split_values.forward import OUTPUT, Forward, record_to, recording
 from fxsp.split_values.results import with_tensors
 from fxsp.split_values.value import SplitTensor
+from fxsp.summands import look_again
 
-__all__ = ["as_outermost", "is_under_way", "last_forward", "watch_calls", "watch_roots"]
+__all__ = ["as_outermost", "is_under_way", "last_forward", "models_around", "watch_calls", "watch_roots"]
 
 
 class _Thread(threading.local):
@@ -51,8 +52,8 @@ _forwards: WeakKeyDictionary[nn.Module, Forward] = WeakKeyDictionary()
 
 _thread = _Thread()
 _watched: WeakSet[nn.Module] = WeakSet()
-#: All modules in those that are watched since a part of them was compiled.
-_parts: WeakSet[nn.Module] = WeakSet()
+#: All modules in those that are watched -> these.
+_models: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 
 def is_under_way() -> bool:
@@ -68,6 +69,11 @@ def last_forward(module: nn.Module) -> Forward | None:
     return next(around, None)
 
 
+def models_around(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules that a module is a part of, as far as they are watched."""
+    return list(_models.get(module, ()))
+
+
 def watch_calls() -> None:
     """Have the outermost module whose call is under way watched, from its next call on."""
     module = torch_internals.outermost_call()
@@ -78,7 +84,7 @@ def watch_calls() -> None:
 def watch_roots(part: nn.Module) -> None:
     """Have the outermost modules that ``part`` is in watched, unless it is in none.  All modules there are are looked
     at, once for each model."""
-    if part in _parts:
+    if part in _models:
         return
     kinds = _kinds(nn.Module)
     parents: dict[int, list[nn.Module]] = {}
@@ -96,7 +102,7 @@ def watch_roots(part: nn.Module) -> None:
             calls = type(module) not in _CONTAINERS and not torch_internals.is_stand_in(module)
             if not above and module is not part and calls:
                 _watch(module)
-                _parts.update(module.modules())
+                _belong(module)
 
 
 def _kinds(base: type) -> set[type]:
@@ -116,8 +122,16 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 def _watch(module: nn.Module) -> None:
     if module not in _watched:
         _watched.add(module)
+        _belong(module)
         module.register_forward_pre_hook(_enter, prepend=True)
         module.register_forward_hook(_leave, always_call=True)
+
+
+def _belong(model: nn.Module) -> None:
+    """All modules in a model, as it is now, are parts of it."""
+    for part in model.modules():
+        _models.setdefault(part, WeakSet()).add(model)
+    look_again()
 
 
 @dataclass(frozen=True)

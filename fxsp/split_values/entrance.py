@@ -12,6 +12,7 @@ it, before anything ran; the entrance catches that, and calls the block again wi
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxsp import torch_internals
-from fxsp.errors import FxspError
+from fxsp.errors import FxspError, StrictError, UnshardedWarning
 from fxsp.split_values.calls import as_outermost, watch_roots
 from fxsp.split_values.conversions import split_as
+from fxsp.split_values.forward import recording
 from fxsp.split_values.value import Placed
 
 __all__ = ["Offer", "SplitFirst", "offered", "watch_entrances"]
@@ -63,8 +65,21 @@ class _Thread(threading.local):
 _thread = _Thread()
 #: Structure and shapes of a call, as far as they matter -> what is split on its way in.
 _Known = dict[Any, Mapping[int, Placed]]
-#: Class of a block -> for each compiler (they are compared), what is known of its calls.
-_tables: weakref.WeakKeyDictionary[type, list[tuple[Any, _Known]]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _Kind:
+    """What is known of the calls of a class of blocks, and of one compiler of them (these are compared)."""
+
+    #: None: of a function.
+    block: type | None
+    compiler: Any
+    known: _Known = field(default_factory=dict)
+    #: Whether one of them has been called.
+    ran: bool = False
+
+
+_kinds: weakref.WeakKeyDictionary[type, list[_Kind]] = weakref.WeakKeyDictionary()
 
 
 def offered() -> Offer | None:
@@ -78,38 +93,73 @@ def watch_entrances(backend: Any) -> None:
 
 
 def _entrance(module: nn.Module | None, compiler: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    known: _Known = {}
+    kind = _Kind(None, compiler)
     if module is not None:
         watch_roots(module)
-        known = _table(type(module), compiler)
+        kind = _table(type(module), compiler)
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
-        return _call(module, known, compiled, args, kwargs)
+        return _call(module, kind, compiled, args, kwargs)
 
     return entrance
 
 
-def _table(kind: type, compiler: Any) -> _Known:
-    tables = _tables.setdefault(kind, [])
-    for other, table in tables:
-        if other == compiler:
-            return table
-    tables.append((compiler, {}))
-    return tables[-1][1]
+def _table(block: type, compiler: Any) -> _Kind:
+    kinds = _kinds.setdefault(block, [])
+    for kind in kinds:
+        if kind.compiler == compiler:
+            return kind
+    kinds.append(_Kind(block, compiler))
+    return kinds[-1]
 
 
 @torch.compiler.disable
-def _call(module: nn.Module | None, known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _call(module: nn.Module | None, kind: _Kind, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     before, _thread.offer = _thread.offer, None
     try:
-        return as_outermost(module, partial(_split, known, compiled, args, kwargs))
+        return as_outermost(module, partial(_split, kind, compiled, args, kwargs))
     finally:
         _thread.offer = before
 
 
-def _split(known: _Known, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _split(kind: _Kind, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     leaves, spec = tree_flatten((args, kwargs))
-    few = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if kind.ran:
+        return _enter(kind.known, compiled, leaves, spec, args, kwargs)
+    forward = recording()
+    runs = 0 if forward is None else forward.runs
+    result = _enter(kind.known, compiled, leaves, spec, args, kwargs)
+    if forward is not None:
+        kind.ran = True
+        if forward.runs == runs and kind.block is not None:
+            _say_untraced(kind.block, kind.compiler, leaves, result)
+    return result
+
+
+def _say_untraced(block: type, compiler: Any, leaves: Sequence[Any], result: Any) -> None:
+    """Nothing of a block's first call is a graph: unless it has computed nothing, it is whole on every rank."""
+    had = {id(leaf) for leaf in leaves}
+    made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor) and id(x) not in had]
+    if not made or _ranks() == 1 or torch_internals.is_compiling_off():
+        return
+    text = (
+        f"{block.__name__} is compiled, but nothing of its call was traced, and it runs as it is, whole on every rank: "
+        "its forward, or a hook on it, is one that Dynamo was told to leave alone (torch.compiler.disable), as the "
+        "hooks of some step caches are.\n  Compile modules in it, or the model without that hook"
+    )
+    if (getattr(compiler, "kwargs", {}).get("options") or {}).get("strict"):
+        raise StrictError(f"{text}.  With strict=True this is an error")
+    warnings.warn(UnshardedWarning(f"{text}; strict=True refuses it"), stacklevel=2)
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _enter(
+    known: _Known, compiled: Callable[..., Any], leaves: Sequence[Any], spec: Any, args: Any, kwargs: Any
+) -> Any:
+    few = _ranks()
     key = spec, tuple(_described(x, few) for x in leaves)
     try:
         wanted = known.get(key)

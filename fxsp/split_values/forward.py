@@ -42,12 +42,15 @@ class Forward:
     gathers: list[GatherRecord] = field(default_factory=list)
     #: Whether what the model returns stays split: a graph of it was compiled so.
     keeps_split: bool = False
+    #: How many times compiled graphs ran.
+    runs: int = 0
 
     def ran(self, report: Report, sizes: Mapping[Any, int], *, eager: bool = False) -> None:
         """A graph has run."""
         row = self.graphs.setdefault(id(report), Ran(report, eager=eager))
         row.sizes = sizes
         row.calls += 1
+        self.runs += not eager
 
 
 class _Thread(threading.local):

@@ -52,3 +52,11 @@ def suppresses_errors() -> bool:
     from torch._dynamo import config
 
     return bool(config.suppress_errors)
+
+
+def is_compiling_off() -> bool:
+    """Whether somebody has switched compiling off (``torch.compiler.set_stance``, ``TORCHDYNAMO_DISABLE``)."""
+    from torch._dynamo import config, eval_frame
+
+    stance = getattr(getattr(eval_frame, "_stance", None), "stance", "default")
+    return bool(config.disable) or stance in ("force_eager", "eager_on_recompile")

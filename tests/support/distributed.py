@@ -79,7 +79,7 @@ class Pool:
             self._tasks.append(tasks)
             self._processes.append(process)
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """The results of ``fn(rank, size, *args)``, by rank; :class:`RankError` if a rank fails or takes too long."""
         if not self._tasks:
             self._start()
@@ -146,7 +146,7 @@ def _ended(tasks: Connection) -> bool:
         return True
 
 
-def run_ranks(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(size: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """``fn(rank, size, *args)`` in ``size`` fresh processes; the results by rank."""
     pool = Pool(size)
     try:

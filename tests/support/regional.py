@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,12 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 import fxsp
 import models
-from running import MOVES, build, error_of, gradient_error
+from fxsp.report import Report
+from running import build, error_of, gradient_error, moves
+from simulated import Simulated, by_plan
 
-__all__ = ["Regional", "run_regional", "run_split_outputs"]
+__all__ = ["Regional", "run_regional", "run_split_outputs", "sent", "whole_bytes"]
 
 #: The classes of blocks, where a model does not say them itself (diffusers' ``_repeated_blocks``).
 BLOCKS = {"llama": ["LlamaDecoderLayer"], "sd3": ["JointTransformerBlock"]}
+#: Modules in blocks, after which ``"broken"`` breaks the graph.
+BROKEN = ("FluxAttention", "LlamaMLP", "WanAttention")
 
 
 @dataclass
@@ -51,21 +56,18 @@ def sent() -> Iterator[tuple[Counter[str], list[int]]]:
     """Collectives that run inside, and the bytes of float32 that this rank sends in them; filled at the end."""
     counts, total = Counter[str](), [0]
     size = dist.get_world_size()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    with moves() as seen:
         yield counts, total
-    for event in profile.events():
-        kind = MOVES.get(event.name)
-        if kind is None:
-            continue
+    for kind, shape in seen:
         counts[kind] += 1
-        elements = torch.Size(event.input_shapes[0]).numel()
+        elements = torch.Size(shape).numel()
         total[0] += 4 * elements * (size - 1) // (size if kind in ("all_to_all", "reduce_scatter") else 1)
 
 
 def compile_blocks(model: nn.Module, names: list[str], **options: Any) -> None:
     """As diffusers' ``compile_repeated_blocks`` does."""
     for module in model.modules():
-        if type(module).__name__ in names:
+        if any(kind.__name__ in names for kind in type(module).__mro__):  # FSDP2 derives a class of its own
             module.compile(backend="sp", options={"inner": "aot_eager", **options})
 
 
@@ -80,10 +82,10 @@ def run_regional(
     with warnings.catch_warnings(), torch.set_grad_enabled(training):
         warnings.simplefilter("ignore")
         call = WAYS[way](model, blocks, options)
-        for arguments in calls:
+        for number, arguments in enumerate(calls, 1):
             inputs = build(name, arguments)[1]
             before = len(fxsp.reports())
-            with sent() as (ran, total):
+            with sent() if number == len(calls) else nullcontext((Counter[str](), [0])) as (ran, total):
                 got = models.first_tensor(call(**inputs))
             found.compiles.append(len(fxsp.reports()) - before)
             wanted = models.first_tensor(whole(**inputs))
@@ -150,9 +152,41 @@ def _inside(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
     return Outer()
 
 
+def _broken(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
+    """A graph break inside of every block, after its attention or its MLP."""
+    for module in model.modules():
+        if type(module).__name__ in BROKEN:
+            module.forward = partial(_break_after, module.forward)  # type: ignore[method-assign]
+    return _blocks(model, names, options)
+
+
+def _break_after(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = forward(*args, **kwargs)
+    torch._dynamo.graph_break()
+    return result
+
+
+def _mixed(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
+    """Every second block is compiled; the others are eager, in between."""
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    for block in blocks[::2]:
+        block.compile(backend="sp", options={"inner": "aot_eager", **options})
+    return model
+
+
 def _one(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
     """The whole model: to compare with."""
     return torch.compile(model, backend="sp", options={"inner": "aot_eager", **options})
+
+
+def whole_bytes(size: int, name: str, arguments: dict[str, Any], options: dict[str, Any]) -> int:
+    """What a rank sends in a forward pass of the model compiled as a whole, by its report."""
+    model, inputs = build(name, arguments)
+    reports: list[Report] = []
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.compile(model, backend=Simulated(size, by_plan(options, reports)))(**inputs)
+    return sum(record.bytes for report in reports for record in report.collectives)
 
 
 #: How a model is compiled by its blocks: ``(model, names of classes, options) -> what is called``.
@@ -162,6 +196,8 @@ WAYS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], Any]] = {
     "checkpoint": partial(_checkpointed, False),
     "reentrant": partial(_checkpointed, True),
     "inside": _inside,
+    "broken": _broken,
+    "mixed": _mixed,
     "whole": _one,
 }
 

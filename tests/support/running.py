@@ -36,6 +36,7 @@ __all__ = [
     "compiled",
     "error_of",
     "gradient_error",
+    "moves",
     "on_this_rank",
     "recorded",
     "run_case",
@@ -106,11 +107,22 @@ MOVES = {
 def collectives() -> Iterator[Counter[str]]:
     """Counts the collectives that run inside, as the profiler sees them; filled at the end."""
     counts: Counter[str] = Counter()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with moves() as seen:
         yield counts
-    for event in profile.key_averages():
-        if event.key in MOVES:
-            counts[MOVES[event.key]] += event.count
+    counts.update(kind for kind, _ in seen)
+
+
+@contextlib.contextmanager
+def moves() -> Iterator[list[tuple[str, list[int]]]]:
+    """The collectives that run inside, as the profiler sees them, and the shape of what is sent; filled at the end.
+
+    Its own ``events()`` make a tree of all operators first, which takes longer than the model.
+    """
+    seen: list[tuple[str, list[int]]] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        yield seen
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    seen += [(MOVES[event.name()], event.shapes()[0]) for event in events if event.name() in MOVES]
 
 
 @contextlib.contextmanager
