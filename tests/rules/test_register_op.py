@@ -13,6 +13,7 @@ import fxsp
 from fxsp.errors import OptionError
 from fxsp.passes.rules.register import REGISTERED
 from fxsp.passes.rules.table import RULES
+from running import error_of
 
 PLAN = {"": {"x": fxsp.SequenceParallelInput(split_dim=1)}}
 LINEAR = "[*d, i], [o, i], [1], [o] -> [*d, o] | [*d, i], [o, i], [1] -> [*d, o]"
@@ -87,6 +88,22 @@ def test_values_and_gradients_on_shards(tokens: int) -> None:
     torch.manual_seed(0)
     evidence = fxsp.verify(Model(), torch.randn(2, tokens, 16), world_size=(2, 3), options={"plan": PLAN})
     assert evidence.ok, str(evidence)
+
+
+def _on_processes(rank: int, size: int) -> list[float]:
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 7, 16, requires_grad=True)
+    wanted = [x, *model.parameters()]
+    out = model(x)
+    expected = [out, *torch.autograd.grad(out.sin().sum(), wanted)]
+    fast = torch.compile(model, backend="sp", options={"plan": PLAN, "inner": "aot_eager", "strict": True})(x)
+    found = [fast, *torch.autograd.grad(fast.sin().sum(), wanted)]
+    return [error_of(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def test_on_processes(ranks) -> None:
+    for errors in ranks(2).run(_on_processes):
+        assert max(errors) <= 1e-5, errors
 
 
 def test_the_report_splits_it() -> None:
