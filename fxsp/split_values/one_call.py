@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ from fxsp.said import say_gathers
 from fxsp.source import line_of, user_frame
 from fxsp.split_values.conversions import from_local, to_local
 from fxsp.split_values.forward import recording
-from fxsp.split_values.signature import computes, signature
-from fxsp.split_values.value import Placed, SplitTensor
+from fxsp.split_values.signature import computes, quick_signature, signature
+from fxsp.split_values.value import Kind, Placed, SplitTensor
 from fxsp.types import Ranks, Shard
 
 __all__ = ["call"]
@@ -40,11 +40,13 @@ __all__ = ["call"]
 #: Programs that are kept.
 _KEPT = 4096
 _programs: dict[Any, _OneCall | None] = {}
+#: The same programs, by what :func:`quick_signature` finds.
+_quick: dict[Any, _OneCall] = {}
 #: No program is known, not even that there is none.
 _NEW: Any = object()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _OneCall:
     """One call as the program of this rank."""
 
@@ -59,6 +61,10 @@ class _OneCall:
     report: Report
     #: Whether the ranks meet in it.
     collective: bool
+    #: Of results that were in order when it ran first, as they always are then: what they are.
+    kinds: dict[int, Kind] = field(default_factory=dict)
+    #: That of its only result, if it is no view.
+    only: Kind | None = None
 
     def _run(self, local: Sequence[Tensor]) -> Any:
         line = line_of(user_frame())
@@ -66,12 +72,31 @@ class _OneCall:
             return self.run(*local)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        local = [to_local(x) if type(x) is SplitTensor else x for x in tensors]
-        results = list(self._run(local) if self.collective else self.run(*local))
+        grad = torch.is_grad_enabled()
+        local = []
+        for x in tensors:
+            if type(x) is SplitTensor:  # without a call, where there is nothing to look after
+                rows = x._rows
+                usual = rows.family is None and not rows.shared and not (grad and x.requires_grad)
+                local.append(rows.local if usual else to_local(x))
+            else:
+                local.append(x)
+        found = self._run(local) if self.collective else self.run(*local)
         if (forward := recording()) is not None:
             forward.ran(self.report, {}, eager=True)
+        if self.only is not None and not (grad and found[0].requires_grad):
+            return SplitTensor(found[0], self.only.placed, self.only.shape, None, self.only)
+        results = list(found)
         for position, (placed, shape) in self.left.items():
-            results[position] = from_local(results[position], placed, shape)
+            rows, kind = results[position], self.kinds.get(position)
+            if kind is None or (grad and rows.requires_grad):
+                value = results[position] = from_local(rows, placed, shape)
+                if value.local() is rows:
+                    self.kinds[position] = value.kind()
+                    if self.spec is None and not self.views:
+                        self.only = value.kind()
+            else:
+                results[position] = SplitTensor(rows, placed, shape, None, kind)
         for position, of in self.views.items():
             base, view = tensors[of], results[position]
             if isinstance(base, SplitTensor) and isinstance(view, SplitTensor):
@@ -81,6 +106,9 @@ class _OneCall:
 
 def call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """``func(*args, **kwargs)``; NotImplemented where that is no graph of one call."""
+    quick, tensors = (None, []) if kwargs else quick_signature(func, args)
+    if quick is not None and (known := _quick.get(quick)) is not None:
+        return known(tensors)
     if not computes(func, kwargs):
         return NotImplemented
     found = signature(func, args, kwargs)
@@ -97,8 +125,13 @@ def call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         program = _partitioned(func, leaves, spec, ranks)
         if len(_programs) >= _KEPT:
             _programs.clear()  # shapes that change for ever
+            _quick.clear()
         _programs[key] = program
-    return NotImplemented if program is None else program(tensors)
+    if program is None:
+        return NotImplemented
+    if quick is not None:
+        _quick[quick] = program
+    return program(tensors)
 
 
 def _partitioned(func: Callable[..., Any], leaves: Sequence[Any], spec: Any, ranks: Ranks) -> _OneCall | None:
@@ -171,6 +204,7 @@ def _compiled(
     give_local_values(program)
     say_gathers(program.report)
     run = compile_inner(program.gm, local_examples(inputs, program), "eager", training=training)
+    run = _alone(program.gm) or run
     if torch_internals.any_autocast():
         run = torch_internals.outside_autocast(run)
     left = {at: (Placed(type_, ranks), tuple(map(int, shape))) for at, (type_, shape) in program.left_split.items()}
@@ -180,6 +214,18 @@ def _compiled(
     return _OneCall(
         run, ranks, left, None if spec.is_leaf() else spec, views, program.report, bool(program.report.collectives)
     )
+
+
+def _alone(gm: GraphModule) -> Callable[..., Any] | None:
+    """What runs a program that is one operator of ATen on its inputs as they come: not even its code."""
+    *inputs, node, output = gm.graph.nodes
+    usual = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten" and not node.kwargs
+    if not usual or any(x.op != "placeholder" for x in inputs) or list(node.args) != inputs:
+        return None
+    if output.args[0] != (node,):
+        return None
+    operator = node.target._op
+    return lambda *args: (operator(*args),)
 
 
 def _where() -> str:

@@ -52,6 +52,42 @@ def _is_computation(func: Any) -> bool:
     return hasattr(torch.ops.aten, plain)
 
 
+#: What a quick signature has beside tensors.
+_SCALARS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.Size])
+
+
+def quick_signature(func: Any, args: Any) -> tuple[Any, list[Tensor]]:
+    """As :func:`signature` of a call without containers and names, for the price of a loop; ``(None, [])``: of another.
+
+    Two calls have equal ones only if their signatures are equal.
+    """
+    grad = torch.is_grad_enabled()
+    key: list[Any] = [func, grad]
+    tensors: list[Tensor] = []
+    if torch_internals.any_autocast():
+        return None, tensors
+    for x in args:
+        kind = type(x)
+        if kind is SplitTensor:
+            same = x._kind
+            if same is None or type(x._rows.local) is not Tensor:
+                return None, tensors
+            key.append(same)
+        elif kind is Tensor or kind is torch.nn.Parameter:
+            if not torch_internals.is_plain_tensor(x):
+                return None, tensors
+            key += (x.dtype, x.device, x.shape, x.stride())
+        elif kind in _SCALARS:
+            key += (kind, x)
+            continue
+        else:
+            return None, tensors
+        if grad:
+            key.append(x.requires_grad)
+        tensors.append(x)
+    return tuple(key), tensors
+
+
 def signature(func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]] | None:
     """``(key, tensors)``: equal for two calls that have one program; None where a call is none of one graph."""
     grad = torch.is_grad_enabled()
@@ -70,9 +106,14 @@ def signature(func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]] | N
     except _NoGraphError:
         return None
     if len(tensors) > 1:
-        first, *others = [x.placed.ranks for x in tensors if type(x) is SplitTensor]
-        if any(ranks is not first and ranks != first for ranks in others):
-            return None
+        first = None
+        for x in tensors:
+            if type(x) is SplitTensor:
+                ranks = x.placed.ranks
+                if first is None:
+                    first = ranks
+                elif ranks is not first and ranks != first:
+                    return None
     return tuple(key), tensors
 
 
@@ -95,9 +136,13 @@ def _describe(items: Any, key: list[Any], tensors: list[Tensor], grad: bool, *, 
     for x in items:
         kind = type(x)
         if kind is SplitTensor:
-            if type(x._rows.local) is not Tensor or not x.dtype.is_floating_point:
+            if type(x._rows.local) is not Tensor:
                 raise _NoGraphError
-            key += (kind, x.placed, x.dtype, x.device, x.shape, grad and x.requires_grad)
+            same = x._kind or x.kind()
+            if not same.dtype.is_floating_point:
+                raise _NoGraphError
+            key.append(same)
+            key.append(grad and x.requires_grad)
             tensors.append(x)
         elif kind in _LEAVES:
             if kind is Tensor or kind is torch.nn.Parameter:

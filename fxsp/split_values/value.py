@@ -24,7 +24,7 @@ from fxsp.split_values.convert import sharded, whole_of
 from fxsp.split_values.forward import gathering
 from fxsp.types import Ranks, Sequence, Shard
 
-__all__ = ["Family", "Placed", "SplitTensor", "dense", "handle_with"]
+__all__ = ["Family", "Kind", "Placed", "SplitTensor", "dense", "handle_with"]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -72,6 +72,31 @@ class Placed:
             return self.type == other.type
         (a,), (b,) = self.type.sequence.segments, other.type.sequence.segments
         return a.layout == b.layout
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Kind:
+    """What decides by which program a split value is run: one object for all values of equal type, shape and dtype."""
+
+    placed: Placed
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+#: Kinds that are known; they are compared by identity, so one that is forgotten is made, and programs for it, anew.
+_kinds: dict[Any, Kind] = {}
+_KEPT = 4096
+
+
+def _kind_of(placed: Placed, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Kind:
+    key = placed, shape, dtype, device
+    found = _kinds.get(key)
+    if found is None:
+        if len(_kinds) >= _KEPT:
+            _kinds.clear()  # shapes that change for ever
+        found = _kinds[key] = Kind(*key)
+    return found
 
 
 @dataclass(eq=False)
@@ -148,16 +173,29 @@ class SplitTensor(Tensor):
 
     placed: Placed
     _rows: _Rows
+    _kind: Kind | None
 
     @staticmethod
     def __new__(
-        cls: type[SplitTensor], local: Tensor, placed: Placed, shape: Any, rows: _Rows | None = None
+        cls: type[SplitTensor],
+        local: Tensor,
+        placed: Placed,
+        shape: Any,
+        rows: _Rows | None = None,
+        kind: Kind | None = None,
     ) -> SplitTensor:
         self: SplitTensor = Tensor._make_wrapper_subclass(
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
-        self.placed, self._rows = placed, rows or _Rows(local)
+        self.placed, self._kind = placed, kind
+        self._rows = _Rows(local) if rows is None else rows
         return self
+
+    def kind(self) -> Kind:
+        """What decides by which program it is run; its shape must be one of numbers."""
+        if self._kind is None:
+            self._kind = _kind_of(self.placed, self.shape, self.dtype, self.device)
+        return self._kind
 
     @property
     def _local(self) -> Tensor:
@@ -238,13 +276,13 @@ class SplitTensor(Tensor):
     @classmethod
     @torch_internals.beside_dynamo
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OF_WHOLE:
-            return func(args[0].share(f"Tensor.{func.__name__}"), *args[1:], **(kwargs or {}))
-        kwargs = kwargs or {}
         with torch_internals.plain_functions():
-            result = _handlers.function(func, args, kwargs)
+            result = _handlers.function(func, args, kwargs or {})
             if result is not NotImplemented:
                 return result
+            kwargs = kwargs or {}
+            if func in _OF_WHOLE:
+                return func(args[0].share(f"Tensor.{func.__name__}"), *args[1:], **kwargs)
             if torch.is_grad_enabled():
                 first, *rest = args or (None,)  # the first may be what is written to
                 rest, kwargs = tree_map_only(Tensor, _with_whole_gradient, (rest, kwargs))

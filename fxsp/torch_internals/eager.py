@@ -49,11 +49,13 @@ def beside_dynamo(function: _F) -> _F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = set_compiler(None)
+        before = _set_eval_frame(None)
+        if before is None:
+            return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
         finally:
-            set_compiler(before)
+            _set_eval_frame(before)
 
     return only_inlined(run)  # type: ignore[return-value]
 

@@ -80,9 +80,10 @@ def storage_ref(tensor: torch.Tensor) -> Any:
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
     """Whether it is no tensor subclass (but a parameter is), no fake, and not wrapped by a function transform."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return plain and not wrapped
+    kind = type(tensor)
+    if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def remembers_item(tensor: torch.Tensor) -> bool:
