@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import inspect
 import types
 from typing import Any, ClassVar
 
@@ -175,6 +177,33 @@ def test_a_registry_without_hooks_is_not_active() -> None:
     assert not module_has_active_hooks(model)
 
 
+def test_other_methods_go_through_hooks() -> None:
+    class Coder(nn.Linear):
+        def decode(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.weight.sum() * x * scale
+
+    class Add(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (args[0] + 1, *args[1:]), kwargs
+
+    model, value = Coder(2, 2), torch.ones(2)
+    expected, before = model.decode(value + 1, scale=2.0), model.decode(value)
+    registry = HookRegistry.get_or_create(model)
+    registry.wrap_method("decode")
+    registry.wrap_method("decode")
+    assert torch.equal(model.decode(value), before)
+    registry.register_hook("add", Add())
+    for one in (model, copy.deepcopy(model)):
+        assert torch.equal(one.decode(value, scale=2.0), expected)
+    assert list(inspect.signature(model.decode).parameters) == ["x", "scale"]
+    registry.unwrap_all_methods()
+    assert torch.equal(model.decode(value), before)
+    assert "decode" not in vars(model)
+    registry.wrap_method("decode")
+    registry.reset()
+    assert set(vars(model)) == set(vars(Coder(2, 2)))
+
+
 # --- on ranks
 
 
@@ -203,6 +232,14 @@ def test_lists_of_entries(ranks) -> None:
     for same, message in ranks(2).run(_lists):
         assert same
         assert '"references" has 2 values, and the plan lists 3 specs' in message
+
+
+def test_lists_of_entries_compiled() -> None:
+    plan = {"": {"x": In(1), "references": [In(1), In(1), None]}}
+    evidence = fxsp.verify(Lists(), x(5), [x(4), x(7), x(3)], world_size=(2, 3), options={"plan": plan})
+    assert evidence.ok, str(evidence)
+    report = fxsp.explain(Lists(), x(5), [x(4), x(7), x(3)], world_size=2, plan=plan)
+    assert [record.applied for record in report.plan] == [True, True, True]
 
 
 def _memory(rank: int, size: int) -> list[bool]:
