@@ -70,6 +70,20 @@ def test_options_have_a_row_each() -> None:
     assert rows == fxsp.Options.names()
 
 
+def test_messages_are_those_of_the_code() -> None:
+    """Of each message in the first column; what differs from case to case is left out as ``...``."""
+    source = "\n".join(
+        path.read_text() for name in ("fxsp", "passes", "kernels") for path in (ROOT / name).rglob("*.py")
+    )
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that follow one another
+    rows = re.findall(r"^\| (`.*?`) \| ", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    pieces = [
+        part for row in rows for span in re.findall(r"`([^`]+)`", row) for part in re.split(r"\s*\.\.\.\s*|: ", span)
+    ]
+    assert len(pieces) > 25
+    assert [part for part in pieces if part not in source] == []
+
+
 def test_no_machine_in_the_pages() -> None:
     for page in PAGES:
         assert not re.search(r"/(tmp|home|work|root|opt|Users)/", page.read_text()), page.name
