@@ -6,12 +6,16 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils.flop_counter import flop_registry
+
 from fxsp.cost.flops import FORMULAS
 from fxsp.errors import OptionError
 from fxsp.passes.graph import Call
 from fxsp.passes.rules.notation import Pattern, written
 from fxsp.passes.rules.table import RULES
-from fxsp.torch_internals import overload_of, schema
+from fxsp.torch_internals import overload_of, packet_of, schema
 
 __all__ = ["register_op"]
 
@@ -24,7 +28,8 @@ def register_op(op: Any, rule: str) -> None:
 
     ::
 
-        fxsp.register_op(linear_4bit, rule="[*d, i], [o, i], [k] -> [*d, o]")
+        fxsp.register_op(linear_8bit, rule="[*d, i], [o, i], [o] -> [*d, o]")  # weights, and a scale for each output
+        fxsp.register_op(linear_4bit, rule="[*d, i], [n, 1], [k] -> [*d, o]")  # packed weights, scales of blocks
 
     ``op`` is an overload, a packet with one overload, or what ``torch.library.custom_op`` returned; it needs a fake
     implementation, and an autograd formula where gradients are asked for.  It must return new tensors and write to no
@@ -40,9 +45,9 @@ def register_op(op: Any, rule: str) -> None:
 
     A rule is believed: one that is wrong for the operator makes wrong results, which :func:`fxsp.verify` finds, values
     and gradients, before anything runs on ranks.  Arguments that are no tensors are passed on: one that counts tokens
-    is no business of a rule.  Operations are counted by the rule (two for each combination of its dimensions where one
-    is in no result) unless ``torch.utils.flop_counter`` has a formula.  Register alike on all ranks, before compiling;
-    registering again replaces the rule.
+    is no business of a rule.  Operations are counted by the rule, unless ``torch.utils.flop_counter`` has a formula:
+    two for each element of the result and each of the first operand that it sums over (the dimensions in no result).
+    Register alike on all ranks, before compiling; registering again replaces the rule.
 
     Raises :class:`~fxsp.errors.OptionError` for a rule that cannot be read or that the schema contradicts.
     """
@@ -66,7 +71,7 @@ def register_op(op: Any, rule: str) -> None:
     function.__name__ = overload.name()
     RULES[overload] = function
     name = schema(overload).name
-    if name not in FORMULAS or FORMULAS[name] in _counts:
+    if packet_of(overload) not in flop_registry and (name not in FORMULAS or FORMULAS[name] in _counts):
         _counts.add(count := _count(patterns))
         FORMULAS[name] = count
 
@@ -111,15 +116,17 @@ def _check_schema(overload: Any, patterns: list[Pattern]) -> None:
 
 
 def _count(patterns: list[Pattern]) -> Callable[[Call, Callable[[Any], Any]], int]:
-    """Operations: two for each combination of the dimensions, where the operator contracts one."""
+    """Operations: two for each element of the result and of the dimensions that the first operand has beside it."""
 
     def count(call: Call, shape_of: Callable[[Any], Any]) -> int:
-        operands, result = [shape_of(n) for n in call.operands], shape_of(call.node)
+        nodes: list[Node] = []
+        map_arg(list(call.arguments.values()), nodes.append)  # in the program of one rank, too
+        operands, result = [shape for n in nodes if (shape := shape_of(n)) is not None], shape_of(call.node)
         rule = next((r for p in patterns if result is not None and (r := p.fit(operands, [result]))), None)
         if rule is None:
             return 0
         kept = {f for dims in rule.results for dim in dims for f in dim}
-        read = {f for dims in rule.operands for dim in dims or () for f in dim}
-        return 2 * prod(int(rule.sizes[f]) for f in read | kept) if read - kept else 0
+        summed = [f for dim in rule.operands[0] or () for f in dim if f not in kept]
+        return 2 * prod(result) * prod(int(rule.sizes[f]) for f in summed) if summed else 0
 
     return count

@@ -110,7 +110,40 @@ def test_the_report_splits_it() -> None:
     report = fxsp.explain(Model(), torch.randn(2, 7, 16), world_size=2, plan=PLAN)
     assert not report.implicit_gathers
     assert report.flops_total == 2 * 2 * 7 * 16 * (48 + 16) + 4 * 2 * 4 * 7 * 7 * 4
-    assert report.flops_per_rank[0] < 0.6 * report.flops_total
+    assert report.flops_per_rank == [2 * 2 * 4 * 16 * (48 + 16) + 4 * 2 * 2 * 8 * 7 * 4] * 2  # 8 queries, a pad of them
+
+
+@torch.library.custom_op("fxsp_test::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, packed: Tensor, scales: Tensor, features: int) -> Tensor:
+    """Four bits for each weight ``[o, i]``, two in a byte of ``[o i / 2, 1]``, and a scale for each block of 64."""
+    nibbles = torch.stack([packed[:, 0] & 15, packed[:, 0] >> 4], -1).to(x.dtype).reshape(-1, 64) - 8
+    return x @ (nibbles * scales[:, None]).reshape(features, -1).T
+
+
+@packed_linear.register_fake
+def _(x: Tensor, packed: Tensor, scales: Tensor, features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], features)
+
+
+fxsp.register_op(packed_linear, rule="[*d, i], [n, 1], [k] -> [*d, o]")
+
+
+def test_packed_weights() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("packed", torch.randint(0, 256, (24 * 32 // 2, 1), dtype=torch.uint8))
+            self.register_buffer("scales", torch.rand(24 * 32 // 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return packed_linear(x, self.packed, self.scales, 24).relu()
+
+    model, x = Packed(), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        evidence = fxsp.verify(model, x, world_size=(2, 3), options={"plan": PLAN})
+        report = fxsp.explain(model, x, world_size=5, plan=PLAN)
+    assert evidence.ok, str(evidence)
+    assert (report.flops_total, report.flops_per_rank) == (2 * 2 * 5 * 32 * 24, [2 * 2 * 32 * 24] * 5)
 
 
 def test_without_a_plan_it_is_found() -> None:
