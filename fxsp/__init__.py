@@ -1,28 +1,71 @@
-"""fxsp: a compiler for sequence parallelism.  ``torch.compile(model, backend="sp")``."""
+"""fxsp: a compiler for sequence parallelism.  ``torch.compile(model, backend="sp")``.
+
+What the names below stand for is loaded when they are used first: the compiler is large, and so is Dynamo.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from fxsp import errors
-from fxsp.backend import reports
-from fxsp.config import Options
 from fxsp.errors import *  # noqa: F403
-from fxsp.model_report import ModelReport, report_of
-from fxsp.offline.explain import Explanation, explain
-from fxsp.offline.infer_plan import InferredPlan, infer_plan
-from fxsp.offline.verify import Evidence, verify
-from fxsp.passes.attention.operators import register_attention
-from fxsp.passes.rules.register import register_op
-from fxsp.plan import (
-    SequenceParallelConfig,
-    SequenceParallelInput,
-    SequenceParallelOutput,
-    SequenceParallelPartialInput,
-)
-from fxsp.report import Report
-from fxsp.split_values.conversions import whole
-from fxsp.split_values.value import SplitTensor
+
+if TYPE_CHECKING:
+    from fxsp.backend import reports
+    from fxsp.config import Options
+    from fxsp.model_report import ModelReport, report_of
+    from fxsp.offline.explain import Explanation, explain
+    from fxsp.offline.infer_plan import InferredPlan, infer_plan
+    from fxsp.offline.verify import Evidence, verify
+    from fxsp.parallel import parallelize
+    from fxsp.passes.attention.operators import register_attention
+    from fxsp.passes.rules.register import register_op
+    from fxsp.plan import (
+        SequenceParallelConfig,
+        SequenceParallelInput,
+        SequenceParallelOutput,
+        SequenceParallelPartialInput,
+    )
+    from fxsp.report import Report
+    from fxsp.split_values.conversions import whole
+    from fxsp.split_values.value import SplitTensor
+else:
+    #: Where names are, as above; with the report comes its text.
+    _HOMES = {
+        "Evidence": "fxsp.offline.verify",
+        "Explanation": "fxsp.offline.explain",
+        "InferredPlan": "fxsp.offline.infer_plan",
+        "ModelReport": "fxsp.model_report",
+        "Options": "fxsp.config",
+        "Report": "fxsp.inspection.report_text",
+        "SequenceParallelConfig": "fxsp.plan",
+        "SequenceParallelInput": "fxsp.plan",
+        "SequenceParallelOutput": "fxsp.plan",
+        "SequenceParallelPartialInput": "fxsp.plan",
+        "SplitTensor": "fxsp.split_values.value",
+        "explain": "fxsp.offline.explain",
+        "infer_plan": "fxsp.offline.infer_plan",
+        "parallelize": "fxsp.parallel",
+        "register_attention": "fxsp.passes.attention.operators",
+        "register_op": "fxsp.passes.rules.register",
+        "report_of": "fxsp.model_report",
+        "reports": "fxsp.backend",
+        "verify": "fxsp.offline.verify",
+        "whole": "fxsp.split_values.conversions",
+    }
+
+    def __getattr__(name: str) -> object:
+        """A public name, or a module of the package, that is used for the first time."""
+        if name in _HOMES:
+            found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+            return found
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Evidence",
@@ -38,6 +81,7 @@ __all__ = [
     "SplitTensor",
     "explain",
     "infer_plan",
+    "parallelize",
     "register_attention",
     "register_op",
     "report_of",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fxsp
 from fxsp.errors import FxspError, FxspWarning
+from fxsp.offline.given import UsageError, check_writable, named, parse_plan_text
 from fxsp.offline.provenance import UnknownNameError
+from fxsp.offline.table import side_by_side
 
 __all__ = ["main"]
 
@@ -34,17 +35,23 @@ examples:
     python -m fxsp explain flux:build --ranks 8 --stage partition
     python -m fxsp explain flux:build --ranks 8 --why transformer_blocks.0.attn
     python -m fxsp plan    flux:build --ranks 8
+    python -m fxsp explain flux:build --ranks 2 4 8       # side by side
+    python -m fxsp explain flux.py:build --ranks 8 --plan plans.py:flux
+    python -m fxsp explain flux:build --ranks 8 --plan '{"": {"hidden_states": SequenceParallelInput(split_dim=1)}}'
     python -m fxsp verify  small:build --ranks 2 3 8 --no-grad
+
+exit status:
+    0   explain, plan: the model is split, on every number of ranks; verify: it is split, and equal
+    1   it is not split (explain: or next to nothing is), values differ, or there was an error (on standard error)
+    2   the command line is not understood
+FXSP_QUIET=1 leaves out what is told while it takes long; FXSP_TRACEBACK=1 shows where an error comes from
 """
-
-
-class UsageError(FxspError):
-    """The command line names something that does not exist."""
 
 
 def _parser() -> argparse.ArgumentParser:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m fxsp", description=__doc__, epilog=EXAMPLES, formatter_class=kind)
+    parser.add_argument("--version", action="version", version=f"fxsp {fxsp.__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what the compiler would do", epilog=EXAMPLES, formatter_class=kind)
     verify = commands.add_parser(
@@ -53,12 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="the plan that the compiler finds", epilog=EXAMPLES, formatter_class=kind)
     plan.add_argument("--ranks", type=int, required=True, help="number of ranks")
     plan.add_argument("--grad", action="store_true", help="as in training")
+    for command in (explain, verify):
+        command.add_argument("--plan", help='instead of the model\'s own: "infer", file.py:name, or a dictionary')
     for command in (explain, verify, plan):
-        command.add_argument("factory", help="package.module:factory")
+        command.add_argument("factory", help="package.module:factory, or file.py:factory")
         command.add_argument("--ulysses", type=int, help="ranks that exchange heads")
         command.add_argument("--ring", type=int, help="ranks in a ring")
         command.add_argument("--strict", action="store_true", help="implicit gathers are errors")
-    explain.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    explain.add_argument(
+        "--ranks", type=int, nargs="+", required=True, help="number of ranks; of several, a table side by side"
+    )
     explain.add_argument("--grad", action="store_true", help="as in training")
     explain.add_argument("--html", metavar="FILE", help="write a page that stands alone")
     explain.add_argument("--json", action="store_true", help="print JSON")
@@ -70,19 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _factory(name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
-    module, colon, attribute = name.partition(":")
-    if not colon or not attribute:
-        raise UsageError(f'"{name}" is no factory: write package.module:factory')
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(f'there is no module "{error.name}" (looked for {module}, also in {Path.cwd()})') from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UsageError(f'module {module} has no "{attribute}"')
-        found = getattr(found, part)
+    found = named(name, "factory")
     if not callable(found):
         raise UsageError(f"{name} is {type(found).__name__}, no function; a factory returns (model, args, kwargs)")
     made = found()
@@ -94,26 +93,44 @@ def _factory(name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {"ulysses_degree": arguments.ulysses, "ring_degree": arguments.ring}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if getattr(arguments, "plan", None) is not None:
+        options["plan"] = parse_plan_text(arguments.plan)
     return {**options, "strict": True} if arguments.strict else options
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    alone = {"--html": arguments.html, "--stage": arguments.stage, "--why": arguments.why}
+    if len(arguments.ranks) > 1 and (asked := [name for name, value in alone.items() if value]):
+        raise UsageError(f"{asked[0]} is about one number of ranks, and --ranks gives {len(arguments.ranks)}")
+    if arguments.html:
+        check_writable(arguments.html)
+    options = _options(arguments)
     model, args, kwargs = _factory(arguments.factory)
-    with torch.set_grad_enabled(arguments.grad):
-        found = fxsp.explain(
-            model, *args, world_size=arguments.ranks, options=_options(arguments), progress=True, **kwargs
-        )
+    several = []
+    for size in arguments.ranks:
+        with torch.set_grad_enabled(arguments.grad):
+            several.append(fxsp.explain(model, *args, world_size=size, options=options, progress=True, **kwargs))
+    found = several[0]
     shown = []
     if arguments.html:
         sys.stderr.write(f"fxsp: wrote {found.to_html(arguments.html)}\n")
     if arguments.json:
-        shown.append(found.to_json())
+        all_ = [e.to_dict() for e in several]
+        shown.append(found.to_json() if len(several) == 1 else json.dumps(all_, indent=2, ensure_ascii=False))
+    elif len(several) > 1:
+        shown.append(side_by_side(several))
     if arguments.stage:
         shown += [found.graph(arguments.stage, i) for i in range(len(found.results))]
     if arguments.why:
         shown.append(found.explain(arguments.why))
     print("\n\n".join(shown) if shown else str(found))
-    return 0 if any(m is not None for m in found.measures) or arguments.ranks == 1 else 1
+    if shown and not arguments.json and len(several) == 1:
+        sys.stderr.writelines(f"fxsp: {line}\n" for line in found.warnings)
+    return 0 if all(_is_split(e) for e in several) else 1
+
+
+def _is_split(found: fxsp.Explanation) -> bool:
+    return found.world_size == 1 or (any(m is not None for m in found.measures) and not found.warnings)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

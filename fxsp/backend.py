@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,13 @@ import torch
 from torch.fx import GraphModule
 
 from fxsp import torch_internals
-from fxsp.capture.capture import install, modules_of_compilation, splits_of_compilation
+from fxsp.capture.capture import (
+    frame_module,
+    install,
+    modules_of_compilation,
+    splits_of_compilation,
+    watch_tracing,
+)
 from fxsp.capture.graph_breaks import remembering
 from fxsp.config import Options, resolve_ranks
 from fxsp.errors import FxspError, UnshardedWarning
@@ -42,11 +47,13 @@ from fxsp.ranks.failures import guarded
 from fxsp.ranks.watcher import watch
 from fxsp.report import Report
 from fxsp.simulation.first_call import Trial
-from fxsp.source import input_names
+from fxsp.source import input_names, warn
 from fxsp.split_values.boundary import Edge
 from fxsp.split_values.calls import models_around
 from fxsp.split_values.entrance import SplitFirst, watch_entrances
 from fxsp.summands import Convention
+from fxsp.telling import begin, end, tell_summary
+from fxsp.torch_internals import Translation
 from fxsp.types import Ranks
 
 __all__ = ["Before", "keep_report", "left_to_hooks", "reports", "sp"]
@@ -122,6 +129,22 @@ torch_internals.keep_graphs_whole(lambda backend: backend is sp)
 watch_entrances(sp)
 
 
+def _begun(translation: Translation) -> None:
+    if torch_internals.options_for(sp, translation.compiler()) is not None:
+        begin("tracing", f"tracing {_frame_name(translation)}")
+
+
+def _frame_name(translation: Translation | None) -> str:
+    """The class of the module whose frame is traced, or the name of the function."""
+    if translation is None:
+        return "a function"
+    owner = frame_module(translation)
+    return translation.frame()[0].co_name if owner is None else type(owner).__name__
+
+
+watch_tracing(_begun)
+
+
 def _say_refused(options: dict[str, Any] | None, error: FxspError) -> None:
     """Tell the other ranks, which wait for this one, that its options are refused."""
     given = options if isinstance(options, Mapping) else {}
@@ -154,7 +177,7 @@ def _limit_reached(compiler: Any, code: CodeType, reason: str) -> None:
     )
     with torch_internals.through_dynamo(FxspError):
         channel.agree("uncompiled", what, {})
-    warnings.warn(UnshardedWarning(f"this process {what}"), stacklevel=2)
+    warn(UnshardedWarning(f"this process {what}"))
 
 
 torch_internals.on_recompile_limit(_limit_reached)
@@ -163,6 +186,19 @@ torch_internals.on_recompile_limit(_limit_reached)
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None = None
 ) -> Callable[..., Any]:
+    steps = begin("partitioning", f"partitioning {_frame_name(Translation.current())}")
+    try:
+        run, report = _compile_alike(gm, inputs, options, ranks, root)
+        steps.stop()
+        tell_summary(report, ranks, next(iter(modules_of_compilation()), root), steps.seconds)
+    finally:
+        end()
+    return run
+
+
+def _compile_alike(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, ranks: Ranks, root: torch.nn.Module | None
+) -> tuple[Callable[..., Any], Report]:
     # Who tries out a graph, or goes before another backend, gives it whole values.
     splits = root is None and not options.verify
     edge = Edge(gm, inputs, ranks, splits=splits, always=splits and options.outputs == "split")
@@ -172,7 +208,7 @@ def _compile(
     channel = channel_of(options.process_group(), ranks)
     if channel is None:
         made = _compile_here(gm, edge, options, ranks, root)
-        return edge.crossing(made.run, made.report)
+        return edge.crossing(made.run, made.report), made.report
     watch()
     alike = Alike(gm, inputs, options, ranks)
     alike.topics.update(edge.topics())
@@ -194,7 +230,7 @@ def _compile(
     run = edge.crossing(run, made.report)
     if made.planned and options.check_inputs is not False:
         run = check_inputs(run, alike, channel, each_call=options.check_inputs is True and made.split)
-    return on_its_group(run, ranks) if made.split else run
+    return on_its_group(run, ranks) if made.split else run, made.report
 
 
 @dataclass(frozen=True)
@@ -281,6 +317,8 @@ def _finish(
     # The casts of autocast are nodes of a normalized graph.
     explicit = normalized and torch_internals.any_autocast()
     start = time.perf_counter()
+    inner_name = options.inner if isinstance(options.inner, str) else getattr(options.inner, "__name__", "its compiler")
+    begin(inner_name, f"compiling {report.root} by {inner_name}")
     with torch_internals.without_autocast() if explicit else nullcontext():
         inner = compile_inner(gm, inputs, options.inner, options.mode, training)
     report.timings["inner"] = time.perf_counter() - start

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from fxsp.errors import OptionError, UnshardedWarning
 from fxsp.plan import PlanEntry, SequenceParallelConfig, did_you_mean, listing, parse_plan
 from fxsp.process_groups import missing_group, ranks_of
+from fxsp.source import warn
 from fxsp.torch_internals import inductor_modes
 from fxsp.types import Ranks
 
@@ -226,7 +226,7 @@ def resolve_ranks(options: Options) -> Ranks:
     if options.mesh is None and options.group is None and not (dist.is_available() and dist.is_initialized()):
         ranks = Ranks(0, 1, "")
         if missing := missing_group():
-            warnings.warn(UnshardedWarning(missing), stacklevel=3)
+            warn(UnshardedWarning(missing))
     else:
         ranks = ranks_of(options.mesh, options.group)
     resolve_degrees(options, ranks.size)

@@ -15,6 +15,7 @@ from fxsp.inspection.printer import count_text
 from fxsp.inspection.report_text import format_report
 from fxsp.inspection.wire import format_bytes
 from fxsp.lengths import hint
+from fxsp.parts import denoisers
 from fxsp.report import GatherRecord, Report, totals
 from fxsp.split_values.calls import last_forward
 from fxsp.split_values.forward import Ran
@@ -94,12 +95,21 @@ class ModelReport:
 def report_of(model: Any) -> ModelReport:
     """What was compiled of ``model``, and of all modules in it, by ``backend="sp"``, and what its last forward did.
 
-    ``model`` is a module, as it is or as ``torch.compile`` returned it; compiled as a whole or block by block.
+    ``model`` is a module, as it is or as ``torch.compile`` returned it; compiled as a whole or block by block; or a
+    pipeline, of which its denoisers are told together (``transformer``, ``transformer_2``, ``unet``).
     Bytes are those that a rank sends.  A model that was never compiled has a report without graphs.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report_of takes a torch.nn.Module, not {type(model).__name__}")
-    module = unwrap(model)
+    if isinstance(model, nn.Module):
+        return _report_of(unwrap(model))
+    parts = [_report_of(unwrap(part)) for part in denoisers(model).values()]
+    if not parts:
+        raise TypeError(f"report_of takes a torch.nn.Module or a pipeline, not {type(model).__name__}")
+    graphs = tuple(ran for part in parts for ran in part.graphs)
+    gathers = tuple(gather for part in parts for gather in part.gathers)
+    return ModelReport(type(model).__name__, graphs, gathers, any(part.recorded for part in parts))
+
+
+def _report_of(module: nn.Module) -> ModelReport:
     with _lock:
         reports = [report for part in module.modules() for report in _compiled.get(part, ())]
     forward = last_forward(module)

@@ -55,14 +55,14 @@ def compile_graph(
         report.runs_whole(str(error))
         remedy = error.remedy if isinstance(error, RunsWhole) else RunsWhole.REMEDY
         if remedy is not None:
-            say_unsharded(report, remedy)
+            say_unsharded(report, remedy, first=ranks.rank == 0)
         remove_annotations(gm)
         return report, None
     torch_internals.carry_dynamo_facts(gm, program.gm)
     if needs_values(options.inner):
         # AOTAutograd traces the local graph again; without it the local values have to be known here.
         give_local_values(program)
-    say_gathers(report)
+    say_gathers(program.report, first=program.ranks.rank == 0)
     say_share(program)
     say_outputs(program)
     say_degrees(program)

@@ -1,15 +1,23 @@
-"""What a person is told of a graph: that it runs whole, what is gathered, what a plan missed, what outputs cost."""
+"""What a person is told of a graph: that it runs whole, what is gathered, what a plan missed, what outputs cost.
+
+All ranks of a group find out the same; the first one shows it.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 from torch.fx import Node
 
 from fxsp.cost.share import LEAST, on_shards, share_of
-from fxsp.errors import DegreeWarning, ImplicitGatherWarning, OutputGatherWarning, StrictError, UnshardedWarning
+from fxsp.errors import (
+    DegreeWarning,
+    ImplicitGatherWarning,
+    OutputGatherWarning,
+    StrictError,
+    UnshardedWarning,
+)
 from fxsp.inspection.wire import format_bytes
 from fxsp.kernels.counts import split_bytes
 from fxsp.passes.attention.operators import ATTENTION_OPS
@@ -17,6 +25,7 @@ from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, facts, shape_of
 from fxsp.passes.work import has_work
 from fxsp.report import GatherRecord, Report
+from fxsp.source import warn
 from fxsp.types import Shard
 
 __all__ = ["say_degrees", "say_gathers", "say_outputs", "say_share", "say_unsharded"]
@@ -27,23 +36,22 @@ _MOST = 0.25
 _STATES = 2
 
 
-def say_unsharded(report: Report, remedy: str) -> None:
-    """Warn that a graph runs whole, and why."""
+def say_unsharded(report: Report, remedy: str, *, first: bool = True) -> None:
+    """Warn that a graph runs whole, and why; ``first``: this is the first rank."""
     text = f"a graph of {report.root} runs whole on every rank (right, and not split): {report.unsharded}.\n  {remedy}"
-    warnings.warn(UnshardedWarning(text.rstrip()), stacklevel=3)
+    warn(UnshardedWarning(text.rstrip()), first=first)
 
 
-def say_gathers(report: Report) -> None:
-    """One warning for each compile, not one for each gather."""
+def say_gathers(report: Report, *, first: bool = True) -> None:
+    """One warning for each compile, not one for each gather; ``first``: this is the first rank."""
     gathers = [g for g in report.implicit_gathers if g.kind == "implicit"]
     if not gathers:
         return
     shown = "\n  ".join(str(g) for g in gathers[:8])
     more = f"\n  and {len(gathers) - 8} more" if len(gathers) > 8 else ""
     more += "\n  A SequenceParallelOutput before such an operator asks for the gather; strict=True refuses it"
-    warnings.warn(
-        ImplicitGatherWarning(f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"), stacklevel=3
-    )
+    text = f"{len(gathers)} sharded values have to be gathered:\n  {shown}{more}"
+    warn(ImplicitGatherWarning(text), first=first)
 
 
 def say_degrees(program: Program) -> None:
@@ -51,7 +59,7 @@ def say_degrees(program: Program) -> None:
     ignored = list(dict.fromkeys(program.ignored_degrees))
     if ignored:
         more = f"\n  and {len(ignored) - 4} more" if len(ignored) > 4 else ""
-        warnings.warn(DegreeWarning("\n  ".join(ignored[:4]) + more), stacklevel=3)
+        warn(DegreeWarning("\n  ".join(ignored[:4]) + more), first=program.ranks.rank == 0)
 
 
 def say_share(program: Program) -> None:
@@ -82,7 +90,7 @@ def say_share(program: Program) -> None:
     )
     if program.options.strict:
         raise StrictError(f"{text}.\n  With strict=True this is an error: {remedy}.")
-    warnings.warn(UnshardedWarning(f"{text}.\n  {remedy}; strict=True refuses it"), stacklevel=3)
+    warn(UnshardedWarning(f"{text}.\n  {remedy}; strict=True refuses it"), first=program.ranks.rank == 0)
 
 
 def say_outputs(program: Program) -> None:
@@ -119,7 +127,7 @@ def say_outputs(program: Program) -> None:
         raise StrictError("\n  ".join([*lines, f"With strict=True this is an error: {remedy}."]))
     lines.append(f"To avoid it: {remedy}; strict=True refuses it")
     report.notes.append(lines[0].replace(" (", f", {', '.join(g.name for g in largest[:3])} (").rstrip(":"))
-    warnings.warn(OutputGatherWarning("\n  ".join(lines)), stacklevel=3)
+    warn(OutputGatherWarning("\n  ".join(lines)), first=program.ranks.rank == 0)
 
 
 def _remedies(caches: Sequence[GatherRecord], others: Sequence[GatherRecord]) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
 import types
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ __all__ = [
     "node_source",
     "place",
     "user_frame",
+    "warn",
 ]
 
 _TORCH = Path(torch.__file__).resolve().parent
@@ -70,6 +73,21 @@ def user_frame() -> types.FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+def warn(warning: Warning, *, first: bool = True) -> None:
+    """Warn at the user's line: that of :func:`user_frame`.
+
+    What all ranks find out alike is shown by the first of them: on another one (``first=False``) a filter that the
+    application set still applies (``-W error`` is an error on all ranks), but by default it is not shown.
+    """
+    frame = user_frame() or sys._getframe(1)
+    names = frame.f_globals
+    registry = names.setdefault("__warningregistry__", {})
+    with contextlib.nullcontext() if first else warnings.catch_warnings():
+        if not first:
+            warnings.filterwarnings("ignore", category=type(warning), append=True)
+        warnings.warn_explicit(warning, None, frame.f_code.co_filename, frame.f_lineno, names.get("__name__"), registry)
 
 
 def line_of(frame: types.FrameType | None) -> str:

@@ -26,7 +26,7 @@ class Capture(Pass):
         except PlanError as error:
             if program.options.plan is not None or program.root is not None:
                 raise
-            say_own_plan(report, error)
+            say_own_plan(program, error)
             captured = capture(program.gm, "infer")
         program.captured = captured
         report.notes.extend(captured.notes)

@@ -36,6 +36,7 @@ __all__ = [
     "install",
     "modules_of_compilation",
     "splits_of_compilation",
+    "watch_tracing",
 ]
 
 
@@ -74,6 +75,11 @@ def claim_with(claim: Callable[[Translation, nn.Module], bool]) -> None:
 _claims: list[Callable[[Translation, nn.Module], bool]] = []
 
 
+def watch_tracing(begun: Callable[[Translation], None]) -> None:
+    """Have ``begun`` told of each frame of a compilation that is ours, when it calls a module first."""
+    _watchers.append(begun)
+
+
 def install(is_ours: Callable[[object], bool]) -> None:
     """Record the module calls of every compilation whose backend, or a layer wrapped in it, ``is_ours``.
 
@@ -83,10 +89,12 @@ def install(is_ours: Callable[[object], bool]) -> None:
         _ours.append(is_ours)
     torch_internals.hook_module_calls(_enter)
     torch_internals.keep_lengths_symbolic(_is_ours)
+    torch_internals.make_meta_tensors(_is_ours)
     torch_internals.substitute_functions(SUBSTITUTES, _is_ours)
 
 
 _ours: list[Callable[[object], bool]] = []
+_watchers: list[Callable[[Translation], None]] = []
 
 
 def _is_ours(translation: Translation) -> bool:
@@ -102,6 +110,8 @@ def _enter(
     recorder = translation.notes(_Recorder)
     if not recorder.calls:  # the frame may break before it reaches the backend: remember whose it is now
         _remember_frame(translation)
+        for begun in _watchers:
+            begun(translation)
     slot = len(recorder.calls)
     recorder.calls.append(None)
     before = next(iter(reversed(translation.graph().nodes)), None)

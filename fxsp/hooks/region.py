@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from fxsp.errors import FxspWarning, OptionError, UnshardedWarning
 from fxsp.plan import SequenceParallelConfig
 from fxsp.process_groups import check_group, missing_group
 from fxsp.report import Report
+from fxsp.source import warn
 from fxsp.torch_internals import group_named
 
 __all__ = ["Call", "Region"]
@@ -82,7 +82,7 @@ class Region:
         if self._asked is None and not _initialized():
             if (missing := missing_group()) and missing not in self.warned:
                 self.warned.add(missing)
-                warnings.warn(UnshardedWarning(missing), stacklevel=2)
+                warn(UnshardedWarning(missing))
             return
         group = None
         if self.group_name is not None and _initialized():
@@ -137,7 +137,7 @@ class Region:
         if note not in self.warned:
             self.warned.add(note)
             keep_report(self.report)
-            warnings.warn(FxspWarning(note), stacklevel=2)
+            warn(FxspWarning(note), first=self.rank == 0)
 
     def note(self, note: str) -> None:
         """Write a note into the report, once; where Dynamo traces there is none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from fxsp.errors import ImplicitGatherWarning, UnsupportedError
 from fxsp.hooks.layout import Layout, global_size, local_size
 from fxsp.report import GatherRecord
-from fxsp.source import user_frame
+from fxsp.source import user_frame, warn
 
 __all__ = ["caller", "note_gather", "refuse"]
 
@@ -55,4 +54,4 @@ def note_gather(name: str, layout: Layout, x: Tensor, why: str) -> None:
     region.report.implicit_gathers.append(record)
     if name not in region.warned:
         region.warned.add(name)
-        warnings.warn(ImplicitGatherWarning(f"hooks: gathered for {record}"), stacklevel=2)
+        warn(ImplicitGatherWarning(f"hooks: gathered for {record}"), first=region.rank == 0)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxsp.cost.metrics import Measures, measure
+from fxsp.cost.share import LEAST
 from fxsp.errors import OptionError
 from fxsp.inspection.diff import diff_stages
 from fxsp.inspection.printer import Row, format_rows
@@ -98,6 +99,22 @@ class Explanation:
         return totals((sent.record.kind, sent.bytes) for way in ways for sent in way)
 
     @property
+    def warnings(self) -> list[str]:
+        """What is told before all else: a plan that splits next to nothing, as what it splits is gathered again."""
+        shares = [r.report.share for r in self.results if r.report.share is not None]
+        if self.world_size == 1 or not shares or max(shares) >= LEAST:
+            return []
+        gathered = self.implicit_gathers
+        again = ""
+        if gathered:
+            more = f" and {len(gathered) - 1} more" if len(gathered) > 1 else ""
+            where = f" in {gathered[0].module}" if gathered[0].module else ""
+            at = f" ({gathered[0].source})" if gathered[0].source else ""
+            again = f"; what it splits is gathered again by {gathered[0].op}{where}{at}{more}"
+        text = f"WARNING: the plan is of no use: {max(shares):.0%} of the work runs on shards{again}. "
+        return [text + "Split the dimension of the tokens, where they come from: fxsp.infer_plan finds it"]
+
+    @property
     def stages(self) -> list[str]:
         """Names of the stages that :meth:`graph` prints."""
         return list(dict.fromkeys(stage for result in self.results for stage in result.stages))
@@ -159,7 +176,7 @@ class Explanation:
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         graphs = f", {len(self.results)} graphs" if len(self.results) != 1 else ""
-        lines = [f"{self.model} on {ranks}{graphs}"]
+        lines = [f"{self.model} on {ranks}{graphs}", *self.warnings]
         if not self.results:
             return lines[0] + ": Dynamo traced nothing"
         for i, (result, m) in enumerate(zip(self.results, self.measures, strict=True)):

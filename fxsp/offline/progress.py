@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ def told(wanted: bool) -> Iterator[Callable[[str], None]]:
 
     On a terminal one line is written over and over; elsewhere a line is written once for each thing.
     """
-    if not wanted:
+    if not wanted or os.environ.get("FXSP_QUIET", "0") not in ("", "0"):
         yield lambda _: None
         return
     start = time.monotonic()

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from fxsp.cost.share import LEAST
 from fxsp.errors import OptionError
 from fxsp.offline.partition import OfflineResult, partition_offline
 from fxsp.offline.progress import check_size, told
@@ -67,6 +69,9 @@ class GraphEvidence:
             text += f", {what} {max(errors):.1e}" if errors else ""
         wrong = [f"{name}: error {error:.1e}" for name, error in self.errors.items() if not error <= self.tolerance]
         lines = [text, *wrong[:6], *([f"and {len(wrong) - 6} more"] if len(wrong) > 6 else [])]
+        share = self.report.share
+        if share is not None and share < LEAST and self.world_size > 1:
+            lines.append(f"WARNING: the plan is of no use: {share:.0%} of the work runs on shards; explain shows why")
         if self.first_difference:
             lines.append(f"first difference: {self.first_difference}")
         return "\n  ".join(lines)
@@ -117,6 +122,7 @@ def verify(
         check_size(size)
     given = dict(options or {})
     given |= {name: value for name, value in (("config", config), ("plan", plan)) if value is not None}
+    _check_values(model, args, kwargs)
     found: list[GraphEvidence] = []
     with told(progress) as say:
         for size in sizes:
@@ -128,16 +134,31 @@ def verify(
     return Evidence(found)
 
 
+def _check_values(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """What can be seen before tracing."""
+    given = [(f"argument {number}", x) for number, x in enumerate(args)] + list(kwargs.items())
+    for name, value in given:
+        for x in tree_leaves(value):
+            _refuse_meta(name, x)
+    if isinstance(model, torch.nn.Module):
+        for name, x in (*model.named_parameters(), *model.named_buffers()):
+            _refuse_meta(name, x)
+
+
+def _refuse_meta(name: str, x: Any) -> None:
+    if isinstance(x, Tensor) and x.is_meta:
+        raise OptionError(
+            f"verify compares values, and {name} {list(x.shape)} is on the meta device: give the model weights and "
+            "inputs, or make it smaller; explain needs neither"
+        )
+
+
 def _compare(result: OfflineResult, size: int, gradients: bool | None) -> GraphEvidence:
     if result.program is None:
         return GraphEvidence(size, unsharded=result.report.unsharded, report=result.report)
     program, inputs = result.program, result.inputs
     for name, x in zip(result.names, inputs, strict=True):
-        if isinstance(x, Tensor) and x.is_meta:
-            raise OptionError(
-                f"verify compares values, and {name} {list(x.shape)} is on the meta device: give the model weights and "
-                "inputs, or make it smaller; explain needs neither"
-            )
+        _refuse_meta(name, x)
     gradients = program.training if gradients is None else gradients and program.training
     wanted = run_once(result.whole, inputs, gradients=gradients)
     errors = differences(_simulated(program, size, inputs, wanted, gradients), wanted, result.names)

@@ -21,7 +21,6 @@ import json
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxsp import torch_internals
 from fxsp.errors import FxspWarning, InputMismatchError, RanksApartError
+from fxsp.source import warn
 from fxsp.types import Ranks
 
 __all__ = ["Channel", "Message", "channel_of", "joined"]
@@ -322,13 +322,11 @@ def channel_of(group: Any, ranks: Ranks) -> Channel | None:
         if group not in _channels:
             store = torch_internals.group_store(group)
             if store is None and dist.get_backend(group) != "fake":
-                warnings.warn(
-                    FxspWarning(
-                        f"the process group {ranks.group} has no store: whether its {ranks.size} ranks compile and "
-                        "call the same is not compared"
-                    ),
-                    stacklevel=2,
+                text = (
+                    f"the process group {ranks.group} has no store: whether its {ranks.size} ranks compile and call "
+                    "the same is not compared"
                 )
+                warn(FxspWarning(text), first=ranks.rank == 0)
             _channels[group] = None if store is None else Channel(group, ranks, store)
         found: Channel | None = _channels[group]
     return found

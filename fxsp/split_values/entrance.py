@@ -12,7 +12,6 @@ it, before anything ran; the entrance catches that, and calls the block again wi
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +25,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxsp import torch_internals
 from fxsp.errors import FxspError, StrictError, UnshardedWarning
+from fxsp.source import warn
 from fxsp.split_values.calls import as_outermost, watch_roots
 from fxsp.split_values.conversions import split_as
 from fxsp.split_values.forward import recording
 from fxsp.split_values.value import Placed
+from fxsp.telling import end
 
 __all__ = ["Offer", "SplitFirst", "offered", "watch_entrances"]
 
@@ -120,6 +121,7 @@ def _call(module: nn.Module | None, kind: _Kind, compiled: Callable[..., Any], a
         return as_outermost(module, partial(_split, kind, compiled, args, kwargs))
     finally:
         _thread.offer = before
+        end()  # a frame that was traced, and did not become a graph
 
 
 def _split(kind: _Kind, compiled: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -149,7 +151,7 @@ def _say_untraced(block: type, compiler: Any, leaves: Sequence[Any], result: Any
     )
     if (getattr(compiler, "kwargs", {}).get("options") or {}).get("strict"):
         raise StrictError(f"{text}.  With strict=True this is an error")
-    warnings.warn(UnshardedWarning(f"{text}; strict=True refuses it"), stacklevel=2)
+    warn(UnshardedWarning(f"{text}; strict=True refuses it"), first=not dist.is_initialized() or dist.get_rank() == 0)
 
 
 def _ranks() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from fxsp.errors import ImplicitGatherWarning
 from fxsp.ranks.meetings import met
 from fxsp.report import GatherRecord, Report
-from fxsp.source import line_of, user_frame
+from fxsp.source import line_of, user_frame, warn
 from fxsp.types import Ranks
 
 __all__ = ["OUTPUT", "Forward", "Ran", "gathering", "record_to", "recording"]
@@ -93,9 +92,4 @@ def gathering(ranks: Ranks, shape: Sequence[int], sent: int, op: str) -> Iterato
         return
     _said.add((op, source))
     text = f"a split value of shape {list(shape)} has to be gathered, in this call and in those like it:\n  {record}"
-    if frame is None:
-        warnings.warn(ImplicitGatherWarning(text), stacklevel=3)
-    else:
-        warnings.warn_explicit(
-            ImplicitGatherWarning(text), None, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
-        )
+    warn(ImplicitGatherWarning(text), first=ranks.rank == 0)

@@ -202,7 +202,7 @@ def _compiled(
     except FxspError:
         return None
     give_local_values(program)
-    say_gathers(program.report)
+    say_gathers(program.report, first=program.ranks.rank == 0)
     run = compile_inner(program.gm, local_examples(inputs, program), "eager", training=training)
     run = _alone(program.gm) or run
     if torch_internals.any_autocast():

@@ -36,6 +36,47 @@ def keep_lengths_symbolic(is_ours: Callable[[Translation], bool]) -> None:
     handlers.setdefault(torch.as_tensor, as_tensor)
 
 
+def make_meta_tensors(is_ours: Callable[[Translation], bool]) -> None:
+    """Have Dynamo trace ``torch.tensor(values, device="meta")`` as ``torch.empty`` where the translation is ours.
+
+    Of the former torch makes no fake, and the first operator on it fails: a cache begins with ``torch.tensor([])``.
+    """
+    try:
+        from torch._dynamo.variables import ConstantVariable, TorchInGraphFunctionVariable
+
+        handlers = TorchInGraphFunctionVariable._get_handlers()
+    except (ImportError, AttributeError):
+        return  # such a model cannot be explained on the meta device, and nothing else
+    original = handlers.get(torch.tensor)
+    if hasattr(original, "_fxsp_original"):
+        return
+
+    def tensor(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and _on_meta(kwargs.get("device")) and is_ours(Translation(tx.output)):
+            shape = _literal_shape(args[0])
+            if shape and ("dtype" in kwargs or 0 in shape):
+                sizes = [ConstantVariable.create(n) for n in shape]
+                return TorchInGraphFunctionVariable(torch.empty).call_function(tx, sizes, kwargs)
+        return None if original is None else original(self, tx, *args, **kwargs)
+
+    tensor._fxsp_original = original  # type: ignore[attr-defined]
+    handlers[torch.tensor] = tensor
+
+
+def _on_meta(device: Any) -> bool:
+    return device is not None and device.is_python_constant() and str(device.as_python_constant()) == "meta"
+
+
+def _literal_shape(data: Any) -> tuple[int, ...]:
+    """The shape of what ``torch.tensor`` makes of nested lists of numbers; () for anything else."""
+    value = data.as_python_constant() if data.is_python_constant() else None
+    shape: list[int] = []
+    while isinstance(value, list | tuple):
+        shape.append(len(value))
+        value = value[0] if value else None
+    return tuple(shape)
+
+
 def substitute_functions(
     table: Mapping[Callable[..., Any], Callable[..., Any]], is_ours: Callable[[Translation], bool]
 ) -> None:

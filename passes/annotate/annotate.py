@@ -20,7 +20,6 @@ did before.  An argument is replaced within the calls of its module only, an out
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +45,8 @@ from fxsp.passes.annotate.dynamo_graph import (
 from fxsp.passes.base import Pass, Program
 from fxsp.passes.normalize.islands import closed_nodes
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, refuse
-from fxsp.report import PlanRecord, Report
+from fxsp.report import PlanRecord
+from fxsp.source import warn
 from fxsp.torch_internals import Opaque
 from fxsp.types import Ranks, as_length, quotient
 
@@ -68,7 +68,7 @@ class Annotate(Pass):
         except PlanError as error:
             if program.options.plan is not None:
                 raise
-            say_own_plan(program.report, error)
+            say_own_plan(program, error)
             remove_annotations(program.gm)
             captured.entries = None
         return program
@@ -86,11 +86,12 @@ def remove_annotations(gm: fx.GraphModule) -> None:
                 module.recompile()
 
 
-def say_own_plan(report: Report, error: PlanError) -> None:
-    """Warn that the plan that the model's class carries does not fit this one: another is looked for."""
+def say_own_plan(program: Program, error: PlanError) -> None:
+    """Warn that the plan that the model's class carries does not fit: another is looked for."""
+    report = program.report
     text = f"the plan of {report.root} does not fit, and another is inferred: {error}"
     report.notes.append(f"the plan that the class carries does not fit: {str(error).splitlines()[0]}")
-    warnings.warn(OwnPlanWarning(text), stacklevel=3)
+    warn(OwnPlanWarning(text), first=program.ranks.rank == 0)
 
 
 def annotate(gm: fx.GraphModule, capture: Captured, entries: Sequence[PlanEntry], ranks: Ranks) -> list[PlanRecord]:

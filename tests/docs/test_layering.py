@@ -19,7 +19,7 @@ PACKAGES = {"fxsp": "fxsp", "passes": "fxsp.passes", "kernels": "fxsp.kernels"}
 #: From the bottom up: rooms, each a folder or a file.  A folder stands for all modules in it, but for those of a room
 #: that is named itself.  Imports lead to a lower layer, or stay in a room; rooms of one layer do not know each other.
 LAYERS = [
-    ("fxsp.errors", "fxsp.lengths", "fxsp.torch_internals"),
+    ("fxsp.errors", "fxsp.lengths", "fxsp.parts", "fxsp.torch_internals"),
     ("fxsp.source", "fxsp.summands", "fxsp.types"),
     ("fxsp.device", "fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report"),
     ("fxsp.passes.graph",),
@@ -37,11 +37,11 @@ LAYERS = [
     ("fxsp.cost",),
     ("fxsp.inspection",),
     ("fxsp.inner",),
-    ("fxsp.said",),
+    ("fxsp.said", "fxsp.telling"),
     ("fxsp.partitioning",),
     ("fxsp.split_values",),
     ("fxsp.model_report",),
-    ("fxsp.backend", "fxsp.offline"),
+    ("fxsp.backend", "fxsp.offline", "fxsp.parallel"),
     ("fxsp.hooks",),
     ("fxsp.__main__",),
 ]

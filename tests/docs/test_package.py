@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -132,6 +133,70 @@ def test_the_import_is_light(tmp_path: Path) -> None:
         "print(sorted(added & {'diffusers', 'transformers', 'triton', 'kernels', 'passes'}))"
     )
     assert run(code, tmp_path) == "[]"
+
+
+LOADED = "print(sorted(m for m in sys.modules if m in ('sympy', 'torch._dynamo') or m.partition('.')[0] == 'fxsp'))\n"
+
+
+def test_the_compiler_is_loaded_when_it_is_used(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch, fxsp
+{LOADED}
+fxsp.SequenceParallelInput(split_dim=1), fxsp.PlanError, dir(fxsp)
+print([m for m in ('sympy', 'torch._dynamo', 'fxsp.backend', 'fxsp.passes') if m in sys.modules])
+torch.compiler.list_backends()
+print('fxsp.backend' in sys.modules)
+torch.compile(torch.nn.Linear(2, 2), backend="sp")
+print('fxsp.backend' in sys.modules)
+"""
+    assert run(code, tmp_path).splitlines() == ["['fxsp', 'fxsp.errors']", "[]", "False", "True"]
+
+
+@pytest.mark.parametrize(
+    ("before", "compiled"),
+    [
+        ("", 'torch.compile(model, backend="sp", options=options)'),
+        ("import fxsp", "model"),
+        ('torch.compile(torch.nn.Linear(8, 8), backend="eager")(x)', "model"),
+    ],
+)
+def test_the_first_call_is_like_any_other(before: str, compiled: str, tmp_path: Path) -> None:
+    """What watches Dynamo is in place when it traces the first frame, whatever was loaded before."""
+    code = f"""
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+    def forward(self, x):
+        return self.inner(x).relu()
+model, x = Model(), torch.randn(1, 9, 8)
+options = {{"inner": "eager"}}
+{before}
+import fxsp
+options["plan"] = {{"inner": {{"input": fxsp.SequenceParallelInput(split_dim=1)}}}}
+if {compiled!r} == "model":
+    model.compile(backend="sp", options=options)
+with torch.no_grad():
+    {compiled}(x)
+(report,) = fxsp.report_of(model).graphs
+print([record.applied for record in report.report.plan], [record.kind for record in report.report.collectives])
+"""
+    assert run(code, tmp_path).splitlines()[-1] == "[True] ['all_gather']"
+
+
+def test_the_lazy_names_are_those_of_the_type_checker() -> None:
+    import fxsp
+
+    (checked,) = (n for n in ast.parse(Path(fxsp.__file__).read_text()).body if isinstance(n, ast.If))
+    names = {(a.name, n.module) for n in checked.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert {name for name, _ in names} == set(fxsp._HOMES) == set(fxsp.__all__) - set(fxsp.errors.__all__)
+    for name, module in names:
+        assert getattr(fxsp, name) is getattr(importlib.import_module(str(module)), name), name
+    assert not hasattr(fxsp, "nothing_of_that_name")
 
 
 def test_the_folders_do_not_shadow(tmp_path: Path) -> None:

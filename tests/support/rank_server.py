@@ -37,8 +37,8 @@ DIFFUSERS = (
 TRANSFORMERS = (
     "LlamaForCausalLM BertModel GPT2LMHeadModel GemmaForCausalLM MixtralForCausalLM ViTForImageClassification"
 )
-#: Of our own, what functions that ranks are given import.
-MODULES = "deferring distributed hook_parts training zoo"
+#: Of our own, what functions that ranks are given import, and what ``fxsp`` itself loads when it is used.
+MODULES = "fxsp.backend fxsp.offline.verify deferring distributed hook_parts training zoo"
 #: Where the sockets of the servers are, for this process and its children.
 FOLDER = "FXSP_TEST_RANK_SERVERS"
 
