@@ -2,6 +2,7 @@
 # make test    linter, type checker, all tests
 # make bench   side by side with diffusers' context parallelism; what compiling and hooks cost
 # make bench-gpu   the exchange's kernels on a GPU
+# make docs    the pages of docs/ as a site, in build/site
 # make fuzz    N random programs against the simulator (make fuzz N=20000)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ BIN := $(abspath $(VENV))/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 TYPES := build/types
 
-.PHONY: demo stages test lint types format pytest bench bench-gpu fuzz clean
+.PHONY: demo stages test lint types format pytest bench bench-gpu docs fuzz clean
 
 demo: $(VENV)/.models
 	$(TORCHRUN) examples/flux_demo.py
@@ -61,6 +62,10 @@ types: $(VENV)/.test
 pytest: $(VENV)/.test
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
+# Pages are Markdown, and nothing of ours is imported: an environment of its own, without torch.
+docs: build/docs-venv/.docs
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet --site-dir build/site
+
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 FXSP_FUZZ_PROGRAMS=$(N) $(BIN)/pytest tests/fuzz $(PYTEST_ARGS)
 
@@ -76,6 +81,12 @@ $(VENV)/.torch:
 
 $(VENV)/.models: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[models]"
+	@touch $@
+
+build/docs-venv/.docs: pyproject.toml
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -c 'import tomllib as t; f = open("pyproject.toml", "rb"); print(*t.load(f)["project"]["optional-dependencies"]["docs"], sep="\n")' > build/docs-venv/requirements.txt
+	build/docs-venv/bin/python -m pip install --quiet --requirement build/docs-venv/requirements.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fxsp.offline.verify import Evidence, verify
     from fxsp.parallel import parallelize
     from fxsp.passes.attention.operators import register_attention
+    from fxsp.passes.rules.register import register_op
     from fxsp.plan import (
         SequenceParallelConfig,
         SequenceParallelInput,
@@ -49,6 +50,7 @@ else:
         "infer_plan": "fxsp.offline.infer_plan",
         "parallelize": "fxsp.parallel",
         "register_attention": "fxsp.passes.attention.operators",
+        "register_op": "fxsp.passes.rules.register",
         "report_of": "fxsp.model_report",
         "reports": "fxsp.backend",
         "verify": "fxsp.offline.verify",
@@ -81,6 +83,7 @@ __all__ = [
     "infer_plan",
     "parallelize",
     "register_attention",
+    "register_op",
     "report_of",
     "reports",
     "verify",

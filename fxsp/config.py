@@ -179,11 +179,19 @@ def _bad(name: str, value: Any, valid: str, hint: str = "") -> OptionError:
 
 
 def _checked_config(value: Any) -> SequenceParallelConfig | None:
-    """Ours, or one that has the same fields (vLLM-Omni's, or diffusers' ContextParallelConfig)."""
+    """Ours, or one with the same fields (vLLM-Omni's, diffusers' ContextParallelConfig, or its ParallelConfig)."""
+    if getattr(value, "tensor_parallel_config", None) is not None:
+        raise OptionError("option 'config': its tensor_parallel_config is not supported; parameters are not split")
+    value = getattr(value, "context_parallel_config", value)
     if value is None or isinstance(value, SequenceParallelConfig):
         return value
     if not all(hasattr(value, name) for name in _DEGREES):
         raise _bad("config", value, "a SequenceParallelConfig")
+    if getattr(value, "mesh", None) is not None:
+        raise OptionError(
+            "option 'config': its mesh is not read. Give the ranks by the option 'mesh', a mesh of one dimension, or "
+            "by 'group', and a config without a mesh"
+        )
     names = [field.name for field in dataclasses.fields(SequenceParallelConfig)]
     degrees: dict[str, Any] = {name: getattr(value, name) for name in names if hasattr(value, name)}
     try:

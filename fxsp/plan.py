@@ -61,9 +61,11 @@ class _Compact:
 class SequenceParallelInput(_Compact):
     """Split an argument of a module (``split_output=True``: an output) along ``split_dim``.
 
-    The entry does not apply to a tensor that has not ``expected_dims`` dimensions.  ``auto_pad`` and ``shard_group``
-    are read from existing plans: the compiler pads every sequence as needed, whatever they say.  ``unit`` tokens in a
-    row stay on one rank (pairs that a pyramid joins); it does not apply to a length that does not consist of these.
+    The entry does not apply to a tensor that has not ``expected_dims`` dimensions, nor to one without tokens.
+    ``auto_pad`` and ``clone_shard`` (a shard has memory of its own) are read from existing plans, and always so here:
+    every sequence is padded as needed, and no shard is a view of the whole value.  Values of one call that share a
+    ``shard_group`` must have the same length.  ``unit`` tokens in a row stay on one rank (pairs that a pyramid joins);
+    it does not apply to a length that does not consist of these.
     """
 
     split_dim: int
@@ -72,6 +74,7 @@ class SequenceParallelInput(_Compact):
     auto_pad: bool = False
     shard_group: str | None = None
     unit: int = 1
+    clone_shard: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -224,7 +227,7 @@ def parse_plan(plan: Any) -> tuple[PlanEntry, ...]:
         return tuple(plan)
     if not isinstance(plan, Mapping):
         raise PlanError(
-            f"a plan is a dictionary from module paths to specs, not {type(plan).__name__}; "
+            f"a plan is a dictionary from module paths to specs, not {type(plan).__name__}: it must be a dict, "
             'e.g. {"blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1)}}'
         )
     return tuple(entry for pattern, value in plan.items() for entry in _parse_module(pattern, value))
@@ -232,7 +235,9 @@ def parse_plan(plan: Any) -> tuple[PlanEntry, ...]:
 
 def _parse_module(pattern: Any, value: Any) -> Iterator[PlanEntry]:
     if not isinstance(pattern, str):
-        raise PlanError(f"plan key {pattern!r}: a module path is a string ('' for the model itself)")
+        raise PlanError(
+            f"plan key {pattern!r}: a module path is a string ('' for the model itself), all keys must be strings"
+        )
     if isinstance(value, Mapping):
         for target, spec in value.items():
             yield from _parse_target(pattern, target, spec)
@@ -295,7 +300,8 @@ def _parse_spec(label: str, value: Any) -> Spec:
         split_output, auto_pad = (bool(getattr(value, name, False)) for name in ("split_output", "auto_pad"))
         group = getattr(value, "shard_group", None)
         unit = getattr(value, "unit", 1)
-        spec = SequenceParallelInput(value.split_dim, expected, split_output, auto_pad, group, unit)
+        clone = bool(getattr(value, "clone_shard", False))
+        spec = SequenceParallelInput(value.split_dim, expected, split_output, auto_pad, group, unit, clone)
     else:
         spec = None  # type: ignore[assignment]
     if spec is None:

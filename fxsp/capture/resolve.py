@@ -12,7 +12,7 @@ from torch import nn
 
 from fxsp.plan import PlanEntry, SequenceParallelPartialInput, did_you_mean, listing, refuse
 
-__all__ = ["ResolvedEntry", "forward_signature", "resolve_plan", "submodules", "unwrap"]
+__all__ = ["ResolvedEntry", "forward_signature", "modules_at", "resolve_plan", "submodules", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def resolve_plan(entries: Sequence[PlanEntry], root: nn.Module) -> tuple[Resolve
     resolved: list[ResolvedEntry] = []
     for entry in entries:
         seen: set[int] = set()
-        for path, module in _expand(entry, root):
+        for path, module in modules_at(root, entry.pattern, entry):
             if id(module) in seen:  # one module at several places of a ModuleList
                 continue
             seen.add(id(module))
@@ -87,11 +87,15 @@ def resolve_plan(entries: Sequence[PlanEntry], root: nn.Module) -> tuple[Resolve
     return _without_duplicates(resolved)
 
 
-def _expand(entry: PlanEntry, root: nn.Module) -> list[tuple[str, nn.Module]]:
-    if entry.pattern.count("*") > 1:
-        raise refuse(entry, "a path has at most one `*`")
+def modules_at(root: nn.Module, pattern: str, entry: object) -> list[tuple[str, nn.Module]]:
+    """``(path, module)`` of all that a pattern names below ``root``; ``entry`` is what an error speaks of.
+
+    Names are those of children (of a ``ModuleDict`` its keys), and ``*`` is each child of a ``ModuleList``.
+    """
+    if pattern.count("*") > 1:
+        raise refuse(entry, "a path has at most one `*`: it can only be used once")
     found = [("", root)]
-    atoms = entry.pattern.split(".") if entry.pattern else []
+    atoms = pattern.split(".") if pattern else []
     for position, atom in enumerate(atoms):
         step: list[tuple[str, nn.Module]] = []
         for path, module in found:
@@ -114,10 +118,12 @@ def _expand(entry: PlanEntry, root: nn.Module) -> list[tuple[str, nn.Module]]:
                 hint = (
                     f' Did you mean "{candidates[0]}"?'
                     if candidates
-                    else did_you_mean(entry.pattern, (name for name, _ in submodules(root) if name))
+                    else did_you_mean(pattern, (name for name, _ in submodules(root) if name))
                 )
                 raise refuse(
-                    entry, f'{here} has no module "{atom}".\n  Its modules: {listing(children)}.{hint}', module
+                    entry,
+                    f'{here} has no module "{atom}": it is not a submodule.\n  Its modules: {listing(children)}.{hint}',
+                    module,
                 )
         found = step
     return found

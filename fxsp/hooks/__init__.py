@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxsp.hooks.base import BaseState, HookRegistry, ModelHook, StateManager
+from fxsp.hooks.base import BaseState, HookRegistry, ModelHook, StateManager, module_has_active_hooks
 from fxsp.hooks.sequence_parallel import (
     ModuleForwardMetadata,
     SequenceParallelGatherHook,
@@ -13,18 +13,33 @@ from fxsp.hooks.sequence_parallel import (
     remove_sequence_parallel,
     report_of,
 )
+from fxsp.hooks.sp_plan import (
+    SequenceParallelConfig,
+    SequenceParallelInput,
+    SequenceParallelOutput,
+    SequenceParallelPartialInput,
+    get_sp_plan_from_model,
+    validate_sp_plan,
+)
 
 __all__ = [
     "BaseState",
     "HookRegistry",
     "ModelHook",
     "ModuleForwardMetadata",
+    "SequenceParallelConfig",
     "SequenceParallelGatherHook",
+    "SequenceParallelInput",
+    "SequenceParallelOutput",
+    "SequenceParallelPartialInput",
     "SequenceParallelSplitHook",
     "StateManager",
     "apply_sequence_parallel",
     "disable_sequence_parallel_for_model",
     "enable_sequence_parallel_for_model",
+    "get_sp_plan_from_model",
+    "module_has_active_hooks",
     "remove_sequence_parallel",
     "report_of",
+    "validate_sp_plan",
 ]

@@ -28,7 +28,13 @@ from fxsp.backend import left_to_hooks
 from fxsp.errors import FxspWarning
 from fxsp.torch_internals import only_inlined, set_compiler
 
-__all__ = ["BaseState", "HookRegistry", "ModelHook", "StateManager"]
+__all__ = ["BaseState", "HookRegistry", "ModelHook", "StateManager", "module_has_active_hooks"]
+
+
+def module_has_active_hooks(module: nn.Module) -> bool:
+    """Whether calls of the module itself go through hooks; those of its children do not count."""
+    registry = module.__dict__.get("_hook_registry")
+    return registry is not None and bool(registry.names)
 
 
 class BaseState:
@@ -134,6 +140,15 @@ class _Forward(functools.partial):  # type: ignore[type-arg]
         return _Forward.of, self.args
 
 
+def _method(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """What a method is that :meth:`HookRegistry.wrap_method` has wrapped."""
+    registry: Any = module.__dict__.get("_hook_registry")
+    for hook in () if registry is None else registry._sorted_hooks:
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    own = module.__dict__.get(f"_omni_original_{name}")
+    return (getattr(type(module), name).__get__(module) if own is None else own)(*args, **kwargs)
+
+
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._hook_registry.dispatch(*args, **kwargs)  # type: ignore[union-attr, operator]
 
@@ -167,6 +182,8 @@ class HookRegistry:
         self._override: ModelHook | None = None
         #: Whether ``forward`` was an attribute of the instance.
         self._was_attribute = False
+        #: Other methods that hooks see.
+        self._wrapped_methods: list[str] = []
 
     @classmethod
     def get_or_create(cls, module: nn.Module) -> HookRegistry:
@@ -228,11 +245,12 @@ class HookRegistry:
             hook.reset_state(self.module)
 
     def reset(self) -> None:
-        """Reset the state of every hook, remove them all, and give the module its original forward back."""
+        """Reset the state of every hook, remove them all, and give the module its original methods back."""
         for hook in self._sorted_hooks:
             hook.reset_state(self.module)
         self._hooks.clear()
         self.update_sorted_hooks()
+        self.unwrap_all_methods()
         self._detach()
 
     def update_sorted_hooks(self) -> None:
@@ -287,6 +305,36 @@ class HookRegistry:
         for hook in reversed(hooks):
             output = hook.post_forward(module, output)
         return output
+
+    # --- other methods
+
+    def wrap_method(self, method_name: str) -> None:
+        """From now on calls of this method, too, go through the ``pre_forward`` of all hooks (offloading, say)."""
+        if method_name in self._wrapped_methods:
+            return
+        method, own = getattr(self.module, method_name), self.module.__dict__.get(method_name)
+        if own is not None:
+            setattr(self.module, f"_omni_original_{method_name}", own)
+        wrapped = functools.partial(_method, self.module, method_name)
+        wrapped.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+        setattr(self.module, method_name, wrapped)
+        self._wrapped_methods.append(method_name)
+
+    def unwrap_method(self, method_name: str) -> None:
+        """The method as it was; nothing happens if it is not wrapped."""
+        if method_name not in self._wrapped_methods:
+            return
+        self._wrapped_methods.remove(method_name)
+        own = self.module.__dict__.pop(f"_omni_original_{method_name}", None)
+        if own is None:
+            delattr(self.module, method_name)
+        else:
+            setattr(self.module, method_name, own)
+
+    def unwrap_all_methods(self) -> None:
+        """All methods as they were."""
+        for name in list(self._wrapped_methods):
+            self.unwrap_method(name)
 
     # --- the module's forward
 

@@ -32,6 +32,8 @@ class Call:
         self.split: dict[int, list[int]] = {}
         #: By the id of a hook, from its ``pre_forward`` to its ``post_forward``: as ``lengths``, of its own module.
         self.of_hook: dict[int, dict[str, int]] = {}
+        #: Of each ``shard_group`` the global length, as its last split has it.
+        self.of_group: dict[str, int] = {}
 
     def saw(self, length: int, local: int) -> None:
         """A value of ``length`` tokens is split into ``local`` rows."""

@@ -17,11 +17,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fxsp.capture.resolve import forward_signature, resolve_plan, unwrap
+from fxsp.capture.resolve import forward_signature, modules_at, resolve_plan, unwrap
 from fxsp.errors import PlanError
 from fxsp.hooks.base import HookRegistry
 from fxsp.hooks.dispatch import RULES
 from fxsp.hooks.region import Region
+from fxsp.hooks.sp_plan import validate_sp_plan
 from fxsp.hooks.split import (
     SequenceParallelGatherHook,
     SequenceParallelRootHook,
@@ -29,7 +30,13 @@ from fxsp.hooks.split import (
     needs_lengths,
 )
 from fxsp.hooks.table import TABLE
-from fxsp.hooks.tracing import ROOT, attached_names, hook_name
+from fxsp.hooks.tracing import (
+    _SP_INPUT_HOOK_TEMPLATE,  # noqa: F401
+    _SP_OUTPUT_HOOK_TEMPLATE,  # noqa: F401
+    ROOT,
+    attached_names,
+    hook_name,
+)
 from fxsp.hooks.values import ModuleForwardMetadata
 from fxsp.plan import PlanEntry, SequenceParallelConfig, SequenceParallelOutput, find_plan, parse_plan
 from fxsp.report import Report
@@ -92,7 +99,8 @@ def enable_sequence_parallel_for_model(
 ) -> None:
     """:func:`apply_sequence_parallel` with the model's own plan, its ``_sp_plan`` (else its ``_cp_plan``).
 
-    Without ``config``, heads are exchanged over all ranks.  Raises ``ValueError`` if the model has no plan.
+    Without ``config``, heads are exchanged over all ranks.  Raises ``ValueError`` if the model has no plan, or one that
+    :func:`~fxsp.hooks.sp_plan.validate_sp_plan` refuses.
     """
     root = unwrap(model)
     plan = find_plan(root)
@@ -100,6 +108,7 @@ def enable_sequence_parallel_for_model(
         raise ValueError(
             f"{type(root).__name__} has no _sp_plan (and no _cp_plan): give it one, or use apply_sequence_parallel"
         )
+    validate_sp_plan(plan)
     apply_sequence_parallel(model, config, plan, group=group)
 
 
@@ -116,6 +125,12 @@ def report_of(model: nn.Module) -> Report:
     if hook is None:
         raise ValueError(f"{type(model).__name__} has no hooks of sequence parallelism")
     return hook.region.report
+
+
+def _get_submodule_by_name(model: nn.Module, name: str) -> nn.Module | list[nn.Module]:
+    """The module that a key of a plan names; the list of them where the key has a ``*``."""
+    found = [module for _, module in modules_at(unwrap(model), name, name)]
+    return found if "*" in name else found[0]
 
 
 def _root_hook(root: nn.Module) -> SequenceParallelRootHook | None:

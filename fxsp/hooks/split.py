@@ -96,6 +96,8 @@ class SequenceParallelSplitHook(_RegionHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not self._acts(module):
             return args, kwargs
+        for group in groups_of(self.metadata.values()):  # another call of the module may have another length
+            self.region.call.of_group.pop(group, None)
         values = list(args)
         lengths = self._counts(needs_lengths(self.metadata.values()), args, kwargs)
         for name, spec in self.metadata.items():
@@ -159,8 +161,10 @@ class SequenceParallelSplitHook(_RegionHook):
         if present is not None:
             if present.dim != dim:
                 raise refuse(label, f"the value is split already, along dimension {present.dim}")
+        size = sum(present.lengths) if present is not None else x.shape[dim]
+        self._check_group(label, spec, size)
+        if present is not None:
             return x
-        size = x.shape[dim]
         text = 0
         if hasattr(spec, "text_len_source"):
             source = spec.text_len_source
@@ -175,6 +179,19 @@ class SequenceParallelSplitHook(_RegionHook):
         layout = Layout(dim, lengths_, whole, region)
         region.call.saw(sum(lengths_), local_size(layout))
         return shard(x, layout)
+
+    def _check_group(self, label: str, spec: Any, size: int) -> None:
+        """What is split together has one length."""
+        group = getattr(spec, "shard_group", None)
+        if group is None:
+            return
+        known = self.region.call.of_group.setdefault(group, size)
+        if known != size:
+            raise refuse(
+                label,
+                f"the values of shard_group={group!r} must have the same global sequence length, and these have "
+                f"{known} and {size} tokens",
+            )
 
 
 class SequenceParallelGatherHook(_RegionHook):
@@ -211,6 +228,9 @@ class SequenceParallelGatherHook(_RegionHook):
             return x
         if not -x.dim() <= spec.gather_dim < x.dim():
             raise refuse(label, f"dimension {spec.gather_dim} is out of range: the tensor is {x.dim()}-D")
+        group = getattr(spec, "shard_group", None)
+        if group is not None and not self.region.alone and group not in self.region.call.of_group:
+            raise RuntimeError(f"`{label}`: nothing was split for shard_group={group!r} in this call of the model")
         layout = layout_of(x)
         if layout is None:
             if self.region.call.looks_local(x.shape[spec.gather_dim % x.dim()]):
@@ -267,6 +287,12 @@ def _split_mode(call: AbstractContextManager[Any]) -> Iterator[None]:
     """
     with call, SplitMode():
         yield
+
+
+def groups_of(specs: Iterable[Any]) -> set[str]:
+    """The shard groups of specs and lists of them."""
+    every = [one for spec in specs for one in (spec if isinstance(spec, (list, tuple)) else [spec])]
+    return {group for one in every if (group := getattr(one, "shard_group", None)) is not None}
 
 
 def needs_lengths(specs: Iterable[Any]) -> list[str]:

@@ -25,12 +25,15 @@ __all__ = ["ROOT", "attached_names", "hook_name", "sp_is_tracing"]
 
 #: Of the hooks of sequence parallelism, the first before forward and the last after it.
 ROOT = "sp_---root"
+#: The names of the others, by the key of the plan; vLLM-Omni's names for the names.
+_SP_INPUT_HOOK_TEMPLATE = "sp_input---{}"
+_SP_OUTPUT_HOOK_TEMPLATE = "sp_output---{}"
 
 
 def hook_name(entry: PlanEntry) -> str:
     """The name of the hook that an entry of a plan is a part of."""
-    side = "output" if isinstance(entry.spec, SequenceParallelOutput) else "input"
-    return f"sp_{side}---{entry.pattern}"
+    gathers = isinstance(entry.spec, SequenceParallelOutput)
+    return (_SP_OUTPUT_HOOK_TEMPLATE if gathers else _SP_INPUT_HOOK_TEMPLATE).format(entry.pattern)
 
 
 def attached_names(root: nn.Module, region: Any) -> set[str]:

@@ -172,6 +172,8 @@ class _Writer:
     versions: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     #: The last node of a call, where an annotation of an earlier call's output follows it.
     ends: dict[ModuleCall, fx.Node] = field(default_factory=dict)
+    #: The length of the values that a call splits for a ``shard_group``.
+    groups: dict[tuple[str, ModuleCall], int | torch.SymInt] = field(default_factory=dict)
 
     # --- arguments
 
@@ -301,6 +303,7 @@ class _Writer:
         dim = row.entry.dim % len(shape)
         if isinstance(shape[dim], int) and shape[dim] == 0:
             return _Outcome(False, f"dimension {dim} of the tensor {described(value)} is empty")
+        self._check_group(row, call, shape[dim])
         if isinstance(shape[dim], int) and shape[dim] == 1 and row.entry.kind == "shard":
             why = f"dimension {dim} of the tensor {described(value)} is one token: it stays whole"
             return _Outcome(False, why, single=True)
@@ -320,6 +323,19 @@ class _Writer:
                     False, f"{text_len} text tokens leave nothing to split of {described(value)} along {dim}"
                 )
         return value, dim, text_len
+
+    def _check_group(self, row: ResolvedEntry, call: ModuleCall, length: int | torch.SymInt) -> None:
+        """Refuse values of one group that one call splits, and that are of different lengths."""
+        group = getattr(row.entry.spec, "shard_group", None)
+        if group is None or row.entry.kind == "gather":
+            return
+        known = self.groups.setdefault((group, call), length)
+        if guard_or_false(known != length):
+            raise refuse(
+                row,
+                f"the values of shard_group={group!r} must have the same global sequence length, and these have "
+                f"{known} and {length} tokens",
+            )
 
     def _text_length(self, source: str | int, call: ModuleCall) -> Any:
         if isinstance(source, int):

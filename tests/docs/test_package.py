@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -29,16 +30,30 @@ def run(code: str, cwd: Path, *path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel, built from a copy: a build leaves folders behind."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads: it leaves folders behind."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("fxsp", "passes", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})", source)
-    (built,) = out.glob("*.whl")
+    return source
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    run(f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})", source)
+    (built,) = out.iterdir()
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", source, tmp_path_factory.mktemp("sdist"))
 
 
 def test_the_wheel_holds_the_mapped_packages(wheel: Path) -> None:
@@ -58,6 +73,37 @@ def test_the_wheel_works_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> No
     passes, kernels = run(code, tmp_path, tmp_path).splitlines()
     assert Path(passes) == tmp_path / "fxsp" / "passes" / "__init__.py"
     assert Path(kernels) == tmp_path / "fxsp" / "kernels" / "__init__.py"
+
+
+def test_the_sdist_makes_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    assert {"README.md", "LICENSE", "pyproject.toml"} <= {path.name for path in unpacked.iterdir()}
+    (tmp_path / "wheel").mkdir()
+    again = build("wheel", unpacked, tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_pip_installs_it(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Into an empty folder, without network; with the torch that is there it works."""
+    target = tmp_path / "target"
+    command = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    command += ["--target", str(target), str(request.getfixturevalue(kind))]
+    run(f"import runpy, sys; sys.argv = ['pip', *{command!r}]; runpy.run_module('pip', run_name='__main__')", tmp_path)
+    code = (
+        "import importlib.metadata as m, torch, fxsp\n"
+        "fast = torch.compile(torch.nn.Linear(2, 2), backend='sp', options={'inner': 'eager'})\n"
+        "place = m.distribution('fxsp').locate_file('')\n"
+        "print(fxsp.__file__, fxsp.__version__, place, list(fast(torch.ones(1, 2)).shape))"
+    )
+    file, version, place, shape = run(code, tmp_path, target).split(maxsplit=3)
+    assert Path(file) == target / "fxsp" / "__init__.py"
+    assert version == importlib.metadata.version("fxsp")
+    assert Path(place) == target
+    assert shape == "[1, 2]"
 
 
 def test_metadata(wheel: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, and what the README shows as its output is its output.
+"""Every Python block of the README and of the pages runs, and what is shown as its output is its output.
 
 A block marked ``python torchrun`` is a script for two processes, any other one for a single process.  A block marked
 ``text output`` shows lines of what the block before it printed, in order; ``...`` stands for lines left out, or for the
@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,9 +28,13 @@ class Block:
     ranks: int
     code: str
     output: list[str]
+    page: Path = README
+
+    def __str__(self) -> str:
+        return f"{self.page.name}, line {self.line}"
 
 
-def blocks(text: str) -> list[Block]:
+def blocks(text: str, page: Path = README) -> list[Block]:
     """The Python blocks of a page, each with the output shown after it."""
     found: list[Block] = []
     for match in _FENCE.finditer(text):
@@ -37,7 +42,7 @@ def blocks(text: str) -> list[Block]:
         if info.startswith("python"):
             assert info in ("python", "python torchrun"), f"what does {info!r} mean?"
             line = text.count("\n", 0, match.start()) + 1
-            found.append(Block(line, 2 if info.endswith("torchrun") else 1, body, []))
+            found.append(Block(line, 2 if info.endswith("torchrun") else 1, body, [], page))
         elif info == "text output":
             found[-1].output = body.splitlines()
     return found
@@ -57,9 +62,9 @@ def missing_line(shown: list[str], printed: str) -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", blocks(README.read_text()), ids=lambda b: f"line{b.line}")
+@pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page.read_text(), page)], ids=str)
 def test_block(block: Block, tmp_path: Path) -> None:
-    script = tmp_path / "readme.py"
+    script = tmp_path / ("readme.py" if block.page == README else "page.py")
     script.write_text(block.code)
     launcher = [sys.executable]
     if block.ranks > 1:
@@ -69,9 +74,9 @@ def test_block(block: Block, tmp_path: Path) -> None:
     environment["OMP_NUM_THREADS"] = "1"
     command = [*launcher, str(script)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"README.md, line {block.line}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     missing = missing_line(block.output, done.stdout)
-    assert missing is None, f"README.md, line {block.line}, does not print\n{missing}\nbut\n{done.stdout}"
+    assert missing is None, f"{block}, does not print\n{missing}\nbut\n{done.stdout}"
 
 
 def test_the_page_is_read() -> None:

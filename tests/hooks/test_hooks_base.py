@@ -113,8 +113,9 @@ def test_a_hook_may_remove_hooks_while_it_runs() -> None:
 
 def test_names_of_the_package() -> None:
     for name in fxsp.hooks.__all__:
-        home = "base" if hasattr(fxsp.hooks.base, name) else "sequence_parallel"
-        assert getattr(fxsp.hooks, name) is getattr(getattr(fxsp.hooks, home), name)
+        modules = (fxsp.hooks.base, fxsp.hooks.sequence_parallel, fxsp.hooks.sp_plan)
+        home = next(module for module in modules if hasattr(module, name))
+        assert getattr(fxsp.hooks, name) is getattr(home, name)
 
 
 def test_nested_modules_have_registries_of_their_own() -> None:

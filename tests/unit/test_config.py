@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,19 @@ def test_without_a_process_group_there_is_one_rank() -> None:
     assert resolve_ranks(Options.parse()) == Ranks(0, 1, "")
     with pytest.raises(OptionError, match="torchrun"):
         resolve_ranks(Options.parse({"ulysses_degree": 2}))
+
+
+def test_the_configs_of_diffusers_are_accepted_or_refused() -> None:
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+    theirs = ContextParallelConfig(ulysses_degree=2, ring_degree=2)
+    for config in (theirs, ParallelConfig(context_parallel_config=theirs)):
+        assert Options.parse({"config": config}).config == SequenceParallelConfig(2, 2)
+    theirs.mesh = object()
+    with pytest.raises(OptionError, match="its mesh is not read"):
+        Options.parse({"config": theirs})
+    with pytest.raises(OptionError, match="tensor_parallel_config is not supported"):
+        Options.parse({"config": types.SimpleNamespace(context_parallel_config=None, tensor_parallel_config=object())})
 
 
 def test_a_config_of_the_same_fields_is_accepted() -> None:
