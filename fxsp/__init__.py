@@ -6,8 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fxsp import errors
 from fxsp.backend import reports
+from fxsp.calibration import calibrate
 from fxsp.config import Options
 from fxsp.errors import *  # noqa: F403
+from fxsp.machine import Machine
 from fxsp.model_report import ModelReport, report_of
 from fxsp.offline.explain import Explanation, explain
 from fxsp.offline.infer_plan import InferredPlan, infer_plan
@@ -27,6 +29,7 @@ __all__ = [
     "Evidence",
     "Explanation",
     "InferredPlan",
+    "Machine",
     "ModelReport",
     "Options",
     "Report",
@@ -35,6 +38,7 @@ __all__ = [
     "SequenceParallelOutput",
     "SequenceParallelPartialInput",
     "SplitTensor",
+    "calibrate",
     "explain",
     "infer_plan",
     "register_attention",

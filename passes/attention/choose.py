@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxsp.device import Link
 from fxsp.lengths import hint
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.degrees import asked_of
@@ -34,7 +33,7 @@ def choose(question: Question) -> tuple[Way | None, tuple[tuple[str, str], ...],
     None if no way is legal.
     """
     program = question.program
-    link = Link.of(question.like.device.type, program.options.latency, program.options.bandwidth)
+    machine = program.options.machine_for(question.like.device.type, question.size)
     ways = [way for method in METHODS.values() for way in method.ways(question)]
     _, wanted = asked_of(program.degrees)
     at = next((i for i, w in enumerate(ways) if w.method == wanted and w.ring == program.degrees.ring), None)
@@ -46,14 +45,16 @@ def choose(question: Question) -> tuple[Way | None, tuple[tuple[str, str], ...],
     if asked is not None and not asked.refusal:
         best = asked
     elif legal:
-        best = min(legal, key=lambda way: (way.seconds(link), way.messages))
+        best = min(legal, key=lambda way: (way.seconds(machine), way.messages))
         for way in legal:
-            if way.margin is not None and not (way.margin and best.seconds(link) <= way.margin * way.seconds(link)):
+            if way.margin is not None and not (
+                way.margin and best.seconds(machine) <= way.margin * way.seconds(machine)
+            ):
                 best = way
         if asked is not None:
             note = f"{asked.name} was asked for, but {asked.refusal}"
-    rejected = tuple((way.name, way.text(link)) for way in ways if way is not best)
-    return best, rejected, "; ".join(filter(None, (best.cost(link), best.note, note))) if best is not None else ""
+    rejected = tuple((way.name, way.text(machine)) for way in ways if way is not best)
+    return best, rejected, "; ".join(filter(None, (best.cost(machine), best.note, note))) if best is not None else ""
 
 
 def _limited(question: Question, way: Way, ways: list[Way]) -> Way:
