@@ -5,7 +5,8 @@ Each method says its ways and their costs (:mod:`fxsp.passes.attention.methods`)
 * Where heads divide over the ranks they are exchanged (in attention of tokens to themselves), unless another way takes
   at most three quarters of the time: after an exchange a rank holds keys and values of its own heads only.
 * A causal attention whose heads divide is always exchanged: a kernel that knows the causal flag skips half of the work,
-  and on a rank's own queries the flag would have to become a mask.
+  and on a rank's own queries the flag would have to become a mask.  Where the machine is known, the work of the busiest
+  rank is priced instead (:mod:`fxsp.passes.attention.busiest`).
 * Where key/value heads do not divide but query heads do, they may be repeated before the exchange; otherwise heads are
   exchanged within a ring, or go around a ring, or keys and values are gathered.
 * Keys and values are not gathered if they are more than ``gather_limit`` bytes, as long as there is another way.
@@ -16,6 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxsp.lengths import hint
+from fxsp.passes.attention.busiest import computing
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.degrees import asked_of
 from fxsp.passes.attention.methods import METHODS
@@ -45,12 +47,12 @@ def choose(question: Question) -> tuple[Way | None, tuple[tuple[str, str], ...],
     if asked is not None and not asked.refusal:
         best = asked
     elif legal:
-        best = min(legal, key=lambda way: (way.seconds(machine), way.messages))
-        for way in legal:
-            if way.margin is not None and not (
-                way.margin and best.seconds(machine) <= way.margin * way.seconds(machine)
-            ):
-                best = way
+        seconds = [way.seconds(machine) + computing(question, way, machine) for way in legal]
+        first = min(range(len(legal)), key=lambda i: (seconds[i], legal[i].messages))
+        best, least = legal[first], seconds[first]
+        for way, took in zip(legal, seconds, strict=True):
+            if way.margin is not None and not (way.margin and least <= way.margin * took):
+                best, least = way, took
         if asked is not None:
             note = f"{asked.name} was asked for, but {asked.refusal}"
     rejected = tuple((way.name, way.text(machine)) for way in ways if way is not best)
