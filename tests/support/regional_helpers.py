@@ -108,6 +108,13 @@ def _offload(model: Any) -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
+def _model_offload(model: Any) -> None:
+    """As ``enable_model_cpu_offload`` of a pipeline does with each of its models."""
+    import accelerate
+
+    accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
+
+
 #: What is done to a model, before it is compiled or afterwards.
 HELPERS: dict[str, Callable[[Any], None]] = {
     "first block cache": _first_block_cache,
@@ -119,6 +126,7 @@ HELPERS: dict[str, Callable[[Any], None]] = {
     "group offload": _group_offload,
     "leaf offload": _leaf_offload,
     "accelerate": _offload,
+    "model offload": _model_offload,
 }
 
 
