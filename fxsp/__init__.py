@@ -15,7 +15,9 @@ from fxsp.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from fxsp.backend import reports
+    from fxsp.calibration import calibrate
     from fxsp.config import Options
+    from fxsp.machine import Machine
     from fxsp.model_report import ModelReport, report_of
     from fxsp.offline.explain import Explanation, explain
     from fxsp.offline.infer_plan import InferredPlan, infer_plan
@@ -38,6 +40,7 @@ else:
         "Evidence": "fxsp.offline.verify",
         "Explanation": "fxsp.offline.explain",
         "InferredPlan": "fxsp.offline.infer_plan",
+        "Machine": "fxsp.machine",
         "ModelReport": "fxsp.model_report",
         "Options": "fxsp.config",
         "Report": "fxsp.inspection.report_text",
@@ -46,6 +49,7 @@ else:
         "SequenceParallelOutput": "fxsp.plan",
         "SequenceParallelPartialInput": "fxsp.plan",
         "SplitTensor": "fxsp.split_values.value",
+        "calibrate": "fxsp.calibration",
         "explain": "fxsp.offline.explain",
         "infer_plan": "fxsp.offline.infer_plan",
         "parallelize": "fxsp.parallel",
@@ -71,6 +75,7 @@ __all__ = [
     "Evidence",
     "Explanation",
     "InferredPlan",
+    "Machine",
     "ModelReport",
     "Options",
     "Report",
@@ -79,6 +84,7 @@ __all__ = [
     "SequenceParallelOutput",
     "SequenceParallelPartialInput",
     "SplitTensor",
+    "calibrate",
     "explain",
     "infer_plan",
     "parallelize",

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=int, nargs="+", required=True, help="number of ranks; of several, a table side by side"
     )
     explain.add_argument("--grad", action="store_true", help="as in training")
+    explain.add_argument("--machine", help="what is decided for: h100x8, 2xh100x8 (two nodes of eight), or a file")
     explain.add_argument("--html", metavar="FILE", help="write a page that stands alone")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.add_argument("--stage", help="print the graph after a stage")
@@ -92,6 +93,7 @@ def _factory(name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {"ulysses_degree": arguments.ulysses, "ring_degree": arguments.ring}
+    given["machine"] = getattr(arguments, "machine", None)
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if getattr(arguments, "plan", None) is not None:
         options["plan"] = parse_plan_text(arguments.plan)

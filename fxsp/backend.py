@@ -33,6 +33,7 @@ from fxsp.capture.graph_breaks import remembering
 from fxsp.config import Options, resolve_ranks
 from fxsp.errors import FxspError, UnshardedWarning
 from fxsp.inner import compile_inner
+from fxsp.measured import find_machine
 from fxsp.model_report import compiled_for
 from fxsp.partitioning import compile_graph, is_training, local_examples
 from fxsp.passes.base import Program
@@ -91,6 +92,7 @@ def sp(
         try:
             parsed = Options.parse(options, mode)
             ranks = resolve_ranks(parsed)
+            parsed = _on_its_machine(parsed, ranks, example_inputs)
         except FxspError as error:
             _say_refused(options, error)
             raise
@@ -121,7 +123,15 @@ class Before:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with torch_internals.through_dynamo(FxspError):
-            return _compile(gm, example_inputs, self.options, resolve_ranks(self.options), self._root())
+            ranks = resolve_ranks(self.options)
+            options = _on_its_machine(self.options, ranks, example_inputs)
+            return _compile(gm, example_inputs, options, ranks, self._root())
+
+
+def _on_its_machine(options: Options, ranks: Ranks, inputs: Sequence[Any]) -> Options:
+    """The options with the machine that was measured for the ranks, if none is given."""
+    found = find_machine(ranks, inputs) if options.machine is None else None
+    return options if found is None else replace(options, machine=found)
 
 
 install(lambda backend: backend is sp)

@@ -10,11 +10,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 
 from fxsp.errors import OptionError, UnshardedWarning
+from fxsp.machine import Machine, machine_of, read_machine
 from fxsp.plan import PlanEntry, SequenceParallelConfig, did_you_mean, listing, parse_plan
 from fxsp.process_groups import missing_group, ranks_of
 from fxsp.source import warn
@@ -77,6 +79,9 @@ class Options:
     #: a rank sends (None: 2e9 on the CPU, 4.5e11 elsewhere).
     latency: float | None = None
     bandwidth: float | None = None
+    #: The machine that is decided for (:mod:`fxsp.machine`): a name ("h100x8"), a file, or what :func:`fxsp.calibrate`
+    #: returned; None: what was measured for these ranks, if anything was; ``"default"``: not even that.
+    machine: Machine | Literal["default"] | None = None
     #: Bytes of gathered keys and values that a rank may hold for one attention, where there is another way (None:
     #: 1 GiB).
     gather_limit: int | None = None
@@ -85,6 +90,11 @@ class Options:
     def deferred(self) -> bool:
         """Whether gradients of parameters are left to an outer reducer."""
         return self.grad_reduce != "all_reduce"
+
+    def machine_for(self, kind: str, ranks: int) -> Machine:
+        """What is decided with, for so many ranks on a device type of torch."""
+        given = self.machine if isinstance(self.machine, Machine) else None
+        return machine_of(kind, ranks, given, self.latency, self.bandwidth)
 
     def process_group(self) -> Any:
         """The process group of the ranks; None: the default one."""
@@ -162,6 +172,12 @@ def _checked(name: str, value: Any) -> Any:
             raise _bad(name, value, "a torch.distributed.ProcessGroup, or None for the default group")
     elif name == "mesh":
         _check_mesh(value)
+    elif name == "machine":
+        if value is None or value == "default" or isinstance(value, Machine):
+            return value
+        if not isinstance(value, (str, Path)):
+            raise _bad(name, value, "a name like 'h100x8', the path of a file, or what fxsp.calibrate returned")
+        return read_machine(value)
     elif name == "mode":
         modes = inductor_modes()
         if value is not None and value not in modes:
@@ -245,8 +261,10 @@ class AttentionDegrees:
 def resolve_degrees(options: Options, size: int) -> AttentionDegrees:
     """The degrees for ``size`` ranks; of two, the one not given is inferred.
 
-    Raises :class:`OptionError` if their product is not ``size``.
+    Raises :class:`OptionError` if their product is not ``size``, or the machine that is given has fewer devices.
     """
+    if isinstance(options.machine, Machine):
+        options.machine.check(size)
     config = options.config
     if config is not None:
         if config.sequence_parallel_size != size:

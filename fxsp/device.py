@@ -4,19 +4,20 @@ Ways to attend are chosen by their bytes and messages over a link (:mod:`fxsp.pa
 inferred by operations, bytes and messages (:mod:`fxsp.passes.infer.price`), and a timeline draws when each of them
 would happen (:mod:`fxsp.cost.timeline`).
 
-The numbers of :data:`H100` are peak rates by its data sheet (dense bf16, HBM3, NVLink in one direction); sustained
-rates are lower, all alike, so the proportions hold better than the milliseconds.  Those of :data:`CPU` are what small
-products reach on one core, and gloo between processes of one machine.
+Devices that are known by name are a table with its sources (:mod:`fxsp.known_devices`); the numbers of :data:`CPU` are
+what small products reach on one core, and gloo between processes of one machine.  Several devices, in one node or more,
+are a :class:`~fxsp.machine.Machine`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fxsp.known_devices import DEVICES, LAUNCH, LINKS
 from fxsp.lengths import hint
-from fxsp.types import Length, as_length
+from fxsp.types import Length
 
-__all__ = ["CPU", "H100", "Device", "Link", "device_of"]
+__all__ = ["CPU", "H100", "Device", "Link", "device_named", "device_of", "link_named"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,6 @@ class Link:
     def seconds(self, messages: int, sent: Length) -> float:
         """What so many messages, of ``sent`` bytes in all, take."""
         return messages * self.latency + hint(sent) / self.bandwidth
-
-    def text(self, messages: int, sent: Length, messages_back: int, back: Length | None) -> str:
-        """Messages, the bytes of the backward pass (None: there is none), and the time of both."""
-        backward = "" if back is None else f" and {back} bytes in {messages_back} backward"
-        seconds = self.seconds(messages + messages_back, as_length(sent + (back or 0)))
-        return f"{messages} message{'' if messages == 1 else 's'}{backward}, {seconds * 1e6:.3g} us"
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,21 @@ class Device:
 
 
 CPU = Device("a CPU core, gloo", flops=5e9, bandwidth=5e9, launch=0.0, link=Link(50e-6, 2e9))
-H100 = Device("H100 SXM, NVLink", flops=989e12, bandwidth=3.35e12, launch=2e-6, link=Link(10e-6, 450e9))
+
+
+def link_named(name: str) -> Link:
+    """A link of :data:`fxsp.known_devices.LINKS`."""
+    _, latency, bandwidth, _ = LINKS[name]
+    return Link(latency, bandwidth)
+
+
+def device_named(name: str) -> Device:
+    """A device of :data:`fxsp.known_devices.DEVICES`, with the link to others of its node."""
+    title, flops, bandwidth, link, _ = DEVICES[name]
+    return Device(f"{title}, {LINKS[link][0]}", flops, bandwidth, LAUNCH, link_named(link))
+
+
+H100 = device_named("h100")
 
 
 def device_of(kind: str) -> Device:

@@ -7,6 +7,7 @@ mask of this block alone.  The operator is local, and made of ATen operators: co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fxsp.kernels.counts import local_attention_flops
 from fxsp.kernels.op import Op
 from fxsp.kernels.rows import joined
 
-__all__ = ["BANDED", "allowed", "banded_attention"]
+__all__ = ["BANDED", "allowed", "banded_attention", "blocks"]
 
 #: Rows of a block at least, and blocks at most: a graph must not grow with the number of tokens.
 _ROWS, _BLOCKS = 1024, 8
@@ -34,22 +35,27 @@ def allowed(rows: Tensor, columns: Tensor, causal: bool, window: Any, keys: Tens
     return found if keys is None else found & keys
 
 
+def blocks(m: int, n: int, is_causal: bool, window: Any) -> Iterator[tuple[int, int, int, int]]:
+    """The rows of each block, from and to, and the keys that it is computed with."""
+    step = max(_ROWS, -(-m // _BLOCKS))
+    for start in range(0, m, step):
+        stop = min(start + step, m)
+        if step >= m:
+            yield start, stop, 0, n
+            return
+        first = 0 if window is None else min(max(start - window, 0), n - 1)
+        yield start, stop, first, max(min(stop, n), first + 1) if is_causal else n
+
+
 def banded_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, window: Any,
     scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """``query [..., H, m, d]``, ``key``, ``value`` as SDPA has them; ``attn_mask`` is boolean, and of one row."""
     m, n = query.shape[-2], key.shape[-2]
-    step = max(_ROWS, -(-m // _BLOCKS)) if isinstance(m, int) and isinstance(n, int) else m
-    starts = range(0, m, step) if isinstance(m, int) and isinstance(n, int) else [0]
+    known = isinstance(m, int) and isinstance(n, int)
     outs = []
-    for start in starts:
-        if len(starts) == 1:
-            stop, first, last = m, 0, n
-        else:
-            stop = min(start + step, m)
-            first = 0 if window is None else min(max(start - window, 0), n - 1)
-            last = max(min(stop, n), first + 1) if is_causal else n
+    for start, stop, first, last in blocks(m, n, is_causal, window) if known else [(0, m, 0, n)]:
         rows = torch.arange(start, stop, device=query.device)
         columns = torch.arange(first, last, device=query.device)
         keys = None

@@ -5,7 +5,8 @@ Each method says its ways and their costs (:mod:`fxsp.passes.attention.methods`)
 * Where heads divide over the ranks they are exchanged (in attention of tokens to themselves), unless another way takes
   at most three quarters of the time: after an exchange a rank holds keys and values of its own heads only.
 * A causal attention whose heads divide is always exchanged: a kernel that knows the causal flag skips half of the work,
-  and on a rank's own queries the flag would have to become a mask.
+  and on a rank's own queries the flag would have to become a mask.  Where the machine is known, the work of the busiest
+  rank is priced instead (:mod:`fxsp.passes.attention.busiest`).
 * Where key/value heads do not divide but query heads do, they may be repeated before the exchange; otherwise heads are
   exchanged within a ring, or go around a ring, or keys and values are gathered.
 * Keys and values are not gathered if they are more than ``gather_limit`` bytes, as long as there is another way.
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxsp.device import Link
 from fxsp.lengths import hint
+from fxsp.passes.attention.busiest import computing
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.degrees import asked_of
 from fxsp.passes.attention.methods import METHODS
@@ -34,7 +35,7 @@ def choose(question: Question) -> tuple[Way | None, tuple[tuple[str, str], ...],
     None if no way is legal.
     """
     program = question.program
-    link = Link.of(question.like.device.type, program.options.latency, program.options.bandwidth)
+    machine = program.options.machine_for(question.like.device.type, question.size)
     ways = [way for method in METHODS.values() for way in method.ways(question)]
     _, wanted = asked_of(program.degrees)
     at = next((i for i, w in enumerate(ways) if w.method == wanted and w.ring == program.degrees.ring), None)
@@ -46,14 +47,16 @@ def choose(question: Question) -> tuple[Way | None, tuple[tuple[str, str], ...],
     if asked is not None and not asked.refusal:
         best = asked
     elif legal:
-        best = min(legal, key=lambda way: (way.seconds(link), way.messages))
-        for way in legal:
-            if way.margin is not None and not (way.margin and best.seconds(link) <= way.margin * way.seconds(link)):
-                best = way
+        seconds = [way.seconds(machine) + computing(question, way, machine) for way in legal]
+        first = min(range(len(legal)), key=lambda i: (seconds[i], legal[i].messages))
+        best, least = legal[first], seconds[first]
+        for way, took in zip(legal, seconds, strict=True):
+            if way.margin is not None and not (way.margin and least <= way.margin * took):
+                best, least = way, took
         if asked is not None:
             note = f"{asked.name} was asked for, but {asked.refusal}"
-    rejected = tuple((way.name, way.text(link)) for way in ways if way is not best)
-    return best, rejected, "; ".join(filter(None, (best.cost(link), best.note, note))) if best is not None else ""
+    rejected = tuple((way.name, way.text(machine)) for way in ways if way is not best)
+    return best, rejected, "; ".join(filter(None, (best.cost(machine), best.note, note))) if best is not None else ""
 
 
 def _limited(question: Question, way: Way, ways: list[Way]) -> Way:

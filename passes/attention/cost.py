@@ -17,17 +17,19 @@ merged     see :mod:`fxsp.passes.attention.methods.split_kv`, for queries that a
 passes keys and values on once more in the backward pass, with their gradients behind.  The backward pass counts where
 gradients may be asked for.
 
-Time is ``messages * latency + bytes / bandwidth``.  Passing on overlaps with computing in a ring, which is not counted.
+Time is ``messages * latency + bytes / bandwidth``, each part of it over the link that it takes: an exchange of heads
+among ``u`` consecutive ranks stays in a node that holds them, and keys and values go on between nodes
+(:mod:`fxsp.machine`).  Passing on overlaps with computing in a ring, which is not counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsp.device import Link
-from fxsp.types import Length, as_length
+from fxsp.machine import Machine, Travel
+from fxsp.types import Length
 
-__all__ = ["Way"]
+__all__ = ["Way", "said"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Way:
     held: Length = 0
     #: Another way is taken instead only if it takes at most this part of the time; 0: none is; None: the faster.
     margin: float | None = None
+    #: All of it, forward and backward, by what is sent and how far.
+    travels: tuple[Travel, ...] = ()
     #: More to say of it in the report.
     note: str = ""
 
@@ -64,15 +68,21 @@ class Way:
         """As many, and a ring passes gradients on, too."""
         return 0 if not self.backward else self.messages + (self.ring - 1)
 
-    def seconds(self, link: Link) -> float:
-        return link.seconds(self.messages + self.messages_backward, as_length(self.sent + (self.backward or 0)))
+    def seconds(self, machine: Machine) -> float:
+        return machine.seconds(self.travels)
 
-    def text(self, link: Link) -> str:
+    def text(self, machine: Machine) -> str:
         """The cost, or why it is not legal."""
-        return self.refusal or f"sends {self.sent} bytes per rank in {self.cost(link)}"
+        return self.refusal or f"sends {self.sent} bytes per rank in {self.cost(machine)}"
 
-    def cost(self, link: Link) -> str:
+    def cost(self, machine: Machine) -> str:
         """Messages, the bytes of the backward pass, and the time; nothing where nothing is sent for it."""
-        if not self.messages:
-            return ""
-        return link.text(self.messages, self.sent, self.messages_backward, self.backward)
+        return (
+            said(self.messages, self.backward, self.messages_backward, self.seconds(machine)) if self.messages else ""
+        )
+
+
+def said(messages: int, back: Length | None, messages_back: int, seconds: float) -> str:
+    """Messages, the bytes of the backward pass (None: there is none), and the time of both."""
+    backward = "" if back is None else f" and {back} bytes in {messages_back} backward"
+    return f"{messages} message{'' if messages == 1 else 's'}{backward}, {seconds * 1e6:.3g} us"

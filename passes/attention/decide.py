@@ -123,7 +123,7 @@ class Attention(Special):
         queries = q_type.sequence if isinstance(q_type, Shard) else None
         question = Question(
             q, k, v, queries, keys.sequence if keys is not None else None, call[op.query].meta["val"], repeat, program,
-            op.causal_in(call), per_rows, blocks, outputs,
+            op.causal_in(call), per_rows, blocks, outputs, op.window_in(call),
         )  # fmt: skip
         best, rejected, detail = choose(question)
         if best is None:

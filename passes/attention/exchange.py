@@ -28,6 +28,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.kernels.ops import fxsp_ops as _ops
+from fxsp.machine import Travel
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.question import Question
@@ -46,9 +47,19 @@ def exchanging(method: str, question: Question, u: int, r: int = 1, margin: floa
     exchanged, around = (q + kv) * (u - 1) / u, kv * (r - 1)
     sent, back = (_whole(exchanged + around * times) for times in (1, 1 + question.widened))
     refusal = (question.blocks_refusal if r > 1 else "") or question.heads_refusal(u, spread)
-    messages = (2 if u > 1 else 0) + r - 1
+    exchanges, rotations = (2 if u > 1 else 0), r - 1
     backward = back if question.program.training else None
-    return Way(method, sent, backward, messages, refusal, u, r, spread, margin=margin if spread == 1 else None)
+    times = 2 if backward else 1
+    heads = _whole(times * exchanged) if r > 1 else as_length(sent + (backward or 0))
+    others = as_length(sent + (backward or 0) - heads)
+    travels = (
+        Travel("all_to_all", u, times * exchanges, heads),
+        Travel("neighbour", question.size, (2 * times - 1) * rotations, others),
+    )
+    return Way(
+        method, sent, backward, exchanges + rotations, refusal, u, r, spread, margin=margin if spread == 1 else None,
+        travels=travels,
+    )  # fmt: skip
 
 
 def _whole(n: Length | float) -> Length:

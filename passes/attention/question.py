@@ -37,6 +37,8 @@ class Question:
     blocks: str = ""
     #: Bytes that whole keys and values cost that are gathered in any case, because they are outputs of the graph, too.
     outputs: Length | None = None
+    #: Keys before a query that it sees, where not all (causal only).
+    window: int | None = None
 
     @property
     def size(self) -> int:

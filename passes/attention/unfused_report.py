@@ -16,8 +16,9 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from fxsp.device import Link
+from fxsp.machine import Machine, Travel
 from fxsp.passes.attention.choose import choose
+from fxsp.passes.attention.cost import said
 from fxsp.passes.attention.degrees import note_degree
 from fxsp.passes.attention.question import Question
 from fxsp.passes.attention.repeat_kv import repeated
@@ -114,8 +115,9 @@ def _complete(one: Written, of: dict[str, Written | None], program: Program) -> 
     record.method = _method(one)
     record.bytes, back = (as_length(sum(sent, start=0)) for sent in (forward, backward))
     # Messages, the bytes of the backward pass, and the time: as for other attentions.
-    link = _link(one.first, program)
-    record.detail = link.text(len(forward), record.bytes, len(backward), back if program.training else None)
+    moved = Travel("all_gather", program.ranks.size, len(forward) + len(backward), as_length(record.bytes + back))
+    seconds = _machine(one.first, program).seconds([moved])
+    record.detail = said(len(forward), back if program.training else None, len(backward), seconds)
     if record.method == LINEAR:
         record.detail += "; sums of keys and values over the tokens"
     elif record.method == GATHERED:
@@ -124,8 +126,8 @@ def _complete(one: Written, of: dict[str, Written | None], program: Program) -> 
         note_degree(program, one.first, record.method, (), "this attention is written out, and is not exchanged")
 
 
-def _link(node: Node, program: Program) -> Link:
-    return Link.of(node.meta["val"].device.type, program.options.latency, program.options.bandwidth)
+def _machine(node: Node, program: Program) -> Machine:
+    return program.options.machine_for(node.meta["val"].device.type, program.ranks.size)
 
 
 def _method(one: Written) -> str:
@@ -152,7 +154,7 @@ def _instead(one: Written, program: Program) -> tuple[tuple[str, str], ...]:
     best = choose(question)[0] if question is not None else None
     if best is None or question is None:
         return ()
-    return ((name, f"would be {best.name}: {best.text(_link(one.first, program))}"),)
+    return ((name, f"would be {best.name}: {best.text(_machine(one.first, program))}"),)
 
 
 def _question(one: Written, program: Program) -> Question | None:

@@ -20,8 +20,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fxsp.cost.flops import bytes_of, shapes
-from fxsp.device import Link, device_of
 from fxsp.lengths import hint
+from fxsp.machine import Travel
 from fxsp.passes.attention.question import AttentionChoice
 from fxsp.passes.base import Program
 from fxsp.passes.graph import Call, Decision, facts, tensor_nodes
@@ -31,6 +31,9 @@ from fxsp.torch_internals import is_operator, schema
 from fxsp.types import Partial, Replicate, Shard, Type, Used
 
 __all__ = ["Price", "Pricing"]
+
+#: What a conversion is for a link; others exchange.
+_KIND = {"gather": "all_gather", "all_reduce": "all_reduce", "reduce_scatter": "all_reduce"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Pricing:
         values = (v for n in graph.nodes for v in tree_leaves(n.meta.get("val")) if isinstance(v, torch.Tensor))
         kind = next((v.device.type for v in values), "cpu")
         options = self.program.options
-        self._link, self._device = Link.of(kind, options.latency, options.bandwidth), device_of(kind)
+        self._machine = options.machine_for(kind, self.program.ranks.size)
         self.total = sum(call.work for call in self._calls)
         self.works = {call.node: call.work for call in self._calls}
 
@@ -105,17 +108,17 @@ class Pricing:
     def undivided(self) -> Price:
         """Every rank computes everything."""
         self.gathered = []
-        return self._price(self.total, sum(call.written for call in self._calls), 0, 0)
+        return self._price(self.total, sum(call.written for call in self._calls), [])
 
     def price(self) -> Price:
         """With the types that *propagate* has found."""
         size, training = self.program.ranks.size, self.program.training
-        operations = written = sent = messages = 0
+        operations = written = 0
+        travels: list[Travel] = []
         self.whole, self.gathered = [], []
         done: set[tuple[Node, str]] = set()
 
         def convert(x: Node, need: Type, *, implicit: bool) -> None:
-            nonlocal sent, messages
             have = facts(x).type
             kind, moved = _conversion(have, need, self._bytes.get(x, 0), size, free=facts(x).free)
             if not kind or (x, kind) in done:
@@ -124,10 +127,10 @@ class Pricing:
             if kind == "used":
                 if not training or not x.meta["val"].requires_grad:
                     return
-                sent, messages = sent + moved, messages + 1
+                travels.append(Travel("all_reduce", size, 1, moved))
                 return
             twice = 2 if training and x.meta["val"].requires_grad else 1
-            sent, messages = sent + twice * moved, messages + twice
+            travels.append(Travel(_KIND.get(kind, "all_to_all"), size, twice, twice * moved))
             if isinstance(have, Shard) and kind == "gather" and implicit:
                 self.gathered.append((x, have.dim))
 
@@ -144,18 +147,17 @@ class Pricing:
             for x, need in zip(call.operands, decision.operands, strict=True):
                 convert(x, need, implicit=True)
             if isinstance(decision.detail, AttentionChoice):
-                way = decision.detail.way
-                sent += hint(way.sent) + hint(way.backward or 0)
-                messages += way.messages + way.messages_backward
+                travels.extend(decision.detail.way.travels)
         for x in tensor_nodes(self.program.graph.output_node().args):
             convert(x, Replicate(), implicit=False)
         self.whole.sort(key=lambda item: -item[0])
-        return self._price(operations, written, sent, messages)
+        return self._price(operations, written, travels)
 
-    def _price(self, operations: int, written: int, sent: int, messages: int) -> Price:
-        passes = 3 if self.program.training else 1
-        computing = operations / self._device.flops + written / self._device.bandwidth
-        seconds = passes * computing + self._link.seconds(messages, sent)
+    def _price(self, operations: int, written: int, travels: list[Travel]) -> Price:
+        passes, device = 3 if self.program.training else 1, self._machine.device
+        computing = operations / device.flops + written / device.bandwidth
+        seconds = passes * computing + self._machine.seconds(travels)
+        sent, messages = sum(hint(t.sent) for t in travels), sum(t.messages for t in travels)
         return Price(seconds, operations, self.total, sent, messages, len(self.gathered))
 
 

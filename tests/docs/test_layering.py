@@ -19,12 +19,12 @@ PACKAGES = {"fxsp": "fxsp", "passes": "fxsp.passes", "kernels": "fxsp.kernels"}
 #: From the bottom up: rooms, each a folder or a file.  A folder stands for all modules in it, but for those of a room
 #: that is named itself.  Imports lead to a lower layer, or stay in a room; rooms of one layer do not know each other.
 LAYERS = [
-    ("fxsp.errors", "fxsp.lengths", "fxsp.parts", "fxsp.torch_internals"),
+    ("fxsp.errors", "fxsp.known_devices", "fxsp.lengths", "fxsp.parts", "fxsp.torch_internals"),
     ("fxsp.source", "fxsp.summands", "fxsp.types"),
     ("fxsp.device", "fxsp.kernels", "fxsp.plan", "fxsp.process_groups", "fxsp.report"),
-    ("fxsp.passes.graph",),
-    ("fxsp.capture", "fxsp.config", "fxsp.cost.flops", "fxsp.passes.builder", "fxsp.passes.emit"),
-    ("fxsp.passes.base", "fxsp.passes.rules"),
+    ("fxsp.machine", "fxsp.passes.graph"),
+    ("fxsp.capture", "fxsp.config", "fxsp.measured", "fxsp.cost.flops", "fxsp.passes.builder", "fxsp.passes.emit"),
+    ("fxsp.calibration", "fxsp.passes.base", "fxsp.passes.rules"),
     ("fxsp.ranks", "fxsp.simulation.reference", "fxsp.passes.special"),
     ("fxsp.simulation", "fxsp.passes.attention"),
     ("fxsp.passes.masks", "fxsp.passes.propagate", "fxsp.passes.work"),

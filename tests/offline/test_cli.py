@@ -81,6 +81,7 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
         (["factories:broken"], "ValueError: no such file of weights"),
         (["factories:mixed", "--strict"], "cumsum"),
         (["factories:planned", "--ulysses", "3"], "ulysses_degree=3"),
+        (["factories:planned", "--machine", "h101x8"], "Known devices: a100, h100"),
         (["factories:planned", "--stage", "partitoin"], "Did you mean"),
         (["factories:planned", "--why", "blocks.7"], "Did you mean"),
     ],

@@ -15,6 +15,7 @@ from fxsp.cost.timeline import timeline
 from fxsp.device import H100, Device
 from fxsp.inspection.report_text import format_count, legend_text
 from fxsp.inspection.wire import format_bytes
+from fxsp.machine import Machine
 from fxsp.offline.partition import OfflineResult
 from fxsp.offline.render.data import graph_data
 from fxsp.passes.pipeline import STAGES
@@ -70,8 +71,14 @@ def _graph(result: OfflineResult, m: Measures | None) -> dict[str, Any]:
 
 def _device(result: OfflineResult) -> Device:
     """What time is drawn for."""
-    options = None if result.program is None else result.program.options
-    return H100 if options is None else H100.linked(options.latency, options.bandwidth)
+    program = result.program
+    if program is None:
+        return H100
+    if isinstance(program.options.machine, Machine):
+        return program.options.machine.linked(program.options.latency, program.options.bandwidth).seen_by(
+            program.ranks.size
+        )
+    return H100.linked(program.options.latency, program.options.bandwidth)
 
 
 def _collective(record: dict[str, Any]) -> list[Any]:

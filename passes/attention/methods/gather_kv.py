@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 
 from fxsp.config import AttentionDegrees
+from fxsp.machine import Travel
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method
@@ -41,7 +42,8 @@ class GatherKV(Method):
         # Whole queries meet them on every rank alike: so are their gradients.
         back = as_length(sent * int(question.widened)) if question.queries is not None else 0
         backward = back if question.program.training else None
-        yield Way(self.name, sent, backward, refusal=question.per_rows, held=question.gathered_bytes)
+        moved = Travel("all_gather", question.size, 2 if backward else 1, as_length(sent + (backward or 0)))
+        yield Way(self.name, sent, backward, refusal=question.per_rows, held=question.gathered_bytes, travels=(moved,))
 
     def asked(self, degrees: AttentionDegrees) -> str:
         return f"allgather_degree={degrees.allgather}" if (degrees.allgather or 1) > 1 else ""

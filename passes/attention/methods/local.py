@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from fxsp.machine import Travel
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method
@@ -28,7 +29,9 @@ class Local(Method):
         if question.keys is None:
             outputs = question.outputs is not None
             note = "its keys and values are outputs of the graph, gathered once for both" if outputs else ""
-            yield Way(self.name, question.outputs or 0, messages=0, refusal=question.per_rows, note=note)
+            sent = question.outputs or 0
+            travels = (Travel("all_gather", question.size, 0, sent),)
+            yield Way(self.name, sent, messages=0, refusal=question.per_rows, note=note, travels=travels)
 
     def lower(self, x: Attend) -> Node:
         return x.rows(x.k, x.v)

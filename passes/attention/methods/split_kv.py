@@ -23,6 +23,7 @@ from torch.fx import Node
 from fxsp.kernels.attention.split_kv import packed_width
 from fxsp.kernels.counts import reduced_bytes
 from fxsp.kernels.ops import fxsp_ops
+from fxsp.machine import Travel
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.method import Method
@@ -46,7 +47,8 @@ class Merged(Method):
         packed = as_length(packed_width(question.v[-1], like.dtype))
         sent = product((size - 1, *lead, rows, packed, like.element_size()))
         back = reduced_bytes(product((*lead, rows, width)), like.dtype, size) if question.program.training else None
-        yield Way(self.name, sent, back, refusal=question.blocks_refusal)
+        travels = (Travel("all_gather", size, 1, sent), Travel("all_reduce", size, 1 if back else 0, back or 0))
+        yield Way(self.name, sent, back, refusal=question.blocks_refusal, travels=travels)
 
     def lower(self, x: Attend) -> Node:
         build, keys, ranks = x.build, x.keys, x.build.ranks

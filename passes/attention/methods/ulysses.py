@@ -15,6 +15,7 @@ from typing import Any
 from torch.fx import Node
 
 from fxsp.config import AttentionDegrees
+from fxsp.machine import Machine
 from fxsp.passes.attention.attend import Attend
 from fxsp.passes.attention.cost import Way
 from fxsp.passes.attention.exchange import HeadExchange, exchanging
@@ -39,9 +40,10 @@ class Ulysses(Method):
     def ways(self, question: Question) -> Iterator[Way]:
         if question.queries is None or question.keys is None:
             return
-        # A kernel that knows the causal flag skips half of the work.
+        # A kernel that knows the causal flag skips half of the work, which is priced where the machine is known.
         to_themselves = question.queries.same_as(question.keys)
-        margin = (0.0 if question.causal else _WORTH) if to_themselves else None
+        unpriced = question.causal and not isinstance(question.program.options.machine, Machine)
+        margin = (0.0 if unpriced else _WORTH) if to_themselves else None
         yield exchanging(self.name, question, question.size, margin=margin)
 
     def asked(self, degrees: AttentionDegrees) -> str:
