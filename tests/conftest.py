@@ -16,7 +16,7 @@ from distributed import Pool
 # also in the processes of tests.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 # What was measured of this machine (fxsp.calibrate) decides nothing in tests that do not ask for it.
-os.environ["FXSP_CACHE_DIR"] = os.path.join(os.devnull, "none")
+os.environ["FXSP_CACHE_DIR"] = f"{os.devnull}/none"
 
 #: Seconds that a test may take, roughly: one marked ``slow``, one on real processes, and any other one.
 SLOW, PROCESSES, USUAL = 30.0, 5.0, 0.3
